@@ -1,0 +1,41 @@
+# make demo    set up, train the demo model, evaluate it, draw its detections
+# make test    set up, run the test suite
+# make setup   make .venv and install everything; DETECTRON2=<pip requirement> puts
+#              another build of Detectron2 there
+# constraints.txt says what is pinned and why.
+
+PYTHON ?= python3
+VENV ?= .venv
+DETECTRON2 ?=
+OUTPUT ?= output/demo
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+ifneq ($(strip $(DETECTRON2)),)
+	$(BIN)/python tools/install_detectron2.py "$(DETECTRON2)"
+endif
+
+$(STAMP): setup.cfg constraints.txt tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "SMCA needs Python 3.10 to 3.12: run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,video]"
+	$(BIN)/python tools/install_detectron2.py
+	touch $(STAMP)
+
+test: setup
+	$(BIN)/python -m pytest
+
+demo: setup
+	$(BIN)/python tools/run_demo.py --output-dir $(OUTPUT)
+
+lint: setup
+	$(BIN)/flake8 .
+	$(BIN)/isort --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info projects/SMCA/*.egg-info
