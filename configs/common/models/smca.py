@@ -1,0 +1,60 @@
+"""SMCA as in the paper: ResNet-50, strides 16, 32 and 64, encoder "IIMII"."""
+
+from detectron2.config import LazyCall as L
+
+from smca.modeling import (
+    SMCA,
+    Decoder,
+    HungarianMatcher,
+    SetCriterion,
+    TransformerEncoder,
+    build_resnet,
+)
+
+model = L(SMCA)(
+    backbone=L(build_resnet)(
+        depth=50,
+        out_features="${..in_features}",
+        norm="FrozenBN",
+        freeze_at=2,
+        dilated_res5=False,
+    ),
+    in_features=["res4", "res5"],
+    num_extra_scales=1,
+    encoder=L(TransformerEncoder)(
+        pattern="IIMII",
+        embed_dim="${..embed_dim}",
+        num_heads=8,
+        ffn_dim=1024,
+        dropout="${..dropout}",
+    ),
+    decoder=L(Decoder)(
+        num_layers=6,
+        modulation="multi_head",
+        spread="independent",
+        beta=8.0,
+        scale_selection=True,
+        num_scales=3,
+        embed_dim="${..embed_dim}",
+        num_heads=8,
+        ffn_dim=1024,
+        dropout="${..dropout}",
+    ),
+    criterion=L(SetCriterion)(
+        matcher=L(HungarianMatcher)(
+            class_weight=2.0, box_weight=5.0, giou_weight=2.0, alpha=0.25, gamma=2.0
+        ),
+        class_weight=2.0,
+        box_weight=5.0,
+        giou_weight=2.0,
+        alpha=0.25,
+        gamma=2.0,
+    ),
+    num_classes=80,
+    num_queries=300,
+    embed_dim=256,
+    dropout=0.1,
+    max_detections=None,
+    pixel_mean=[123.675, 116.28, 103.53],
+    pixel_std=[58.395, 57.12, 57.375],
+)

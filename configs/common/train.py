@@ -1,0 +1,30 @@
+"""What the training script reads from a config, beside model, data, optimizer and schedule."""
+
+train = dict(
+    output_dir="output",
+    # Weights to start from: a detector, or a backbone (a path, URL or "detectron2://...").
+    # "" starts from scratch.
+    init_checkpoint="",
+    max_iter=90000,
+    device="auto",  # "auto": a GPU if there is one, else the CPU
+    # Of everything random. Negative: drawn once, and kept by --resume.
+    seed=0,
+    amp=dict(enabled=False, dtype="bf16"),  # mixed precision, "bf16" or "fp16"
+    accumulate=1,  # batches whose gradients are averaged before the optimizer steps
+    clip_grad_norm=0.1,  # None: off
+    model_ema=dict(enabled=False, decay=0.9997),
+    ddp=dict(  # arguments of DistributedDataParallel
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+        fp16_compression=False,
+    ),
+    compile=False,
+    # Periods are in iterations (optimizer steps).
+    checkpointer=dict(period=5000, max_to_keep=5),
+    best_metric="bbox/AP",  # the checkpoint with the highest one is kept as model_best.pth
+    eval_period=5000,  # 0: only after the training
+    log_period=20,
+    cudnn_benchmark=False,
+    # A few steps, an evaluation on a few images and a checkpoint, in output_dir/fast_dev_run.
+    fast_dev_run=False,
+)

@@ -1,0 +1,51 @@
+"""Where the package keeps the files that it makes itself."""
+
+import os
+import shutil
+from pathlib import Path
+
+from iopath.common.file_io import file_lock
+
+from .errors import DatasetError
+
+__all__ = ["cache_dir", "create_once"]
+
+
+def cache_dir():
+    """
+    Returns:
+        pathlib.Path: the folder named by the environment variable ``SMCA_CACHE``, else
+        ``~/.cache/smca``. It need not exist yet.
+    """
+    return Path(os.environ.get("SMCA_CACHE") or "~/.cache/smca").expanduser().absolute()
+
+
+def create_once(path, write):
+    """
+    Make sure that `path` exists, whole: several processes may call this at the same time (one
+    writes, the others wait), and one that is killed leaves nothing under `path`.
+
+    Args:
+        path (pathlib.Path): file or folder to create unless it is there.
+        write (callable): creates the file or folder under the temporary path that it is given.
+
+    Raises:
+        DatasetError: the cache folder cannot be created.
+    """
+    if path.exists():  # asked without the lock first: a finished cache may be read-only
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(
+            f"The cache folder {path.parent} cannot be created ({error}): set the environment "
+            "variable SMCA_CACHE to a folder that can be written to."
+        ) from error
+    partial = path.with_name(path.name + ".partial")
+    with file_lock(str(path)):
+        if path.exists():
+            return
+        if partial.is_dir():
+            shutil.rmtree(partial)  # what a killed process left
+        write(partial)
+        os.replace(partial, path)

@@ -1,0 +1,162 @@
+"""A training loader whose stream of samples is a function of the seed and the position in it."""
+
+import contextlib
+import logging
+import random
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList
+from detectron2.data.build import trivial_batch_collator
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smca.errors import ConfigError
+
+from .errors import DatasetError
+
+__all__ = ["build_train_loader", "set_start_batch"]
+
+logger = logging.getLogger(__name__)
+
+# Keep the random numbers of the shuffling apart from those of the augmentation.
+_SHUFFLE, _AUGMENT = 0, 1
+
+
+class _EndlessBatches(Sampler):
+    """
+    Batches of (position, index) pairs from an endless stream: one shuffled pass over the data
+    set after the other, each shuffled by (seed, pass). Positions count from the start of the
+    stream; of each global batch, rank r takes positions r, r + world size, ...
+    """
+
+    def __init__(self, size, batch_size, seed, rank, world_size):
+        """`batch_size` is that of this rank."""
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.start_batch = 0
+
+    def __iter__(self):
+        position = self.start_batch * self.batch_size * self.world_size + self.rank
+        shuffled_epoch, order = None, None
+        while True:
+            batch = []
+            for _ in range(self.batch_size):
+                epoch, offset = divmod(position, self.size)
+                if epoch != shuffled_epoch:
+                    rng = np.random.default_rng((self.seed, _SHUFFLE, epoch))
+                    shuffled_epoch, order = epoch, rng.permutation(self.size)
+                batch.append((position, int(order[offset])))
+                position += self.world_size
+            yield batch
+
+
+@contextlib.contextmanager
+def _random_state_from(seed):
+    """
+    Seed `random`, `numpy.random` and `torch` on the CPU inside the block, and put their
+    states back after it. (`torch.manual_seed` would reset the GPUs' states as well.)
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+class _SeededMapDataset(Dataset):
+    """Applies `mapper` with random numbers that depend on the position in the stream only."""
+
+    def __init__(self, dataset, mapper, seed):
+        self.dataset, self.mapper, self.seed = dataset, mapper, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, position_and_index):
+        position, index = position_and_index
+        sequence = np.random.SeedSequence((self.seed, _AUGMENT, position))
+        with _random_state_from(int(sequence.generate_state(1)[0])):
+            return self.mapper(self.dataset[index])
+
+
+def build_train_loader(dataset, *, mapper, total_batch_size, num_workers=0, seed=0, **kwargs):
+    """
+    An endless loader of training batches.
+
+    What batch number n of a process holds, to the last bit, depends on the seed, the rank, the
+    number of processes and n only; not on `num_workers`, nor on the batch it was started at
+    (:func:`set_start_batch`). All processes together see every image once a pass. Neither
+    building nor iterating the loader draws from the global random states.
+
+    Args:
+        dataset (list[dict]): in Detectron2's format. May be smaller than a batch.
+        mapper (callable): from a dataset dict to a sample. May draw from `random`,
+            `numpy.random` and `torch`.
+        total_batch_size (int): images of all processes together.
+        num_workers (int): worker processes; 0 loads in this one.
+        seed (int or None): None or a negative number draws a new one, the same in all
+            processes; such a run cannot be repeated or resumed exactly.
+        kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``pin_memory``.
+
+    Returns:
+        torch.utils.data.DataLoader: yields list[dict].
+
+    Raises:
+        DatasetError: the data set is empty.
+        ConfigError: the batch cannot be divided among the processes.
+    """
+    if len(dataset) == 0:
+        raise DatasetError("The training data set has no images: check dataloader.train.dataset.")
+    world_size = comm.get_world_size()
+    if total_batch_size < 1 or total_batch_size % world_size:
+        raise ConfigError(
+            f"total_batch_size={total_batch_size} must be a positive multiple of the number of "
+            f"processes, {world_size}: change dataloader.train.total_batch_size."
+        )
+    if seed is None or seed < 0:
+        seed = comm.shared_random_seed()
+        logger.info("Training data are shuffled with seed %d.", seed)
+
+    if isinstance(dataset, list):
+        # Serialised into one buffer, which forked workers share without copying it.
+        dataset = DatasetFromList(dataset, copy=False)
+    batches = _EndlessBatches(
+        len(dataset), total_batch_size // world_size, seed, comm.get_rank(), world_size
+    )
+    return DataLoader(
+        _SeededMapDataset(dataset, mapper, seed),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=trivial_batch_collator,
+        # Without one of its own, the loader would draw from torch's global generator.
+        generator=torch.Generator().manual_seed(seed),
+        **kwargs,
+    )
+
+
+def set_start_batch(loader, num_batches):
+    """
+    Make the next ``iter(loader)`` begin with batch number `num_batches`, counted from 0.
+
+    Args:
+        loader (DataLoader): from :func:`build_train_loader`.
+        num_batches (int): how many batches this process has consumed already.
+
+    Raises:
+        TypeError: the loader is of another kind and cannot start in the middle.
+        ValueError: `num_batches` is negative.
+    """
+    if not isinstance(getattr(loader, "batch_sampler", None), _EndlessBatches):
+        raise TypeError(
+            f"A {type(loader).__name__} cannot start in the middle of its data: build "
+            "dataloader.train with smca.data.build_train_loader."
+        )
+    if num_batches < 0:
+        raise ValueError(f"num_batches must not be negative, but is {num_batches}.")
+    loader.batch_sampler.start_batch = num_batches

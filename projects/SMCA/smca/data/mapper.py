@@ -1,0 +1,275 @@
+"""Reading and augmenting images: from a dataset dict to what the model takes."""
+
+import contextlib
+import copy
+
+import numpy as np
+import torch
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from .errors import DatasetError
+
+__all__ = ["DetrDatasetMapper", "check_image", "detr_augmentations", "read_image"]
+
+_EXIF_ORIENTATION = 274
+# What turns an image of the EXIF orientation upright.
+_EXIF_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDE_SWAPPING_TRANSPOSES = {_EXIF_TRANSPOSES[orientation] for orientation in (5, 6, 7, 8)}
+
+
+@contextlib.contextmanager
+def _open_image(path):
+    """Open `path` with Pillow; whatever goes wrong inside becomes a DatasetError naming it."""
+    try:
+        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+            yield image
+    except DatasetError:
+        raise
+    except FileNotFoundError:
+        raise DatasetError(
+            f"Image {path} does not exist: restore it, correct the image folder, or remove it "
+            "from the annotation file."
+        ) from None
+    except Exception as error:  # Pillow's decoders raise nearly every type there is
+        raise DatasetError(
+            f"Image {path} cannot be decoded ({error}): it is truncated or not an image; "
+            "replace it, or remove it from the annotation file."
+        ) from error
+
+
+def _exif_transpose(image):
+    """The `PIL.Image.Transpose` that turns `image` upright, or None if it already is."""
+    try:
+        return _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION))
+    except Exception:  # a malformed EXIF block says nothing about the orientation
+        return None
+
+
+def _matching_transpose(image, path, height, width):
+    """
+    How to turn `image` so that it is height x width pixels: upright where that fits, as stored
+    where only that does.
+    """
+    transpose = _exif_transpose(image)
+    stored = (image.height, image.width)
+    upright = stored[::-1] if transpose in _SIDE_SWAPPING_TRANSPOSES else stored
+    if height is None or width is None or upright == (height, width):
+        return transpose
+    if stored == (height, width):
+        return None
+    raise DatasetError(
+        f"Image {path} is {upright[1]} x {upright[0]} pixels (width x height), but its "
+        f"annotations say {width} x {height}: correct the annotation file or replace the image."
+    )
+
+
+def _to_8_bit(pixels):
+    """
+    Grey levels of more than 8 bits to uint8, without clipping.
+
+    Unsigned 16-bit levels keep their fixed range (65535 becomes 255), and so do wider
+    integers that fit 8 or 16 bits. Anything else, floats too, is stretched from its own least
+    to its own greatest value.
+    """
+    fixed_range = pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 65535
+    values = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0)
+    if fixed_range:
+        eight_bit = pixels.dtype.itemsize > 2 and pixels.max() <= 255
+        low, high = 0, 255 if eight_bit else 65535
+    else:
+        low, high = values.min(), values.max()
+    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _to_rgb(image):
+    """A `PIL.Image` of any mode in RGB; transparency is dropped, as Detectron2 does."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    elif image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_image(path, height=None, width=None):
+    """
+    Read an image of any mode that Pillow knows (grey, palette, RGBA, CMYK, 1, 16 or 32 bits).
+
+    EXIF orientation is applied, unless only the stored orientation has the expected size:
+    annotation tools disagree on which of the two they mean.
+
+    Args:
+        path (str or path-like): image file.
+        height, width (int or None): expected size in pixels; None accepts any size.
+
+    Returns:
+        np.ndarray: uint8, (height, width, 3), RGB.
+
+    Raises:
+        DatasetError: the file is missing, cannot be decoded, or has another size.
+    """
+    with _open_image(path) as image:
+        transpose = _matching_transpose(image, path, height, width)
+        image = _to_rgb(image)
+        if transpose is not None:
+            image = image.transpose(transpose)
+        return np.asarray(image)
+
+
+def check_image(path, height, width):
+    """
+    Decode an image and compare its size, in either EXIF orientation, with the expected one.
+
+    Raises:
+        DatasetError: as :func:`read_image`.
+    """
+    with _open_image(path) as image:
+        _matching_transpose(image, path, height, width)
+        # Lets the JPEG decoder skip most of the inverse transform; it still reads every byte.
+        image.draft("RGB", (1, 1))
+        image.load()
+
+
+class _ResizeShortSide(T.ResizeShortestEdge):
+    """Detectron2's, but a very long and thin image keeps at least one pixel a side."""
+
+    def __init__(self, short_sides, max_size):
+        super().__init__(short_sides, max_size, sample_style="choice")
+
+    def get_transform(self, image):
+        transform = super().get_transform(image)
+        if not isinstance(transform, T.ResizeTransform):
+            return transform
+        height, width = image.shape[:2]
+        new_height, new_width = max(1, transform.new_h), max(1, transform.new_w)
+        return T.ResizeTransform(height, width, new_height, new_width, self.interp)
+
+
+def detr_augmentations(
+    short_sides=(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+    max_size=1333,
+    *,
+    flip=True,
+    crop_range=None,
+    crop_short_sides=(400, 500, 600),
+):
+    """
+    One branch of DETR's augmentation: flip, [resize, crop,] resize. All sizes in pixels.
+
+    In training, `DetrDatasetMapper` takes the branch without the crop and the one with it
+    (on COCO ``crop_range=(384, 600)``) with equal chances. In evaluation it takes
+    ``detr_augmentations(800, flip=False)``.
+
+    Args:
+        short_sides (int or sequence of int): the short side becomes one of these.
+        max_size (int): the long side becomes no longer than this, whatever the short one.
+        flip (bool): flip horizontally with probability 1/2.
+        crop_range ((int, int) or None): least and greatest side of the crop. An image smaller
+            than that is cropped to between its own side and its own side.
+        crop_short_sides (int or sequence of int): sizes of the short side before the crop.
+
+    Returns:
+        list[detectron2.data.transforms.Augmentation]
+    """
+
+    augmentations = [T.RandomFlip()] if flip else []
+    if crop_range is not None:
+        crop_short_sides = _as_list(crop_short_sides)
+        # The recipe sets no limit to the long side here. This one is out of reach of
+        # photographs; it keeps 1 x 10000 pixels from being enlarged to gigabytes.
+        max_size_before_crop = 16 * max(crop_short_sides)
+        augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
+        augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
+    augmentations.append(_ResizeShortSide(_as_list(short_sides), max_size))
+    return augmentations
+
+
+def _as_list(sizes):
+    return [sizes] if isinstance(sizes, int) else list(sizes)
+
+
+class DetrDatasetMapper:
+    """
+    Maps a dataset dict in Detectron2's format to the model's input.
+
+    The result keeps the dict's keys (``file_name``, ``image_id``, ...) except ``annotations``,
+    and has
+      - ``image``: uint8 tensor (3, H, W), augmented;
+      - ``height``, ``width``: the original size in pixels;
+      - in training ``instances``: ``gt_boxes`` (XYXY in pixels of the augmented image, clipped
+        to it) and ``gt_classes``. Crowds are left out, and boxes that a crop emptied.
+    """
+
+    def __init__(self, is_train, augmentations, augmentations_with_crop=None, image_format="RGB"):
+        """
+        Args:
+            is_train (bool): whether to return ``instances``.
+            augmentations (list[Augmentation]): applied in this order.
+            augmentations_with_crop (list[Augmentation] or None): if given, applied instead of
+                `augmentations` with probability 1/2 (in training).
+            image_format (str): "RGB" or "BGR", the order of the channels of ``image``.
+
+        Raises:
+            ValueError: unknown `image_format`, or a second list of augmentations in evaluation.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be 'RGB' or 'BGR', not {image_format!r}.")
+        if augmentations_with_crop is not None and not is_train:
+            raise ValueError("augmentations_with_crop is for training: leave it out or None.")
+        branches = [augmentations]
+        if augmentations_with_crop is not None:
+            branches.append(augmentations_with_crop)
+        self.is_train = is_train
+        self.branches = [T.AugmentationList(list(branch)) for branch in branches]
+        self.image_format = image_format
+
+    def __call__(self, dataset_dict):
+        """
+        Raises:
+            DatasetError: see :func:`read_image`.
+        """
+        result = copy.deepcopy(dataset_dict)
+        annotations = result.pop("annotations", [])
+        image = read_image(result["file_name"], result.get("height"), result.get("width"))
+        result["height"], result["width"] = image.shape[:2]
+        if self.image_format == "BGR":
+            image = image[:, :, ::-1]
+
+        aug_input = T.AugInput(image)
+        transforms = self._draw_branch()(aug_input)
+        image = aug_input.image
+        result["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        if self.is_train:
+            result["instances"] = _to_instances(annotations, transforms, image.shape[:2])
+        return result
+
+    def _draw_branch(self):
+        if len(self.branches) == 1:
+            return self.branches[0]
+        return self.branches[np.random.randint(len(self.branches))]
+
+
+def _to_instances(annotations, transforms, image_size):
+    """Boxes and classes of the annotations that are no crowds and still have an area."""
+    transformed = [
+        detection_utils.transform_instance_annotations(
+            # Masks and keypoints are of no use here, and slow to transform.
+            {key: annotation[key] for key in ("bbox", "bbox_mode", "category_id")},
+            transforms,
+            image_size,
+        )
+        for annotation in annotations
+        if not annotation.get("iscrowd", 0)
+    ]
+    instances = detection_utils.annotations_to_instances(transformed, image_size)
+    return detection_utils.filter_empty_instances(instances, by_mask=False)

@@ -1,0 +1,307 @@
+"""
+The embedded data set: textured shapes on noisy, cluttered backgrounds, drawn by this file.
+
+It is small enough to train on without a GPU and still a detection problem: four classes, one
+to six objects an image, about 12 to 100 pixels long, rotated, stretched, overlapping, with strong
+and weak contrast.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from PIL import Image, ImageDraw, ImageFilter
+
+from .cache import cache_dir, create_once
+
+__all__ = ["SHAPE_CLASSES", "Scene", "draw_scene", "register_shapes", "write_shapes"]
+
+SHAPE_CLASSES = ("ellipse", "rectangle", "triangle", "star")
+
+# Part of the cache's folder name: raise it whenever the pictures change.
+_VERSION = 1
+_SPLITS = ("train", "val")
+
+_IMAGE_SIDES = (128, 160)  # pixels
+_NUM_OBJECTS = (1, 6)
+_LENGTHS = (14, 100)  # long side of a shape before it is rotated, in pixels
+_ASPECT_RATIOS = (0.5, 1.0)
+_CONTRASTS = (45, 150)  # distance in RGB between a shape's colour and what it covers
+_MIN_VISIBLE_FRACTION = 0.4
+_MIN_BOX_SIDE = 8  # pixels
+_SUPERSAMPLING = 3
+
+
+@dataclass
+class Scene:
+    """
+    image: uint8 (H, W, 3), RGB.
+    masks: list of bool (H, W), the visible pixels of each object.
+    classes: list of int, indices into SHAPE_CLASSES.
+    """
+
+    image: np.ndarray
+    masks: list
+    classes: list
+
+
+def register_shapes(num_train=2000, num_val=200, seed=0, prefix="smca_shapes"):
+    """
+    Register ``{prefix}_train`` and ``{prefix}_val`` in Detectron2's catalogs.
+
+    The files are made when the data set is first used (``DatasetCatalog.get`` or
+    ``smca.data.require_dataset``), in the cache folder, and kept there.
+
+    Returns:
+        (str, str): the two names.
+
+    Raises:
+        AssertionError: a name is registered already.
+    """
+    key = f"shapes_v{_VERSION}_{num_train}_{num_val}_seed{seed}"
+    folder = cache_dir() / key
+    write = functools.partial(write_shapes, num_train=num_train, num_val=num_val, seed=seed)
+    make_files = functools.partial(create_once, folder, write)
+    names = []
+    for split in _SPLITS:
+        name, json_file, image_root = f"{prefix}_{split}", folder / f"{split}.json", folder / split
+        load = functools.partial(_make_and_load, make_files, str(json_file), str(image_root), name)
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(
+            json_file=str(json_file),
+            image_root=str(image_root),
+            evaluator_type="coco",
+            thing_classes=list(SHAPE_CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(SHAPE_CLASSES))},
+            make_files=make_files,
+        )
+        names.append(name)
+    return tuple(names)
+
+
+def _make_and_load(make_files, json_file, image_root, name):
+    make_files()
+    return load_coco_json(json_file, image_root, name)
+
+
+def write_shapes(folder, num_train=2000, num_val=200, seed=0):
+    """
+    Write the data set: JPEG images in ``train/`` and ``val/``, annotations in COCO's format in
+    ``train.json`` and ``val.json``.
+
+    Image i of a split depends on the seed, the split and i only. Boxes are tight around an
+    object's visible pixels; ``area`` is their number.
+
+    Args:
+        folder (pathlib.Path): created; must not exist.
+    """
+    for split_index, (split, num_images) in enumerate(zip(_SPLITS, (num_train, num_val))):
+        (folder / split).mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(num_images):
+            scene = draw_scene(np.random.default_rng((seed, split_index, i)))
+            height, width = scene.image.shape[:2]
+            image = {"id": i + 1, "file_name": f"{i:06d}.jpg", "height": height, "width": width}
+            images.append(image)
+            file = folder / split / image["file_name"]
+            Image.fromarray(scene.image).save(file, quality=95, subsampling=0)
+            for mask, class_index in zip(scene.masks, scene.classes):
+                annotation = {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": class_index + 1,
+                    "bbox": _box_of(mask),
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                }
+                annotations.append(annotation)
+        coco = {
+            "info": {"description": f"SMCA shapes, version {_VERSION}, seed {seed}"},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPE_CLASSES)],
+        }
+        (folder / f"{split}.json").write_text(json.dumps(coco))
+
+
+def _box_of(mask):
+    """Tight box [x, y, width, height] around the True pixels of a mask, in pixels."""
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
+
+
+def draw_scene(rng):
+    """
+    Draw one picture.
+
+    Args:
+        rng (np.random.Generator): all randomness comes from here.
+
+    Returns:
+        Scene: with at least one object.
+    """
+    height, width = rng.integers(_IMAGE_SIDES[0], _IMAGE_SIDES[1], size=2, endpoint=True)
+    canvas = _background(rng, height, width)
+    masks, full_areas, classes = [], [], []
+    num_objects = rng.integers(*_NUM_OBJECTS, endpoint=True)
+    for _ in range(8 * num_objects):  # attempts: some places are taken
+        if len(masks) == num_objects:
+            break
+        class_index = int(rng.integers(len(SHAPE_CLASSES)))
+        alpha, full_area, outline = _random_shape(rng, SHAPE_CLASSES[class_index], height, width)
+        mask = alpha > 0.5
+        visible = [earlier & ~mask for earlier in masks] + [mask]
+        if all(map(_is_visible_enough, visible, full_areas + [full_area])):
+            masks, classes = visible, classes + [class_index]
+            full_areas.append(full_area)
+            _paint(rng, canvas, alpha, outline)
+    noise = rng.normal(0, rng.uniform(3, 12), canvas.shape)
+    image = Image.fromarray(np.clip(canvas + noise, 0, 255).astype(np.uint8))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
+    return Scene(np.asarray(image), masks, classes)
+
+
+def _is_visible_enough(mask, full_area):
+    if mask.sum() < max(_MIN_VISIBLE_FRACTION * full_area, 1):
+        return False
+    return min(_box_of(mask)[2:]) >= _MIN_BOX_SIDE
+
+
+def _background(rng, height, width):
+    """Float (H, W, 3): a colour gradient, noise of several scales, and clutter strokes."""
+    direction = rng.uniform(0, 2 * math.pi)
+    y, x = np.mgrid[:height, :width]
+    ramp = math.cos(direction) * x / width + math.sin(direction) * y / height
+    ramp = (ramp - ramp.min()) / np.ptp(ramp)
+    first, second = rng.uniform(30, 225, (2, 3))
+    canvas = first + (second - first) * ramp[..., None]
+    canvas += _multi_scale_noise(rng, height, width, rng.uniform(10, 45))
+    return _strokes(rng, np.clip(canvas, 0, 255))
+
+
+def _multi_scale_noise(rng, height, width, amplitude):
+    """Float (H, W, 3): random grids of 4 to 64 cells a side, enlarged; finer ones are weaker."""
+    noise = np.zeros((height, width, 3))
+    tint = rng.uniform(0.2, 1.0, 3)  # the channels vary together, but not equally
+    for cells in (4, 8, 16, 32, 64):
+        grid = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
+        enlarged = np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
+        noise += enlarged[..., None] * tint * amplitude * rng.uniform(0.2, 1) * (4 / cells) ** 0.4
+    return noise
+
+
+def _strokes(rng, canvas):
+    """Lines, arcs and blotches that are no objects, half transparent."""
+    image = Image.fromarray(canvas.astype(np.uint8))
+    clutter = image.copy()
+    draw = ImageDraw.Draw(clutter)
+    for _ in range(rng.integers(4, 16)):
+        color = tuple(int(value) for value in rng.integers(0, 256, 3))
+        x, y = rng.uniform(0, image.width), rng.uniform(0, image.height)
+        length, stroke = rng.uniform(8, 70), int(rng.integers(1, 4))
+        angle = rng.uniform(0, 2 * math.pi)
+        end = (x + length * math.cos(angle), y + length * math.sin(angle))
+        kind = rng.integers(3)
+        if kind == 0:
+            draw.line([(x, y), end], fill=color, width=stroke)
+        elif kind == 1:
+            start = math.degrees(angle)
+            box = [x, y, x + length, y + length]
+            draw.arc(box, start, start + rng.uniform(40, 150), fill=color, width=stroke)
+        else:
+            steps = rng.normal(0, 3, (12, 2)).cumsum(axis=0) + (x, y)
+            draw.line([tuple(point) for point in steps], fill=color, width=stroke)
+    return np.asarray(Image.blend(image, clutter, rng.uniform(0.4, 0.9))).astype(np.float64)
+
+
+def _random_shape(rng, name, height, width):
+    """
+    Returns:
+        alpha: float (H, W) in 0..1, how much of each pixel the shape covers.
+        full_area: its area in pixels, with what lies beyond the image's border.
+        outline: the same as alpha, for the inside of the shape's border.
+    """
+    length = math.exp(rng.uniform(*np.log(_LENGTHS)))
+    aspect_ratio = math.exp(rng.uniform(*np.log(_ASPECT_RATIOS)))
+    # A star that is stretched, or as small as the rest, cannot be told from the others.
+    if name == "star":
+        length, aspect_ratio = max(length, 20), max(aspect_ratio, 0.75)
+    corners = _unit_polygon(rng, name) * (length / 2, length / 2 * aspect_ratio)
+    angle = rng.uniform(0, 2 * math.pi)
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    corners = corners @ rotation
+    center = rng.uniform(0.08, 0.92, 2) * (width, height)
+    border = max(1.0, 0.06 * length)  # pixels
+    inner = corners * max(0.0, 1 - 2 * border / (length * aspect_ratio))
+    alpha = _coverage(corners + center, height, width)
+    return alpha, _polygon_area(corners), alpha - _coverage(inner + center, height, width)
+
+
+def _unit_polygon(rng, name):
+    """Corners (N, 2) of a shape inside [-1, 1] x [-1, 1]."""
+    if name == "ellipse":
+        angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    if name == "rectangle":
+        return np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
+    if name == "triangle":
+        return np.array([(-1.0, 1.0), (1.0, 1.0), (rng.uniform(-0.5, 0.5), -1.0)])
+    angles = np.linspace(0, 2 * math.pi, 10, endpoint=False)
+    radii = np.where(np.arange(10) % 2, rng.uniform(0.4, 0.5), 1.0)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def _coverage(corners, height, width):
+    """Float (H, W): the share of each pixel inside the polygon, by supersampling."""
+    scale = _SUPERSAMPLING
+    fine = Image.new("L", (int(width) * scale, int(height) * scale))
+    # Pillow's coordinates are pixel centres.
+    ImageDraw.Draw(fine).polygon([tuple(point) for point in corners * scale - 0.5], fill=255)
+    return np.asarray(fine.reduce(scale)) / 255.0
+
+
+def _polygon_area(corners):
+    x, y = corners.T
+    return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+
+
+def _paint(rng, canvas, alpha, outline):
+    """Blend a textured, perhaps outlined, slightly transparent shape into the canvas."""
+    covered = canvas[alpha > 0.5].mean(axis=0)
+    color = _contrasting_color(rng, covered)
+    fill = color + _texture(rng, *alpha.shape)
+    if rng.random() < 0.5:
+        edge_color = color * rng.uniform(0.3, 0.7) if rng.random() < 0.5 else (color + 255) / 2
+        fill = fill + outline[..., None] * (edge_color - fill)
+    canvas += (alpha * rng.uniform(0.85, 1.0))[..., None] * (fill - canvas)
+
+
+def _contrasting_color(rng, covered):
+    contrast = rng.uniform(*_CONTRASTS)
+    candidates = rng.uniform(0, 255, (64, 3))
+    distances = np.linalg.norm(candidates - covered, axis=1)
+    return candidates[np.abs(distances - contrast).argmin()]
+
+
+def _texture(rng, height, width):
+    """Float (H, W, 3), about 0: none, a ramp, stripes, a checkerboard, or noise."""
+    kind, amplitude = rng.integers(5), rng.uniform(8, 30)
+    y, x = np.mgrid[:height, :width]
+    angle, period = rng.uniform(0, math.pi), rng.uniform(4, 12)
+    along = math.cos(angle) * x + math.sin(angle) * y
+    across = math.cos(angle) * y - math.sin(angle) * x
+    if kind == 0:
+        pattern = np.zeros((height, width))
+    elif kind == 1:
+        pattern = (along - along.mean()) / 40
+    elif kind == 2:
+        pattern = np.sin(2 * math.pi * along / period)
+    elif kind == 3:
+        pattern = np.sign(np.sin(math.pi * along / period) * np.sin(math.pi * across / period))
+    else:
+        return _multi_scale_noise(rng, height, width, amplitude)
+    return amplitude * pattern[..., None]

@@ -1,0 +1,240 @@
+import difflib
+import inspect
+import numbers
+
+import torch
+from detectron2.config import LazyConfig
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from smca.engine.trainer import AMP_DTYPES
+from smca.errors import ConfigError
+
+__all__ = ["load_config", "resolve_device"]
+
+_SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+
+def load_config(config_file, overrides=()):
+    """
+    A LazyConfig with overrides, checked.
+
+    Args:
+        config_file (str): path of a .py or .yaml LazyConfig.
+        overrides (list[str]): ``key=value``, in hydra's syntax. The key has to be in the config,
+            or be an argument of what the config calls there; ``+key=value`` adds any other.
+
+    Returns:
+        DictConfig
+
+    Raises:
+        ConfigError: names the file or the key, and the nearest valid key.
+    """
+    cfg = _load_file(config_file)
+    for override in overrides:
+        _apply_override(cfg, override)
+    check_train(cfg.train)
+    return cfg
+
+
+def _load_file(config_file):
+    if not config_file:
+        raise ConfigError("No config given: add --config-file with a file from configs/.")
+    if not PathManager.isfile(config_file):
+        raise ConfigError(f"The config file {config_file} does not exist.")
+    try:
+        cfg = LazyConfig.load(config_file)
+    except (SyntaxError, ImportError) as error:
+        raise ConfigError(f"{config_file} cannot be loaded: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    absent = [name for name in _SECTIONS if name not in cfg]
+    if absent:
+        raise ConfigError(
+            f"{config_file} is no config for this script, it does not define "
+            f"{', '.join(absent)}: start from a file in configs/."
+        )
+    return cfg
+
+
+def _apply_override(cfg, text):
+    if text.startswith("-"):
+        raise ConfigError(f"Option {text} has to stand before the first key=value.")
+    try:
+        override = OverridesParser.create().parse_override(text)
+        key, value = override.key_or_group, override.value()
+    except HydraException as error:
+        raise ConfigError(
+            f"Override {text!r} cannot be read, write key=value (with quotes inside quotes for "
+            f"special characters, '\"a b\"'): {str(error).splitlines()[0]}"
+        ) from error
+    if override.is_delete():
+        raise ConfigError(f"Override {text!r} would delete a key, which is not possible.")
+    if not override.is_add():
+        _check_override(cfg, key, value)
+    try:
+        LazyConfig.apply_overrides(cfg, [text])
+    except (KeyError, OmegaConfBaseException) as error:
+        raise ConfigError(f"Override {text!r} is not possible: {error.args[0]}") from error
+
+
+def _check_override(cfg, key, value):
+    """Raise if `key` is unknown or `value` of another kind than the one it replaces."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_override(cfg, f"{key}.{name}", item)
+        return
+    *parents, name = key.split(".")
+    node = cfg
+    for parent in parents:
+        if parent not in _names(node):
+            raise ConfigError(_unknown_key_message(cfg, key))
+        node = _child(node, parent)
+        if node is None:  # a key without a value takes anything
+            return
+    if name not in _names(node):
+        raise ConfigError(_unknown_key_message(cfg, key))
+    _check_kind(key, _child(node, name), value)
+
+
+def _child(node, name):
+    if isinstance(node, DictConfig) and name in node.keys():
+        return OmegaConf.select(node, name, throw_on_resolution_failure=False)
+    if isinstance(node, ListConfig) and name.isdigit() and int(name) < len(node):
+        return node[int(name)]
+    return None
+
+
+def _names(node):
+    """Keys that may be set in a node: those it has, and arguments of what it calls."""
+    if isinstance(node, ListConfig):
+        return [str(index) for index in range(len(node))]
+    if not isinstance(node, DictConfig):
+        return []
+    names = [str(name) for name in node.keys()]
+    if "_target_" in names:
+        target = node._target_
+        target = locate(target) if isinstance(target, str) else target
+        if callable(target):
+            names += [
+                name
+                for name, parameter in inspect.signature(target).parameters.items()
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            ]
+    return names
+
+
+def _all_keys(node, prefix=""):
+    for name in _names(node):
+        yield prefix + name
+        child = _child(node, name)
+        if isinstance(child, (DictConfig, ListConfig)):
+            yield from _all_keys(child, f"{prefix}{name}.")
+
+
+def _unknown_key_message(cfg, key):
+    nearest = difflib.get_close_matches(key, set(_all_keys(cfg)), n=1, cutoff=0.5)
+    hint = f", did you mean {nearest[0]}?" if nearest else "."
+    return f"The config has no key {key}{hint}"
+
+
+def _check_kind(key, old, new):
+    if new is None or old is None or (isinstance(new, str) and "${" in new):
+        return
+    if isinstance(old, bool):
+        fits, kind = isinstance(new, bool), "true or false"
+    elif isinstance(old, numbers.Number):
+        fits = not isinstance(new, (str, bool))
+        kind = "a number"
+    elif isinstance(old, DictConfig):
+        fits, kind = False, f"a section with keys of its own ({', '.join(map(str, old.keys()))})"
+    else:
+        return
+    if not fits:
+        raise ConfigError(f"{key} is {kind}, it cannot be {new!r}.")
+
+
+def _is_int(value, low):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_bool(value):
+    return isinstance(value, bool)
+
+
+_TRAIN_RULES = {
+    "output_dir": (lambda v: isinstance(v, str) and v, "the path of a folder"),
+    "init_checkpoint": (lambda v: v is None or isinstance(v, str), "a path, a URL or ''"),
+    "max_iter": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
+    "device": (lambda v: isinstance(v, str), "auto, cpu, cuda or another device of PyTorch"),
+    "seed": (lambda v: _is_int(v, -(2**63)), "a whole number"),
+    "amp.enabled": (_is_bool, "true or false"),
+    "amp.dtype": (lambda v: v in AMP_DTYPES, " or ".join(AMP_DTYPES)),
+    "accumulate": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
+    "clip_grad_norm": (
+        lambda v: v is None or (_is_number(v) and v >= 0),
+        "a number of at least 0, or null",
+    ),
+    "model_ema.enabled": (_is_bool, "true or false"),
+    "model_ema.decay": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "compile": (_is_bool, "true or false"),
+    "checkpointer.period": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
+    "checkpointer.max_to_keep": (
+        lambda v: v is None or _is_int(v, 1),
+        "a whole number of at least 1, or null",
+    ),
+    "best_metric": (lambda v: isinstance(v, str), "the name of a metric, such as bbox/AP"),
+    "eval_period": (lambda v: _is_int(v, 0), "a whole number of at least 0"),
+    "log_period": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
+    "fast_dev_run": (_is_bool, "true or false"),
+}
+
+
+def check_train(train):
+    """
+    Check the values of the config's ``train`` section.
+
+    Raises:
+        ConfigError: a key is absent, or its value is not possible.
+    """
+    absent = object()
+    for key, (is_valid, kind) in _TRAIN_RULES.items():
+        value = OmegaConf.select(train, key, default=absent)
+        if value is absent:
+            raise ConfigError(f"The config lacks train.{key}: start from configs/common/train.py.")
+        if not is_valid(value):
+            raise ConfigError(f"train.{key} has to be {kind}, it cannot be {value!r}.")
+
+
+def resolve_device(name):
+    """
+    Args:
+        name (str): "auto" or a PyTorch device.
+
+    Returns:
+        torch.device: of this process; for "auto", a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        # Whether there is a GPU can be asked without occupying memory on it.
+        is_there = device.type != "cuda" or torch.cuda.is_available()
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        is_there = False
+    if not is_there:
+        raise ConfigError(f"train.device={name} cannot be used on this machine: take auto or cpu.")
+    return device

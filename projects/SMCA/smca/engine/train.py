@@ -1,0 +1,314 @@
+import copy
+import itertools
+import logging
+import os
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table, setup_logger
+from omegaconf import OmegaConf
+
+from smca.checkpoint import SMCACheckpointer
+from smca.data import require_dataset
+from smca.engine.config import load_config, resolve_device
+from smca.engine.hooks import BestCheckpointer, EmergencyCheckpointer, ModelEMA, ProgressPrinter
+from smca.engine.trainer import AMP_DTYPES, Trainer
+from smca.errors import CheckpointError, ConfigError, UserError
+
+__all__ = ["build_model", "do_test", "do_train", "main"]
+
+logger = logging.getLogger(__name__)
+
+_DEV_RUN_STEPS, _DEV_RUN_IMAGES = 3, 4
+
+
+def main(args):
+    """
+    Train or evaluate, in one process of possibly several.
+
+    Args:
+        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
+
+    Returns:
+        dict: results of the (last) evaluation, empty if there was none; ``bbox`` with those of
+        the trained weights, ``ema/bbox`` with those of their average. Only in the main process.
+
+    Raises:
+        UserError: see its docstring.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    cfg.train.device = str(resolve_device(cfg.train.device))
+    if cfg.train.fast_dev_run:
+        _shorten(cfg.train)
+    cfg.train.seed = _agree_on_seed(cfg.train, args.resume and not args.eval_only)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="smca")
+    default_setup(cfg, args)
+    return do_eval(cfg, args) if args.eval_only else do_train(cfg, args)
+
+
+def _shorten(train):
+    """Settings for a run that takes every path once, apart from the real one's files."""
+    train.output_dir = os.path.join(train.output_dir, "fast_dev_run")
+    train.max_iter = _DEV_RUN_STEPS
+    train.eval_period = 0
+    train.log_period = 1
+
+
+def _agree_on_seed(train, resume):
+    """The seed, for a negative one that of the run to resume, or else a random one."""
+    if train.seed >= 0:
+        return train.seed
+    last = SMCACheckpointer(torch.nn.Module(), train.output_dir).get_checkpoint_file()
+    if resume and last:
+        try:
+            checkpoint = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
+            return checkpoint["trainer"]["seed"]
+        except (OSError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"{last} is no checkpoint to resume from.") from error
+    return comm.shared_random_seed()
+
+
+def _build(section, name):
+    """Instantiate a part of the config, with errors that say which part it was."""
+    try:
+        return instantiate(section)
+    except UserError:
+        raise
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        reason = error if isinstance(error, OSError) or not error.args else error.args[0]
+        raise ConfigError(f"The config's {name} cannot be built: {reason}") from error
+
+
+def _dataset_names(cfg, split):
+    """Names in Detectron2's catalog, as far as the config says them."""
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=[])
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _check_datasets(cfg, *splits):
+    for split in splits:
+        require_dataset(_dataset_names(cfg, split))
+
+
+def _check_class_counts(cfg, *splits):
+    """To be called when the data are loaded, which is when their classes are known."""
+    num_classes = OmegaConf.select(cfg, "model.num_classes")
+    for name in [name for split in splits for name in _dataset_names(cfg, split)]:
+        classes = MetadataCatalog.get(name).get("thing_classes", [])
+        if num_classes is not None and len(classes) > num_classes:
+            raise ConfigError(
+                f"Data set '{name}' has {len(classes)} classes, the model {num_classes}: set "
+                f"model.num_classes={len(classes)}."
+            )
+
+
+def build_model(cfg):
+    """The config's model, on its device."""
+    return _build(cfg.model, "model").to(cfg.train.device)
+
+
+def _build_test_loader(cfg):
+    """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
+    loader = _build(cfg.dataloader.test, "dataloader.test")
+    if cfg.train.fast_dev_run:
+        return list(itertools.islice(loader, _DEV_RUN_IMAGES))
+    return loader
+
+
+def do_test(cfg, model, test_loader=None, prefix=""):
+    """
+    Evaluate a model on the config's test data, and log the results.
+
+    Args:
+        cfg (DictConfig): ``dataloader.test`` and ``dataloader.evaluator`` are used; without
+            an evaluator there is nothing to do.
+        model (nn.Module): not wrapped in DistributedDataParallel.
+        test_loader (iterable or None): built from `cfg` if None.
+        prefix (str): put before the names of the tasks in the results.
+
+    Returns:
+        dict: ``{prefix + task: {metric: value}}``, empty in all but the main process.
+    """
+    if cfg.dataloader.get("evaluator") is None:
+        return {}
+    if test_loader is None:
+        test_loader = _build_test_loader(cfg)
+    evaluator = _build(cfg.dataloader.evaluator, "dataloader.evaluator")
+    results = inference_on_dataset(model, test_loader, evaluator)
+    results = {prefix + task: metrics for task, metrics in results.items()}
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def do_eval(cfg, args):
+    """
+    Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
+    checkpoint in ``train.output_dir``), and their average if the file has one.
+    """
+    _check_datasets(cfg, "test")
+    test_loader = _build_test_loader(cfg)
+    _check_class_counts(cfg, "test")
+    model = build_model(cfg)
+    checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
+    path = cfg.train.init_checkpoint
+    if args.resume and checkpointer.has_checkpoint():
+        path = checkpointer.get_checkpoint_file()
+    if not path:
+        raise ConfigError("Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE.")
+    others = checkpointer.load(path)
+
+    results = do_test(cfg, model, test_loader)
+    if "model_ema" in others:
+        model.load_state_dict(others["model_ema"])
+        results.update(do_test(cfg, model, test_loader, prefix="ema/"))
+    _log_summary(results, [path], [os.path.join(cfg.train.output_dir, "log.txt")])
+    return results
+
+
+def do_train(cfg, args):
+    """
+    Train as the config says, with ``--resume`` from the newest checkpoint in
+    ``train.output_dir`` if there is one.
+
+    Returns:
+        dict: results of the last evaluation, see :func:`main`.
+    """
+    train = cfg.train
+    # Data first: what is wrong with them should not take the time to build a model.
+    _check_datasets(cfg, "train", "test")
+    train_loader = _build(cfg.dataloader.train, "dataloader.train")
+    test_loader = _build_test_loader(cfg)
+    _check_class_counts(cfg, "train", "test")
+    model = build_model(cfg)
+    logger.info("Model:\n%s", model)
+
+    checkpointer = SMCACheckpointer(model, train.output_dir, provenance=_provenance(cfg, args))
+    resume = args.resume and checkpointer.has_checkpoint()
+    if not resume:
+        _warn_about_existing_run(checkpointer, args)
+        checkpointer.load(train.init_checkpoint, checkpointables=[])
+    # Before the model is wrapped or compiled, so that it is a plain copy.
+    ema = ModelEMA(model, train.model_ema.decay) if train.model_ema.enabled else None
+
+    trainer = _build_trainer(cfg, model, train_loader)
+    checkpointer.add_checkpointable("trainer", trainer)
+    if ema is not None:
+        checkpointer.add_checkpointable("model_ema", ema.averaged)
+    results = {}
+
+    def evaluate():
+        results.update(do_test(cfg, model, test_loader))
+        if ema is not None:
+            results.update(do_test(cfg, ema.model, test_loader, prefix="ema/"))
+        # Detectron2 sums up what it gets into "name/metric".
+        return dict(results)
+
+    trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate))
+    start_iter = _resume(checkpointer, trainer, ema) if resume else 0
+    trainer.train(start_iter, train.max_iter)
+    _log_summary(results, *_written_files(train.output_dir, checkpointer))
+    return results
+
+
+def _build_trainer(cfg, model, train_loader):
+    train = cfg.train
+    cfg.optimizer.params.model = model
+    optimizer = _build(cfg.optimizer, "optimizer")
+    if train.compile:
+        model.compile()
+    ddp = OmegaConf.to_container(train.ddp, resolve=True)
+    is_cuda = torch.device(train.device).type == "cuda"
+    return Trainer(
+        create_ddp_model(
+            model, device_ids=[torch.cuda.current_device()] if is_cuda else None, **ddp
+        ),
+        train_loader,
+        optimizer,
+        amp_dtype=AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None,
+        accumulate=train.accumulate,
+        clip_grad_norm=train.clip_grad_norm,
+        seed=train.seed,
+        total_batch_size=cfg.dataloader.train.get("total_batch_size"),
+    )
+
+
+def _build_hooks(cfg, checkpointer, ema, evaluate):
+    train = cfg.train
+    state_hooks = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=_build(cfg.lr_multiplier, "lr_multiplier")),
+        ema,
+        EmergencyCheckpointer(checkpointer),
+    ]
+    if not comm.is_main_process():
+        return state_hooks + [hooks.EvalHook(train.eval_period, evaluate)]
+    writers = default_writers(train.output_dir, train.max_iter)
+    writers[0] = ProgressPrinter(train.max_iter)
+    return state_hooks + [
+        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer),
+        hooks.EvalHook(train.eval_period, evaluate),
+        BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
+        hooks.PeriodicWriter(writers, period=train.log_period),
+    ]
+
+
+def _resume(checkpointer, trainer, ema):
+    """
+    Returns:
+        int: the iteration to go on with.
+    """
+    others = checkpointer.resume()
+    # Checkpoints hold the number of the iteration that was just finished.
+    start_iter = trainer.iter + 1
+    if ema is not None and not ema.averaged.n_averaged:
+        logger.warning("The checkpoint has no average of the weights: it starts here.")
+        ema.averaged.load_state_dict(copy.deepcopy(checkpointer.model.state_dict()))
+    if "model_ema" in others:
+        logger.warning(
+            "The checkpoint's average of the weights is dropped, since "
+            "train.model_ema.enabled is false."
+        )
+    logger.info("Resuming at iteration %d.", start_iter)
+    return start_iter
+
+
+def _warn_about_existing_run(checkpointer, args):
+    if checkpointer.has_checkpoint():
+        logger.warning(
+            "%s holds another run, whose files will be overwritten; --resume would continue it.",
+            checkpointer.save_dir,
+        )
+    elif args.resume:
+        logger.warning("There is no checkpoint in %s: starting anew.", checkpointer.save_dir)
+
+
+def _provenance(cfg, args):
+    """What a checkpoint says about itself, in plain types."""
+    names = _dataset_names(cfg, "train")
+    class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
+    return {
+        "config": os.path.basename(args.config_file),
+        "class_names": list(class_names),
+        "num_classes": OmegaConf.select(cfg, "model.num_classes"),
+    }
+
+
+def _written_files(output_dir, checkpointer):
+    names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
+    paths = [os.path.join(output_dir, name) for name in names]
+    return [checkpointer.get_checkpoint_file()], [path for path in paths if os.path.exists(path)]
+
+
+def _log_summary(results, checkpoints, others):
+    if not comm.is_main_process():
+        return
+    for task, metrics in results.items():
+        overall = {name: value for name, value in metrics.items() if not name.startswith("AP-")}
+        logger.info("%s:\n%s", task, create_small_table(overall))
+    logger.info("Checkpoint: %s", ", ".join(checkpoints))
+    logger.info("Written: %s", ", ".join(others))

@@ -1,0 +1,65 @@
+"""DETR's ResNets, put together from Detectron2's blocks."""
+
+from typing import Optional, Sequence
+
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+
+# Blocks in each stage.
+_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def build_resnet(
+    depth: int = 50,
+    out_features: Sequence[str] = ("res5",),
+    norm: str = "FrozenBN",
+    freeze_at: int = 2,
+    dilated_res5: bool = False,
+    num_blocks: Optional[Sequence[int]] = None,
+) -> ResNet:
+    """A ResNet as torchvision's weights want it: the stride is in the 3x3 convolution.
+
+    Detectron2's `build_resnet_backbone` gives the same from a yacs config.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        out_features: among res2, ..., res5 (strides 4, ..., 32).
+        norm: "FrozenBN" for pretrained weights; "GN" trains from scratch in small batches.
+        freeze_at: 2 freezes the stem and res2 (DETR), 0 nothing.
+        dilated_res5: res5 keeps res4's stride and dilates its convolutions (DC5).
+        num_blocks: blocks of each stage in place of the depth's own, to make a smaller network.
+
+    Raises:
+        ValueError: for another depth, or a dilated ResNet of basic blocks.
+    """
+    if depth not in _STAGES:
+        raise ValueError(f"model.backbone.depth={depth} must be one of {sorted(_STAGES)}.")
+    bottleneck = depth >= 50
+    if dilated_res5 and not bottleneck:
+        raise ValueError("model.backbone.dilated_res5 needs depth 50 or 101.")
+    stages, in_channels = [], 64
+    for index, blocks in enumerate(num_blocks or _STAGES[depth]):
+        width = 64 * 2**index
+        out_channels = 4 * width if bottleneck else width
+        dilated = dilated_res5 and index == 3
+        stride = 1 if index == 0 or dilated else 2
+        kwargs = {}
+        if bottleneck:
+            kwargs = dict(bottleneck_channels=width, stride_in_1x1=False)
+            if dilated:
+                # As torchvision's replace_stride_with_dilation: the first block is not dilated.
+                kwargs["dilation_per_block"] = [1] + [2] * (blocks - 1)
+        stages.append(
+            ResNet.make_stage(
+                BottleneckBlock if bottleneck else BasicBlock,
+                blocks,
+                stride_per_block=[stride] + [1] * (blocks - 1),
+                in_channels=in_channels,
+                out_channels=out_channels,
+                norm=norm,
+                **kwargs,
+            )
+        )
+        in_channels = out_channels
+    stem = BasicStem(in_channels=3, out_channels=64, norm=norm)
+    return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)

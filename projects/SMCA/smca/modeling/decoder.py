@@ -1,0 +1,220 @@
+"""The SMCA decoder (section 3): each query says where to look, then reads from there."""
+
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import CoAttention, MultiheadAttention, float32_region
+from .layers import FeedForward, mlp, xavier_uniform
+from .modulation import MODULATIONS, SPREADS, SpatialModulation, channels
+from .scales import Scale
+
+
+class Memory(NamedTuple):
+    """What all decoder layers read: the encoded scales, joined."""
+
+    scales: List[Scale]
+    num_cells: List[int]  # of each scale
+    key: Tensor  # (B, S, d) tokens with their positions
+    value: Tensor  # (B, S, d) tokens
+
+
+class DecoderOutput(NamedTuple):
+    """
+    Attributes:
+        hidden: (N, B, Q, d) normalised output of each of the N layers.
+        reference: (B, Q, 2) predicted centre (x, y) before its sigmoid; None without modulation.
+    """
+
+    hidden: Tensor
+    reference: Optional[Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """Query self-attention, (modulated) co-attention, FFN; post-norm.
+
+    Args:
+        modulation: "multi_head", "head_shared" or "none" (DETR's layer).
+        predicts_centre: the first layer of a modulated decoder predicts the centre for all.
+        The others as in `Decoder`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        num_scales: int,
+        modulation: str,
+        spread: str,
+        beta: float,
+        scale_selection: bool,
+        predicts_centre: bool,
+    ):
+        super().__init__()
+        self.self_attention = MultiheadAttention(embed_dim, num_heads, dropout)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.co_attention = CoAttention(embed_dim, num_heads, dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
+
+        # What a setting does not use does not exist.
+        self.input_norm: Optional[nn.LayerNorm] = None
+        self.centre: Optional[nn.Module] = None
+        self.modulation: Optional[SpatialModulation] = None
+        self.scale_weight: Optional[nn.Linear] = None
+        if modulation != "none":
+            self.modulation = SpatialModulation(
+                embed_dim, num_heads, num_scales, modulation, spread, beta
+            )
+            self.centre = mlp(embed_dim, 2) if predicts_centre else None
+        if scale_selection and num_scales > 1:
+            self.scale_weight = nn.Linear(embed_dim, num_scales)
+        if self.modulation is not None or self.scale_weight is not None:
+            self.input_norm = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_position: Tensor,
+        memory: Memory,
+        image_sizes: Tensor,
+        reference: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """
+        Args:
+            queries: (B, Q, d). query_position: (Q, d).
+            image_sizes: (B, 1, 2) each image's own (width, height) in pixels.
+            reference: (B, Q, 2) from the first layer; None in the first layer.
+
+        Returns:
+            (B, Q, d) queries and (B, Q, 2) reference (None without modulation).
+        """
+        located = queries + query_position
+        modulations = scale_weights = None
+        if self.input_norm is not None:
+            layer_input = self.input_norm(located)
+        if self.modulation is not None:
+            with float32_region(layer_input):
+                if self.centre is not None:
+                    reference = self.centre(layer_input)
+                centre = reference.sigmoid() * image_sizes
+            gaussians = self.modulation(layer_input, centre, memory.scales)
+        if self.scale_weight is not None:
+            with float32_region(layer_input):
+                scale_weights = self.scale_weight(layer_input).softmax(dim=-1)
+
+        attended = self.self_attention(located, located, queries)
+        queries = self.norm1(queries + self.dropout1(attended))
+
+        if self.modulation is not None:
+            modulations = self._modulation_channels(gaussians, memory.scales, queries)
+        attended = self.co_attention(
+            queries + query_position,
+            memory.key,
+            memory.value,
+            memory.num_cells,
+            [scale.padding_mask for scale in memory.scales],
+            modulations,
+            scale_weights,
+        )
+        queries = self.norm2(queries + self.dropout2(attended))
+        return self.ffn(queries), reference
+
+    def _modulation_channels(self, gaussians, scales: List[Scale], queries: Tensor):
+        device_type = queries.device.type
+        dtype = queries.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        head_dim = queries.shape[-1] // self.co_attention.num_heads
+        return [
+            channels(gaussians, index, scale.size, head_dim, dtype)
+            for index, scale in enumerate(scales)
+        ]
+
+
+class Decoder(nn.Module):
+    """Decoder layers, and one LayerNorm for the output of each.
+
+    Args:
+        num_layers: 6 in the paper. embed_dim: d. num_heads: H. ffn_dim: width of the feed-forward
+            block. dropout: of attention weights and of each block's result.
+        num_scales: L, how many scales the encoder gives.
+        modulation: "multi_head" (SMCA), "head_shared" (the paper's first step) or "none" (DETR).
+        spread: "fixed", "single", "independent" or "covariance", see `SpatialModulation`.
+        beta: divides the squared distances.
+        scale_selection: each query weighs the scales; without, their results are simply added.
+    """
+
+    def __init__(
+        self,
+        num_layers: int = 6,
+        modulation: str = "multi_head",
+        spread: str = "independent",
+        beta: float = 8.0,
+        scale_selection: bool = True,
+        num_scales: int = 3,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        for key, value, known in (
+            ("modulation", modulation, MODULATIONS),
+            ("spread", spread, tuple(SPREADS)),
+        ):
+            if value not in known:
+                raise ValueError(f"model.decoder.{key}={value!r} must be one of {', '.join(known)}.")
+        if beta <= 0:
+            raise ValueError(f"model.decoder.beta={beta} must be positive.")
+        if num_layers < 1:
+            raise ValueError(f"model.decoder.num_layers={num_layers} must be at least 1.")
+        self.num_scales = num_scales
+        self.modulated = modulation != "none"
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                embed_dim,
+                num_heads,
+                ffn_dim,
+                dropout,
+                num_scales,
+                modulation,
+                spread,
+                beta,
+                scale_selection,
+                predicts_centre=index == 0,
+            )
+            for index in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        xavier_uniform(self)
+        for module in self.modules():
+            if isinstance(module, SpatialModulation):
+                module.reset_parameters()
+
+    def forward(
+        self, scales: List[Scale], query_position: Tensor, image_sizes: Tensor
+    ) -> DecoderOutput:
+        """
+        Args:
+            scales: the L encoded scales.
+            query_position: (Q, d), learned.
+            image_sizes: (B, 2) each image's own (width, height) in pixels, before padding.
+        """
+        tokens = torch.cat([scale.tokens for scale in scales], dim=1)
+        position = torch.cat([scale.position for scale in scales], dim=1)
+        num_cells = [scale.tokens.shape[1] for scale in scales]
+        memory = Memory(scales, num_cells, key=tokens + position, value=tokens)
+        queries = torch.zeros_like(query_position).expand(tokens.shape[0], -1, -1)
+        reference, hidden = None, []
+        for layer in self.layers:
+            queries, reference = layer(
+                queries, query_position, memory, image_sizes[:, None], reference
+            )
+            hidden.append(self.norm(queries))
+        return DecoderOutput(torch.stack(hidden), reference)

@@ -1,0 +1,85 @@
+"""Intra-scale and multi-scale self-attention encoder (SMCA, section 3.4)."""
+
+from dataclasses import replace
+from typing import List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MultiheadAttention
+from .layers import FeedForward, xavier_uniform
+from .scales import Scale, join_padding_masks
+
+
+class EncoderLayer(nn.Module):
+    """DETR's encoder layer, post-norm: self-attention with positions on queries and keys, FFN."""
+
+    def __init__(self, embed_dim: int, num_heads: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.self_attention = MultiheadAttention(embed_dim, num_heads, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, padding_mask: Optional[Tensor] = None
+    ) -> Tensor:
+        """
+        Args:
+            tokens, position: (B, S, d). padding_mask: (B, S) bool, True on padding, or None.
+
+        Returns:
+            (B, S, d)
+        """
+        located = tokens + position
+        attended = self.self_attention(located, located, tokens, padding_mask)
+        return self.ffn(self.norm(tokens + self.dropout(attended)))
+
+
+class TransformerEncoder(nn.Module):
+    """Encoder layers that look within each scale ("I") or at all scales together ("M").
+
+    The scales share a layer's weights. With one scale both letters mean the same and the encoder
+    is DETR's.
+
+    Args:
+        pattern: a letter for each layer, in order; the paper's best is "IIMII".
+        embed_dim: d. num_heads: H. ffn_dim: width of the feed-forward block. dropout: of attention
+            weights and of each block's result.
+    """
+
+    def __init__(
+        self,
+        pattern: str = "IIMII",
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if set(pattern) - set("IM"):
+            raise ValueError(
+                f"model.encoder.pattern={pattern!r} may only hold the letters I (intra-scale) and "
+                "M (multi-scale), one for each layer, for instance 'IIMII'."
+            )
+        self.pattern = pattern
+        self.layers = nn.ModuleList(
+            EncoderLayer(embed_dim, num_heads, ffn_dim, dropout) for _ in pattern
+        )
+        xavier_uniform(self)
+
+    def forward(self, scales: List[Scale]) -> List[Scale]:
+        """The scales with encoded tokens, in the same order."""
+        joined_position = torch.cat([scale.position for scale in scales], dim=1)
+        joined_mask = join_padding_masks(scales)
+        num_cells = [scale.tokens.shape[1] for scale in scales]
+        tokens = [scale.tokens for scale in scales]
+        for kind, layer in zip(self.pattern, self.layers):
+            if kind == "I":
+                tokens = [
+                    layer(t, scale.position, scale.padding_mask) for t, scale in zip(tokens, scales)
+                ]
+            else:
+                joined = layer(torch.cat(tokens, dim=1), joined_position, joined_mask)
+                tokens = list(joined.split(num_cells, dim=1))
+        return [replace(scale, tokens=t) for scale, t in zip(scales, tokens)]

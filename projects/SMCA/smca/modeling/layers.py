@@ -1,0 +1,35 @@
+"""The feed-forward block that encoder and decoder layers share, and the heads' small MLP."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import MLP
+
+
+class FeedForward(nn.Module):
+    """linear, ReLU, dropout, linear, dropout, added to the input and normalised (post-norm)."""
+
+    def __init__(self, embed_dim: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(embed_dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, embed_dim)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, d) -> (B, N, d)"""
+        hidden = self.dropout1(F.relu(self.linear1(tokens)))
+        return self.norm(tokens + self.dropout2(self.linear2(hidden)))
+
+
+def mlp(embed_dim: int, out_dim: int) -> MLP:
+    """Three linear layers d, d, d -> out_dim with ReLU between."""
+    return MLP(embed_dim, [embed_dim, embed_dim, out_dim])
+
+
+def xavier_uniform(module: nn.Module) -> None:
+    """Xavier uniform for every weight of more than one dimension; the attentions' q, k and v are
+    one stacked tensor and drawn as one (DETR)."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)

@@ -1,0 +1,187 @@
+"""Dynamic spatial weight maps (SMCA, sections 3.2 and 3.3): where each query's heads look.
+
+A head's log-weight of the cell at distance (dx, dy), in cells, from the head's centre is
+
+    -(p_x dx^2 + p_y dy^2 + p_xy dx^2 dy^2),      p = a^2 * factor / beta,
+
+with the spread a predicted by the query (it multiplies the distance: the inverse of the paper's s)
+and a factor of stride / 32 where the model has several scales.
+"""
+
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import float32_region
+from .scales import Scale
+
+MODULATIONS = ("multi_head", "head_shared", "none")
+# Spread values that a head has on each scale.
+SPREADS = {"fixed": 0, "single": 1, "independent": 2, "covariance": 3}
+REFERENCE_STRIDE = 32
+
+
+@dataclass
+class Gaussians:
+    """The weight maps of all queries, H' heads (1 if they share it) and scales.
+
+    Attributes:
+        centres: (B, Q, L, H', 2) heads' centres (x, y), in cells of each scale.
+        precisions: (B, Q, L, H', 2 or 3): p_x, p_y and, with covariance, p_xy (per cell^2, cell^4).
+    """
+
+    centres: Tensor
+    precisions: Tensor
+
+    def log_weights(self, scale_index: int, size: Tuple[int, int]) -> Tensor:
+        """The whole map of one scale of (h, w) cells: (B, Q, H', h, w). For pictures and checks;
+        the model itself never makes it."""
+        centres, precisions = self.centres[:, :, scale_index], self.precisions[:, :, scale_index]
+        x, y = (torch.arange(n, dtype=centres.dtype, device=centres.device) for n in size[::-1])
+        dx2 = (x - centres[..., 0:1]).square()[..., None, :]
+        dy2 = (y - centres[..., 1:2]).square()[..., :, None]
+        p = precisions[..., None, None]
+        log_weights = -(p[:, :, :, 0] * dx2 + p[:, :, :, 1] * dy2)
+        if p.shape[3] == 3:
+            log_weights = log_weights - p[:, :, :, 2] * dx2 * dy2
+        return log_weights
+
+
+class SpatialModulation(nn.Module):
+    """Predicts a decoder layer's Gaussians from its queries.
+
+    Args:
+        embed_dim: d. num_heads: H. num_scales: L.
+        modulation: "multi_head": each head has an offset from the shared centre and a spread of
+            its own; "head_shared": all heads look around the centre with one spread.
+        spread: "fixed" (a = 1), "single" (one a for x and y), "independent" or "covariance".
+        beta: divides the squared distance; a larger one makes wider maps.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_scales: int,
+        modulation: str = "multi_head",
+        spread: str = "independent",
+        beta: float = 8.0,
+    ):
+        super().__init__()
+        self.num_heads = num_heads if modulation == "multi_head" else 1
+        self.num_scales = num_scales
+        self.num_spreads = SPREADS[spread]
+        self.beta = beta
+        self.offset: Optional[nn.Linear] = None
+        self.spread: Optional[nn.Linear] = None
+        if modulation == "multi_head":
+            self.offset = nn.Linear(embed_dim, num_scales * num_heads * 2)
+        if self.num_spreads:
+            self.spread = nn.Linear(embed_dim, num_scales * self.num_heads * self.num_spreads)
+
+    def reset_parameters(self) -> None:
+        """The spread starts at 1 for every query; the offsets keep their random start, so that
+        heads differ."""
+        if self.spread is not None:
+            nn.init.zeros_(self.spread.weight)
+            nn.init.ones_(self.spread.bias)
+
+    def forward(self, queries: Tensor, centre: Tensor, scales: List[Scale]) -> Gaussians:
+        """
+        Args:
+            queries: (B, Q, d), the layer's normalised input.
+            centre: (B, Q, 2), (x, y) in pixels.
+            scales: the L scales that the decoder reads.
+        """
+        strides = torch.tensor([float(s.stride) for s in scales], device=queries.device)
+        factors = strides / REFERENCE_STRIDE if len(scales) > 1 else torch.ones_like(strides)
+        with float32_region(queries):
+            centres = centre[:, :, None, None, :] / strides[:, None, None]
+            if self.offset is not None:
+                centres = centres + self._by_scale_and_head(self.offset(queries), 2)
+            precisions = (factors / self.beta)[:, None, None]
+            if self.spread is not None:
+                spread = self._by_scale_and_head(self.spread(queries), self.num_spreads)
+                precisions = precisions * spread.square()
+            if self.num_spreads < 2:  # one value for x and y
+                precisions = precisions.expand_as(centres)
+        return Gaussians(centres, precisions)
+
+    def _by_scale_and_head(self, values: Tensor, count: int) -> Tensor:
+        """(B, Q, L * H' * count) -> (B, Q, L, H', count)."""
+        return values.unflatten(2, (self.num_scales, self.num_heads, count))
+
+
+def channels(
+    gaussians: Gaussians,
+    scale_index: int,
+    size: Tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+) -> Tuple[Tensor, Tensor]:
+    """Channels whose dot product, divided by sqrt(d_h) like that of queries and keys, is a scale's
+    log-weight, less its terms that all cells share.
+
+    float32 takes 4 channels (8 with covariance). In bfloat16 and float16 these products are too
+    coarse, so each factor is cut into pieces that the type holds, 18 channels; covariance, whose
+    products grow with the fourth power of the distance, stays in float32.
+
+    Args:
+        size: (h, w) of the scale in cells.
+        head_dim: d_h. dtype: of the attention that they are for.
+
+    Returns:
+        (B, H', Q, k) of the queries and (h * w, k) of the cells, both float32 or of `dtype`.
+    """
+    # Counted from the middle cell, coordinates and their squares are small integers.
+    middle = (size[1] // 2, size[0] // 2)
+    centres = gaussians.centres[:, :, scale_index].transpose(1, 2)
+    precisions = gaussians.precisions[:, :, scale_index].transpose(1, 2)
+    c_x, c_y = centres[..., 0] - middle[0], centres[..., 1] - middle[1]
+    p_x, p_y = precisions[..., 0], precisions[..., 1]
+    query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y]
+
+    device = centres.device
+    rows = torch.arange(size[0], dtype=torch.float32, device=device) - middle[1]
+    columns = torch.arange(size[1], dtype=torch.float32, device=device) - middle[0]
+    y, x = (c.flatten() for c in torch.meshgrid(rows, columns, indexing="ij"))
+    cell = [x * x, x, y * y, y]
+
+    if precisions.shape[-1] == 3:
+        p = precisions[..., 2]
+        query[0], query[1] = query[0] - p * c_y**2, query[1] + 2 * p * c_x * c_y**2
+        query[2], query[3] = query[2] - p * c_x**2, query[3] + 2 * p * c_y * c_x**2
+        query += [-p, 2 * p * c_y, 2 * p * c_x, -4 * p * c_x * c_y]
+        cell += [x * x * y * y, x * x * y, x * y * y, x * y]
+    query = [coefficient * head_dim**0.5 for coefficient in query]
+    if precisions.shape[-1] == 2 and dtype in (torch.bfloat16, torch.float16):
+        return _in_pieces(query, cell, dtype)
+    return torch.stack(query, dim=-1), torch.stack(cell, dim=-1)
+
+
+def _in_pieces(query: List[Tensor], cell: List[Tensor], dtype) -> Tuple[Tensor, Tensor]:
+    """Products of the cut factors as channels: three pieces of each of the query's coefficients
+    (a rounded value, the rounded rest, the rest of that) with two of a squared coordinate (up to
+    13 bits) and one of a coordinate (at most 8 bits)."""
+    query_channels, cell_channels = [], []
+    for coefficient, coordinate, count in zip(query, cell, (2, 1, 2, 1)):
+        for q in _pieces(coefficient, dtype, 3):
+            for c in _pieces(coordinate, dtype, count):
+                query_channels.append(q)
+                cell_channels.append(c)
+    return torch.stack(query_channels, dim=-1), torch.stack(cell_channels, dim=-1)
+
+
+def _pieces(value: Tensor, dtype: torch.dtype, count: int) -> List[Tensor]:
+    """`count` tensors of `dtype` that add up to `value`, each the rounded rest of those before.
+
+    Rounding passes gradients through, so the rests are constant and the first piece, which meets
+    the same cells, carries the whole gradient."""
+    pieces = [value.to(dtype)]
+    rest = value.detach()
+    for _ in range(count - 1):
+        rest = rest - pieces[-1].detach().float()
+        pieces.append(rest.to(dtype))
+    return pieces

@@ -1,0 +1,703 @@
+"""SMCA written out slowly: the reference that the tests compare the package with.
+
+Plain functions on tensors and on a plain ``state_dict`` with the official checkpoints' key names.
+Every map is built in full, every pair is visited in a loop, dropout is always 0, and no code is
+shared with the package.
+
+Shorthand for shapes: B images, Q queries, C classes, d channels, H heads, L scales, S = h * w cells
+of one scale, T boxes of one image. Tokens are batch first, ``padding_mask`` is True on padding,
+lists of scales run from fine to coarse.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torchvision.models import resnet50
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+# The squared distance of a scale is multiplied by this. Only models of several scales.
+SCALE_FACTORS = {16: 0.5, 32: 1.0, 64: 2.0}
+
+LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+
+
+@dataclass
+class Settings:
+    """What a state dict alone does not say about its model."""
+
+    encoder: str = "attention"  # or "conv"
+    encoder_pattern: str = "IIIIII"  # of the attention encoder
+    encoder_layers: int = 6  # of the conv encoder
+    decoder_layers: int = 6
+    num_heads: int = 8
+    modulation: str = "multi_head"  # or "head_shared", "none"
+    spread: str = "independent"  # or "fixed", "single", "covariance"
+    beta: float = 8.0
+    scale_selection: bool = False
+
+
+# -------------------------------------------------------------------------- positions and masks
+
+
+def sine_position_encoding(padding_mask, num_features=128):
+    """(B, h, w) mask to (B, 2 * num_features, h, w): the features of y, then those of x."""
+    batch, height, width = padding_mask.shape
+    encoding = torch.zeros(batch, 2 * num_features, height, width, dtype=torch.float64)
+    for b, y, x in itertools.product(range(batch), range(height), range(width)):
+        column = (~padding_mask[b, :, x]).double()
+        row = (~padding_mask[b, y, :]).double()
+        angle_y = column[: y + 1].sum().item() / (column.sum().item() + 1e-6) * 2 * math.pi
+        angle_x = row[: x + 1].sum().item() / (row.sum().item() + 1e-6) * 2 * math.pi
+        for offset, angle in ((0, angle_y), (num_features, angle_x)):
+            for i in range(num_features):
+                phase = angle / 10000 ** (2 * (i // 2) / num_features)
+                value = math.sin(phase) if i % 2 == 0 else math.cos(phase)
+                encoding[b, offset + i, y, x] = value
+    return encoding.float()
+
+
+def resize_mask(padding_mask, height, width):
+    """(B, H, W) pixel mask to (B, height, width): cell i is padding if pixel floor(i H / h) is."""
+    resized = padding_mask.new_zeros(len(padding_mask), height, width)
+    for y, x in itertools.product(range(height), range(width)):
+        pixel_y = y * padding_mask.shape[1] // height
+        pixel_x = x * padding_mask.shape[2] // width
+        resized[:, y, x] = padding_mask[:, pixel_y, pixel_x]
+    return resized
+
+
+# --------------------------------------------------------------------------------- small layers
+
+
+def linear(state_dict, name, x):
+    return x @ state_dict[name + ".weight"].T + state_dict[name + ".bias"]
+
+
+def layer_norm(state_dict, name, x):
+    centred = x - x.mean(-1, keepdim=True)
+    variance = (centred**2).mean(-1, keepdim=True)
+    normalised = centred / torch.sqrt(variance + 1e-5)
+    return normalised * state_dict[name + ".weight"] + state_dict[name + ".bias"]
+
+
+def mlp(state_dict, name, x):
+    """Three linear layers with ReLU between."""
+    for i in range(3):
+        x = linear(state_dict, f"{name}.layers.{i}", x)
+        x = x.relu() if i < 2 else x
+    return x
+
+
+def convolution(state_dict, name, x, stride=1, depthwise=False):
+    """Convolution with bias and padding k // 2."""
+    weight, bias = state_dict[name + ".weight"], state_dict[name + ".bias"]
+    groups = x.shape[1] if depthwise else 1
+    return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
+
+
+def feed_forward(state_dict, name, x):
+    return linear(state_dict, name + ".linear2", linear(state_dict, name + ".linear1", x).relu())
+
+
+def to_tokens(feature_map):
+    """(B, d, h, w) to (B, h * w, d)."""
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------ attention
+
+
+def project_qkv(state_dict, name, query, key, value):
+    """The input projections, stacked as q, k, v in ``in_proj_weight`` (3 d, d)."""
+    weights = state_dict[name + ".in_proj_weight"].chunk(3)
+    biases = state_dict[name + ".in_proj_bias"].chunk(3)
+    return [x @ w.T + b for x, w, b in zip((query, key, value), weights, biases)]
+
+
+def attend(q, k, v, num_heads, padding_mask=None, log_weights=None):
+    """Attention before its output projection.
+
+    q (B, Q, d), k and v (B, S, d), already projected; padding_mask (B, S); log_weights (B, H, Q, S)
+    is added to the logits. Returns (B, Q, d), head by head.
+    """
+    size = q.shape[-1] // num_heads
+    heads = []
+    for h in range(num_heads):
+        part = slice(h * size, (h + 1) * size)
+        logits = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)  # (B, Q, S)
+        if log_weights is not None:
+            logits = logits + log_weights[:, h]
+        if padding_mask is not None:
+            logits = logits.masked_fill(padding_mask[:, None, :], float("-inf"))
+        heads.append(logits.softmax(-1) @ v[..., part])
+    return torch.cat(heads, -1)
+
+
+def self_attention(state_dict, name, x, pos, num_heads, padding_mask=None):
+    """q = k = x + pos, v = x."""
+    q, k, v = project_qkv(state_dict, name, x + pos, x + pos, x)
+    return linear(state_dict, name + ".out_proj", attend(q, k, v, num_heads, padding_mask))
+
+
+def log_weights(height, width, centres, spreads, mode, beta=8.0, factor=1.0):
+    """The modulation of one scale, every cell of every head.
+
+    centres (B, Q, H, 2): (x, y) in cells. spreads: None (fixed), or (B, Q, H, n) with n = 1
+    (single), 2 (independent), 3 (covariance), as they come out of the linear layer.
+    Returns (B, H, Q, h * w).
+    """
+    columns = []
+    for y, x in itertools.product(range(height), range(width)):
+        dx2 = (x - centres[..., 0]) ** 2
+        dy2 = (y - centres[..., 1]) ** 2
+        if mode == "fixed":
+            distance = dx2 + dy2
+        elif mode == "single":
+            distance = spreads[..., 0] ** 2 * (dx2 + dy2)
+        else:
+            distance = spreads[..., 0] ** 2 * dx2 + spreads[..., 1] ** 2 * dy2
+            if mode == "covariance":
+                distance = distance + spreads[..., 2] ** 2 * dx2 * dy2
+        columns.append(-factor * distance / beta)  # (B, Q, H)
+    return torch.stack(columns, -1).transpose(1, 2)
+
+
+def modulated_co_attention(
+    state_dict,
+    name,
+    query,
+    memories,
+    positions,
+    padding_masks,
+    maps=None,
+    scale_weights=None,
+    num_heads=8,
+):
+    """Co-attention with the softmax taken within each scale.
+
+    query (B, Q, d), with its positions. memories, positions: lists of (B, S_l, d); padding_masks:
+    list of (B, S_l); maps: list of (B, H, Q, S_l) or None; scale_weights (B, Q, L), or None for 1
+    each. Returns (B, Q, d).
+    """
+    total = 0
+    for level, (memory, pos, mask) in enumerate(zip(memories, positions, padding_masks)):
+        q, k, v = project_qkv(state_dict, name, query, memory + pos, memory)
+        read = attend(q, k, v, num_heads, mask, None if maps is None else maps[level])
+        if scale_weights is not None:
+            read = read * scale_weights[:, :, level : level + 1]
+        total = total + read
+    return linear(state_dict, name + ".out_proj", total)
+
+
+# -------------------------------------------------------------------------------------- decoder
+
+
+def centre_logits(state_dict, name, o):
+    """``r`` (B, Q, 2), the centre before its sigmoid."""
+    return mlp(state_dict, name + ".point1", o)
+
+
+def head_centres(state_dict, name, o, r, level, num_levels, stride, image_sizes, settings):
+    """(B, Q, H, 2): each head's centre on one scale, in cells. image_sizes: (h, w) in pixels."""
+    sizes = torch.tensor([[w, h] for h, w in image_sizes], dtype=o.dtype)
+    shared = r.sigmoid() * sizes[:, None, :] / stride
+    centres = shared[:, :, None, :].repeat(1, 1, settings.num_heads, 1)
+    if settings.modulation == "multi_head":
+        blocks = linear(state_dict, name + ".point2", o).chunk(num_levels, -1)
+        centres = centres + blocks[level].unflatten(-1, (settings.num_heads, 2))
+    return centres
+
+
+def head_spreads(state_dict, name, o, level, num_levels, settings):
+    """(B, Q, H, n) before they are squared, or None where the spread is fixed."""
+    if settings.spread == "fixed":
+        return None
+    block = linear(state_dict, name + ".point3", o).chunk(num_levels, -1)[level]
+    if settings.modulation == "head_shared":
+        return block[:, :, None, :].repeat(1, 1, settings.num_heads, 1)
+    return block.unflatten(-1, (settings.num_heads, -1))
+
+
+def modulation_maps(state_dict, name, o, r, shapes, strides, image_sizes, settings):
+    """One (B, H, Q, S_l) map a scale. shapes: (h, w) of each scale."""
+    maps = []
+    for level, ((height, width), stride) in enumerate(zip(shapes, strides)):
+        factor = SCALE_FACTORS[stride] if len(strides) > 1 else 1.0
+        centres = head_centres(
+            state_dict, name, o, r, level, len(strides), stride, image_sizes, settings
+        )
+        spreads = head_spreads(state_dict, name, o, level, len(strides), settings)
+        maps.append(
+            log_weights(height, width, centres, spreads, settings.spread, settings.beta, factor)
+        )
+    return maps
+
+
+def decoder_layer(
+    state_dict,
+    name,
+    tgt,
+    query_pos,
+    r,
+    memories,
+    positions,
+    padding_masks,
+    shapes,
+    strides,
+    image_sizes,
+    settings,
+):
+    """One layer. r is None at the first layer, which predicts it. Returns the new (tgt, r)."""
+    modulated = settings.modulation != "none"
+    if modulated or settings.scale_selection:
+        o = layer_norm(state_dict, name + ".norm4", tgt + query_pos)
+
+    attended = self_attention(state_dict, name + ".self_attn", tgt, query_pos, settings.num_heads)
+    tgt = layer_norm(state_dict, name + ".norm1", tgt + attended)
+
+    maps, scale_weights = None, None
+    if modulated:
+        r = centre_logits(state_dict, name, o) if r is None else r
+        maps = modulation_maps(state_dict, name, o, r, shapes, strides, image_sizes, settings)
+    if settings.scale_selection:
+        scale_weights = linear(state_dict, name + ".point4", o).softmax(-1)
+    read = modulated_co_attention(
+        state_dict,
+        name + ".multihead_attn",
+        tgt + query_pos,
+        memories,
+        positions,
+        padding_masks,
+        maps,
+        scale_weights,
+        settings.num_heads,
+    )
+    tgt = layer_norm(state_dict, name + ".norm2", tgt + read)
+    tgt = layer_norm(state_dict, name + ".norm3", tgt + feed_forward(state_dict, name, tgt))
+    return tgt, r
+
+
+def decoder(
+    state_dict,
+    query_pos,
+    memories,
+    positions,
+    padding_masks,
+    shapes,
+    strides,
+    image_sizes,
+    settings,
+):
+    """All layers' outputs after the final norm, a list of (B, Q, d), and r (B, Q, 2) or None.
+
+    query_pos (Q, d). memories, positions: lists of (B, S_l, d); padding_masks: list of (B, S_l).
+    """
+    query_pos = query_pos[None].repeat(len(image_sizes), 1, 1)
+    tgt, r = torch.zeros_like(query_pos), None
+    outputs = []
+    for i in range(settings.decoder_layers):
+        tgt, r = decoder_layer(
+            state_dict,
+            f"transformer.decoder.layers.{i}",
+            tgt,
+            query_pos,
+            r,
+            memories,
+            positions,
+            padding_masks,
+            shapes,
+            strides,
+            image_sizes,
+            settings,
+        )
+        outputs.append(layer_norm(state_dict, "transformer.decoder.norm", tgt))
+    return outputs, r
+
+
+def heads(state_dict, outputs, r):
+    """Logits (B, Q, C) and boxes (B, Q, 4), normalised cxcywh, of all layers: two lists."""
+    all_logits, all_boxes = [], []
+    for output in outputs:
+        all_logits.append(linear(state_dict, "class_embed", output))
+        box = mlp(state_dict, "bbox_embed", output)
+        if r is not None:
+            box = torch.cat([box[..., :2] + r, box[..., 2:]], -1)
+        all_boxes.append(box.sigmoid())
+    return all_logits, all_boxes
+
+
+# ------------------------------------------------------------------------------------- encoders
+
+
+def encoder_layer(state_dict, name, x, pos, padding_mask, num_heads=8):
+    """One post-norm attention layer on (B, S, d)."""
+    attended = self_attention(state_dict, name + ".self_attn", x, pos, num_heads, padding_mask)
+    x = layer_norm(state_dict, name + ".norm1", x + attended)
+    return layer_norm(state_dict, name + ".norm2", x + feed_forward(state_dict, name, x))
+
+
+def attention_encoder(state_dict, tokens, positions, padding_masks, pattern, num_heads=8):
+    """I: each scale attends to itself; M: the cells of all scales attend to each other.
+
+    tokens, positions: lists of (B, S_l, d); padding_masks: list of (B, S_l). Returns such a list.
+    """
+    for i, kind in enumerate(pattern):
+        name = f"transformer.encoder.layers.{i}"
+        if kind == "I":
+            tokens = [
+                encoder_layer(state_dict, name, x, pos, mask, num_heads)
+                for x, pos, mask in zip(tokens, positions, padding_masks)
+            ]
+        else:
+            lengths = [x.shape[1] for x in tokens]
+            merged = encoder_layer(
+                state_dict,
+                name,
+                torch.cat(tokens, 1),
+                torch.cat(positions, 1),
+                torch.cat(padding_masks, 1),
+                num_heads,
+            )
+            tokens = list(merged.split(lengths, 1))
+    return tokens
+
+
+def conv_encoder_layer(state_dict, name, maps, positions):
+    """One conv layer on four maps of strides 8, 16, 32, 64; maps, positions: lists of (B, d, h, w).
+
+    Convolutions that the state dict lacks: without ``conv_1`` and ``conv_2`` they are the identity,
+    without numbers in the cross-scale names one convolution serves all pairs of scales.
+    """
+
+    def pointwise(which, x):
+        if f"{name}.{which}.weight" not in state_dict:
+            return x
+        return convolution(state_dict, f"{name}.{which}", x)
+
+    def cross_scale(which, pair):
+        numbered = f"{name}.{which}_{pair}"
+        return numbered if numbered + ".weight" in state_dict else f"{name}.{which}"
+
+    own = []
+    for stride, x, pos in zip((8, 16, 32, 64), maps, positions):
+        mixed = pointwise("conv_1", x + pos)
+        own.append(convolution(state_dict, f"{name}.self_attn_{stride}", mixed, depthwise=True))
+
+    outputs = []
+    for level, x in enumerate(maps):
+        total = own[level]
+        if level > 0:
+            down = cross_scale("high_to_low", level)
+            total = total + convolution(state_dict, down, own[level - 1], stride=2, depthwise=True)
+        if level < len(maps) - 1:
+            up = cross_scale("low_to_high", level + 1)
+            coarse = convolution(state_dict, up, own[level + 1], depthwise=True)
+            total = total + F.interpolate(
+                coarse, size=x.shape[-2:], mode="bilinear", align_corners=True
+            )
+        tokens = to_tokens(x + pointwise("conv_2", total))
+        tokens = layer_norm(state_dict, name + ".norm1", tokens)
+        tokens = tokens + feed_forward(state_dict, name, tokens)
+        tokens = layer_norm(state_dict, name + ".norm2", tokens)
+        outputs.append(tokens.transpose(1, 2).unflatten(2, x.shape[-2:]))
+    return outputs
+
+
+def conv_encoder(state_dict, maps, positions, num_layers):
+    for i in range(num_layers):
+        maps = conv_encoder_layer(state_dict, f"transformer.encoder.layers.{i}", maps, positions)
+    return maps
+
+
+# --------------------------------------------------------------------------- the whole detector
+
+
+def batch_images(images):
+    """Normalise and pad uint8 (H, W, 3) RGB arrays; returns (B, 3, H, W), the mask, the sizes."""
+    sizes = [image.shape[:2] for image in images]
+    height = max(size[0] for size in sizes)
+    width = max(size[1] for size in sizes)
+    batch = torch.zeros(len(images), 3, height, width)
+    padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    for b, (image, (h, w)) in enumerate(zip(images, sizes)):
+        pixels = torch.from_numpy(image).float()
+        normalised = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+        batch[b, :, :h, :w] = normalised.permute(2, 0, 1)
+        padding_mask[b, :h, :w] = False
+    return batch, padding_mask, sizes
+
+
+def backbone(state_dict, batch):
+    """C3, C4 and C5 of torchvision's ResNet-50 with frozen batch norm."""
+    prefix = "backbone.0.body."
+    weights = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    with torch.device("meta"):
+        resnet = resnet50(norm_layer=FrozenBatchNorm2d)
+    body = IntermediateLayerGetter(resnet, {"layer2": "c3", "layer3": "c4", "layer4": "c5"})
+    features = torch.func.functional_call(body, weights, (batch,), strict=True)
+    return features["c3"], features["c4"], features["c5"]
+
+
+def project_features(state_dict, c3, c4, c5, settings):
+    """The encoder's input maps (B, d, h, w), from fine to coarse, and their strides."""
+    if "input_proj.weight" in state_dict:
+        return [convolution(state_dict, "input_proj", c5)], [32]
+    maps = [
+        convolution(state_dict, "input_proj_1024", c4),
+        convolution(state_dict, "input_proj_2048", c5),
+        convolution(state_dict, "input_proj_2048_3", c5, stride=2),
+    ]
+    if settings.encoder == "conv":
+        return [convolution(state_dict, "input_proj_512", c3)] + maps, [8, 16, 32, 64]
+    return maps, [16, 32, 64]
+
+
+def scale_positions(state_dict, masks, num_channels):
+    """Each scale's sine encoding plus the scale embedding, where there is one: (B, d, h, w)."""
+    positions = [sine_position_encoding(mask, num_channels // 2) for mask in masks]
+    if "transformer.level_embed" in state_dict:
+        embeddings = state_dict["transformer.level_embed"]
+        positions = [p + e[None, :, None, None] for p, e in zip(positions, embeddings)]
+    return positions
+
+
+def encode(state_dict, maps, strides, padding_mask, settings):
+    """Encoder, then all that the decoder needs: memories, positions, masks, shapes, strides."""
+    masks = [resize_mask(padding_mask, *x.shape[-2:]) for x in maps]
+    positions = scale_positions(state_dict, masks, maps[0].shape[1])
+    if settings.encoder == "conv":
+        maps = conv_encoder(state_dict, maps, positions, settings.encoder_layers)
+        # The decoder reads stride 8 reduced to stride 16, with all else from stride 16.
+        maps = [convolution(state_dict, "transformer.conv", maps[0], stride=2)] + maps[1:]
+        positions = [positions[1]] + positions[1:]
+        masks = [masks[1]] + masks[1:]
+        strides = [16] + strides[1:]
+    shapes = [tuple(x.shape[-2:]) for x in maps]
+    tokens = [to_tokens(x) for x in maps]
+    positions = [to_tokens(x) for x in positions]
+    masks = [mask.flatten(1) for mask in masks]
+    if settings.encoder == "attention":
+        tokens = attention_encoder(
+            state_dict, tokens, positions, masks, settings.encoder_pattern, settings.num_heads
+        )
+    return tokens, positions, masks, shapes, strides
+
+
+def reference_model(state_dict, images, settings):
+    """Logits (B, Q, C) and normalised cxcywh boxes (B, Q, 4) of all decoder layers, two lists.
+
+    images: list of uint8 (H, W, 3) RGB arrays.
+    """
+    batch, padding_mask, sizes = batch_images(images)
+    c3, c4, c5 = backbone(state_dict, batch)
+    maps, strides = project_features(state_dict, c3, c4, c5, settings)
+    memory = encode(state_dict, maps, strides, padding_mask, settings)
+    outputs, r = decoder(state_dict, state_dict["query_embed.weight"], *memory, sizes, settings)
+    return heads(state_dict, outputs, r)
+
+
+# ---------------------------------------------------------------------------- matching and loss
+
+
+def corners(box):
+    """cxcywh to xyxy, one box."""
+    cx, cy, w, h = box
+    return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+
+
+def generalized_iou(box_a, box_b):
+    """GIoU of two cxcywh boxes."""
+    ax0, ay0, ax1, ay1 = corners(box_a)
+    bx0, by0, bx1, by1 = corners(box_b)
+    overlap_w = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
+    overlap_h = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
+    intersection = overlap_w * overlap_h
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
+    hull_w = torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)
+    hull_h = torch.maximum(ay1, by1) - torch.minimum(ay0, by0)
+    hull = hull_w * hull_h
+    return intersection / union - (hull - union) / hull
+
+
+def class_cost(logit):
+    p = torch.sigmoid(logit)
+    positive = 0.25 * (1 - p) ** 2 * -torch.log(p + 1e-8)
+    negative = 0.75 * p**2 * -torch.log(1 - p + 1e-8)
+    return positive - negative
+
+
+def cost_matrix(logits, boxes, labels, target_boxes):
+    """One image: logits (Q, C), boxes (Q, 4), labels (T,), target_boxes (T, 4); returns (Q, T)."""
+    costs = torch.zeros(len(logits), len(labels), dtype=torch.float64)
+    for q, t in itertools.product(range(len(logits)), range(len(labels))):
+        l1 = (boxes[q] - target_boxes[t]).abs().sum()
+        giou = generalized_iou(boxes[q], target_boxes[t])
+        costs[q, t] = 2 * class_cost(logits[q, labels[t]]) + 5 * l1 + 2 * -giou
+    return costs
+
+
+def match(logits, boxes, labels, target_boxes):
+    """Pairs (query, target) of the cheapest assignment of one image, sorted by query."""
+    costs = cost_matrix(logits.detach(), boxes.detach(), labels, target_boxes)
+    queries, targets = linear_sum_assignment(costs.numpy())
+    return list(zip(queries.tolist(), targets.tolist()))
+
+
+def match_by_brute_force(costs):
+    """Pairs (query, target) of the cheapest assignment of a small (Q, T) matrix."""
+    num_queries, num_targets = costs.shape
+    if num_targets > num_queries:
+        return sorted((q, t) for t, q in match_by_brute_force(costs.T))
+    best, best_cost = [], float("inf")
+    for queries in itertools.permutations(range(num_queries), num_targets):
+        pairs = [(q, t) for t, q in enumerate(queries)]
+        cost = sum(float(costs[q, t]) for q, t in pairs)
+        if cost < best_cost:
+            best, best_cost = pairs, cost
+    return sorted(best)
+
+
+def focal_loss(logit, is_object):
+    """Sigmoid focal loss of one logit, alpha 0.25 and gamma 2."""
+    if is_object:
+        return 0.25 * (1 - torch.sigmoid(logit)) ** 2 * -F.logsigmoid(logit)
+    return 0.75 * torch.sigmoid(logit) ** 2 * -F.logsigmoid(-logit)
+
+
+def layer_losses(logits, boxes, targets, pairs=None):
+    """Unweighted losses of one layer: logits (B, Q, C), boxes (B, Q, 4).
+
+    targets: a dict an image with ``labels`` (T,) and ``boxes`` (T, 4), normalised cxcywh.
+    pairs: a list of (query, target) an image, in place of the matching.
+    """
+    num_boxes = max(sum(len(target["labels"]) for target in targets), 1)
+    loss_ce, loss_bbox, loss_giou = logits.sum() * 0, boxes.sum() * 0, boxes.sum() * 0
+    for b, target in enumerate(targets):
+        labels, target_boxes = target["labels"], target["boxes"]
+        if pairs is None:
+            matched = match(logits[b], boxes[b], labels, target_boxes)
+        else:
+            matched = pairs[b]
+        # Every logit is first taken for background, then the matched ones are put right.
+        loss_ce = loss_ce + focal_loss(logits[b], False).sum()
+        for q, t in matched:
+            logit = logits[b, q, labels[t]]
+            loss_ce = loss_ce - focal_loss(logit, False) + focal_loss(logit, True)
+            loss_bbox = loss_bbox + (boxes[b, q] - target_boxes[t]).abs().sum()
+            loss_giou = loss_giou + 1 - generalized_iou(boxes[b, q], target_boxes[t])
+    return {
+        "loss_ce": loss_ce / num_boxes,
+        "loss_bbox": loss_bbox / num_boxes,
+        "loss_giou": loss_giou / num_boxes,
+    }
+
+
+def losses(all_logits, all_boxes, targets):
+    """Unweighted losses of all layers; the last layer's names have no number."""
+    result = {}
+    for i, (logits, boxes) in enumerate(zip(all_logits, all_boxes)):
+        suffix = f"_{i}" if i < len(all_logits) - 1 else ""
+        for name, value in layer_losses(logits, boxes, targets).items():
+            result[name + suffix] = value
+    return result
+
+
+def total_loss(all_losses):
+    total = 0
+    for name, value in all_losses.items():
+        kind = "_".join(name.split("_")[:2])
+        total = total + LOSS_WEIGHTS[kind] * value
+    return total
+
+
+def inference(logits, boxes, height, width, top_k):
+    """The best detections of one image: scores (k,), labels (k,), xyxy boxes (k, 4) in pixels.
+
+    logits (Q, C), boxes (Q, 4) normalised cxcywh. Boxes are not clipped.
+    """
+    candidates = []
+    for q, c in itertools.product(range(logits.shape[0]), range(logits.shape[1])):
+        candidates.append((float(torch.sigmoid(logits[q, c])), c, q))
+    candidates.sort(key=lambda candidate: -candidate[0])
+    best = candidates[:top_k]
+    xyxy = []
+    for _, _, q in best:
+        x0, y0, x1, y1 = [float(value) for value in corners(boxes[q])]
+        xyxy.append([x0 * width, y0 * height, x1 * width, y1 * height])
+    scores = torch.tensor([score for score, _, _ in best])
+    labels = torch.tensor([label for _, label, _ in best], dtype=torch.int64)
+    return scores, labels, torch.tensor(xyxy).reshape(-1, 4)
+
+
+# --------------------------------------------------------------------------------- golden cases
+
+
+def make_settings(case):
+    """Settings of a golden case, a dict read from its JSON file."""
+    conv = case["model"].startswith("conv")
+    return Settings(
+        encoder="conv" if conv else "attention",
+        encoder_pattern=case.get("encoder_pattern", "I" * case["encoder_layers"]),
+        encoder_layers=case["encoder_layers"],
+        decoder_layers=case["decoder_layers"],
+        spread=case["spread"],
+        beta=case["beta"],
+        scale_selection=case.get("scale_selection", conv),
+    )
+
+
+def draw_weight(random, key, shape):
+    """One tensor of a golden case's made-up weights, float64."""
+    if key.endswith("running_var"):
+        return random.uniform(0.5, 1.5, shape)
+    if key.endswith("running_mean"):
+        return 0.1 * random.standard_normal(shape)
+    if len(shape) >= 2:
+        if key in ("query_embed.weight", "transformer.level_embed"):
+            return random.standard_normal(shape)
+        gain = math.sqrt(2) if len(shape) == 4 else 1.0
+        return gain / math.sqrt(math.prod(shape[1:])) * random.standard_normal(shape)
+    if key.endswith("point3.bias"):
+        return random.uniform(0.5, 1.5, shape)
+    if key.endswith("weight"):
+        return random.uniform(0.8, 1.2, shape)
+    return 0.05 * random.standard_normal(shape)
+
+
+def make_state_dict(case):
+    random = np.random.RandomState(case["weight_seed"])
+    return {
+        key: torch.from_numpy(draw_weight(random, key, tuple(shape)).astype(np.float32))
+        for key, shape in case["state_dict"]
+    }
+
+
+def make_images(case):
+    """uint8 (H, W, 3) RGB arrays."""
+    random = np.random.RandomState(case["image_seed"])
+    return [
+        random.randint(0, 256, (height, width, 3)).astype(np.uint8)
+        for height, width in case["image_sizes"]
+    ]
+
+
+def make_targets(case):
+    """A dict an image: ``labels`` (T,), ``boxes`` (T, 4) normalised cxcywh."""
+    random = np.random.RandomState(case["target_seed"])
+    targets = []
+    for n in case["boxes_per_image"]:
+        centres = random.uniform(0.2, 0.8, (n, 2))
+        sizes = random.uniform(0.05, 0.35, (n, 2))
+        labels = random.randint(0, 80, n)
+        boxes = torch.from_numpy(np.concatenate([centres, sizes], 1)).float()
+        targets.append({"labels": torch.from_numpy(labels).long(), "boxes": boxes})
+    return targets

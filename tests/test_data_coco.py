@@ -1,0 +1,396 @@
+import copy
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from smca.data import DatasetError, class_names, num_classes, register_coco, require_dataset
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+
+
+def _coco():
+    """Two images of 40 x 30 pixels, the second without objects; category ids with gaps."""
+    return {
+        "info": {},
+        "images": [
+            {"id": 5, "file_name": "a.png", "height": 30, "width": 40},
+            {"id": 9, "file_name": "b.png", "height": 30, "width": 40},
+        ],
+        "annotations": [
+            _annotation(1, [2, 3, 10, 12], 30),
+            _annotation(2, [20, 5, 20, 25], 10),
+        ],
+        "categories": [{"id": 30, "name": "cat"}, {"id": 10, "name": "dog"}],
+    }
+
+
+def _annotation(id, bbox, category_id, **more):
+    annotation = {"id": id, "image_id": 5, "category_id": category_id, "bbox": bbox}
+    return {**annotation, "area": bbox[2] * bbox[3], "iscrowd": 0, **more}
+
+
+def _write(folder, coco, name="train.json"):
+    """The JSON and its images; returns the two paths."""
+    image_root = folder / "images"
+    image_root.mkdir(exist_ok=True)
+    for file_name in ("a.png", "b.png"):
+        if not (image_root / file_name).exists():
+            Image.new("RGB", (40, 30)).save(image_root / file_name)
+    (folder / name).write_text(json.dumps(coco))
+    return folder / name, image_root
+
+
+def _register_with_first_annotation(folder, **changes):
+    coco = _coco()
+    coco["annotations"][0].update(changes)
+    return register_coco(*_write(folder, coco))
+
+
+# Good data sets
+
+
+def test_registered_data_set_has_contiguous_classes_in_the_order_of_their_ids(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    name = register_coco(json_file, image_root)
+    first, second = get_detection_dataset_dicts(name, filter_empty=False)
+    assert first["file_name"] == str(image_root / "a.png")
+    assert [a["category_id"] for a in first["annotations"]] == [1, 0]
+    assert second["annotations"] == []
+    metadata = MetadataCatalog.get(name)
+    assert metadata.thing_classes == ["dog", "cat"] == class_names(json_file)
+    assert metadata.json_file == str(json_file) and metadata.evaluator_type == "coco"
+    assert num_classes(json_file) == 2
+
+
+def test_registering_again_returns_the_same_name(tmp_path):
+    files = _write(tmp_path, _coco())
+    name = register_coco(*files)
+    assert register_coco(*map(str, files)) == name
+    assert register_coco(*files, name="other") == register_coco(*files, name="other") == "other"
+
+
+def test_two_files_of_one_name_are_two_data_sets(tmp_path):
+    names = []
+    for folder in (tmp_path / "x", tmp_path / "y"):
+        folder.mkdir()
+        names.append(register_coco(*_write(folder, _coco())))
+    assert names[0] != names[1]
+
+
+def test_a_name_that_is_taken_is_an_error(tmp_path):
+    with pytest.raises(DatasetError, match="coco_2017_val"):
+        register_coco(*_write(tmp_path, _coco()), name="coco_2017_val")
+
+
+def test_it_can_be_nested_in_a_lazy_config(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    node = L(get_detection_dataset_dicts)(
+        names=L(register_coco)(json_file=str(json_file), image_root=str(image_root)),
+        filter_empty=False,
+    )
+    assert len(instantiate(node)) == 2
+    evaluator = L(COCOEvaluator)(
+        dataset_name=L(register_coco)(json_file=str(json_file), image_root=str(image_root))
+    )
+    assert isinstance(instantiate(evaluator), COCOEvaluator)
+
+
+def test_same_categories_are_accepted_whatever_their_ids(tmp_path):
+    coco = _coco()
+    train, image_root = _write(tmp_path, coco)
+    for category in coco["categories"]:
+        category["id"] += 1
+    for annotation in coco["annotations"]:
+        annotation["category_id"] += 1
+    val, _ = _write(tmp_path, coco, "val.json")
+    register_coco(val, image_root, categories_from=train)
+
+
+@pytest.mark.parametrize("bbox", [[-1.5, 0, 10, 10], [30, 20, 12, 12], [0, 0, 40.5, 30.5]])
+def test_a_box_that_ends_a_pixel_beyond_the_border_is_accepted(tmp_path, bbox):
+    _register_with_first_annotation(tmp_path, bbox=bbox)
+
+
+def test_crowds_are_accepted_with_and_without_a_mask(tmp_path):
+    coco = _coco()
+    mask = {"size": [30, 40], "counts": [0, 1200]}
+    coco["annotations"] += [
+        _annotation(3, [0, 0, 40, 30], 10, iscrowd=1, segmentation=mask),
+        _annotation(4, [0, 0, 40, 30], 10, iscrowd=1),
+    ]
+    name = register_coco(*_write(tmp_path, coco))
+    assert [a["iscrowd"] for a in DatasetCatalog.get(name)[0]["annotations"]] == [0, 0, 1, 1]
+
+
+def test_the_time_of_the_image_check_is_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    register_coco(*_write(tmp_path, _coco()))
+    assert "Checked the 2 images" in caplog.text
+
+
+# Completion
+
+
+def _perfect_ap(name):
+    """COCO AP of predictions that are the annotations themselves."""
+    evaluator = COCOEvaluator(name, distributed=False)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        annotations = [a for a in record["annotations"] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4).float()
+        boxes[:, 2:] += boxes[:, :2]
+        prediction = Instances((record["height"], record["width"]))
+        prediction.pred_boxes = Boxes(boxes)
+        prediction.scores = torch.ones(len(boxes))
+        prediction.pred_classes = torch.tensor([a["category_id"] for a in annotations]).long()
+        evaluator.process([record], [{"instances": prediction}])
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+def test_a_complete_file_is_used_as_it_is(tmp_path):
+    name = register_coco(*_write(tmp_path, _coco()))
+    assert not (tmp_path / "cache").exists()
+    assert _perfect_ap(name) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd", "id"])
+def test_annotations_without_optional_keys_are_completed_in_a_copy(tmp_path, key):
+    coco = _coco()
+    for annotation in coco["annotations"]:
+        del annotation[key]
+    json_file, image_root = _write(tmp_path, coco)
+    name = register_coco(json_file, image_root)
+    assert json.loads(json_file.read_text()) == coco
+    used = json.loads(open(MetadataCatalog.get(name).json_file).read())
+    assert [a["area"] for a in used["annotations"]] == [120, 500]
+    assert [a["iscrowd"] for a in used["annotations"]] == [0, 0]
+    assert len({a["id"] for a in used["annotations"]} - {0}) == 2
+    assert _perfect_ap(name) == pytest.approx(100)
+
+
+def test_a_file_without_info_is_completed(tmp_path):
+    coco = _coco()
+    del coco["info"]
+    name = register_coco(*_write(tmp_path, coco))
+    assert json.loads(open(MetadataCatalog.get(name).json_file).read())["info"] == {}
+    assert _perfect_ap(name) == pytest.approx(100)
+
+
+def test_annotation_id_zero_can_be_matched(tmp_path):
+    # pycocotools takes it for "no match".
+    assert _perfect_ap(_register_with_first_annotation(tmp_path, id=0)) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("segmentation", [[[]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], {}, None])
+def test_an_unusable_mask_does_not_lose_the_box(tmp_path, segmentation):
+    name = _register_with_first_annotation(tmp_path, segmentation=segmentation)
+    assert len(DatasetCatalog.get(name)[0]["annotations"]) == 2
+
+
+# Bad data sets
+
+
+def test_missing_json_is_an_error(tmp_path):
+    for function in (num_classes, class_names, lambda path: register_coco(path, tmp_path)):
+        with pytest.raises(DatasetError, match=r"gone\.json does not exist"):
+            function(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("path", ["", None])
+def test_a_path_that_was_not_given_is_an_error(tmp_path, path):
+    with pytest.raises(DatasetError, match="no annotation file"):
+        register_coco(path, tmp_path)
+
+
+def test_missing_image_folder_is_an_error(tmp_path):
+    json_file, _ = _write(tmp_path, _coco())
+    with pytest.raises(DatasetError, match="image folder .*nowhere does not exist"):
+        register_coco(json_file, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b'{"images": [', b"", b"\xff\xfe\x00", b"\x89PNG"])
+def test_json_that_does_not_parse_is_an_error(tmp_path, content):
+    json_file, image_root = _write(tmp_path, _coco())
+    json_file.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"train\.json is not a JSON file"):
+        register_coco(json_file, image_root)
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_a_missing_list_is_an_error(tmp_path, key):
+    coco = _coco()
+    del coco[key]
+    with pytest.raises(DatasetError, match=rf"train\.json .* lacks the list '{key}'"):
+        register_coco(*_write(tmp_path, coco))
+
+
+def test_a_list_instead_of_an_object_is_an_error(tmp_path):
+    with pytest.raises(DatasetError, match="not in COCO's format"):
+        register_coco(*_write(tmp_path, [1, 2]))
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_an_empty_list_is_an_error(tmp_path, key):
+    with pytest.raises(DatasetError, match=f"'{key}' is empty"):
+        register_coco(*_write(tmp_path, {**_coco(), key: [], "annotations": []}))
+
+
+@pytest.mark.parametrize(
+    "kind, key, label",
+    [
+        ("images", "id", "image at index 0"),
+        ("images", "file_name", "image 5"),
+        ("images", "height", r"image 5 \('a\.png'\)"),
+        ("images", "width", r"image 5 \('a\.png'\)"),
+        ("annotations", "image_id", "annotation 1"),
+        ("annotations", "category_id", r"annotation 1 \(of image 5\)"),
+        ("annotations", "bbox", r"annotation 1 \(of image 5\)"),
+        ("categories", "id", "category at index 0"),
+        ("categories", "name", "category 30"),
+    ],
+)
+def test_a_missing_key_is_an_error_that_names_the_record(tmp_path, kind, key, label):
+    coco = _coco()
+    del coco[kind][0][key]
+    with pytest.raises(DatasetError, match=rf"train\.json:\s+{label} has no '{key}'"):
+        register_coco(*_write(tmp_path, coco))
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
+def test_a_repeated_id_is_an_error(tmp_path, kind):
+    coco = _coco()
+    coco[kind].append(dict(coco[kind][0]))
+    with pytest.raises(DatasetError, match="has the id of an earlier"):
+        register_coco(*_write(tmp_path, coco))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_id": 77}, "annotation 1 .*image_id that no image has"),
+        ({"category_id": 11}, "annotation 1 .*category_id 11, which no category has"),
+        ({"id": [1]}, ".* has an id that is not a whole number"),
+        ({"ignore": 1}, "annotation 1 .*'ignore'"),
+        ({"bbox": [1, 2, 3]}, "annotation 1 .*4 numbers"),
+        ({"bbox": [1, 2, 3, "4"]}, "annotation 1 .*4 numbers"),
+        ({"bbox": "1 2 3 4"}, "annotation 1 .*must be a list"),
+        ({"bbox": [1, math.nan, 3, 4]}, "annotation 1 .*not finite"),
+        ({"bbox": [1, 2, math.inf, 4]}, "annotation 1 .*not finite"),
+        ({"bbox": [1, 2, 0, 4]}, "annotation 1 .*not positive"),
+        ({"bbox": [1, 2, 3, -4]}, "annotation 1 .*not positive"),
+        ({"bbox": [100, 2, 3, 4]}, "annotation 1 .*outside its image of 40 x 30"),
+        ({"bbox": [-5, 2, 10, 4]}, "annotation 1 .*outside its image"),
+        ({"bbox": [1, 2, 3, 40]}, "annotation 1 .*outside its image"),
+        ({"bbox": [40, 2, 2, 4]}, "annotation 1 .*outside its image"),
+    ],
+)
+def test_a_bad_annotation_is_an_error_that_names_it(tmp_path, changes, message):
+    with pytest.raises(DatasetError, match=rf"1 problem in .*train\.json:\s+{message}"):
+        _register_with_first_annotation(tmp_path, **changes)
+
+
+def test_a_record_that_is_no_object_is_an_error(tmp_path):
+    coco = _coco()
+    coco["annotations"][1] = None
+    with pytest.raises(DatasetError, match="annotation at index 1 is null, not an object"):
+        register_coco(*_write(tmp_path, coco))
+
+
+def test_an_image_size_that_is_no_size_is_an_error(tmp_path):
+    coco = _coco()
+    coco["images"][1]["width"] = 0
+    with pytest.raises(DatasetError, match=r"image 9 \('b\.png'\) has the size 0 x 30"):
+        register_coco(*_write(tmp_path, coco))
+
+
+def test_the_first_problems_and_their_number_are_reported_together(tmp_path):
+    coco = _coco()
+    coco["annotations"] += [_annotation(i, [0, 0, -1, 5], 10) for i in range(100, 108)]
+    with pytest.raises(DatasetError) as error:
+        register_coco(*_write(tmp_path, coco))
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("8 problems in ") and len(lines) == 7
+    assert "annotation 100" in lines[1] and "annotation 104" in lines[5] and "..." in lines[6]
+
+
+def test_a_missing_image_is_an_error(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    (image_root / "b.png").unlink()
+    with pytest.raises(DatasetError, match=r"image 9: Image .*b\.png does not exist"):
+        register_coco(json_file, image_root)
+
+
+def test_a_truncated_image_is_an_error(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(image_root / "b.png")
+    (image_root / "b.png").write_bytes((image_root / "b.png").read_bytes()[:2000])
+    with pytest.raises(DatasetError, match=r"b\.png cannot be decoded"):
+        register_coco(json_file, image_root)
+
+
+def test_an_image_of_another_size_is_an_error(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    Image.new("RGB", (40, 31)).save(image_root / "b.png")
+    with pytest.raises(DatasetError, match=r"b\.png is 40 x 31 .* say 40 x 30"):
+        register_coco(json_file, image_root)
+
+
+def test_the_image_check_can_be_left_out(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    (image_root / "b.png").unlink()
+    register_coco(json_file, image_root, check_images=False)
+
+
+@pytest.mark.parametrize(
+    "names, message", [(["dog", "bird"], r"\['bird'\].*\['cat'\]"), (["cat", "dog"], "order")]
+)
+def test_other_categories_than_in_training_are_an_error(tmp_path, names, message):
+    coco = _coco()
+    train, image_root = _write(tmp_path, coco)
+    coco["categories"] = [{"id": 10, "name": names[0]}, {"id": 30, "name": names[1]}]
+    val, _ = _write(tmp_path, coco, "val.json")
+    with pytest.raises(DatasetError, match=rf"val\.json and .*train\.json .*{message}"):
+        register_coco(val, image_root, categories_from=train)
+
+
+# Required data sets
+
+
+def test_a_required_data_set_that_is_there_is_fine(tmp_path):
+    require_dataset([register_coco(*_write(tmp_path, _coco()))])
+
+
+def test_missing_coco_is_an_error_that_names_the_path_and_the_variable(tmp_path, monkeypatch):
+    # Detectron2 reads the variable when it is imported, so the path is changed here instead.
+    coco = copy.copy(MetadataCatalog.get("coco_2017_train"))
+    vars(coco)["json_file"] = str(tmp_path / "instances_train2017.json")
+    monkeypatch.setitem(MetadataCatalog.data, "coco_2017_train", coco)
+    with pytest.raises(DatasetError, match=r"instances_train2017\.json.*DETECTRON2_DATASETS"):
+        require_dataset("coco_2017_train")
+
+
+def test_a_missing_image_folder_of_a_required_data_set_is_an_error(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    name = register_coco(json_file, image_root)
+    image_root.rename(tmp_path / "moved")
+    with pytest.raises(DatasetError, match=f"'{name}' needs the image folder"):
+        require_dataset(name)
+
+
+def test_an_unknown_required_data_set_is_an_error():
+    with pytest.raises(DatasetError, match="'coco_2071_train' is not registered"):
+        require_dataset("coco_2071_train")

@@ -1,0 +1,115 @@
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils import comm
+
+from smca.data import DatasetError, build_train_loader, set_start_batch
+from smca.errors import ConfigError
+
+DATASET = [{"image_id": i} for i in range(10)]
+
+
+def _draw_from_all_generators(record):
+    """A mapper whose result shows the image and all the random states."""
+    return record["image_id"], random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def _batches(count, dataset=DATASET, start=0, **options):
+    options = {"mapper": _draw_from_all_generators, "total_batch_size": 4, **options}
+    loader = build_train_loader(dataset, **options)
+    set_start_batch(loader, start)
+    return list(itertools.islice(loader, count))
+
+
+def _image_ids(batches):
+    return [sample[0] for batch in batches for sample in batch]
+
+
+def _as_rank(monkeypatch, rank, world_size):
+    monkeypatch.setattr(comm, "get_rank", lambda: rank)
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+
+
+def test_every_pass_sees_every_image_once_in_another_order():
+    ids = _image_ids(_batches(5))  # two passes over ten images
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
+    assert ids[:10] != ids[10:] and ids[:10] != list(range(10))
+
+
+def test_same_seed_gives_the_same_samples_and_another_seed_others():
+    assert _batches(4, seed=3) == _batches(4, seed=3)
+    assert _image_ids(_batches(3, seed=3)) != _image_ids(_batches(3, seed=4))
+
+
+def test_an_image_is_augmented_differently_in_every_pass():
+    samples = [sample for batch in _batches(5) for sample in batch]
+    assert len({sample[1:] for sample in samples}) == len(samples)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_starting_later_gives_the_batches_of_an_unbroken_run(num_workers):
+    unbroken = _batches(9)
+    assert _batches(4, start=5, num_workers=num_workers) == unbroken[5:]
+
+
+def test_workers_do_not_change_the_samples():
+    assert _batches(6, num_workers=2) == _batches(6)
+
+
+def test_ranks_share_the_stream_without_overlap(monkeypatch):
+    whole = _image_ids(_batches(5))
+    per_rank = []
+    for rank in range(2):
+        _as_rank(monkeypatch, rank, 2)
+        batches = _batches(5)
+        assert all(len(batch) == 2 for batch in batches)
+        per_rank.append(_image_ids(batches))
+    assert whole == [i for pair in zip(*per_rank) for i in pair]
+
+
+def test_each_rank_resumes_its_own_stream(monkeypatch):
+    _as_rank(monkeypatch, 1, 2)
+    assert _batches(3, start=4) == _batches(7)[4:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_leaves_the_global_random_states_alone(num_workers):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = _draw_from_all_generators({"image_id": 0})
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    _batches(3, num_workers=num_workers)
+    assert _draw_from_all_generators({"image_id": 0}) == expected
+
+
+def test_a_data_set_smaller_than_a_batch_is_repeated():
+    ids = _image_ids(_batches(2, dataset=DATASET[:3], total_batch_size=6))
+    assert sorted(ids) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_without_a_seed_one_is_drawn():
+    assert len(_batches(1, seed=None)[0]) == 4
+    assert len(_batches(1, seed=-1)[0]) == 4
+
+
+def test_batch_must_divide_among_the_processes(monkeypatch):
+    _as_rank(monkeypatch, 0, 3)
+    with pytest.raises(ConfigError, match="total_batch_size=4 .* multiple .* 3"):
+        _batches(1)
+
+
+def test_empty_data_set_is_an_error():
+    with pytest.raises(DatasetError, match="no images"):
+        _batches(1, dataset=[])
+
+
+def test_other_loaders_cannot_start_in_the_middle():
+    with pytest.raises(TypeError, match="build_train_loader"):
+        set_start_batch(torch.utils.data.DataLoader(DATASET), 3)
+
+
+def test_start_must_not_be_negative():
+    with pytest.raises(ValueError, match="negative"):
+        _batches(1, start=-1)

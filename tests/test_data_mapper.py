@@ -1,0 +1,333 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from smca.data import DatasetError, DetrDatasetMapper, check_image, detr_augmentations, read_image
+
+
+def _rgb(height=12, width=20):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _save(image, path, **options):
+    image.save(path, **options)
+    return str(path)
+
+
+def _exif(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
+def _record(path, boxes=(), crowd=(), height=12, width=20):
+    annotations = [
+        {"bbox": list(box), "bbox_mode": BoxMode.XYWH_ABS, "category_id": i, "iscrowd": i in crowd}
+        for i, box in enumerate(boxes)
+    ]
+    return {
+        "file_name": path,
+        "image_id": 7,
+        "height": height,
+        "width": width,
+        "annotations": annotations,
+    }
+
+
+@pytest.fixture
+def png(tmp_path):
+    return _save(Image.fromarray(_rgb()), tmp_path / "image.png")
+
+
+# Reading
+
+
+def test_rgb_is_read_unchanged(png):
+    np.testing.assert_array_equal(read_image(png, 12, 20), _rgb())
+
+
+def test_grey_is_repeated_in_three_channels(tmp_path):
+    path = _save(Image.fromarray(_rgb()[..., 0]), tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_image(path), np.repeat(_rgb()[..., :1], 3, axis=2))
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    bits = _rgb()[..., 0] > 127
+    path = _save(Image.fromarray(bits), tmp_path / "bits.png")
+    np.testing.assert_array_equal(read_image(path), np.repeat(bits[..., None] * 255, 3, axis=2))
+
+
+def test_transparency_is_dropped(tmp_path):
+    rgba = np.concatenate([_rgb(), _rgb()[..., :1]], axis=2)
+    path = _save(Image.fromarray(rgba), tmp_path / "rgba.png")
+    np.testing.assert_array_equal(read_image(path), _rgb())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 90])}])
+def test_palette_colours_are_looked_up(tmp_path, options):
+    image = Image.fromarray((_rgb()[..., 0] % 2), mode="L").convert("P")
+    image.putpalette([10, 20, 30, 200, 210, 220])
+    path = _save(image, tmp_path / "palette.png", **options)
+    colours = np.array([[10, 20, 30], [200, 210, 220]])
+    np.testing.assert_array_equal(read_image(path), colours[_rgb()[..., 0] % 2])
+
+
+def test_cmyk_is_converted(tmp_path):
+    image = Image.new("CMYK", (20, 12), (255, 0, 0, 0))
+    path = _save(image, tmp_path / "cmyk.tif")
+    np.testing.assert_array_equal(read_image(path), np.full((12, 20, 3), [0, 255, 255]))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
+    levels = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    path = _save(Image.fromarray(levels), tmp_path / f"deep.{suffix}")
+    np.testing.assert_array_equal(read_image(path)[..., 0], [[0, 1, 100, 255]])
+
+
+@pytest.mark.parametrize(
+    "levels, expected",
+    [
+        (np.array([[0, 7, 255]], dtype=np.int32), [[0, 7, 255]]),
+        (np.array([[0, 25700, 65535]], dtype=np.int32), [[0, 100, 255]]),
+        (np.array([[-100000, 0, 100000]], dtype=np.int32), [[0, 128, 255]]),
+        (np.array([[-1.0, 0.6, 1.0]], dtype=np.float32), [[0, 204, 255]]),
+        (np.array([[0.5, 0.5, 0.5]], dtype=np.float32), [[0, 0, 0]]),
+    ],
+)
+def test_32_bit_is_scaled_not_clipped(tmp_path, levels, expected):
+    path = _save(Image.fromarray(levels), tmp_path / "deep.tif")
+    np.testing.assert_array_equal(read_image(path)[..., 0], expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_the_image_upright(tmp_path, orientation):
+    upright = _rgb()
+    # What a camera stores so that the orientation's transformation gives `upright` again.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: np.rot90(upright, 2),
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    path = _save(image, tmp_path / "turned.png", exif=_exif(orientation))
+    np.testing.assert_array_equal(read_image(path, 12, 20), upright)
+    np.testing.assert_array_equal(read_image(path), upright)
+
+
+def test_exif_orientation_is_ignored_if_only_the_stored_size_fits(tmp_path):
+    path = _save(Image.fromarray(_rgb()), tmp_path / "turned.png", exif=_exif(6))
+    np.testing.assert_array_equal(read_image(path, 12, 20), _rgb())
+    assert read_image(path, 20, 12).shape == (20, 12, 3)
+    check_image(path, 12, 20)
+    check_image(path, 20, 12)
+
+
+@pytest.mark.parametrize("read", [read_image, check_image])
+def test_wrong_size_is_an_error_that_names_the_file_and_both_sizes(png, read):
+    with pytest.raises(DatasetError, match=r"image\.png is 20 x 12 pixels .* say 20 x 13"):
+        read(png, 13, 20)
+
+
+@pytest.mark.parametrize("read", [read_image, check_image])
+def test_missing_image_is_an_error_that_names_the_file(tmp_path, read):
+    with pytest.raises(DatasetError, match=r"gone\.jpg does not exist"):
+        read(tmp_path / "gone.jpg", 12, 20)
+
+
+@pytest.mark.parametrize("read", [read_image, check_image])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_truncated_image_is_an_error_that_names_the_file(tmp_path, read, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    Image.fromarray(_rgb(64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DatasetError, match=rf"cut\.{suffix} cannot be decoded"):
+        read(path, 64, 64)
+
+
+def test_file_that_is_no_image_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(DatasetError, match=r"text\.png cannot be decoded"):
+        read_image(tmp_path / "text.png")
+
+
+# Mapping
+
+
+def test_without_augmentation_image_and_boxes_stay_as_they_are(png):
+    mapper = DetrDatasetMapper(True, [])
+    sample = mapper(_record(png, [(1, 2, 3, 4), (5, 0, 15, 12)]))
+    assert sample["image"].dtype == torch.uint8
+    np.testing.assert_array_equal(sample["image"], _rgb().transpose(2, 0, 1))
+    assert sample["instances"].image_size == (12, 20)
+    assert sample["instances"].gt_boxes.tensor.tolist() == [[1, 2, 4, 6], [5, 0, 20, 12]]
+    assert sample["instances"].gt_classes.tolist() == [0, 1]
+    assert (sample["image_id"], sample["height"], sample["width"]) == (7, 12, 20)
+    assert "annotations" not in sample
+
+
+def test_the_dataset_dict_is_left_untouched(png):
+    record = _record(png, [(1, 2, 3, 4)])
+    DetrDatasetMapper(True, [T.RandomFlip(1.0)])(record)
+    assert record == _record(png, [(1, 2, 3, 4)])
+
+
+def test_bgr_reverses_the_channels(png):
+    sample = DetrDatasetMapper(False, [], image_format="BGR")(_record(png))
+    np.testing.assert_array_equal(sample["image"], _rgb()[..., ::-1].transpose(2, 0, 1))
+
+
+def test_unknown_image_format_is_an_error():
+    with pytest.raises(ValueError, match="image_format"):
+        DetrDatasetMapper(False, [], image_format="HSV")
+
+
+def test_boxes_follow_flip_crop_and_resize(tmp_path):
+    # One bright rectangle: wherever the pixels go, the box must go too.
+    image = np.zeros((100, 140, 3), dtype=np.uint8)
+    image[30:70, 40:100] = 255
+    path = _save(Image.fromarray(image), tmp_path / "rectangle.png")
+    augmentations = detr_augmentations(
+        (90, 150), 300, crop_range=(80, 130), crop_short_sides=(100, 120)
+    )
+    mapper = DetrDatasetMapper(True, augmentations)
+    np.random.seed(0)
+    for _ in range(20):
+        sample = mapper(_record(path, [(40, 30, 60, 40)], height=100, width=140))
+        bright = sample["image"][0] > 127
+        ys, xs = torch.where(bright.any(1))[0], torch.where(bright.any(0))[0]
+        expected = torch.stack([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]).float()
+        torch.testing.assert_close(
+            sample["instances"].gt_boxes.tensor[0], expected, atol=1.01, rtol=0
+        )
+
+
+def test_boxes_are_clipped_to_the_image(png):
+    sample = DetrDatasetMapper(True, [])(_record(png, [(-1, -2, 30, 40)]))
+    assert sample["instances"].gt_boxes.tensor.tolist() == [[0, 0, 20, 12]]
+
+
+def test_crowds_and_boxes_emptied_by_the_crop_are_dropped(png):
+    crop_left_half = T.CropTransform(0, 0, 10, 12)
+    boxes = [(0, 0, 5, 5), (12, 0, 5, 5), (1, 1, 5, 5), (8, 2, 9, 4)]
+    sample = DetrDatasetMapper(True, [crop_left_half])(_record(png, boxes, crowd={2}))
+    assert sample["instances"].gt_classes.tolist() == [0, 3]
+    assert sample["instances"].gt_boxes.tensor.tolist() == [[0, 0, 5, 5], [8, 2, 10, 6]]
+
+
+def test_segmentation_and_keypoints_are_ignored(png):
+    record = _record(png, [(1, 1, 5, 5), (2, 2, 5, 5)])
+    record["annotations"][0].update(segmentation=[[1, 1, 6, 1, 6, 6]], keypoints=[2, 2, 2])
+    fields = DetrDatasetMapper(True, [T.RandomFlip(1.0)])(record)["instances"].get_fields()
+    assert set(fields) == {"gt_boxes", "gt_classes"}
+
+
+def test_image_without_objects_gives_empty_instances(png):
+    instances = DetrDatasetMapper(True, [])(_record(png))["instances"]
+    assert instances.gt_boxes.tensor.shape == (0, 4)
+    assert instances.gt_classes.shape == (0,)
+
+
+def test_in_evaluation_there_are_no_instances_and_the_original_size_is_kept(png):
+    mapper = DetrDatasetMapper(False, detr_augmentations(60, 1000, flip=False))
+    sample = mapper(_record(png, [(1, 2, 3, 4)]))
+    assert "instances" not in sample and "annotations" not in sample
+    assert sample["image"].shape == (3, 60, 100)
+    assert (sample["height"], sample["width"]) == (12, 20)
+
+
+# Recipe
+
+
+def _sizes(augmentations, height, width, count=60):
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    sizes = []
+    np.random.seed(0)
+    for _ in range(count):
+        aug_input = T.AugInput(image)
+        T.AugmentationList(augmentations)(aug_input)
+        sizes.append(aug_input.image.shape[:2])
+    return sizes
+
+
+def test_short_side_is_one_of_those_given_and_long_side_is_limited():
+    assert {min(s) for s in _sizes(detr_augmentations((96, 128), 1333), 50, 60)} == {96, 128}
+    assert {max(s) for s in _sizes(detr_augmentations((96, 128), 200), 50, 150)} == {200}
+
+
+def test_crop_takes_its_range_of_the_first_resized_image():
+    augmentations = detr_augmentations(crop_range=(384, 600))
+    _, first_resize, crop, second_resize = augmentations
+    assert first_resize.short_edge_length == [400, 500, 600]
+    cropped = _sizes([first_resize, crop], 480, 640)
+    assert 384 <= min(map(min, cropped)) < 400 and 550 < max(map(max, cropped)) <= 600
+    assert second_resize.short_edge_length == list(range(480, 801, 32))
+    assert second_resize.max_size == 1333
+
+
+def test_each_branch_is_drawn_half_the_time_and_half_the_images_are_flipped(tmp_path):
+    path = _save(Image.fromarray(_rgb(4, 6)), tmp_path / "small.png")
+    flip = T.RandomFlip()
+    mapper = DetrDatasetMapper(True, [flip], [flip, T.CropTransform(0, 0, 6, 2)])
+    np.random.seed(0)
+    samples = [mapper(_record(path, height=4, width=6)) for _ in range(400)]
+    assert 160 < sum(s["image"].shape[1] == 2 for s in samples) < 240
+    left_top = torch.from_numpy(_rgb(4, 6)[0, 0])
+    assert 160 < sum(torch.equal(s["image"][:, 0, 0], left_top) for s in samples) < 240
+
+
+def test_second_branch_in_evaluation_is_an_error():
+    with pytest.raises(ValueError, match="augmentations_with_crop"):
+        DetrDatasetMapper(False, [], [])
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 6000), (6000, 1), (20, 30)])
+def test_images_smaller_than_the_crop_do_not_fail(tmp_path, height, width):
+    path = _save(Image.fromarray(_rgb(height, width)), tmp_path / "odd.png")
+    with_crop = detr_augmentations((64, 96), 128, crop_range=(48, 80), crop_short_sides=(50, 60))
+    mapper = DetrDatasetMapper(True, detr_augmentations((64, 96), 128), with_crop)
+    np.random.seed(0)
+    for _ in range(6):
+        record = _record(path, [(0, 0, width, height)], height=height, width=width)
+        sample = mapper(record)
+        assert 1 <= min(sample["image"].shape[1:]) <= max(sample["image"].shape[1:]) <= 128
+        assert len(sample["instances"]) == 1
+
+
+def test_a_line_of_pixels_is_not_enlarged_to_gigabytes_before_the_crop():
+    _, first_resize, _, _ = detr_augmentations(crop_range=(384, 600))
+    transform = first_resize.get_transform(np.zeros((1, 6000, 3), dtype=np.uint8))
+    assert (transform.new_h, transform.new_w) == (2, 9600)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_pixel_image_is_mapped_without_augmentation(tmp_path):
+    path = _save(Image.fromarray(_rgb(1, 1)), tmp_path / "pixel.png")
+    sample = DetrDatasetMapper(False, [])(_record(path, height=1, width=1))
+    np.testing.assert_array_equal(sample["image"].flatten(), _rgb(1, 1).flatten())
+
+
+def test_recipe_can_be_written_in_a_lazy_config():
+    from detectron2.config import LazyCall as L
+    from detectron2.config import instantiate
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"sizes": [32, 48]}, flags={"allow_objects": True})
+    config.mapper = L(DetrDatasetMapper)(
+        is_train=True,
+        augmentations=L(detr_augmentations)(short_sides="${sizes}", max_size=64),
+        augmentations_with_crop=L(detr_augmentations)(
+            short_sides="${sizes}", max_size=64, crop_range=(24, 30), crop_short_sides=[30]
+        ),
+    )
+    for branch in instantiate(config.mapper).branches:
+        assert {min(size) for size in _sizes(branch.augs, 40, 44)} <= {32, 48}

@@ -1,0 +1,224 @@
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import pairwise_intersection
+from PIL import Image
+
+from smca.data import (
+    SHAPE_CLASSES,
+    DatasetError,
+    draw_scene,
+    read_image,
+    register_coco,
+    register_shapes,
+    require_dataset,
+    write_shapes,
+)
+from smca.data.cache import create_once
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "set"
+    write_shapes(folder, num_train=24, num_val=12, seed=1)
+    return folder
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """Names of a small set that is registered but not made yet."""
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path))
+    names = register_shapes(num_train=3, num_val=2, seed=5, prefix="tiny_shapes")
+    yield names
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def _contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _scenes(count=40):
+    return [draw_scene(np.random.default_rng(i)) for i in range(count)]
+
+
+# The pictures
+
+
+def test_boxes_are_tight_around_the_drawn_masks(folder):
+    coco = json.loads((folder / "val.json").read_text())
+    for i, image in enumerate(coco["images"]):
+        scene = draw_scene(np.random.default_rng((1, 1, i)))
+        annotations = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+        assert len(annotations) == len(scene.masks)
+        for annotation, mask in zip(annotations, scene.masks):
+            x, y, width, height = annotation["bbox"]
+            inside = mask[y : y + height, x : x + width]
+            assert inside.sum() == mask.sum() == annotation["area"]
+            edges = (inside[0], inside[-1], inside[:, 0], inside[:, -1])
+            assert all(edge.any() for edge in edges)
+
+
+def test_images_are_the_drawn_scenes(folder):
+    for i in range(3):
+        scene = draw_scene(np.random.default_rng((1, 0, i)))
+        image = read_image(folder / "train" / f"{i:06d}.jpg", *scene.image.shape[:2])
+        assert np.abs(image.astype(int) - scene.image).mean() < 4  # JPEG
+
+
+def test_scenes_have_one_to_six_objects_of_all_classes_and_very_different_sizes():
+    scenes = _scenes(80)
+    counts = {len(scene.masks) for scene in scenes}
+    assert counts == {1, 2, 3, 4, 5, 6}
+    assert {c for scene in scenes for c in scene.classes} == set(range(len(SHAPE_CLASSES)))
+    lengths = [max(np.ptp(np.nonzero(m), axis=1)) + 1 for s in scenes for m in s.masks]
+    assert 8 <= min(lengths) < 16 and 80 < max(lengths) < 125
+
+
+def test_images_have_128_to_160_pixels_a_side():
+    sides = [side for scene in _scenes() for side in scene.image.shape[:2]]
+    assert 128 <= min(sides) < 135 and 155 < max(sides) <= 160
+
+
+def test_visible_parts_do_not_overlap_although_objects_do():
+    num_overlaps = 0
+    for scene in _scenes():
+        assert np.sum(scene.masks, axis=0).max() == 1
+        boxes = Boxes(torch.tensor(_xyxy(scene.masks)))
+        num_overlaps += (pairwise_intersection(boxes, boxes) > 0).sum() - len(boxes)
+    assert num_overlaps > 10
+
+
+def _xyxy(masks):
+    ranges = [(np.flatnonzero(m.any(0)), np.flatnonzero(m.any(1))) for m in masks]
+    return [[xs[0], ys[0], xs[-1] + 1, ys[-1] + 1] for xs, ys in ranges]
+
+
+# The files
+
+
+def test_the_same_seed_writes_the_same_files(folder, tmp_path):
+    write_shapes(tmp_path / "again", num_train=24, num_val=12, seed=1)
+    assert _contents(tmp_path / "again") == _contents(folder)
+
+
+def test_another_seed_and_split_give_other_pictures(folder, tmp_path):
+    write_shapes(tmp_path / "other", num_train=1, num_val=1, seed=2)
+    first = [folder / "train", folder / "val", tmp_path / "other/train", tmp_path / "other/val"]
+    assert len({(f / "000000.jpg").read_bytes() for f in first}) == 4
+
+
+def test_the_first_images_do_not_depend_on_how_many_follow(folder, tmp_path):
+    write_shapes(tmp_path / "short", num_train=2, num_val=1, seed=1)
+    short, long = _contents(tmp_path / "short"), _contents(folder)
+    pictures = [path for path in short if path.suffix == ".jpg"]
+    assert len(pictures) == 3 and all(short[path] == long[path] for path in pictures)
+
+
+def test_the_files_pass_the_check_of_custom_data_sets(folder):
+    for split in ("train", "val"):
+        register_coco(folder / f"{split}.json", folder / split)
+
+
+# Registration
+
+
+def test_the_full_set_is_registered_on_import():
+    assert {"smca_shapes_train", "smca_shapes_val"} <= set(DatasetCatalog.list())
+    metadata = MetadataCatalog.get("smca_shapes_val")
+    assert metadata.thing_classes == list(SHAPE_CLASSES)
+
+
+def test_files_are_made_on_first_use_and_kept(registered, tmp_path):
+    assert not list(tmp_path.iterdir())
+    records = DatasetCatalog.get("tiny_shapes_train")
+    assert len(records) == 3 and len(DatasetCatalog.get("tiny_shapes_val")) == 2
+    Image.open(records[0]["file_name"]).verify()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.jpg")}
+    DatasetCatalog.get("tiny_shapes_train")
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.jpg")}
+
+
+def test_requiring_the_data_set_makes_the_files_the_evaluator_needs(registered):
+    require_dataset("tiny_shapes_val")
+    COCOEvaluator("tiny_shapes_val", distributed=False)
+
+
+def test_perfect_predictions_give_an_ap_of_100(registered):
+    records = DatasetCatalog.get("tiny_shapes_val")
+    evaluator = COCOEvaluator("tiny_shapes_val", distributed=False)
+    evaluator.reset()
+    for record in records:
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        prediction = Instances((record["height"], record["width"]))
+        prediction.pred_boxes = Boxes(boxes)
+        prediction.scores = torch.ones(len(boxes))
+        prediction.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        evaluator.process([record], [{"instances": prediction}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_other_parameters_use_another_folder(registered):
+    names = register_shapes(num_train=3, num_val=2, seed=6, prefix="other_shapes")
+    folders = {MetadataCatalog.get(n).json_file for n in (registered[0], names[0])}
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert len(folders) == 2
+
+
+# The cache
+
+
+def _create_and_log(args):
+    path, log = args
+
+    def write(partial):
+        with open(log, "a") as file:
+            file.write("written\n")
+        partial.mkdir()
+        (partial / "file").write_text("content")
+
+    create_once(path, write)
+    return (path / "file").read_text()
+
+
+def test_concurrent_processes_create_a_folder_once(tmp_path):
+    log = tmp_path / "log"
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        results = pool.map(_create_and_log, [(tmp_path / "folder", log)] * 8)
+    assert results == ["content"] * 8
+    assert log.read_text() == "written\n"
+
+
+def _die_halfway(partial):
+    partial.mkdir()
+    (partial / "half").touch()
+    os._exit(1)
+
+
+def test_a_killed_run_leaves_no_half_data_set(tmp_path):
+    path = tmp_path / "folder"
+    process = multiprocessing.get_context("fork").Process(
+        target=create_once, args=(path, _die_halfway)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 1 and not path.exists()
+    create_once(path, lambda partial: partial.mkdir())
+    assert path.is_dir() and not list(path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="SMCA_CACHE"):
+        create_once(tmp_path / "file" / "set", lambda partial: partial.mkdir())

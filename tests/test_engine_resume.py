@@ -1,0 +1,134 @@
+import os
+import shutil
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+from engine_cases import write_config
+from smca.engine import Trainer, main, run
+
+
+def arguments(*args):
+    return default_argument_parser().parse_args([str(arg) for arg in args])
+
+
+def train(config, folder, *overrides, resume=False):
+    flags = ["--config-file", config] + ["--resume"] * resume
+    main(arguments(*flags, f"train.output_dir={folder}", *overrides))
+    return torch.load(os.path.join(folder, "model_final.pth"), weights_only=True)
+
+
+def assert_same_bits(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for n, (x, y) in enumerate(zip(a, b)):
+            assert_same_bits(x, y, f"{path}.{n}")
+    else:
+        assert a == b, path
+
+
+def interrupt_at(monkeypatch, iteration, error):
+    """Let the training fail once, after the forward pass of an iteration."""
+    original = Trainer._forward_backward
+
+    def fail(self, data, micro_batch):
+        losses = original(self, data, micro_batch)
+        if self.iter == iteration and error:
+            raise error.pop()
+        return losses
+
+    monkeypatch.setattr(Trainer, "_forward_backward", fail)
+
+
+SETTINGS = {
+    "plain": [],
+    "fp16": ["train.amp.enabled=True", "train.amp.dtype=fp16"],
+    "accumulated bf16": ["train.amp.enabled=True", "train.accumulate=2"],
+    "loader processes": ["dataloader.train.num_workers=2"],
+}
+
+
+@pytest.mark.parametrize("overrides", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_stopped_and_resumed_run_ends_with_the_bits_of_an_unbroken_one(
+    tmp_path, monkeypatch, overrides
+):
+    # No evaluation on the way; the interruption does not fall on a checkpoint's period.
+    overrides = overrides + ["train.checkpointer.period=5"]
+    config = write_config(tmp_path, max_iter=6, eval_period=0)
+    unbroken = train(config, tmp_path / "unbroken", *overrides)
+
+    interrupt_at(monkeypatch, 3, [KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "resumed", *overrides)
+    assert (tmp_path / "resumed" / "last_checkpoint").read_text() == "model_0000002.pth"
+    torch.manual_seed(99)  # whatever a new process begins with
+    resumed = train(config, tmp_path / "resumed", *overrides, resume=True)
+
+    assert unbroken["trainer"]["iteration"] == 5
+    assert_same_bits(resumed, unbroken)
+
+
+def test_weights_depend_on_every_batch_so_that_the_comparison_means_something(tmp_path):
+    config = write_config(tmp_path, eval_period=0)
+    a = train(config, tmp_path / "a")
+    b = train(config, tmp_path / "b", "train.seed=1")
+    assert not torch.equal(a["model"]["class_embed.weight"], b["model"]["class_embed.weight"])
+    assert not torch.equal(
+        a["model"]["class_embed.weight"], a["model_ema"]["class_embed.weight"]
+    )
+
+
+def test_a_random_seed_is_kept_by_the_resumed_run(tmp_path, monkeypatch):
+    config = write_config(tmp_path, seed=-1, eval_period=0)
+    interrupt_at(monkeypatch, 2, [OSError("an image is gone")])
+    with pytest.raises(OSError):
+        train(config, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "model_0000001.pth", weights_only=True)
+    seed = checkpoint["trainer"]["seed"]
+    assert seed >= 0
+    resumed = train(config, tmp_path / "run", resume=True)
+    assert resumed["trainer"]["seed"] == seed
+    assert_same_bits(resumed["model"], train(config, tmp_path / "b", f"train.seed={seed}")["model"])
+
+
+def test_another_batch_size_on_resume_is_a_warning(tmp_path, monkeypatch):
+    config = write_config(tmp_path, eval_period=0)
+    interrupt_at(monkeypatch, 2, [OSError("an image is gone")])
+    with pytest.raises(OSError):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run", "dataloader.train.total_batch_size=2", resume=True)
+    assert "total_batch_size was 4" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_an_average_may_begin_with_the_resumed_run(tmp_path):
+    config = write_config(tmp_path, eval_period=0, max_iter=2)
+    first = train(config, tmp_path / "run", "train.model_ema.enabled=False")
+    assert "model_ema" not in first
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    decay, weight = 0.9, "class_embed.weight"
+    resumed = train(config, tmp_path / "run", "train.max_iter=3", resume=True)
+    expected = decay * first["model"][weight] + (1 - decay) * resumed["model"][weight]
+    torch.testing.assert_close(resumed["model_ema"][weight], expected)
+
+
+def test_two_cpu_processes_train_like_one_with_the_whole_batch(tmp_path):
+    overrides = ["model.dropout=0", "model.batch_norm=False", "train.accumulate=2"]
+    overrides += ["train.max_iter=3"]
+    config = write_config(tmp_path)
+    alone = train(config, tmp_path / "alone", *overrides)
+    args = ["--config-file", config, "--num-gpus", 2, "--dist-url", "auto"]
+    args = arguments(*args, f"train.output_dir={tmp_path / 'two'}", *overrides)
+    assert run(args) == 0
+    two = torch.load(tmp_path / "two" / "model_final.pth", weights_only=True)
+    assert two["trainer"]["world_size"] == 2
+    for key in ("model", "model_ema"):
+        for name, value in alone[key].items():
+            torch.testing.assert_close(two[key][name], value, atol=1e-6, rtol=0)

@@ -1,0 +1,307 @@
+import copy
+import signal
+
+import pytest
+import torch
+from detectron2.engine import HookBase, hooks
+from fvcore.common.checkpoint import Checkpointer
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from torch import nn
+
+from engine_cases import MeanLoss
+from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
+from smca.errors import NonFiniteError
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MeanLoss()
+
+
+def batches(num=8, size=4):
+    return list(torch.randn(num, size, 3, generator=torch.Generator().manual_seed(1)))
+
+
+def train(model, data, num_iters, lr=0.1, hooks=(), **kwargs):
+    trainer = Trainer(model, data, torch.optim.SGD(model.parameters(), lr=lr), **kwargs)
+    trainer.register_hooks(hooks)
+    trainer.train(0, num_iters)
+    return trainer
+
+
+def gradients(model, batch, scale=1.0):
+    model = copy.deepcopy(model)
+    (scale * model(batch)["loss"]).backward()
+    return [p.grad for p in model.parameters()]
+
+
+class Record(HookBase):
+    def __init__(self, function):
+        self.function, self.values = function, []
+
+    def after_step(self):
+        self.values.append(self.function(self.trainer))
+
+
+class RaiseAt(HookBase):
+    """Raises at the end of an iteration's forward pass."""
+
+    def __init__(self, model, iteration, error):
+        self.model, self.iteration, self.error = model, iteration, error
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            self.model.register_forward_hook(self.fail)
+
+    def fail(self, *args):
+        raise self.error
+
+
+def test_accumulated_batches_step_like_one_big_batch(model):
+    other = copy.deepcopy(model)
+    data = batches(4)
+    train(model, data, 2, accumulate=2)
+    train(other, [torch.cat(data[:2]), torch.cat(data[2:])], 2)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_reported_loss_is_the_mean_over_accumulated_batches(model):
+    data = batches(2)
+    expected = sum(model(x)["loss"].item() for x in data) / 2
+    trainer = train(model, data, 1, accumulate=2)
+    assert trainer.storage.latest()["total_loss"][0] == pytest.approx(expected)
+
+
+def test_gradients_are_scaled_to_the_largest_norm(model):
+    before = copy.deepcopy(model)
+    data = batches(1)
+    grads = gradients(model, data[0])
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    trainer = train(model, data, 1, lr=1.0, clip_grad_norm=0.01)
+    for p, old, g in zip(model.parameters(), before.parameters(), grads):
+        torch.testing.assert_close(p, old - g * 0.01 / (norm + 1e-6), rtol=1e-4, atol=1e-8)
+    assert trainer.storage.latest()["grad_norm"][0] == pytest.approx(norm.item())
+
+
+@pytest.mark.parametrize("clip", [None, 0, 1e6])
+def test_gradients_below_the_largest_norm_are_left_alone(model, clip):
+    before = copy.deepcopy(model)
+    grads = gradients(model, batches(1)[0])
+    train(model, batches(1), 1, lr=1.0, clip_grad_norm=clip)
+    for p, old, g in zip(model.parameters(), before.parameters(), grads):
+        torch.testing.assert_close(p, old - g)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_runs_the_model_in_its_type_and_steps_almost_like_float32(model, dtype):
+    seen, other = [], copy.deepcopy(model)
+    model.layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer = Trainer(
+        model, batches(3), torch.optim.SGD(model.parameters(), lr=0.1), amp_dtype=dtype
+    )
+    # The default scale is for losses so small that this one would overflow.
+    is_scaled = dtype == torch.float16
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=is_scaled)
+    trainer.train(0, 3)
+    train(other, batches(3), 3)
+    assert seen == [dtype] * 3
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, atol=5e-3, rtol=1e-2)
+    assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_clipping_in_float16_measures_the_unscaled_gradient(model):
+    norm = torch.cat([g.flatten() for g in gradients(model, batches(1)[0])]).norm().item()
+    trainer = train(model, batches(1), 1, clip_grad_norm=0.1, amp_dtype=torch.float16)
+    assert trainer.storage.latest()["grad_norm"][0] == pytest.approx(norm, rel=1e-2)
+    assert trainer.storage.latest()["grad_scale"][0] > 1
+
+
+def test_an_overflow_in_float16_skips_the_step_and_lowers_the_scale(model):
+    before = copy.deepcopy(model)
+    trainer = Trainer(
+        model,
+        batches(1),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        amp_dtype=torch.float16,
+    )
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer.train(0, 1)
+    assert trainer.grad_scaler.get_scale() == 2.0**39
+    for a, b in zip(model.parameters(), before.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model, value):
+    data = batches(1)
+    data[0][0, 0] = value
+    before = copy.deepcopy(model)
+    with pytest.raises(NonFiniteError, match="loss became nan or infinite.*iteration 0"):
+        train(model, data, 1)
+    for a, b in zip(model.parameters(), before.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model):
+    before = copy.deepcopy(model)
+    model.layer.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(FloatingPointError, match="norm of the gradient became nan"):
+        train(model, batches(1), 1, clip_grad_norm=0.1)
+    for a, b in zip(model.parameters(), before.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_random_numbers_of_an_iteration_depend_on_seed_and_iteration_only():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.drawn = []
+
+        def forward(self, batch):
+            self.drawn.append(torch.rand(()).item())
+            return {"loss": self.weight * self.drawn[-1]}
+
+    def draw(start, end, seed):
+        model = Draws()
+        trainer = Trainer(
+            model, [None] * 9, torch.optim.SGD(model.parameters(), lr=0.1), seed=seed, accumulate=2
+        )
+        trainer.train(start, end)
+        return model.drawn
+
+    assert len(set(draw(0, 4, seed=0))) == 8
+    assert draw(2, 4, seed=0) == draw(0, 4, seed=0)[4:]
+    assert not set(draw(0, 4, seed=0)) & set(draw(0, 4, seed=1))
+
+
+def test_average_of_the_weights_follows_its_formula(model):
+    ema = ModelEMA(model, decay=0.75)
+    weights = Record(lambda trainer: trainer.model.layer.weight.detach().clone())
+    train(model, batches(5), 5, hooks=[ema, weights])
+    expected = weights.values[0]
+    for weight in weights.values[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    torch.testing.assert_close(ema.model.layer.weight, expected)
+    assert not torch.equal(ema.model.layer.weight, model.layer.weight)
+
+
+def test_state_of_the_average_loads_into_the_model_and_goes_on(model):
+    ema = ModelEMA(model, decay=0.75)
+    train(model, batches(3), 3, hooks=[ema])
+    state = ema.averaged.state_dict()
+    MeanLoss().load_state_dict(state)
+
+    restored = ModelEMA(model, decay=0.75)
+    restored.averaged.load_state_dict(copy.deepcopy(state))
+    for each in (ema, restored):
+        each.after_step()
+    assert torch.equal(restored.model.layer.weight, ema.model.layer.weight)
+
+
+def test_learning_rate_drops_at_the_milestone(model):
+    schedule = MultiStepParamScheduler([1.0, 0.1], milestones=[3, 5])
+    used = Record(lambda trainer: trainer.optimizer.param_groups[0]["lr"])
+    train(model, batches(5), 5, lr=0.5, hooks=[used, hooks.LRScheduler(scheduler=schedule)])
+    assert used.values == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05])
+
+
+def saved(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("error", [OSError("image is gone"), KeyboardInterrupt(), MemoryError()])
+def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, error):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    weights = Record(lambda trainer: copy.deepcopy(trainer.model.state_dict()))
+    guard = EmergencyCheckpointer(checkpointer)
+    trainer = Trainer(model, batches(5), torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.register_hooks([RaiseAt(model, 3, error), weights, guard])
+    checkpointer.add_checkpointable("trainer", trainer)
+    with pytest.raises(type(error)):
+        trainer.train(0, 5)
+    state = saved(checkpointer.get_checkpoint_file())
+    assert state["trainer"]["iteration"] == 2
+    assert torch.equal(state["model"]["layer.weight"], weights.values[2]["layer.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_update_waits_until_the_iteration_is_complete(
+    model, tmp_path, number
+):
+    class Signalling(torch.optim.SGD):
+        def step(self, closure=None):
+            signal.raise_signal(number)
+            return super().step(closure)
+
+    checkpointer = Checkpointer(model, str(tmp_path))
+    before = signal.getsignal(number)
+    trainer = Trainer(model, batches(2), Signalling(model.parameters(), lr=0.1))
+    trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
+    checkpointer.add_checkpointable("trainer", trainer)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        trainer.train(0, 2)
+    state = saved(tmp_path / "model_0000000.pth")
+    assert state["trainer"]["iteration"] == 0
+    assert torch.equal(state["model"]["layer.weight"], model.layer.weight)
+    assert signal.getsignal(number) == before
+
+
+def test_a_broken_loss_saves_nothing(model, tmp_path):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    with pytest.raises(FloatingPointError):
+        train(
+            model,
+            batches(2) + [torch.full((4, 3), float("nan"))],
+            3,
+            hooks=[EmergencyCheckpointer(checkpointer)],
+        )
+    assert not checkpointer.has_checkpoint()
+
+
+class Metric(HookBase):
+    """Stores one value an iteration, None for no value."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def after_step(self):
+        value = self.values[self.trainer.iter]
+        if value is not None:
+            self.trainer.storage.put_scalar("bbox/AP", value, smoothing_hint=False)
+
+
+def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    values = [None, float("nan"), 20.0, 30.0, 25.0, float("nan"), 0.0]
+    train(
+        model,
+        batches(7),
+        7,
+        hooks=[
+            Metric(values),
+            hooks.PeriodicCheckpointer(checkpointer, 1),
+            BestCheckpointer(1, checkpointer, "bbox/AP"),
+        ],
+    )
+    best = saved(tmp_path / "model_best.pth")
+    assert best["best"] == {"metric": "bbox/AP", "value": 30.0, "iteration": 3}
+    expected = saved(tmp_path / "model_0000003.pth")["model"]["layer.weight"]
+    assert torch.equal(best["model"]["layer.weight"], expected)
+    assert checkpointer.get_checkpoint_file().endswith("model_final.pth")
+
+
+def test_a_resumed_run_keeps_a_better_checkpoint_of_before(model, tmp_path):
+    def run(start, value):
+        best = BestCheckpointer(1, checkpointer, "bbox/AP")
+        trainer = Trainer(model, batches(4), torch.optim.SGD(model.parameters(), lr=0.1))
+        trainer.register_hooks([Metric([value] * 4), best])
+        trainer.train(start, start + 2)
+
+    checkpointer = Checkpointer(model, str(tmp_path))
+    run(0, 30.0)
+    run(2, 20.0)
+    assert saved(tmp_path / "model_best.pth")["best"]["value"] == 30.0

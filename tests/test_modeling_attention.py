@@ -1,0 +1,466 @@
+"""Attention and spatially modulated co-attention against full maps."""
+
+import pytest
+import torch
+
+import reference
+from modeling_cases import (
+    IMAGE_SIZES,
+    LargestTensor,
+    assert_close,
+    assert_same_gradients,
+    leaves,
+    make_scales,
+    randomize,
+)
+from smca.modeling import attention as attention_module
+from smca.modeling.attention import CoAttention, MultiheadAttention, attend_modulated
+from smca.modeling.modulation import MODULATIONS, SPREADS, Gaussians, SpatialModulation, channels
+
+D, H, Q, B = 32, 4, 5, 2
+MODULATED = [name for name in MODULATIONS if name != "none"]
+NUM_SPREADS = {"fixed": 0, "single": 1, "independent": 2, "covariance": 3}
+
+
+def random_tensor(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_gaussians(size, spread, num_queries=Q, num_heads=H, seed=0):
+    """Centres (B, Q, H, 2) on and around a map of (h, w) cells, and spreads (B, Q, H, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (B, num_queries, num_heads)
+    extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    centres = (torch.rand(*shape, 2, generator=generator) * 1.6 - 0.3) * extent
+    spreads = torch.rand(*shape, NUM_SPREADS[spread], generator=generator) * 1.5 + 0.2
+    return leaves({"centres": centres, "spreads": spreads})
+
+
+def as_gaussians(centres, spreads, spread, beta=8.0, factor=1.0):
+    """The package's form of one scale's centres (B, Q, H, 2) and spreads (B, Q, H, n)."""
+    if spread == "fixed":
+        squares = torch.ones_like(centres)
+    elif spread == "single":
+        squares = (spreads**2).repeat(1, 1, 1, 2)
+    else:
+        squares = spreads**2
+    return Gaussians(centres[:, :, None], (squares * factor / beta)[:, :, None])
+
+
+def float32_channels(centres, spreads, spread, size):
+    """What modulates one scale of (h, w) cells: channels of the queries and of the cells."""
+    return channels(as_gaussians(centres, spreads, spread), 0, size, D // H, torch.float32)
+
+
+def used(inputs, spread):
+    return {k: v for k, v in inputs.items() if k != "spreads" or spread != "fixed"}
+
+
+def parameters(module, name):
+    return {f"{name}.{key}": value for key, value in module.named_parameters()}
+
+
+# ------------------------------------------------------------------------------ plain attention
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_multihead_attention_equals_the_reference(padded):
+    attention = randomize(MultiheadAttention(D, H))
+    mask = make_scales([16])[0].padding_mask if padded else None
+    inputs = leaves(
+        {
+            "query": random_tensor(B, Q, D, seed=1),
+            "key": random_tensor(B, 48, D, seed=2),
+            "value": random_tensor(B, 48, D, seed=3),
+        }
+    )
+    weights = parameters(attention, "attention")
+    qkv = reference.project_qkv(weights, "attention", *inputs.values())
+    read = reference.attend(*qkv, H, mask)
+    expected = reference.linear(weights, "attention.out_proj", read)
+    output = attention(*inputs.values(), padding_mask=mask)
+    assert_close(output, expected, 1e-5)
+    assert_same_gradients(output, expected, {**inputs, **weights})
+
+
+def test_multihead_attention_reads_the_weights_of_torch():
+    attention = randomize(MultiheadAttention(D, H))
+    theirs = torch.nn.MultiheadAttention(D, H, batch_first=True)
+    theirs.load_state_dict(attention.state_dict())
+    query, key = random_tensor(B, Q, D), random_tensor(B, 48, D, seed=1)
+    assert_close(attention(query, key, key), theirs(query, key, key)[0], 1e-5)
+
+
+def test_attention_without_padding_equals_an_empty_padding_mask():
+    attention = randomize(MultiheadAttention(D, H))
+    x = random_tensor(B, 12, D)
+    mask = torch.zeros(B, 12, dtype=torch.bool)
+    assert_close(attention(x, x, x, mask), attention(x, x, x), 1e-6)
+
+
+def test_attention_dropout_is_off_in_eval():
+    attention = randomize(MultiheadAttention(D, H, dropout=0.5))
+    x = random_tensor(B, 12, D)
+    assert not torch.equal(attention.train()(x, x, x), attention(x, x, x))
+    assert torch.equal(attention.eval()(x, x, x), attention(x, x, x))
+
+
+def test_attention_dropout_keeps_the_mean():
+    attention = randomize(MultiheadAttention(D, H, dropout=0.3))
+    x = random_tensor(1, 12, D)
+    torch.manual_seed(0)
+    many = x.expand(4000, -1, -1)
+    mean = attention.train()(many, many, many).mean(0, keepdim=True)
+    assert_close(mean, attention.eval()(x, x, x), 0.05)
+
+
+# ------------------------------------------------------------------- log-weights of the Gaussians
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_log_weights_equal_the_reference(spread):
+    inputs = random_gaussians((6, 8), spread)
+    expected = reference.log_weights(6, 8, *inputs.values(), spread, beta=8.0, factor=0.5)
+    gaussians = as_gaussians(*inputs.values(), spread, factor=0.5)
+    maps = gaussians.log_weights(0, (6, 8)).transpose(1, 2).flatten(3)
+    assert_close(maps, expected)
+    assert_same_gradients(maps, expected, used(inputs, spread))
+
+
+def relative_to_best(maps, best):
+    """Log-weights less the one of the best cell, which a constant for each query leaves alone."""
+    return maps - maps.gather(-1, best)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (1, 1), (1, 7), (25, 42)])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_channels_give_the_log_weights_but_for_a_constant(spread, size):
+    inputs = random_gaussians(size, spread)
+    query, cells = float32_channels(*inputs.values(), spread, size)
+    maps = query @ cells.T / (D // H) ** 0.5
+    expected = reference.log_weights(*size, *inputs.values(), spread)
+    best = expected.argmax(-1, keepdim=True)
+    difference = relative_to_best(maps, best) - relative_to_best(expected, best)
+    near = relative_to_best(expected, best) > -30  # farther cells weigh nothing
+    assert difference[near].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(100, 8), (8, 168)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_channels_are_exact_enough_in_half_precision(dtype, size):
+    inputs = random_gaussians(size, "independent", num_heads=1)
+    spreads = inputs["spreads"] * 2.5
+    gaussians = as_gaussians(inputs["centres"], spreads, "independent")
+    query, cells = channels(gaussians, 0, size, D // H, dtype)
+    assert query.dtype == cells.dtype == dtype
+    maps = query.double() @ cells.double().T / (D // H) ** 0.5
+    centres = inputs["centres"].double()
+    expected = reference.log_weights(*size, centres, spreads.double(), "independent")
+    best = expected.argmax(-1, keepdim=True)
+    difference = relative_to_best(maps, best) - relative_to_best(expected, best)
+    near = relative_to_best(expected, best) > -30
+    assert difference[near].abs().max() < 2e-3
+
+
+# --------------------------------------------------------------------- modulated attention itself
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_modulated_attention_equals_the_reference(spread, padded):
+    size = (6, 8)
+    tokens = {
+        "query": random_tensor(B, Q, D, seed=1),
+        "key": random_tensor(B, 48, D, seed=2),
+        "value": random_tensor(B, 48, D, seed=3),
+    }
+    inputs = {**leaves(tokens), **random_gaussians(size, spread)}
+    mask = make_scales([16])[0].padding_mask if padded else None
+    maps = reference.log_weights(*size, inputs["centres"], inputs["spreads"], spread)
+    tokens = [inputs[name] for name in ("query", "key", "value")]
+    expected = reference.attend(*tokens, H, mask, maps)
+
+    modulation = float32_channels(inputs["centres"], inputs["spreads"], spread, size)
+    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in tokens]
+    output = attend_modulated(*heads, *modulation, mask)
+    output = output.transpose(1, 2).flatten(2)
+    assert_close(output, expected)
+    assert_same_gradients(output, expected, used(inputs, spread))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_modulated_attention_equals_the_reference_on_a_coco_sized_map(spread, dtype):
+    size = (25, 42)
+    num_cells = size[0] * size[1]
+    tokens = {
+        "query": random_tensor(B, Q, D, seed=1),
+        "key": random_tensor(B, num_cells, D, seed=2),
+        "value": random_tensor(B, num_cells, D, seed=3),
+    }
+    inputs = {**leaves(tokens), **random_gaussians(size, spread)}
+    maps = reference.log_weights(*size, inputs["centres"], inputs["spreads"], spread)
+    tokens = [inputs[name] for name in ("query", "key", "value")]
+    expected = reference.attend(*tokens, H, None, maps)
+
+    gaussians = as_gaussians(inputs["centres"], inputs["spreads"], spread)
+    modulation = channels(gaussians, 0, size, D // H, dtype)
+    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2).to(dtype) for x in tokens]
+    output = attend_modulated(*heads, *modulation).float()
+    output = output.transpose(1, 2).flatten(2)
+    if dtype == torch.float32:
+        assert_close(output, expected)
+        # The squared coordinates cost gradients a digit on large maps.
+        assert_same_gradients(output, expected, used(inputs, spread), 1e-3)
+    else:
+        assert_close(output, expected, 0.03)
+
+
+def co_attention_case(strides, spread=None, seed=0):
+    """Inputs of a co-attention over scales with padding: scales, their Gaussians, the leaves."""
+    scales = make_scales(strides)
+    inputs = {"query": random_tensor(B, Q, D, seed=1)}
+    for i, scale in enumerate(scales):
+        inputs[f"memory{i}"] = scale.tokens
+        inputs[f"position{i}"] = scale.position
+    inputs["scale_logits"] = random_tensor(B, Q, len(scales), seed=2)
+    inputs = leaves(inputs)
+    if spread is not None:
+        for i, scale in enumerate(scales):
+            gaussians = random_gaussians(scale.size, spread, seed=i)
+            inputs.update({f"{name}{i}": value for name, value in gaussians.items()})
+    return scales, inputs
+
+
+@pytest.mark.parametrize("scale_selection", [False, True])
+@pytest.mark.parametrize("spread", [None, *SPREADS])
+@pytest.mark.parametrize("strides", [[32], [16, 32, 64]], ids=["one scale", "three scales"])
+def test_co_attention_equals_the_reference(strides, spread, scale_selection):
+    attention = randomize(CoAttention(D, H))
+    scales, inputs = co_attention_case(strides, spread)
+    weights = parameters(attention, "attention")
+    memories = [inputs[f"memory{i}"] for i in range(len(scales))]
+    positions = [inputs[f"position{i}"] for i in range(len(scales))]
+    masks = [scale.padding_mask for scale in scales]
+    scale_weights = inputs["scale_logits"].softmax(-1) if scale_selection else None
+    maps, modulations = None, None
+    if spread is not None:
+        maps, modulations = [], []
+        for i, scale in enumerate(scales):
+            gaussian = (inputs[f"centres{i}"], inputs[f"spreads{i}"])
+            maps.append(reference.log_weights(*scale.size, *gaussian, spread))
+            modulations.append(float32_channels(*gaussian, spread, scale.size))
+    expected = reference.modulated_co_attention(
+        weights, "attention", inputs["query"], memories, positions, masks, maps, scale_weights, H
+    )
+    output = attention(
+        inputs["query"],
+        torch.cat(memories, 1) + torch.cat(positions, 1),
+        torch.cat(memories, 1),
+        [scale.size[0] * scale.size[1] for scale in scales],
+        masks,
+        modulations,
+        scale_weights,
+    )
+    assert_close(output, expected)
+    unused = () if scale_selection else ("scale_logits",)
+    if spread == "fixed":
+        unused += tuple(name for name in inputs if name.startswith("spreads"))
+    leaf_inputs = {name: value for name, value in inputs.items() if name not in unused}
+    assert_same_gradients(output, expected, {**leaf_inputs, **weights})
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_what_padding_holds_does_not_reach_the_co_attention(modulated):
+    attention = randomize(CoAttention(D, H))
+    scales, inputs = co_attention_case([16, 32], "independent")
+    masks = [scale.padding_mask for scale in scales]
+    assert all(mask.any() for mask in masks)
+    outputs = []
+    for garbage in (0.0, 1e4):
+        memory = torch.cat([scale.tokens for scale in scales], 1)
+        memory = memory.masked_fill(torch.cat(masks, 1)[..., None], garbage)
+        modulations = None
+        if modulated:
+            modulations = [
+                float32_channels(
+                    inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size
+                )
+                for i, scale in enumerate(scales)
+            ]
+        num_cells = [scale.size[0] * scale.size[1] for scale in scales]
+        outputs.append(attention(inputs["query"], memory, memory, num_cells, masks, modulations))
+    assert_close(*outputs)
+
+
+# ----------------------------------------------------------------- what a layer's queries predict
+
+
+def modulation_state_dict(modulation, name):
+    """The official names of a SpatialModulation's parameters."""
+    names = {"offset": "point2", "spread": "point3"}
+    state_dict = {}
+    for key, value in modulation.named_parameters():
+        part, kind = key.split(".")
+        state_dict[f"{name}.{names[part]}.{kind}"] = value
+    return state_dict
+
+
+@pytest.mark.parametrize("beta", [8.0, 3.0])
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("modulation", MODULATED)
+@pytest.mark.parametrize(
+    "strides", [[32], [8], [16, 32, 64], [16, 16, 32, 64]], ids=lambda strides: str(strides)
+)
+def test_spatial_modulation_equals_the_reference(strides, modulation, spread, beta):
+    module = randomize(SpatialModulation(D, H, len(strides), modulation, spread, beta))
+    scales = make_scales(strides)
+    inputs = leaves({"o": random_tensor(B, Q, D), "r": random_tensor(B, Q, 2, seed=1)})
+    state_dict = modulation_state_dict(module, "layer")
+    settings = reference.Settings(num_heads=H, modulation=modulation, spread=spread, beta=beta)
+    expected = reference.modulation_maps(
+        state_dict,
+        "layer",
+        *inputs.values(),
+        [scale.size for scale in scales],
+        strides,
+        IMAGE_SIZES,
+        settings,
+    )
+    pixels = torch.tensor([[w, h] for h, w in IMAGE_SIZES], dtype=torch.float32)
+    gaussians = module(inputs["o"], inputs["r"].sigmoid() * pixels[:, None], scales)
+    maps = []
+    for i, scale in enumerate(scales):
+        shared_or_not = gaussians.log_weights(i, scale.size).transpose(1, 2).flatten(3)
+        maps.append(shared_or_not.expand(-1, H, -1, -1))
+        assert_close(maps[-1], expected[i])
+    if modulation == "head_shared" and spread == "fixed":
+        del inputs["o"]
+    assert_same_gradients(maps, expected, {**inputs, **state_dict})
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("modulation", MODULATED)
+def test_spread_starts_at_one_for_every_query(modulation, spread):
+    module = SpatialModulation(D, H, 3, modulation, spread, beta=8.0)
+    module.reset_parameters()
+    scales = make_scales([16, 32, 64])
+    precisions = module(random_tensor(B, Q, D), random_tensor(B, Q, 2), scales).precisions
+    for i, factor in enumerate([0.5, 1.0, 2.0]):
+        assert_close(precisions[:, :, i], torch.full_like(precisions[:, :, i], factor / 8), 1e-6)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("modulation", MODULATED)
+def test_spatial_modulation_has_no_unused_parameter(modulation, spread):
+    module = randomize(SpatialModulation(D, H, 3, modulation, spread))
+    inputs = leaves({"o": random_tensor(B, Q, D), "centre": random_tensor(B, Q, 2)})
+    scales = make_scales([16, 32, 64])
+    gaussians = module(*inputs.values(), scales)
+    sum(gaussians.log_weights(i, scale.size).sum() for i, scale in enumerate(scales)).backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    heads = H if modulation == "multi_head" else 1
+    offsets = 2 * H * 3 if modulation == "multi_head" else 0
+    outputs = offsets + NUM_SPREADS[spread] * heads * 3
+    assert sum(p.numel() for p in module.parameters()) == outputs * (D + 1)
+
+
+# ------------------------------------------------------------------------------------ no full map
+
+
+def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
+    """Elements of the largest tensor of a co-attention and its gradients, and of a full map."""
+    num_heads = 8
+    image_sizes = [(320, 384), (300, 330)]
+    scales = make_scales(strides, image_sizes)
+    attention = CoAttention(D, num_heads, dropout)
+    query = random_tensor(B, num_queries, D).requires_grad_()
+    memory = torch.cat([scale.tokens for scale in scales], 1).requires_grad_()
+    num_cells = [scale.size[0] * scale.size[1] for scale in scales]
+    gaussians = []
+    for i, scale in enumerate(scales):
+        inputs = random_gaussians(scale.size, spread or "fixed", num_queries, num_heads, seed=i)
+        gaussians.append(list(inputs.values()))
+    with LargestTensor() as largest:
+        if full_map:
+            maps = [
+                reference.log_weights(*scale.size, *gaussian, spread)
+                for scale, gaussian in zip(scales, gaussians)
+            ]
+            output = sum(m.sum() for m in maps)
+        else:
+            modulations = None
+            if spread is not None:
+                modulations = [
+                    float32_channels(*gaussian, spread, scale.size)
+                    for scale, gaussian in zip(scales, gaussians)
+                ]
+            masks = [scale.padding_mask for scale in scales]
+            output = attention(query, memory, memory, num_cells, masks, modulations)
+        output.sum().backward()
+    return largest.num_elements, B * num_heads * num_queries * max(num_cells)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Where no fused kernel serves, rows are computed in blocks of so many logits."""
+    monkeypatch.setattr(attention_module, "_MAX_LOGITS", 1 << 16)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("spread", [None, *SPREADS])
+@pytest.mark.parametrize("strides", [[16], [16, 32]], ids=["one scale", "two scales"])
+def test_no_full_map_is_built_forward_or_backward(strides, spread, dropout, small_blocks):
+    largest, full_map = largest_tensor(strides, spread, num_queries=100, dropout=dropout)
+    assert largest < full_map / 2
+
+
+def test_a_full_map_would_be_noticed():
+    largest, full_map = largest_tensor([16], "independent", num_queries=10, full_map=True)
+    assert largest >= full_map
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("spread", [None, *SPREADS])
+def test_no_full_map_is_kept_for_the_backward_pass(spread, dropout, small_blocks):
+    num_heads, num_queries, size = 8, 400, (20, 24)
+    inputs = random_gaussians(size, spread or "fixed", num_queries, num_heads)
+    attention = CoAttention(D, num_heads, dropout)
+    query = random_tensor(B, num_queries, D).requires_grad_()
+    memory = random_tensor(B, size[0] * size[1], D).requires_grad_()
+    mask = make_scales([16], [(320, 384), (300, 330)])[0].padding_mask
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        modulations = None
+        if spread is not None:
+            gaussians = as_gaussians(*inputs.values(), spread)
+            modulations = [channels(gaussians, 0, size, D // num_heads, torch.float32)]
+        output = attention(query, memory, memory, [len(memory[0])], [mask], modulations)
+    assert output.requires_grad
+    # 32-bit numbers.
+    assert sum(kept.values()) < 4 * B * num_heads * num_queries * size[0] * size[1]
+    assert kept
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("block", [1, 1000])
+def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
+    attention = randomize(MultiheadAttention(D, H, dropout=0.5))
+    inputs = leaves({"x": random_tensor(B, 48, D)})
+    mask = make_scales([16])[0].padding_mask if padded else None
+    outputs = []
+    for max_logits in (1 << 22, block):
+        monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)
+        # As good as no dropout, but computed like it.
+        monkeypatch.setattr(attention, "dropout", 1e-12)
+        outputs.append(attention.train()(inputs["x"], inputs["x"], inputs["x"], mask))
+    assert_close(outputs[1], outputs[0], 1e-5)
+    assert_same_gradients(outputs[1], outputs[0], {**inputs, **parameters(attention, "attention")})
+    expected = attention.eval()(inputs["x"], inputs["x"], inputs["x"], mask)
+    assert_close(outputs[1], expected, 1e-5)

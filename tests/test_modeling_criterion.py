@@ -1,0 +1,173 @@
+"""Losses against loops over images and matched pairs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import reference
+from modeling_cases import (
+    assert_close,
+    assert_same_gradients,
+    leaves,
+    make_targets,
+    random_predictions,
+)
+from smca.modeling.criterion import SetCriterion
+from smca.modeling.matcher import HungarianMatcher, Targets
+
+C, Q = 6, 5
+
+
+def make_criterion(**settings):
+    return SetCriterion(HungarianMatcher(), **settings)
+
+
+def random_inputs(num_layers, num_objects, num_queries=Q, seed=0):
+    logits, boxes = random_predictions(num_layers, len(num_objects), num_queries, C, seed)
+    inputs = leaves({"logits": logits, "boxes": boxes})
+    return inputs, make_targets(num_objects, C, seed)
+
+
+def reference_losses(inputs, targets):
+    """Weighted losses of all layers."""
+    targets = [{"labels": t.labels, "boxes": t.boxes_cxcywh} for t in targets]
+    losses = reference.losses(list(inputs["logits"]), list(inputs["boxes"]), targets)
+    return {
+        name: value * reference.LOSS_WEIGHTS["_".join(name.split("_")[:2])]
+        for name, value in losses.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "num_objects",
+    [[3, 1], [0, 2], [0, 0], [1], [7, 2], [6]],
+    ids=[
+        "objects in every image",
+        "an image without objects",
+        "a batch without objects",
+        "one image",
+        "more objects than queries",
+        "only more objects than queries",
+    ],
+)
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_losses_equal_the_reference(num_layers, num_objects):
+    inputs, targets = random_inputs(num_layers, num_objects)
+    losses = make_criterion()(*inputs.values(), targets)
+    expected = reference_losses(inputs, targets)
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        assert losses[name].shape == ()
+        assert_close(losses[name], value, 1e-5)
+    names = sorted(expected)
+    assert_same_gradients([losses[n] for n in names], [expected[n] for n in names], inputs)
+
+
+def test_names_number_all_layers_but_the_last():
+    inputs, targets = random_inputs(3, [1, 2])
+    kinds = ("loss_ce", "loss_bbox", "loss_giou")
+    names = {kind + suffix for kind in kinds for suffix in ("", "_0", "_1")}
+    assert set(make_criterion()(*inputs.values(), targets)) == names
+
+
+@pytest.mark.parametrize("kind", ["ce", "bbox", "giou"])
+def test_each_loss_has_its_weight(kind):
+    weight = {"ce": "class_weight", "bbox": "box_weight", "giou": "giou_weight"}[kind]
+    inputs, targets = random_inputs(2, [2, 1])
+    plain = make_criterion()(*inputs.values(), targets)
+    heavy = make_criterion(**{weight: 7.0})(*inputs.values(), targets)
+    for name in plain:
+        factor = 7 / reference.LOSS_WEIGHTS[f"loss_{kind}"] if f"_{kind}" in name else 1.0
+        assert_close(heavy[name], plain[name] * factor, 1e-5)
+
+
+def test_layers_are_matched_each_by_itself():
+    inputs, targets = random_inputs(2, [2])
+    flipped = [x.flip(0) for x in inputs.values()]
+    losses = make_criterion()(*inputs.values(), targets)
+    swapped = make_criterion()(*flipped, targets)
+    for kind in ("ce", "bbox", "giou"):
+        assert_close(swapped[f"loss_{kind}_0"], losses[f"loss_{kind}"], 1e-6)
+
+
+def test_batch_without_objects_still_reaches_the_boxes():
+    inputs, targets = random_inputs(2, [0, 0])
+    losses = make_criterion()(*inputs.values(), targets)
+    sum(losses.values()).backward()
+    assert losses["loss_ce"] > 0
+    assert losses["loss_bbox"] == losses["loss_giou"] == 0
+    assert inputs["logits"].grad.any()
+    assert not inputs["boxes"].grad.any()
+
+
+def test_perfect_predictions_cost_almost_nothing():
+    (target,) = make_targets([3], C)
+    logits = torch.full((1, 1, 3, C), -20.0)
+    for query, label in enumerate(target.labels):
+        logits[0, 0, query, label] = 20.0
+    losses = make_criterion()(logits, target.boxes_cxcywh[None, None], [target])
+    assert all(abs(value) < 1e-4 for value in losses.values())
+
+
+def test_losses_of_certain_and_empty_predictions_are_finite():
+    inputs, targets = random_inputs(1, [2, 1])
+    inputs["logits"].data.sign_().mul_(300)
+    inputs["boxes"].data[..., 2:] = 0
+    total = sum(make_criterion()(*inputs.values(), targets).values())
+    total.backward()
+    assert total.isfinite()
+    assert inputs["logits"].grad.isfinite().all() and inputs["boxes"].grad.isfinite().all()
+
+
+def test_half_precision_logits_give_float32_losses():
+    inputs, targets = random_inputs(2, [2, 1])
+    rounded = leaves({"logits": inputs["logits"].bfloat16().float(), "boxes": inputs["boxes"]})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = make_criterion()(rounded["logits"].bfloat16(), rounded["boxes"], targets)
+    for name, value in reference_losses(rounded, targets).items():
+        assert losses[name].dtype == torch.float32
+        assert_close(losses[name], value, 1e-5)
+
+
+def losses_of_process(rank, store, num_objects, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(num_objects))
+    inputs, targets = random_inputs(1, [num_objects[rank]])
+    losses = make_criterion()(*inputs.values(), targets)
+    queue.put((rank, {name: value.item() for name, value in losses.items()}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_number_of_objects_is_averaged_over_the_processes(tmp_path):
+    num_objects = [4, 0]
+    context = mp.get_context("fork")  # seconds faster; these processes use one thread
+    queue = context.Queue()
+    processes = [
+        context.Process(
+            target=losses_of_process,
+            args=(rank, tmp_path / "store", num_objects, queue),
+            daemon=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    results = dict(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    for rank, count in enumerate(num_objects):
+        inputs, targets = random_inputs(1, [count])
+        for name, value in reference_losses(inputs, targets).items():
+            # The reference divides by this process's own number, at least 1; the mean is 2.
+            assert abs(results[rank][name] - value.item() * max(count, 1) / 2) < 1e-4
+
+
+def test_labels_out_of_order_and_repeated_classes():
+    inputs, _ = random_inputs(1, [3])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4], [0.7, 0.2, 0.3, 0.1]])
+    targets = [Targets(torch.tensor([5, 0, 5]), boxes)]
+    losses = make_criterion()(*inputs.values(), targets)
+    for name, value in reference_losses(inputs, targets).items():
+        assert_close(losses[name], value, 1e-5)

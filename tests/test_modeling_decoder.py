@@ -1,0 +1,340 @@
+"""Decoder, and encoder and decoder together, against the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reference
+from modeling_cases import (
+    IMAGE_SIZES,
+    LargestTensor,
+    assert_close,
+    assert_same_gradients,
+    assert_uniform,
+    make_scales,
+    official_state_dict,
+    randomize,
+    weighted_sum,
+    with_leaves,
+)
+from smca.modeling import attention
+from smca.modeling.decoder import Decoder
+from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.modulation import MODULATIONS, SPREADS
+
+D, H, FFN, Q = 32, 4, 48, 5
+
+# (modulation, spread); without modulation the spread has no meaning.
+MODES = [(m, s) for m in MODULATIONS for s in SPREADS if m != "none"] + [("none", "independent")]
+
+
+def make_decoder(num_scales=1, num_layers=2, dropout=0.0, **settings):
+    return Decoder(
+        num_layers=num_layers,
+        num_scales=num_scales,
+        embed_dim=D,
+        num_heads=H,
+        ffn_dim=FFN,
+        dropout=dropout,
+        **settings,
+    )
+
+
+def query_position(num_queries=Q):
+    return torch.randn(num_queries, D, generator=torch.Generator().manual_seed(5))
+
+
+def pixel_sizes(image_sizes=None):
+    """(B, 2) widths and heights."""
+    return torch.tensor([[w, h] for h, w in image_sizes or IMAGE_SIZES], dtype=torch.float32)
+
+
+def decode(decoder, scales, position=None, image_sizes=None):
+    position = query_position() if position is None else position
+    return decoder(scales, position, pixel_sizes(image_sizes))
+
+
+def reference_decode(state_dict, scales, position, settings, image_sizes=None):
+    return reference.decoder(
+        state_dict,
+        position,
+        [scale.tokens for scale in scales],
+        [scale.position for scale in scales],
+        [scale.padding_mask for scale in scales],
+        [scale.size for scale in scales],
+        [scale.stride for scale in scales],
+        image_sizes or IMAGE_SIZES,
+        settings,
+    )
+
+
+def assert_equals_reference(strides, modulation, spread, scale_selection, beta=8.0, num_layers=2):
+    decoder = randomize(
+        make_decoder(
+            len(strides),
+            num_layers,
+            modulation=modulation,
+            spread=spread,
+            scale_selection=scale_selection,
+            beta=beta,
+        )
+    )
+    scales, inputs = with_leaves(make_scales(strides))
+    inputs["query_position"] = query_position().requires_grad_()
+    state_dict = official_state_dict(decoder, "decoder")
+    settings = reference.Settings(
+        decoder_layers=num_layers,
+        num_heads=H,
+        modulation=modulation,
+        spread=spread,
+        scale_selection=scale_selection,
+        beta=beta,
+    )
+    expected, r = reference_decode(state_dict, scales, inputs["query_position"], settings)
+    hidden, centre = decode(decoder, scales, inputs["query_position"])
+    assert hidden.shape == (num_layers, len(IMAGE_SIZES), Q, D)
+    outputs, expected = [hidden], [torch.stack(expected)]
+    if modulation == "none":
+        assert centre is None
+    else:
+        outputs, expected = outputs + [centre], expected + [r]
+    for got, wanted in zip(outputs, expected):
+        assert_close(got, wanted)
+    # Through the Gaussians and two layers, gradients collect a little more than outputs.
+    assert_same_gradients(outputs, expected, {**inputs, **state_dict}, 3e-4)
+
+
+@pytest.mark.parametrize("scale_selection", [False, True])
+@pytest.mark.parametrize("modulation, spread", MODES)
+def test_decoder_of_three_scales_equals_the_reference(modulation, spread, scale_selection):
+    assert_equals_reference([16, 32, 64], modulation, spread, scale_selection)
+
+
+@pytest.mark.parametrize("modulation, spread", MODES)
+def test_decoder_of_one_scale_equals_the_reference(modulation, spread):
+    assert_equals_reference([32], modulation, spread, scale_selection=False)
+
+
+def test_decoder_of_the_conv_model_equals_the_reference():
+    assert_equals_reference([16, 16, 32, 64], "multi_head", "independent", scale_selection=True)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 64])
+def test_one_scale_of_any_stride_has_no_scale_factor(stride):
+    assert_equals_reference([stride], "multi_head", "independent", scale_selection=False)
+
+
+def test_beta_divides_the_squared_distance():
+    assert_equals_reference([16, 32], "multi_head", "independent", scale_selection=True, beta=3.0)
+
+
+def test_six_layers_equal_the_reference():
+    assert_equals_reference(
+        [16, 32], "multi_head", "independent", scale_selection=True, num_layers=6
+    )
+
+
+# ------------------------------------------------------------------------- parts and their absence
+
+
+@pytest.mark.parametrize("num_scales", [1, 3])
+@pytest.mark.parametrize("scale_selection", [False, True])
+@pytest.mark.parametrize("modulation, spread", MODES)
+def test_every_parameter_gets_a_gradient(modulation, spread, scale_selection, num_scales):
+    decoder = make_decoder(
+        num_scales, 3, modulation=modulation, spread=spread, scale_selection=scale_selection
+    )
+    scales = make_scales([16, 32, 64][:num_scales])
+    weighted_sum([decode(decoder, scales).hidden]).backward()
+    missing = [name for name, p in decoder.named_parameters() if p.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("modulation, spread", MODES)
+def test_only_the_first_layer_predicts_the_centre(modulation, spread):
+    decoder = make_decoder(3, 3, modulation=modulation, spread=spread)
+    names = official_state_dict(decoder, "decoder")
+    layers = {int(name.split(".")[3]) for name in names if ".point1." in name}
+    assert layers == (set() if modulation == "none" else {0})
+
+
+@pytest.mark.parametrize(
+    "modulation, spread, scale_selection, parts",
+    [
+        ("multi_head", "independent", True, {"norm4", "point1", "point2", "point3", "point4"}),
+        ("multi_head", "fixed", True, {"norm4", "point1", "point2", "point4"}),
+        ("multi_head", "fixed", False, {"norm4", "point1", "point2"}),
+        ("head_shared", "independent", False, {"norm4", "point1", "point3"}),
+        ("head_shared", "fixed", False, {"norm4", "point1"}),
+        ("none", "independent", True, {"norm4", "point4"}),
+        ("none", "independent", False, set()),
+    ],
+)
+def test_a_part_that_a_setting_does_not_use_does_not_exist(
+    modulation, spread, scale_selection, parts
+):
+    decoder = make_decoder(
+        3, 2, modulation=modulation, spread=spread, scale_selection=scale_selection
+    )
+    names = official_state_dict(decoder, "decoder")
+    for layer in (0, 1):
+        prefix = f"transformer.decoder.layers.{layer}."
+        found = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+        expected = set(parts)
+        if layer > 0:
+            expected.discard("point1")
+            if expected == {"norm4"}:
+                expected = set()
+        assert {part for part in found if part.startswith(("norm4", "point"))} == expected
+
+
+def test_later_layers_look_around_the_first_layers_centre():
+    # Stride 8, one cell per token, no offsets: all layers' maps move with the centre alone.
+    decoder = randomize(make_decoder(1, 2, modulation="head_shared", spread="fixed"))
+    (scale,) = make_scales([8], [(96, 128)] * 2)
+    output = decode(decoder, [scale], image_sizes=[(96, 128)] * 2)
+    moved = decode(decoder, [scale], image_sizes=[(48, 64)] * 2)
+    assert torch.equal(output.reference, moved.reference)
+    assert not torch.allclose(output.hidden[1], moved.hidden[1])
+
+
+@pytest.mark.parametrize("key, value", [("modulation", "sometimes"), ("spread", "wide")])
+def test_unknown_mode_is_an_error_that_names_it(key, value):
+    with pytest.raises(ValueError, match=value):
+        make_decoder(**{key: value})
+
+
+# ---------------------------------------------------------------------------- padding and batches
+
+
+@pytest.mark.parametrize("modulation, spread", MODES)
+@pytest.mark.parametrize("garbage", [-2.0, 1e4])
+def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, spread, garbage):
+    encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
+    decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
+    scales = make_scales([16, 32, 64])
+    dirty = [
+        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
+    ]
+    assert_close(
+        decode(decoder, encoder(dirty)).hidden, decode(decoder, encoder(scales)).hidden
+    )
+
+
+@pytest.mark.parametrize("modulation, spread", MODES)
+def test_an_image_gives_the_same_alone_and_padded_in_a_batch(modulation, spread):
+    encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
+    decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
+    batch = make_scales([16, 32, 64])
+    small = IMAGE_SIZES[1]
+    alone = []
+    for scale in batch:
+        height, width = [-(-side // scale.stride) for side in small]
+        cells = torch.arange(scale.size[0] * scale.size[1]).view(scale.size)
+        cells = cells[:height, :width].flatten()
+        assert not scale.padding_mask[1, cells].any()
+        alone.append(
+            replace(
+                scale,
+                tokens=scale.tokens[1:, cells],
+                position=scale.position[1:, cells],
+                padding_mask=None,
+                size=(height, width),
+            )
+        )
+    expected = decode(decoder, encoder(alone), image_sizes=[small]).hidden[:, 0]
+    assert_close(decode(decoder, encoder(batch)).hidden[:, 1], expected)
+
+
+def test_scale_selection_changes_nothing_with_one_scale():
+    selecting = randomize(make_decoder(1, 2, scale_selection=True))
+    plain = make_decoder(1, 2, scale_selection=False)
+    plain.load_state_dict(selecting.state_dict(), strict=False)
+    scales = make_scales([32])
+    assert_close(decode(selecting, scales).hidden, decode(plain, scales).hidden, 1e-5)
+
+
+def test_each_image_has_its_own_scale_weights():
+    decoder = randomize(make_decoder(2, 2, scale_selection=True))
+    scales = make_scales([16, 32], [(96, 128)] * 2)
+    swapped = [
+        replace(
+            s,
+            tokens=s.tokens.flip(0),
+            position=s.position.flip(0),
+            padding_mask=s.padding_mask.flip(0),
+        )
+        for s in scales
+    ]
+    sizes = [(96, 128)] * 2
+    hidden = decode(decoder, scales, image_sizes=sizes).hidden
+    assert_close(decode(decoder, swapped, image_sizes=sizes).hidden.flip(1), hidden, 1e-5)
+
+
+def test_queries_can_be_in_any_order():
+    decoder = randomize(make_decoder(1, 2, scale_selection=False))
+    scales, position = make_scales([32]), query_position()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    hidden = decode(decoder, scales, position).hidden
+    assert_close(decode(decoder, scales, position[order]).hidden, hidden[:, :, order], 1e-5)
+
+
+def test_dropout_is_on_in_training_and_off_in_eval():
+    decoder, without = make_decoder(2, dropout=0.3), make_decoder(2, dropout=0.0)
+    without.load_state_dict(decoder.state_dict())
+    scales = make_scales([16, 32])
+    decoder.train()
+    assert not torch.equal(decode(decoder, scales).hidden, decode(decoder, scales).hidden)
+    evaluated = decode(decoder.eval(), scales).hidden
+    assert_close(evaluated, decode(without, scales).hidden, 1e-6)
+
+
+# ------------------------------------------------------------------------------------ no full map
+
+
+@pytest.mark.parametrize("modulation, spread", MODES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_decoder_builds_no_full_map(modulation, spread, dropout, monkeypatch):
+    # Where no fused kernel serves, rows are computed in blocks of so many logits.
+    monkeypatch.setattr(attention, "_MAX_LOGITS", 1 << 16)
+    sizes = [(320, 384), (200, 300)]
+    num_queries = 100
+    decoder = Decoder(1, modulation, spread, 8.0, True, 2, D, 8, FFN, dropout)
+    scales, _ = with_leaves(make_scales([16, 32], sizes))
+    with LargestTensor() as largest:
+        output = decoder(scales, query_position(num_queries), pixel_sizes(sizes))
+        weighted_sum([output.hidden]).backward()
+    assert largest.num_elements < 2 * 8 * num_queries * scales[0].tokens.shape[1] / 2
+
+
+# --------------------------------------------------------------------------------- initial values
+
+
+@pytest.mark.parametrize("modulation, spread", MODES)
+def test_initial_values(modulation, spread):
+    torch.manual_seed(0)
+    decoder = make_decoder(3, 2, modulation=modulation, spread=spread)
+    for name, value in decoder.named_parameters():
+        if "norm" in name:
+            assert (value == (1 if name.endswith("weight") else 0)).all(), name
+        elif "spread" in name:
+            assert (value == (0 if name.endswith("weight") else 1)).all(), name
+        elif "attention" in name and name.endswith("bias"):
+            assert not value.any(), name
+        elif name.endswith("bias"):
+            bound = decoder.get_parameter(name.replace("bias", "weight")).shape[1] ** -0.5
+            assert value.abs().max() <= bound, name
+            assert value.any(), name
+        else:  # Xavier: fan in and fan out of the whole tensor, q, k and v stacked
+            assert_uniform(value, (6 / (value.shape[0] + value.shape[1])) ** 0.5)
+
+
+def test_stacked_projection_has_the_bound_of_the_published_width():
+    torch.manual_seed(0)
+    decoder = Decoder(num_layers=1, num_scales=1)
+    for name, value in decoder.named_parameters():
+        if name.endswith("in_proj_weight"):
+            assert value.shape == (768, 256)
+            # 0.077; each (d, d) drawn alone would have 0.108.
+            assert_uniform(value, (6 / (768 + 256)) ** 0.5)

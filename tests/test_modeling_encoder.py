@@ -1,0 +1,243 @@
+"""Attention encoder and convolutional encoder against the reference."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import reference
+from modeling_cases import (
+    IMAGE_SIZES,
+    LargestTensor,
+    assert_close,
+    assert_same_gradients,
+    assert_uniform,
+    make_scales,
+    official_state_dict,
+    randomize,
+    valid_cells,
+    weighted_sum,
+    with_leaves,
+)
+from smca.modeling.conv_encoder import ConvEncoder
+from smca.modeling.encoder import TransformerEncoder
+
+D, H, FFN = 32, 4, 48
+
+
+def attention_encoder(pattern, dropout=0.0):
+    return TransformerEncoder(pattern, D, H, FFN, dropout)
+
+
+def conv_encoder(dropout=0.0, **settings):
+    defaults = dict(num_layers=2, kernel_size=3, share_cross_scale=False, pointwise=True)
+    return ConvEncoder(**{**defaults, **settings}, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+
+
+ENCODERS = {
+    "attention": (partial(attention_encoder, "IMI"), [16, 32, 64]),
+    "conv": (conv_encoder, [8, 16, 32, 64]),
+    "conv shared": (partial(conv_encoder, share_cross_scale=True), [8, 16, 32, 64]),
+    "conv without 1x1": (partial(conv_encoder, pointwise=False), [8, 16, 32, 64]),
+}
+
+
+# ------------------------------------------------------------------------------ attention encoder
+
+
+@pytest.mark.parametrize("pattern", ["I", "M", "IM", "MI", "IIMII"])
+@pytest.mark.parametrize("strides", [[32], [16, 32, 64]], ids=["one scale", "three scales"])
+def test_attention_encoder_equals_the_reference(strides, pattern):
+    encoder = randomize(attention_encoder(pattern))
+    scales, inputs = with_leaves(make_scales(strides))
+    state_dict = official_state_dict(encoder, "encoder")
+    expected = reference.attention_encoder(
+        state_dict,
+        [scale.tokens for scale in scales],
+        [scale.position for scale in scales],
+        [scale.padding_mask for scale in scales],
+        pattern,
+        H,
+    )
+    expected = valid_cells(expected, scales)
+    output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
+    for got, wanted in zip(output, expected):
+        assert_close(got, wanted)
+    assert_same_gradients(output, expected, {**inputs, **state_dict}, 3e-4)
+
+
+def test_pattern_decides_which_scales_meet():
+    scales = make_scales([16, 32])
+    changed = [scales[0], replace(scales[1], tokens=scales[1].tokens + 1)]
+    for pattern, meets in (("II", False), ("M", True), ("IM", True)):
+        encoder = randomize(attention_encoder(pattern))
+        fine, fine_changed = encoder(scales)[0].tokens, encoder(changed)[0].tokens
+        assert torch.equal(fine, fine_changed) != meets
+
+
+def test_both_kinds_of_layer_are_the_same_at_one_scale():
+    intra = randomize(attention_encoder("II"))
+    multi = attention_encoder("MM")
+    multi.load_state_dict(intra.state_dict())
+    scales = make_scales([32])
+    assert_close(intra(scales)[0].tokens, multi(scales)[0].tokens, 1e-6)
+
+
+def test_scales_share_the_weights_of_a_layer():
+    encoder = randomize(attention_encoder("I"))
+    scale = make_scales([16])[0]
+    fine, coarse = encoder([scale, scale])
+    assert_close(fine.tokens, coarse.tokens, 1e-6)
+
+
+def test_no_mask_equals_a_mask_without_padding():
+    encoder = randomize(attention_encoder("IM"))
+    scales = make_scales([16, 32], [(96, 128)] * 2)
+    without = [replace(scale, padding_mask=None) for scale in scales]
+    for masked, unmasked in zip(encoder(scales), encoder(without)):
+        assert_close(unmasked.tokens, masked.tokens, 1e-5)
+
+
+@pytest.mark.parametrize("garbage", [0.0, -3.0, 1e4])
+def test_what_padding_holds_does_not_reach_the_attention_encoder(garbage):
+    encoder = randomize(attention_encoder("IMI"))
+    scales = make_scales([16, 32, 64])
+    dirty = [
+        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
+    ]
+    clean_output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
+    dirty_output = valid_cells([scale.tokens for scale in encoder(dirty)], scales)
+    for clean, changed in zip(clean_output, dirty_output):
+        assert_close(changed, clean)
+
+
+@pytest.mark.parametrize("pattern", ["IXI", "imi"])
+def test_unknown_letter_in_the_pattern_is_an_error(pattern):
+    with pytest.raises(ValueError, match="pattern"):
+        attention_encoder(pattern)
+
+
+def test_attention_encoder_builds_no_full_map():
+    encoder = randomize(TransformerEncoder("IM", D, 8, FFN, 0.0))
+    scales, _ = with_leaves(make_scales([16, 32], [(352, 320), (300, 200)]))
+    num_cells = sum(scale.tokens.shape[1] for scale in scales)
+    with LargestTensor() as largest:
+        weighted_sum([scale.tokens for scale in encoder(scales)]).backward()
+    assert largest.num_elements < 2 * 8 * num_cells**2 / 4
+
+
+# ---------------------------------------------------------------------------------- conv encoder
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("share_cross_scale", [False, True])
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_conv_encoder_equals_the_reference(kernel_size, share_cross_scale, pointwise):
+    encoder = randomize(
+        conv_encoder(
+            kernel_size=kernel_size, share_cross_scale=share_cross_scale, pointwise=pointwise
+        )
+    )
+    scales, inputs = with_leaves(make_scales([8, 16, 32, 64], [(96, 129), (60, 90)]))
+    state_dict = official_state_dict(encoder, "encoder")
+    maps = [scale.tokens.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
+    positions = [scale.position.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
+    expected = reference.conv_encoder(state_dict, maps, positions, num_layers=2)
+    reduced = reference.convolution(state_dict, "transformer.conv", expected[0], stride=2)
+    expected = [reference.to_tokens(x) for x in [reduced, *expected[1:]]]
+    output = [scale.tokens for scale in encoder(scales)]
+    for got, wanted in zip(output, expected):
+        assert_close(got, wanted)
+    assert_same_gradients(output, expected, {**inputs, **state_dict}, 3e-4)
+
+
+def test_reduced_scale_takes_over_all_else_from_the_second():
+    scales = make_scales([8, 16, 32, 64])
+    output = conv_encoder()(scales)
+    assert [scale.stride for scale in output] == [16, 16, 32, 64]
+    assert output[0].size == output[1].size == scales[1].size
+    assert torch.equal(output[0].position, scales[1].position)
+    assert torch.equal(output[0].padding_mask, scales[1].padding_mask)
+    assert not torch.equal(output[0].tokens, output[1].tokens)
+
+
+def test_conv_encoder_serves_other_numbers_of_scales():
+    encoder = randomize(conv_encoder(num_scales=3, reduce_finest=False))
+    scales = make_scales([16, 32, 64])
+    state_dict = official_state_dict(encoder, "encoder")
+    maps = [scale.tokens.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
+    positions = [scale.position.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
+    expected = reference.conv_encoder(state_dict, maps, positions, num_layers=2)
+    output = encoder(scales)
+    assert [scale.stride for scale in output] == [16, 32, 64]
+    for scale, wanted in zip(output, expected):
+        assert_close(scale.tokens, reference.to_tokens(wanted))
+
+
+# ------------------------------------------------------------------------------------------ both
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_parameter_gets_a_gradient(name):
+    make, strides = ENCODERS[name]
+    encoder = make()
+    weighted_sum([scale.tokens for scale in encoder(make_scales(strides))]).backward()
+    for key, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_dropout_is_on_in_training_and_off_in_eval(name):
+    make, strides = ENCODERS[name]
+    encoder, without = make(dropout=0.3), make(dropout=0.0)
+    without.load_state_dict(encoder.state_dict())
+    scales = make_scales(strides)
+    outputs = [encoder.train()(scales), encoder(scales), encoder.eval()(scales), without(scales)]
+    first, second, evaluated, expected = [[scale.tokens for scale in out] for out in outputs]
+    for i in range(len(scales)):
+        assert not torch.equal(first[i], second[i])
+        assert_close(evaluated[i], expected[i], 1e-6)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_output_keeps_positions_masks_and_order(name):
+    make, strides = ENCODERS[name]
+    scales = make_scales(strides)
+    for before, after in list(zip(scales, make()(scales)))[1:]:
+        assert (after.size, after.stride) == (before.size, before.stride)
+        assert torch.equal(after.position, before.position)
+        assert torch.equal(after.padding_mask, before.padding_mask)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_input_is_left_as_it_was(name):
+    make, strides = ENCODERS[name]
+    scales = make_scales(strides)
+    copies = [scale.tokens.clone() for scale in scales]
+    make()(scales)
+    assert all(torch.equal(scale.tokens, copy) for scale, copy in zip(scales, copies))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_initial_values(name):
+    torch.manual_seed(0)
+    encoder = ENCODERS[name][0]()
+    for key, value in encoder.named_parameters():
+        if "norm" in key:
+            assert (value == (1 if key.endswith("weight") else 0)).all(), key
+        elif "attention" in key and key.endswith("bias"):
+            assert not value.any(), key
+        elif key.endswith("bias"):
+            weight = encoder.get_parameter(key.replace("bias", "weight"))
+            assert_uniform(value, weight[0].numel() ** -0.5)
+        elif key.startswith("reduce"):
+            assert_uniform(value, value[0].numel() ** -0.5)
+        else:  # Xavier: fan in and fan out of the whole tensor, q, k and v stacked
+            area = value[0, 0].numel()
+            assert_uniform(value, (6 / ((value.shape[0] + value.shape[1]) * area)) ** 0.5)
+
+
+def test_image_sizes_pad_every_scale():
+    # What the tests of this file rely on.
+    assert all(scale.padding_mask[1].any() for scale in make_scales([8, 16, 32, 64], IMAGE_SIZES))

@@ -1,0 +1,324 @@
+"""The detector around encoder and decoder: scales, heads, losses, detections."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+
+import reference
+from modeling_cases import (
+    IMAGE_SIZES,
+    assert_close,
+    assert_uniform,
+    official_state_dict,
+    randomize,
+)
+from smca.modeling.backbone import build_resnet
+from smca.modeling.conv_encoder import ConvEncoder
+from smca.modeling.criterion import SetCriterion
+from smca.modeling.decoder import Decoder
+from smca.modeling.detector import SMCA, Predictions
+from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.matcher import HungarianMatcher
+
+D, H, FFN, Q, C = 32, 4, 48, 7, 5
+MODELS = ["single scale", "multi scale", "conv"]
+
+
+def make_model(kind="multi scale", modulation="multi_head", dropout=0.0, **settings):
+    features = {"single scale": ["res5"], "multi scale": ["res4", "res5"]}
+    features = features.get(kind, ["res3", "res4", "res5"])
+    num_extra_scales = 0 if kind == "single scale" else 1
+    if kind == "conv":
+        encoder = ConvEncoder(2, 3, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+    else:
+        pattern = "II" if kind == "single scale" else "IM"
+        encoder = TransformerEncoder(pattern, D, H, FFN, dropout)
+    decoder = Decoder(
+        num_layers=2,
+        modulation=modulation,
+        scale_selection=kind != "single scale",
+        num_scales=len(features) + num_extra_scales,
+        embed_dim=D,
+        num_heads=H,
+        ffn_dim=FFN,
+        dropout=dropout,
+    )
+    return SMCA(
+        backbone=build_resnet(18, features, "GN", 0, num_blocks=(1, 1, 1, 1)),
+        in_features=features,
+        num_extra_scales=num_extra_scales,
+        encoder=encoder,
+        decoder=decoder,
+        criterion=SetCriterion(HungarianMatcher()),
+        num_classes=C,
+        num_queries=Q,
+        embed_dim=D,
+        dropout=dropout,
+        **settings,
+    )
+
+
+def official_detector(model, kind):
+    """The model's own parameters under the official names, but for the backbone."""
+    names = {
+        "neck.projections.res5": "input_proj" if kind == "single scale" else "input_proj_2048",
+        "neck.projections.res4": "input_proj_1024",
+        "neck.projections.res3": "input_proj_512",
+        "neck.extra.0": "input_proj_2048_3",
+        "class_embed": "class_embed",
+        "query_embed": "query_embed",
+        "box_embed.0": "bbox_embed.layers.0",
+        "box_embed.3": "bbox_embed.layers.1",
+        "box_embed.6": "bbox_embed.layers.2",
+    }
+    state_dict = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if module in names:
+            state_dict[f"{names[module]}.{leaf}"] = parameter
+        elif module == "scale_embed":
+            state_dict["transformer.level_embed"] = parameter
+        else:
+            assert name.startswith(("backbone.", "encoder.", "decoder.")), name
+    state_dict.update(official_state_dict(model.encoder, "encoder"))
+    state_dict.update(official_state_dict(model.decoder, "decoder"))
+    return state_dict
+
+
+def make_inputs(num_objects=None, image_sizes=None):
+    """Detectron2's list of dicts; with `num_objects` an image, also instances for training."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for i, (height, width) in enumerate(image_sizes or IMAGE_SIZES):
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        inputs.append({"image": image, "height": 3 * height, "width": 2 * width})
+        if num_objects is not None:
+            count = num_objects[i]
+            corner = torch.rand(count, 2, generator=generator) * 0.5
+            size = torch.rand(count, 2, generator=generator) * 0.4 + 0.1
+            scale = torch.tensor([width, height] * 2)
+            boxes = torch.cat([corner, corner + size], 1) * scale
+            instances = Instances((height, width))
+            instances.gt_boxes = Boxes(boxes)
+            instances.gt_classes = torch.randint(0, C, (count,), generator=generator)
+            inputs[-1]["instances"] = instances
+    return inputs
+
+
+def reference_predictions(model, kind, inputs, modulation="multi_head"):
+    """Logits and boxes of all layers; only the backbone is the model's own."""
+    arrays = [x["image"].permute(1, 2, 0).numpy() for x in inputs]
+    batch, padding_mask, sizes = reference.batch_images(arrays)
+    features = model.backbone(batch)
+    settings = reference.Settings(
+        encoder="conv" if kind == "conv" else "attention",
+        encoder_pattern="II" if kind == "single scale" else "IM",
+        encoder_layers=2,
+        decoder_layers=2,
+        num_heads=H,
+        modulation=modulation,
+        scale_selection=kind != "single scale",
+    )
+    state_dict = official_detector(model, kind)
+    maps, strides = reference.project_features(
+        state_dict, features.get("res3"), features.get("res4"), features["res5"], settings
+    )
+    memory = reference.encode(state_dict, maps, strides, padding_mask, settings)
+    position = state_dict["query_embed.weight"]
+    outputs, r = reference.decoder(state_dict, position, *memory, sizes, settings)
+    return reference.heads(state_dict, outputs, r)
+
+
+# ------------------------------------------------------------------------------- the whole detector
+
+
+@pytest.mark.parametrize("modulation", ["multi_head", "none"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_predictions_of_all_layers_equal_the_reference(kind, modulation):
+    model = randomize(make_model(kind, modulation))
+    inputs = make_inputs([0, 0])
+    predictions = model.train().predict(model.decode(model.preprocess(inputs)))
+    logits, boxes = reference_predictions(model, kind, inputs, modulation)
+    assert_close(predictions.logits, torch.stack(logits))
+    assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_losses_equal_the_reference(kind):
+    model = randomize(make_model(kind))
+    inputs = make_inputs([3, 2])
+    targets = []
+    for x, (height, width) in zip(inputs, IMAGE_SIZES):
+        x0, y0, x1, y1 = x["instances"].gt_boxes.tensor.unbind(1)
+        center_x, center_y = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height
+        boxes = torch.stack([center_x, center_y, (x1 - x0) / width, (y1 - y0) / height], 1)
+        targets.append({"labels": x["instances"].gt_classes, "boxes": boxes})
+    expected = reference.losses(*reference_predictions(model, kind, inputs), targets)
+    losses = model.train()(inputs)
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        weight = reference.LOSS_WEIGHTS["_".join(name.split("_")[:2])]
+        assert_close(losses[name], weight * value)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("num_objects", [[2, 0], [0, 0], [12, 1]], ids=str)
+def test_every_parameter_gets_a_gradient(kind, num_objects):
+    model = make_model(kind)
+    sum(model.train()(make_inputs(num_objects)).values()).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("kind", ["single scale", "multi scale"])
+def test_padded_pixels_are_the_mean_colour(kind):
+    # Zero after the normalisation, so that a padded image differs little from an unpadded one.
+    model = make_model(kind)
+    images = model.preprocess(make_inputs())
+    height, width = IMAGE_SIZES[1]
+    assert not images.tensor[1, :, height:].any() and not images.tensor[1, :, :, width:].any()
+    assert tuple(images.tensor.shape[-2:]) == IMAGE_SIZES[0]
+
+
+def test_dropout_is_on_in_training_and_off_in_eval():
+    model = make_model(dropout=0.3)
+    inputs = make_inputs([1, 1])
+    torch.manual_seed(0)
+    first, second = model.train()(inputs), model(inputs)
+    assert first["loss_ce"] != second["loss_ce"]
+    scores = [model.eval()(inputs)[0]["instances"].scores for _ in range(2)]
+    assert torch.equal(*scores)
+
+
+# ------------------------------------------------------------------------------------ detections
+
+
+def random_predictions(num_images=2):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, num_images, Q, C, generator=generator)
+    return Predictions(logits, torch.rand(1, num_images, Q, 4, generator=generator))
+
+
+@pytest.mark.parametrize("max_detections", [None, 1, 20, Q * C, 1000])
+def test_detections_equal_the_reference(max_detections):
+    model = make_model(max_detections=max_detections)
+    predictions, inputs = random_predictions(), make_inputs()
+    results = model.inference(predictions, inputs, IMAGE_SIZES)
+    assert len(results) == 2
+    for i, result in enumerate(results):
+        detections = result["instances"]
+        height, width = inputs[i]["height"], inputs[i]["width"]
+        top_k = min(max_detections or Q, Q * C)
+        scores, labels, boxes = reference.inference(
+            predictions.logits[-1, i], predictions.boxes_cxcywh[-1, i], height, width, top_k
+        )
+        assert detections.image_size == (height, width)
+        assert_close(detections.scores, scores, 1e-6)
+        assert torch.equal(detections.pred_classes, labels)
+        assert_close(detections.pred_boxes.tensor, boxes, 1e-5)
+
+
+def test_one_query_may_give_several_classes():
+    model = make_model()
+    predictions = random_predictions(1)
+    predictions.logits[0, 0, 2] = 9.0
+    detections = model.inference(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
+    assert sorted(detections.pred_classes[:C].tolist()) == list(range(C))
+    assert detections.query_indices[:C].tolist() == [2] * C
+
+
+def test_boxes_reach_over_the_edge_of_the_image():
+    model = make_model()
+    predictions = random_predictions(1)
+    predictions.boxes_cxcywh[0, 0] = torch.tensor([0.1, 0.5, 0.4, 0.2])
+    detections = model.inference(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
+    width = make_inputs()[0]["width"]
+    assert_close(detections.pred_boxes.tensor[:, 0], torch.full((Q,), -0.1 * width), 1e-5)
+
+
+def test_without_a_height_and_width_boxes_are_in_pixels_of_the_image():
+    model = make_model().eval()
+    inputs = [{"image": x["image"]} for x in make_inputs()]
+    with_size = [
+        {"image": x["image"], "height": h, "width": w} for x, (h, w) in zip(inputs, IMAGE_SIZES)
+    ]
+    for result, expected, size in zip(model(inputs), model(with_size), IMAGE_SIZES):
+        assert result["instances"].image_size == size
+        assert_close(
+            result["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor, 1e-6
+        )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_evaluation_returns_the_last_layers_detections(kind):
+    model = randomize(make_model(kind)).eval()
+    inputs = make_inputs()
+    with torch.no_grad():
+        results = model(inputs)
+        logits, boxes = reference_predictions(model, kind, inputs)
+    for i, x in enumerate(inputs):
+        scores, labels, expected = reference.inference(
+            logits[-1][i], boxes[-1][i], x["height"], x["width"], Q
+        )
+        assert_close(results[i]["instances"].scores, scores)
+        assert torch.equal(results[i]["instances"].pred_classes, labels)
+        assert_close(results[i]["instances"].pred_boxes.tensor, expected)
+
+
+@pytest.mark.parametrize("image_size", [(1, 1), (1, 200), (33, 65)], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_images_of_any_size_are_detected_on(kind, image_size):
+    (result,) = make_model(kind).eval()(make_inputs(image_sizes=[image_size]))
+    assert result["instances"].pred_boxes.tensor.isfinite().all()
+
+
+# --------------------------------------------------------------------------------- initial values
+
+
+def test_initial_values_of_the_heads_and_embeddings():
+    torch.manual_seed(0)
+    model = make_model("conv")
+    state_dict = dict(model.named_parameters())
+    bias = torch.full((C,), -4.59512)  # -log(0.99 / 0.01)
+    assert_close(state_dict["class_embed.bias"].data, bias, 1e-5)
+    for name in ("query_embed.weight", "scale_embed.weight"):
+        value = state_dict[name]
+        slack = 4 / value.numel() ** 0.5
+        assert abs(value.mean()) < slack and abs(value.std() - 1) < slack
+    for name, value in state_dict.items():
+        if name.startswith(("neck.", "class_embed.weight", "box_embed.")):
+            weight = state_dict[name.replace("bias", "weight")]
+            assert_uniform(value, weight[0].numel() ** -0.5)
+
+
+def test_one_scale_has_no_scale_embedding():
+    names = [name for name, _ in make_model("single scale").named_parameters()]
+    assert not [name for name in names if "scale_" in name]
+
+
+def test_positions_of_a_scale_are_sine_encoding_and_scale_embedding():
+    model = make_model()
+    images = model.preprocess(make_inputs())
+    scales = model.scales(images)
+    assert [scale.stride for scale in scales] == [16, 32, 64]
+    for i, scale in enumerate(scales):
+        mask = scale.padding_mask.unflatten(1, scale.size)
+        expected = reference.sine_position_encoding(mask, D // 2).flatten(2).transpose(1, 2)
+        assert_close(scale.position, expected + model.scale_embed.weight[i], 1e-5)
+
+
+def test_what_the_features_hold_under_padding_does_not_reach_the_predictions():
+    model = randomize(make_model())
+    scales = model.scales(model.preprocess(make_inputs()))
+    sizes = torch.tensor([[w, h] for h, w in IMAGE_SIZES], dtype=torch.float32)
+    dirty = [
+        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], 50.0)) for s in scales
+    ]
+    outputs = []
+    for given in (scales, dirty):
+        decoded = model.decoder(model.encoder(given), model.query_embed.weight, sizes)
+        outputs.append(model.predict(decoded))
+    assert_close(outputs[1].logits, outputs[0].logits)
+    assert_close(outputs[1].boxes_cxcywh, outputs[0].boxes_cxcywh)

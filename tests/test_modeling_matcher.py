@@ -1,0 +1,140 @@
+"""Hungarian matching against brute force, and GIoU against the reference."""
+
+import pytest
+import torch
+
+import reference
+from modeling_cases import assert_close, leaves, make_targets, random_predictions
+from smca.modeling.box_ops import generalized_iou
+from smca.modeling.matcher import HungarianMatcher
+
+C = 6
+
+
+def pairs(matching, layer, image):
+    """Pairs (query, target) of one layer and image; targets count through all images."""
+    chosen = (matching.layers == layer) & (matching.images == image)
+    return sorted(zip(matching.queries[chosen].tolist(), matching.targets[chosen].tolist()))
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_objects",
+    [(5, [3, 0, 4]), (5, [5, 1]), (1, [1]), (3, [5, 2]), (2, [0, 6, 1]), (4, [0, 4])],
+    ids=str,
+)
+def test_equals_brute_force(num_queries, num_objects):
+    for seed in range(5):
+        logits, boxes = random_predictions(3, len(num_objects), num_queries, C, seed)
+        targets = make_targets(num_objects, C, seed)
+        matching = HungarianMatcher()(logits, boxes, targets)
+        for layer in range(3):
+            first = 0
+            for image, target in enumerate(targets):
+                costs = reference.cost_matrix(
+                    logits[layer, image], boxes[layer, image], target.labels, target.boxes_cxcywh
+                )
+                expected = reference.match_by_brute_force(costs)
+                expected = [(query, first + index) for query, index in expected]
+                assert pairs(matching, layer, image) == expected
+                first += num_objects[image]
+
+
+def test_brute_force_and_scipy_agree_in_the_reference():
+    for seed in range(10):
+        logits, boxes = random_predictions(1, 1, 5, C, seed)
+        (target,) = make_targets([4], C, seed)
+        arguments = (logits[0, 0], boxes[0, 0], target.labels, target.boxes_cxcywh)
+        costs = reference.cost_matrix(*arguments)
+        assert reference.match(*arguments) == reference.match_by_brute_force(costs)
+
+
+def test_cost_equals_the_reference():
+    logits, boxes = random_predictions(2, 3, 4, C)
+    targets = make_targets([3, 0, 2], C)
+    cost = HungarianMatcher().cost(logits, boxes, targets)
+    assert cost.shape == (2, 3, 4, 3)
+    for layer in range(2):
+        for image, target in enumerate(targets):
+            expected = reference.cost_matrix(
+                logits[layer, image], boxes[layer, image], target.labels, target.boxes_cxcywh
+            )
+            assert_close(cost[layer, image, :, : len(target.labels)].double(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("term", ["class", "box", "giou"])
+def test_each_cost_term_has_its_weight(term):
+    logits, boxes = random_predictions(1, 1, 4, C)
+    (target,) = make_targets([3], C)
+    weights = {"class_weight": 0.0, "box_weight": 0.0, "giou_weight": 0.0, f"{term}_weight": 3.0}
+    cost = HungarianMatcher(**weights).cost(logits, boxes, [target])[0, 0]
+    for q in range(4):
+        for t in range(3):
+            box, target_box = boxes[0, 0, q], target.boxes_cxcywh[t]
+            expected = {
+                "class": reference.class_cost(logits[0, 0, q, target.labels[t]]),
+                "box": (box - target_box).abs().sum(),
+                "giou": -reference.generalized_iou(box, target_box),
+            }[term]
+            assert abs(cost[q, t] - 3 * expected) < 1e-4
+
+
+def test_certain_predictions_have_finite_costs():
+    logits, boxes = random_predictions(1, 1, 4, C)
+    targets = make_targets([3], C)
+    assert HungarianMatcher().cost(logits.sign() * 200, boxes, targets).isfinite().all()
+    assert len(HungarianMatcher()(logits.sign() * 200, boxes, targets).queries) == 3
+
+
+def test_batch_without_objects_gives_no_pair():
+    matching = HungarianMatcher()(*random_predictions(2, 2, 4, C), make_targets([0, 0], C))
+    assert [len(indices) for indices in matching] == [0, 0, 0, 0]
+
+
+def test_matching_is_of_indices_and_carries_no_gradient():
+    inputs = leaves(dict(zip(("logits", "boxes"), random_predictions(2, 2, 4, C))))
+    matching = HungarianMatcher()(*inputs.values(), make_targets([2, 1], C))
+    for indices in matching:
+        assert indices.dtype == torch.int64
+        assert len(indices) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    "which, value",
+    [("logits", float("nan")), ("boxes", float("nan")), ("boxes", float("inf"))],
+)
+def test_a_prediction_that_is_not_finite_is_an_error(which, value):
+    predictions = dict(zip(("logits", "boxes"), random_predictions(2, 2, 4, C)))
+    predictions[which][1, 0, 2] = value
+    with pytest.raises(FloatingPointError):
+        HungarianMatcher()(*predictions.values(), make_targets([2, 1], C))
+
+
+def test_giou_equals_the_reference():
+    _, boxes = random_predictions(1, 1, 12, C)
+    first, second = leaves({"first": boxes[0, 0, :6], "second": boxes[0, 0, 6:]}).values()
+    expected = torch.stack(
+        [torch.stack([reference.generalized_iou(a, b) for b in second]) for a in first]
+    )
+    corners = [torch.stack(reference.corners(x.unbind(-1)), -1) for x in (first, second)]
+    actual = generalized_iou(corners[0][:, None], corners[1])
+    assert_close(actual, expected, 1e-5)
+    actual_gradient = torch.autograd.grad(actual.sum(), [first, second], retain_graph=True)
+    expected_gradient = torch.autograd.grad(expected.sum(), [first, second])
+    for got, wanted in zip(actual_gradient, expected_gradient):
+        assert_close(got, wanted, 1e-4)
+
+
+def test_giou_of_known_boxes():
+    box = torch.tensor([0.0, 0.0, 2.0, 2.0])
+    others = torch.tensor(
+        [[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 4.0, 2.0], [4.0, 0.0, 6.0, 2.0], [1.0, 1.0, 3.0, 3.0]]
+    )
+    expected = torch.tensor([1.0, 0.0, -1 / 3, 1 / 7 - 2 / 9])
+    assert_close(generalized_iou(box, others), expected, 1e-6)
+
+
+def test_giou_of_empty_boxes_is_finite():
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.6]], requires_grad=True)
+    giou = generalized_iou(boxes[:, None], boxes)
+    giou.sum().backward()
+    assert giou.isfinite().all() and boxes.grad.isfinite().all()

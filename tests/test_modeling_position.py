@@ -1,0 +1,88 @@
+"""Sine position encoding and padding masks of the scales."""
+
+import pytest
+import torch
+
+import reference
+from modeling_cases import IMAGE_SIZES, pixel_mask
+from smca.modeling.position_encoding import SinePositionEncoding
+from smca.modeling.scales import padding_mask
+
+
+def cell_mask(height, width, *valid_sizes):
+    mask = torch.ones(len(valid_sizes), height, width, dtype=torch.bool)
+    for image_mask, (h, w) in zip(mask, valid_sizes):
+        image_mask[:h, :w] = False
+    return mask
+
+
+@pytest.mark.parametrize("num_features", [16, 128])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        cell_mask(6, 8, (6, 8)),
+        cell_mask(6, 8, (6, 8), (4, 8), (6, 3), (1, 1)),
+        cell_mask(1, 1, (1, 1)),
+        cell_mask(1, 9, (1, 9), (1, 4)),
+    ],
+    ids=["whole", "padded", "one cell", "one row"],
+)
+def test_equals_the_reference(mask, num_features):
+    encoding = SinePositionEncoding(num_features)(mask)
+    expected = reference.sine_position_encoding(mask, num_features)
+    assert encoding.dtype == torch.float32
+    torch.testing.assert_close(encoding, expected, atol=1e-5, rtol=0)
+
+
+def test_is_finite_where_an_image_has_no_valid_cell():
+    encoding = SinePositionEncoding(16)(cell_mask(3, 4, (3, 4), (0, 0)))
+    assert encoding.isfinite().all()
+
+
+def test_of_valid_cells_does_not_depend_on_the_padding():
+    alone = SinePositionEncoding(16)(cell_mask(4, 5, (4, 5)))
+    padded = SinePositionEncoding(16)(cell_mask(7, 9, (4, 5)))
+    torch.testing.assert_close(padded[:, :, :4, :5], alone)
+
+
+def test_half_precision_does_not_change_it():
+    mask = cell_mask(6, 8, (6, 8), (4, 5))
+    encode = SinePositionEncoding(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoding = encode(mask)
+    torch.testing.assert_close(encoding, encode(mask))
+
+
+def test_has_no_parameters():
+    assert not list(SinePositionEncoding(16).parameters())
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+@pytest.mark.parametrize("image_sizes", [IMAGE_SIZES, [(203, 317), (251, 190)], [(33, 1), (1, 65)]])
+def test_padding_mask_is_the_pixel_mask_at_the_nearest_pixel(image_sizes, stride):
+    pixels = pixel_mask(image_sizes)
+    height, width = pixels.shape[1:]
+    size = (-(-height // stride), -(-width // stride))
+    expected = reference.resize_mask(pixels, *size)
+    mask = padding_mask(image_sizes, (height, width), size, torch.device("cpu"))
+    if mask is None:
+        assert not expected.any()
+    else:
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, expected)
+
+
+def test_a_partly_padded_cell_is_valid():
+    # Cells of 32 pixels, of which the second image fills one, and one pixel of the next.
+    mask = padding_mask([(64, 128), (64, 33)], (64, 128), (2, 4), torch.device("cpu"))
+    assert mask[1, 0].tolist() == [False, False, True, True]
+
+
+def test_an_unpadded_batch_has_no_padding_mask():
+    assert padding_mask([(64, 96)] * 2, (64, 96), (2, 3), torch.device("cpu")) is None
+
+
+def test_every_image_keeps_a_valid_cell():
+    image_sizes = [(640, 1333), (1, 1)]
+    mask = padding_mask(image_sizes, (640, 1333), (10, 21), torch.device("cpu"))
+    assert not mask.flatten(1).all(1).any()

@@ -1,0 +1,400 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_argument_parser
+from torch import nn
+
+from engine_cases import TinyDetector, write_config
+from smca.checkpoint import SMCACheckpointer
+from smca.data.errors import DatasetError
+from smca.engine import main, run
+from smca.errors import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments(*args):
+    return default_argument_parser().parse_args([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A config and the folder of a finished run, which tests only read."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(folder)
+    results = main(arguments("--config-file", config))
+    return config, folder / "run", results
+
+
+def weights(path, key="model"):
+    return torch.load(path, weights_only=True)[key]
+
+
+def error_of(capsys, *args):
+    """The only line on stderr that an unsuccessful command line leaves."""
+    assert run(arguments(*args)) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# What a run leaves behind
+
+
+def test_training_evaluates_the_weights_and_their_average(trained):
+    _, _, results = trained
+    assert set(results) == {"bbox", "ema/bbox"}
+    assert 0 <= results["bbox"]["AP"] <= 100
+
+
+def test_metrics_file_holds_losses_schedule_norm_and_both_results(trained):
+    _, folder, results = trained
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    merged = {key: value for row in rows for key, value in row.items()}
+    assert {"total_loss", "loss_ce", "loss_bbox", "grad_norm", "lr", "eta_seconds"} <= set(merged)
+    assert merged["bbox/AP"] == pytest.approx(results["bbox"]["AP"])
+    assert merged["ema/bbox/AP"] == pytest.approx(results["ema/bbox"]["AP"])
+
+
+def test_progress_line_tells_losses_time_and_memory(trained):
+    _, folder, _ = trained
+    line = [x for x in (folder / "log.txt").read_text().splitlines() if " iter: 2 " in x][-1]
+    for word in ("eta: ", "total_loss: ", "loss_ce: ", "lr: ", "grad_norm: ", "max_mem: "):
+        assert word in line
+
+
+def test_log_ends_with_results_and_paths(trained):
+    _, folder, results = trained
+    end = (folder / "log.txt").read_text()[-1500:]
+    assert f"{results['bbox']['AP']:.3f}" in end
+    assert f"{folder}/model_final.pth" in end and f"{folder}/metrics.json" in end
+
+
+def test_tensorboard_events_are_written(trained):
+    assert list(trained[1].glob("events.out.tfevents.*"))
+
+
+def test_saved_config_loads_and_builds_the_same_model(trained):
+    _, folder, _ = trained
+    cfg = LazyConfig.load(str(folder / "config.yaml"))
+    instantiate(cfg.model).load_state_dict(weights(folder / "model_final.pth"))
+
+
+def test_checkpoint_is_detectron2s_and_tells_where_it_comes_from(trained):
+    _, folder, _ = trained
+    checkpoint = torch.load(folder / "model_final.pth", weights_only=True)
+    assert checkpoint["smca"]["config"] == "config.py"
+    assert checkpoint["smca"]["class_names"] == ["round", "square"]
+    assert checkpoint["smca"]["version"]
+    assert set(checkpoint["model"]) == set(checkpoint["model_ema"])
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+
+
+# Command lines
+
+
+def test_evaluation_alone_repeats_the_results_of_the_training(trained, tmp_path):
+    config, folder, results = trained
+    out = f"train.output_dir={tmp_path}"
+    file = f"train.init_checkpoint={folder}/model_final.pth"
+    again = main(arguments("--config-file", config, "--eval-only", out, file))
+    assert again.keys() == results.keys()
+    for task in results:
+        assert again[task] == pytest.approx(results[task], nan_ok=True)
+
+
+def test_evaluation_with_resume_takes_the_newest_checkpoint(trained):
+    config, folder, results = trained
+    again = main(arguments("--config-file", config, "--eval-only", "--resume"))
+    assert again["ema/bbox"] == pytest.approx(results["ema/bbox"], nan_ok=True)
+
+
+def test_resume_of_a_finished_run_trains_no_further(trained):
+    config, folder, results = trained
+    before = weights(folder / "model_final.pth")
+    again = main(arguments("--config-file", config, "--resume"))
+    after = weights(folder / "model_final.pth")
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_fast_dev_run_takes_every_path_and_leaves_the_run_alone(trained):
+    config, folder, _ = trained
+    # The log is still open from the run before, in this same process.
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != "log.txt"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    results = main(
+        arguments("--config-file", config, "train.fast_dev_run=True", "train.max_iter=10000")
+    )
+    assert set(results) == {"bbox", "ema/bbox"}
+    checkpoint = torch.load(folder / "fast_dev_run" / "model_final.pth", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 2
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_a_new_run_over_an_old_one_warns(tmp_path):
+    config = write_config(tmp_path, max_iter=1, eval_period=0)
+    for _ in range(2):
+        main(arguments("--config-file", config))
+    assert "holds another run" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_script_prints_one_sentence_for_a_wrong_key(tmp_path):
+    config = write_config(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_net.py", "--config-file", config, "train.max_itr=5"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "Error: The config has no key train.max_itr, did you mean train.max_iter?"
+    )
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+# Configs and overrides that cannot be used
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.max_itr=5", "train.max_itr, did you mean train.max_iter?"),
+        ("model.nonsense=1", "no key model.nonsense"),
+        ("modle.num_classes=3", "did you mean model.num_classes?"),
+        ("train.amp.dtyp=fp16", "did you mean train.amp.dtype?"),
+        ("train.amp={dtyp: fp16}", "did you mean train.amp.dtype?"),
+        ("optimizer.weight_deca=0", "did you mean optimizer.weight_decay?"),
+        ("train.max_iter.foo=1", "no key train.max_iter.foo"),
+        ("train.amp.dtype=fp17", "train.amp.dtype has to be bf16 or fp16, it cannot be 'fp17'"),
+        ("train.max_iter=many", "train.max_iter is a number, it cannot be 'many'"),
+        ("train.max_iter=0", "train.max_iter has to be a whole number of at least 1"),
+        ("train.max_iter=2.5", "train.max_iter has to be a whole number"),
+        ("train.accumulate=0", "train.accumulate has to be"),
+        ("train.clip_grad_norm=-1", "train.clip_grad_norm has to be"),
+        ("train.model_ema.decay=1.0", "train.model_ema.decay has to be a number in [0, 1)"),
+        ("train.fast_dev_run=1", "train.fast_dev_run is true or false, it cannot be 1"),
+        ("train.amp=True", "train.amp is a section"),
+        ("train.device=gpu", "train.device=gpu cannot be used"),
+        ("model.num_classes=three", "model.num_classes is a number"),
+        ("max_iter", "Override 'max_iter' cannot be read"),
+        ("train.max_iter=[1", "cannot be read"),
+        ("~train.max_iter", "would delete a key"),
+        ("--resume", "has to stand before"),
+        ("dataloader.train.total_batch_size=0", "total_batch_size=0 must be a positive"),
+        ("dataloader.train.dataset.names=coco_nowhere", "coco_nowhere"),
+        ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2"),
+        ("train.init_checkpoint=nowhere.pth", "nowhere.pth does not exist"),
+    ],
+)
+def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
+    out = f"train.output_dir={tmp_path}"
+    assert words in error_of(capsys, "--config-file", trained[0], out, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.amsgrad=True",  # an argument that the config leaves at its default
+        "model.dropout=0",
+        "train.clip_grad_norm=null",
+        "+train.note=mine",
+        "train.output_dir=${train.device}",
+    ],
+)
+def test_a_right_override_is_accepted(trained, override):
+    from smca.engine import load_config
+
+    key = override.lstrip("+").split("=")[0]
+    cfg = load_config(trained[0], [override])
+    section, name = key.rsplit(".", 1)
+    assert name in cfg[section].keys()
+
+
+def test_a_missing_config_is_named(capsys):
+    assert "nowhere.py does not exist" in error_of(capsys, "--config-file", "nowhere.py")
+    assert "--config-file" in error_of(capsys)
+
+
+def test_a_config_with_a_syntax_error_is_named(tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("train = dict(\n")
+    assert "broken.py cannot be loaded" in error_of(
+        capsys, "--config-file", tmp_path / "broken.py"
+    )
+
+
+def test_a_config_of_another_kind_is_named(tmp_path, capsys):
+    (tmp_path / "yacs.yaml").write_text("MODEL:\n  DEVICE: cpu\n")
+    text = error_of(capsys, "--config-file", tmp_path / "yacs.yaml")
+    assert "does not define model, dataloader" in text
+
+
+def test_no_processes_are_an_error(trained, capsys):
+    assert "--num-gpus" in error_of(capsys, "--config-file", trained[0], "--num-gpus", 0)
+
+
+def test_evaluation_without_weights_is_an_error(trained, tmp_path, capsys):
+    out = f"train.output_dir={tmp_path}"
+    text = error_of(capsys, "--config-file", trained[0], "--eval-only", out)
+    assert "train.init_checkpoint=FILE" in text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_the_data_is_one_sentence_and_the_run_can_go_on(
+    tmp_path, capsys, monkeypatch, num_workers
+):
+    from smca.data.loader import _SeededMapDataset
+
+    original = _SeededMapDataset.__getitem__
+
+    def fail(self, key):
+        if key[0] >= 8:
+            raise DatasetError("cat.png is truncated: replace it.")
+        return original(self, key)
+
+    monkeypatch.setattr(_SeededMapDataset, "__getitem__", fail)
+    config = write_config(tmp_path, eval_period=0, log_period=20)
+    workers = f"dataloader.train.num_workers={num_workers}"
+    # With worker processes, the loader is ahead of the training.
+    assert error_of(capsys, "--config-file", config, workers) == (
+        "Error: cat.png is truncated: replace it."
+    )
+    assert "Traceback" not in capsys.readouterr().out
+    checkpoint = torch.load(tmp_path / "run" / "model_0000001.pth", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 1
+
+
+# Checkpoints
+
+
+def save(path, weights, **others):
+    torch.save({"model": weights, **others}, path)
+    return str(path)
+
+
+def load(model, path, **kwargs):
+    SMCACheckpointer(model, **kwargs).load(str(path))
+    return model
+
+
+def test_another_number_of_classes_has_its_own_sentence(tmp_path):
+    path = save(tmp_path / "a.pth", TinyDetector(num_classes=80).state_dict())
+    with pytest.raises(CheckpointError, match="trained with 80 classes, the config says 3: set"):
+        load(TinyDetector(num_classes=3), path)
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    path = save(tmp_path / "a.pth", TinyDetector(width=16).state_dict())
+    with pytest.raises(CheckpointError) as error:
+        load(TinyDetector(), path)
+    assert "another architecture" in str(error.value)
+    assert "(16, 3, 3, 3) in the file, (8, 3, 3, 3) here" in str(error.value)
+
+
+def test_missing_and_unexpected_weights_are_counted_and_named(tmp_path):
+    state = TinyDetector().state_dict()
+    del state["bbox_embed.weight"]
+    state.update({f"decoder.{n}": torch.zeros(1) for n in range(6)})
+    path = save(tmp_path / "a.pth", state)
+    with pytest.raises(CheckpointError) as error:
+        load(TinyDetector(), path)
+    assert "1 missing (bbox_embed.weight)" in str(error.value)
+    assert "6 unexpected (decoder.0, decoder.1, decoder.2, decoder.3 and 2 more)" in str(
+        error.value
+    )
+
+
+def test_weights_of_something_else_are_an_error(tmp_path):
+    path = save(tmp_path / "a.pth", nn.Linear(2, 2).state_dict())
+    with pytest.raises(CheckpointError, match="No weight in .*a.pth"):
+        load(TinyDetector(), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, suffix):
+    path = tmp_path / ("a" + suffix)
+    path.write_bytes(content)
+    checkpointer = SMCACheckpointer(TinyDetector())
+    with pytest.raises(CheckpointError, match=f"a{suffix} cannot be read"):
+        checkpointer.load(str(path))
+    with pytest.raises(CheckpointError):  # and not an assertion of a half finished load
+        checkpointer.load(str(path))
+
+
+def test_a_checkpoint_that_cannot_be_downloaded_is_named(monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise OSError("no route")
+
+    checkpointer = SMCACheckpointer(TinyDetector())
+    monkeypatch.setattr(checkpointer.path_manager, "get_local_path", refuse)
+    name = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    with pytest.raises(CheckpointError, match="R-50.pkl cannot be downloaded.*init_checkpoint=''"):
+        checkpointer.load(name)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "backbone.bottom_up."])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_weights_of_a_backbone_load_whatever_their_prefix(tmp_path, prefix, suffix):
+    source, model = TinyDetector().backbone, TinyDetector()
+    head = model.class_embed.weight.clone()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    if prefix:
+        state["roi_heads.fc.weight"] = torch.zeros(5, 5)
+    path = tmp_path / ("backbone" + suffix)
+    if suffix == ".pth":
+        save(path, state)
+    else:
+        state = {key: value.numpy() for key, value in state.items()}
+        data = {"model": state, "__author__": "torchvision", "matching_heuristics": not prefix}
+        path.write_bytes(pickle.dumps(data))
+    load(model, path)
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[key], value)
+    assert torch.equal(model.class_embed.weight, head)
+
+
+def test_weights_of_a_backbone_are_not_enough_to_evaluate(tmp_path):
+    state = {f"backbone.{k}": v for k, v in TinyDetector().backbone.state_dict().items()}
+    path = save(tmp_path / "a.pth", state)
+    with pytest.raises(CheckpointError, match="a backbone only"):
+        load(TinyDetector(), path, need_detector=True)
+
+
+def test_weights_of_another_backbone_are_an_error(tmp_path):
+    state = {"backbone.stem.weight": TinyDetector().backbone["stem"].weight}
+    path = save(tmp_path / "a.pth", state)
+    with pytest.raises(CheckpointError, match="Only 1 of the backbone's 6 weights"):
+        load(TinyDetector(), path)
+
+
+def test_weights_of_a_deeper_backbone_are_an_error(tmp_path):
+    state = {f"backbone.{k}": v for k, v in TinyDetector().backbone.state_dict().items()}
+    state["backbone.res6.weight"] = torch.zeros(1)
+    path = save(tmp_path / "a.pth", state)
+    with pytest.raises(CheckpointError, match="1 weights too many: backbone.res6.weight"):
+        load(TinyDetector(), path)
+
+
+@pytest.mark.parametrize("flags", [["--eval-only", "--resume"], ["--resume"]])
+def test_resuming_with_another_model_is_an_error(trained, capsys, flags):
+    text = error_of(capsys, "--config-file", trained[0], *flags, "model.width=16")
+    assert "another architecture" in text
+
+
+def test_resuming_from_a_checkpoint_that_is_gone_is_an_error(tmp_path, capsys):
+    config = write_config(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000009.pth")
+    text = error_of(capsys, "--config-file", config, "--resume")
+    assert "model_0000009.pth does not exist" in text
