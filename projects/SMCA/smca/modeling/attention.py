@@ -4,14 +4,14 @@ The modulation adds a Gaussian's logarithm to the attention logits. Written out,
 
     -p_x (x - c_x)^2 = -p_x x^2 + 2 p_x c_x x - p_x c_x^2,
 
-it is a dot product of a vector that depends on the query, (-p_x, 2 p_x c_x, ...), and one that
-depends on the cell, (x^2, x, ...); the last term is the same for every cell and cancels in the
-softmax. So the modulation is a few more channels of the queries and keys, and any fused attention
-kernel computes it without a (B, H, Q, S) map. `modulation.py` makes these channels.
+it is a dot product of a vector that depends on the query, (-p_x, 2 p_x c_x, -p_x c_x^2, ...), and
+one that depends on the cell, (x^2, x, 1, ...). So the modulation is a few more channels of the
+queries and keys, and any fused attention kernel computes it without a (B, H, Q, S) map.
+`modulation.py` makes these channels.
 """
 
 import contextlib
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from torch.utils.checkpoint import checkpoint
 # Where PyTorch's fused kernels can't be used (see `attend`), how many attention logits are held at
 # a time: 16 MiB of them.
 _MAX_LOGITS = 1 << 22
+# A scale's log-weights: channels whose dot product they are, (B, H or 1, Q, k) of the queries and
+# (S, k) of the cells (see `modulation.channels`), or a function that makes them for some queries
+# (see `attend_in_pieces`).
+Modulation = Union[Tuple[Tensor, Tensor], Callable[[slice], Tensor]]
+
 # Size of a logit up to which the CPU's fused kernel gives right gradients.
 _MAX_LOGIT = 1e5
 
@@ -43,8 +48,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention that never holds a whole (B, H, N, S) map.
 
-    PyTorch's fused kernels, but for two things that the CPU's can't do: dropout, and logits in the
-    millions.
+    It calls PyTorch's fused kernels, but for two things that the CPU's can't do: dropout, and
+    logits in the millions.
 
     Args:
         query: (B, H, N, c). key: (B, H, S, c). value: (B, H, S, c).
@@ -59,23 +64,39 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.device.type != "cpu" or not (dropout or _would_overflow(query, key, scale)):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    # In pieces of the queries, whose weights the backward pass computes again.
+    return attend_in_pieces(query, key, value, padding_mask, dropout, scale)
+
+
+def attend_in_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Optional[Tensor],
+    dropout: float,
+    scale: float,
+    log_weights: Optional[Callable[[slice], Tensor]] = None,
+) -> Tensor:
+    """`attend` in float32 without a fused kernel, some queries at a time; the backward pass
+    computes their attention weights again.
+
+    Args:
+        log_weights: gives, for a slice of the queries, what to add to their logits
+            (B, H or 1, queries, S).
+    """
     rows = max(1, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
-    arguments = (key, value, mask, dropout, scale)
-    return torch.cat(
-        [
-            checkpoint(_plain_attention, piece, *arguments, use_reentrant=False)
-            for piece in query.split(rows, dim=2)
-        ],
-        dim=2,
-    )
 
+    def attend_piece(piece: slice) -> Tensor:
+        with float32_region(query):
+            logits = (query[:, :, piece].float() * scale) @ key.float().transpose(-2, -1)
+            if log_weights is not None:
+                logits = logits + log_weights(piece)
+            if padding_mask is not None:
+                logits = logits.masked_fill(padding_mask[:, None, None, :], -torch.inf)
+            return F.dropout(logits.softmax(dim=-1), dropout) @ value.float()
 
-def _plain_attention(query, key, value, mask, dropout: float, scale: float) -> Tensor:
-    logits = (query * scale) @ key.transpose(-2, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    return F.dropout(logits.softmax(dim=-1), dropout) @ value
+    pieces = [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
+    results = [checkpoint(attend_piece, piece, use_reentrant=False) for piece in pieces]
+    return torch.cat(results, dim=2).to(query.dtype)
 
 
 def _would_overflow(query: Tensor, key: Tensor, scale: float) -> bool:
@@ -154,7 +175,7 @@ class CoAttention(MultiheadAttention):
         value: Tensor,
         num_cells: Sequence[int],
         padding_masks: Sequence[Optional[Tensor]],
-        modulations: Optional[List[Tuple[Tensor, Tensor]]] = None,
+        modulations: Optional[Sequence[Modulation]] = None,
         scale_weights: Optional[Tensor] = None,
     ) -> Tensor:
         """
@@ -162,9 +183,7 @@ class CoAttention(MultiheadAttention):
             query: (B, Q, d). key, value: (B, S, d), the scales joined from fine to coarse.
             num_cells: S_l of each scale.
             padding_masks: for each scale (B, S_l) bool, True on padding, or None.
-            modulations: for each scale the channels that append the log-weight: (B, H or 1, Q, k)
-                of the queries and (S_l, k) of the cells, see `modulation.channels`. None: no
-                modulation.
+            modulations: for each scale its log-weights, see `Modulation`; None: no modulation.
             scale_weights: (B, Q, L), how much a query reads from each scale; None: all 1.
 
         Returns:
@@ -175,12 +194,14 @@ class CoAttention(MultiheadAttention):
         keys, values = key.split(num_cells, dim=2), value.split(num_cells, dim=2)
         result = 0
         for index, padding_mask in enumerate(padding_masks):
+            tokens = query, keys[index], values[index]
             if modulations is None:
-                out = attend(query, keys[index], values[index], padding_mask, dropout)
+                out = attend(*tokens, padding_mask, dropout)
+            elif callable(modulations[index]):
+                scale = query.shape[-1] ** -0.5
+                out = attend_in_pieces(*tokens, padding_mask, dropout, scale, modulations[index])
             else:
-                out = attend_modulated(
-                    query, keys[index], values[index], *modulations[index], padding_mask, dropout
-                )
+                out = attend_modulated(*tokens, *modulations[index], padding_mask, dropout)
             if scale_weights is not None:
                 out = out * scale_weights[:, None, :, index, None].to(out.dtype)
             result = result + out
@@ -200,8 +221,7 @@ def attend_modulated(
 
     Args:
         query: (B, H, Q, d_h). key, value: (B, H, S, d_h).
-        query_channels: (B, H or 1, Q, k). cell_channels: (S, k). If they are float32 and the
-            others are not, everything is computed in float32.
+        query_channels: (B, H or 1, Q, k). cell_channels: (S, k), of the dtype to compute in.
         padding_mask, dropout: as in `attend`.
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention, float32_region
 from .layers import FeedForward, mlp, xavier_uniform
-from .modulation import MODULATIONS, SPREADS, SpatialModulation, channels
+from .modulation import MODULATIONS, SPREADS, SpatialModulation, modulations
 from .scales import Scale
 
 
@@ -74,7 +74,8 @@ class DecoderLayer(nn.Module):
             self.centre = mlp(embed_dim, 2) if predicts_centre else None
         if scale_selection and num_scales > 1:
             self.scale_weight = nn.Linear(embed_dim, num_scales)
-        if self.modulation is not None or self.scale_weight is not None:
+        readers = [m for m in (self.centre, self.modulation, self.scale_weight) if m is not None]
+        if any(list(reader.parameters()) for reader in readers):
             self.input_norm = nn.LayerNorm(embed_dim)
 
     def forward(
@@ -95,9 +96,8 @@ class DecoderLayer(nn.Module):
             (B, Q, d) queries and (B, Q, 2) reference (None without modulation).
         """
         located = queries + query_position
-        modulations = scale_weights = None
-        if self.input_norm is not None:
-            layer_input = self.input_norm(located)
+        gaussians = log_weights = scale_weights = None
+        layer_input = located if self.input_norm is None else self.input_norm(located)
         if self.modulation is not None:
             with float32_region(layer_input):
                 if self.centre is not None:
@@ -111,30 +111,28 @@ class DecoderLayer(nn.Module):
         attended = self.self_attention(located, located, queries)
         queries = self.norm1(queries + self.dropout1(attended))
 
-        if self.modulation is not None:
-            modulations = self._modulation_channels(gaussians, memory.scales, queries)
+        if gaussians is not None:
+            head_dim = queries.shape[-1] // self.co_attention.num_heads
+            log_weights = modulations(gaussians, memory.scales, head_dim, _matmul_dtype(queries))
         attended = self.co_attention(
             queries + query_position,
             memory.key,
             memory.value,
             memory.num_cells,
             [scale.padding_mask for scale in memory.scales],
-            modulations,
+            log_weights,
             scale_weights,
         )
         queries = self.norm2(queries + self.dropout2(attended))
         return self.ffn(queries), reference
 
-    def _modulation_channels(self, gaussians, scales: List[Scale], queries: Tensor):
-        device_type = queries.device.type
-        dtype = queries.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        head_dim = queries.shape[-1] // self.co_attention.num_heads
-        return [
-            channels(gaussians, index, scale.size, head_dim, dtype)
-            for index, scale in enumerate(scales)
-        ]
+
+def _matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that matrix products of this tensor are computed in."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
 
 
 class Decoder(nn.Module):

@@ -60,7 +60,7 @@ class HungarianMatcher(nn.Module):
             targets: of the B images.
 
         Raises:
-            FloatingPointError: if a prediction is not finite.
+            FloatingPointError: if a logit is NaN or a box is not finite.
         """
         # The only transfer from the device: every layer and image together.
         cost = self.cost(logits, boxes_cxcywh, targets).cpu()

@@ -9,12 +9,13 @@ and a factor of stride / 32 where the model has several scales.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .attention import float32_region
+from .attention import Modulation, float32_region
 from .scales import Scale
 
 MODULATIONS = ("multi_head", "head_shared", "none")
@@ -80,6 +81,7 @@ class SpatialModulation(nn.Module):
             self.offset = nn.Linear(embed_dim, num_scales * num_heads * 2)
         if self.num_spreads:
             self.spread = nn.Linear(embed_dim, num_scales * self.num_heads * self.num_spreads)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The spread starts at 1 for every query; the offsets keep their random start, so that
@@ -114,6 +116,27 @@ class SpatialModulation(nn.Module):
         return values.unflatten(2, (self.num_scales, self.num_heads, count))
 
 
+def modulations(
+    gaussians: Gaussians, scales: List[Scale], head_dim: int, dtype: torch.dtype
+) -> List[Modulation]:
+    """The log-weights of each scale in the form that suits `CoAttention`.
+
+    Args:
+        head_dim: d_h. dtype: of the attention that they are for.
+    """
+    sizes = [scale.size for scale in scales]
+    if gaussians.precisions.shape[-1] == 2:
+        return [channels(gaussians, i, size, head_dim, dtype) for i, size in enumerate(sizes)]
+
+    # With covariance the products grow with the fourth power of the distance, and channels would
+    # lose the small log-weights near the centre among them.
+    def log_weights(index: int, size: Tuple[int, int], queries: slice) -> Tensor:
+        part = Gaussians(gaussians.centres[:, queries], gaussians.precisions[:, queries])
+        return part.log_weights(index, size).transpose(1, 2).flatten(3)
+
+    return [partial(log_weights, i, size) for i, size in enumerate(sizes)]
+
+
 def channels(
     gaussians: Gaussians,
     scale_index: int,
@@ -122,11 +145,13 @@ def channels(
     dtype: torch.dtype,
 ) -> Tuple[Tensor, Tensor]:
     """Channels whose dot product, divided by sqrt(d_h) like that of queries and keys, is a scale's
-    log-weight, less its terms that all cells share.
+    log-weight (without covariance).
 
-    float32 takes 4 channels (8 with covariance). In bfloat16 and float16 these products are too
-    coarse, so each factor is cut into pieces that the type holds, 18 channels; covariance, whose
-    products grow with the fourth power of the distance, stays in float32.
+    float32 takes 5 channels. In bfloat16 and float16 these products are too coarse, so each factor
+    is cut into pieces that the type holds: 21 channels.
+
+    The term that all cells share cancels in the softmax, but it keeps the logits small, and with
+    them the rounding of the gradients.
 
     Args:
         size: (h, w) of the scale in cells.
@@ -136,42 +161,29 @@ def channels(
         (B, H', Q, k) of the queries and (h * w, k) of the cells, both float32 or of `dtype`.
     """
     # Counted from the middle cell, coordinates and their squares are small integers.
-    middle = (size[1] // 2, size[0] // 2)
+    middle_x, middle_y = size[1] // 2, size[0] // 2
     centres = gaussians.centres[:, :, scale_index].transpose(1, 2)
-    precisions = gaussians.precisions[:, :, scale_index].transpose(1, 2)
-    c_x, c_y = centres[..., 0] - middle[0], centres[..., 1] - middle[1]
-    p_x, p_y = precisions[..., 0], precisions[..., 1]
-    query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y]
+    c_x, c_y = centres[..., 0] - middle_x, centres[..., 1] - middle_y
+    p_x, p_y = gaussians.precisions[:, :, scale_index].transpose(1, 2).unbind(-1)
+    # float16 would not hold the last one, which grows past 65504 on large maps, in one.
+    shared = (p_x * c_x**2 + p_y * c_y**2) / 16
+    query = torch.stack([-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared], -1) * head_dim**0.5
 
-    device = centres.device
-    rows = torch.arange(size[0], dtype=torch.float32, device=device) - middle[1]
-    columns = torch.arange(size[1], dtype=torch.float32, device=device) - middle[0]
+    device = query.device
+    rows = torch.arange(size[0], dtype=torch.float32, device=device) - middle_y
+    columns = torch.arange(size[1], dtype=torch.float32, device=device) - middle_x
     y, x = (c.flatten() for c in torch.meshgrid(rows, columns, indexing="ij"))
-    cell = [x * x, x, y * y, y]
-
-    if precisions.shape[-1] == 3:
-        p = precisions[..., 2]
-        query[0], query[1] = query[0] - p * c_y**2, query[1] + 2 * p * c_x * c_y**2
-        query[2], query[3] = query[2] - p * c_x**2, query[3] + 2 * p * c_y * c_x**2
-        query += [-p, 2 * p * c_y, 2 * p * c_x, -4 * p * c_x * c_y]
-        cell += [x * x * y * y, x * x * y, x * y * y, x * y]
-    query = [coefficient * head_dim**0.5 for coefficient in query]
-    if precisions.shape[-1] == 2 and dtype in (torch.bfloat16, torch.float16):
-        return _in_pieces(query, cell, dtype)
-    return torch.stack(query, dim=-1), torch.stack(cell, dim=-1)
-
-
-def _in_pieces(query: List[Tensor], cell: List[Tensor], dtype) -> Tuple[Tensor, Tensor]:
-    """Products of the cut factors as channels: three pieces of each of the query's coefficients
-    (a rounded value, the rounded rest, the rest of that) with two of a squared coordinate (up to
-    13 bits) and one of a coordinate (at most 8 bits)."""
-    query_channels, cell_channels = [], []
-    for coefficient, coordinate, count in zip(query, cell, (2, 1, 2, 1)):
-        for q in _pieces(coefficient, dtype, 3):
-            for c in _pieces(coordinate, dtype, count):
-                query_channels.append(q)
-                cell_channels.append(c)
-    return torch.stack(query_channels, dim=-1), torch.stack(cell_channels, dim=-1)
+    cell = torch.stack([x * x, x, y * y, y, torch.full_like(x, 16)], dim=-1)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return query, cell
+    # Each of the query's three pieces meets each of the cell's two; only a square (up to 13 bits)
+    # has a second piece, a coordinate (at most 8 bits) fits in one.
+    squares = [0, 2]
+    high, low = _pieces(cell, dtype, 2)
+    query_pieces = _pieces(query, dtype, 3)
+    query = torch.cat(query_pieces + [piece[..., squares] for piece in query_pieces], dim=-1)
+    cell = torch.cat([high] * 3 + [low[..., squares]] * 3, dim=-1)
+    return query, cell
 
 
 def _pieces(value: Tensor, dtype: torch.dtype, count: int) -> List[Tensor]:
