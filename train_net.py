@@ -9,9 +9,11 @@ Train or evaluate a model from a LazyConfig:
 """
 import sys
 
-from detectron2.engine import default_argument_parser
-
-from smca.engine import run
+try:
+    from smca.engine import run  # says what to do if Detectron2 is missing
+    from detectron2.engine import default_argument_parser  # isort: skip
+except ImportError as error:
+    sys.exit(f"Error: {error}")
 
 if __name__ == "__main__":
     sys.exit(run(default_argument_parser(epilog=__doc__).parse_args()))

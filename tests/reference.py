@@ -208,7 +208,7 @@ def centre_logits(state_dict, name, o):
 
 def head_centres(state_dict, name, o, r, level, num_levels, stride, image_sizes, settings):
     """(B, Q, H, 2): each head's centre on one scale, in cells. image_sizes: (h, w) in pixels."""
-    sizes = torch.tensor([[w, h] for h, w in image_sizes], dtype=o.dtype)
+    sizes = torch.tensor([[w, h] for h, w in image_sizes], dtype=r.dtype)
     shared = r.sigmoid() * sizes[:, None, :] / stride
     centres = shared[:, :, None, :].repeat(1, 1, settings.num_heads, 1)
     if settings.modulation == "multi_head":
@@ -258,7 +258,8 @@ def decoder_layer(
 ):
     """One layer. r is None at the first layer, which predicts it. Returns the new (tgt, r)."""
     modulated = settings.modulation != "none"
-    if modulated or settings.scale_selection:
+    o = None  # where nothing reads it, its norm does not exist
+    if name + ".norm4.weight" in state_dict:
         o = layer_norm(state_dict, name + ".norm4", tgt + query_pos)
 
     attended = self_attention(state_dict, name + ".self_attn", tgt, query_pos, settings.num_heads)

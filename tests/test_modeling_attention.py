@@ -1,5 +1,7 @@
 """Attention and spatially modulated co-attention against full maps."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -14,11 +16,28 @@ from modeling_cases import (
     randomize,
 )
 from smca.modeling import attention as attention_module
-from smca.modeling.attention import CoAttention, MultiheadAttention, attend_modulated
-from smca.modeling.modulation import MODULATIONS, SPREADS, Gaussians, SpatialModulation, channels
+from smca.modeling.attention import (
+    CoAttention,
+    MultiheadAttention,
+    attend_in_pieces,
+    attend_modulated,
+)
+from smca.modeling.modulation import (
+    MODULATIONS,
+    SPREADS,
+    Gaussians,
+    SpatialModulation,
+    modulations,
+)
+from smca.modeling.scales import Scale
 
 D, H, Q, B = 32, 4, 5, 2
 MODULATED = [name for name in MODULATIONS if name != "none"]
+HALF_TYPES = [torch.bfloat16, torch.float16]
+# What rounding of the inputs and of the result costs any attention, of the largest value.
+ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+# Covariance has too many terms for channels.
+CHANNEL_SPREADS = [name for name in SPREADS if name != "covariance"]
 NUM_SPREADS = {"fixed": 0, "single": 1, "independent": 2, "covariance": 3}
 
 
@@ -47,9 +66,23 @@ def as_gaussians(centres, spreads, spread, beta=8.0, factor=1.0):
     return Gaussians(centres[:, :, None], (squares * factor / beta)[:, :, None])
 
 
-def float32_channels(centres, spreads, spread, size):
-    """What modulates one scale of (h, w) cells: channels of the queries and of the cells."""
-    return channels(as_gaussians(centres, spreads, spread), 0, size, D // H, torch.float32)
+def modulate(centres, spreads, spread, size, head_dim=D // H, dtype=torch.float32):
+    """What modulates one scale of (h, w) cells, in the form that `CoAttention` takes."""
+    scale = Scale(tokens=None, position=None, padding_mask=None, size=size, stride=32)
+    gaussians = as_gaussians(centres, spreads, spread)
+    (modulation,) = modulations(gaussians, [scale], head_dim, dtype)
+    return modulation
+
+
+def modulated_attention(query, key, value, modulation, mask=None, dropout=0.0):
+    """(B, N, D) tokens, already projected, to (B, Q, D), on either of the two ways."""
+    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in (query, key, value)]
+    if callable(modulation):
+        scale = (D // H) ** -0.5
+        output = attend_in_pieces(*heads, mask, dropout, scale, modulation)
+    else:
+        output = attend_modulated(*heads, *modulation, mask, dropout)
+    return output.transpose(1, 2).flatten(2)
 
 
 def used(inputs, spread):
@@ -127,39 +160,72 @@ def test_log_weights_equal_the_reference(spread):
     assert_same_gradients(maps, expected, used(inputs, spread))
 
 
-def relative_to_best(maps, best):
-    """Log-weights less the one of the best cell, which a constant for each query leaves alone."""
-    return maps - maps.gather(-1, best)
+def spread_far(size, spread, num_queries=Q):
+    """Spreads up to 4, and centres from 3 cells outside the map to 3 beyond its other end."""
+    inputs = random_gaussians(size, spread, num_queries)
+    extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    with torch.no_grad():
+        inputs["centres"].copy_((inputs["centres"] / extent + 0.3) / 1.6 * (extent + 6) - 3)
+        inputs["centres"][0, 0, 0] = torch.tensor([0.0, 0.0])
+        inputs["centres"][0, 0, 1] = extent - 1
+        inputs["centres"][0, 1, 0] = torch.tensor([-3.0, -3.0])
+        inputs["centres"][0, 1, 1] = extent + 2
+        inputs["spreads"].copy_((inputs["spreads"] - 0.2) / 1.5 * 3.8 + 0.2)
+    return inputs
+
+
+@lru_cache(maxsize=None)
+def far_case(size, spread):
+    """Such centres and spreads, and the log-weights in float64."""
+    inputs = spread_far(size, spread, num_queries=3)
+    exact = {name: value.detach().double() for name, value in inputs.items()}
+    return inputs, reference.log_weights(*size, *exact.values(), spread)
+
+
+def dot_products(query, cells):
+    """Log-weights that channels give, their products added in float32."""
+    return query.float() @ cells.float().T / (D // H) ** 0.5
+
+
+# Cells further down than this weigh nothing.
+NEGLIGIBLE = -30
 
 
 @pytest.mark.parametrize("size", [(6, 8), (1, 1), (1, 7), (25, 42)])
-@pytest.mark.parametrize("spread", SPREADS)
-def test_channels_give_the_log_weights_but_for_a_constant(spread, size):
+@pytest.mark.parametrize("spread", CHANNEL_SPREADS)
+def test_channels_give_the_log_weights(spread, size):
     inputs = random_gaussians(size, spread)
-    query, cells = float32_channels(*inputs.values(), spread, size)
-    maps = query @ cells.T / (D // H) ** 0.5
-    expected = reference.log_weights(*size, *inputs.values(), spread)
-    best = expected.argmax(-1, keepdim=True)
-    difference = relative_to_best(maps, best) - relative_to_best(expected, best)
-    near = relative_to_best(expected, best) > -30  # farther cells weigh nothing
-    assert difference[near].abs().max() < 1e-3
+    maps = dot_products(*modulate(*inputs.values(), spread, size))
+    exact = {name: value.double() for name, value in inputs.items()}
+    expected = reference.log_weights(*size, *exact.values(), spread)
+    difference = (maps - expected).abs()
+    assert difference[expected > NEGLIGIBLE].max() < 2e-4
+    assert (difference / (1 - expected)).max() < 2e-4
 
 
-@pytest.mark.parametrize("size", [(100, 8), (8, 168)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_channels_are_exact_enough_in_half_precision(dtype, size):
-    inputs = random_gaussians(size, "independent", num_heads=1)
-    spreads = inputs["spreads"] * 2.5
-    gaussians = as_gaussians(inputs["centres"], spreads, "independent")
-    query, cells = channels(gaussians, 0, size, D // H, dtype)
+@pytest.mark.parametrize("size", [(25, 42), (50, 84), (100, 168)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
+@pytest.mark.parametrize("spread", CHANNEL_SPREADS)
+def test_channels_are_exact_enough_up_to_the_border_of_large_maps(spread, dtype, size):
+    inputs, expected = far_case(size, spread)
+    query, cells = modulate(*inputs.values(), spread, size, dtype=dtype)
     assert query.dtype == cells.dtype == dtype
-    maps = query.double() @ cells.double().T / (D // H) ** 0.5
-    centres = inputs["centres"].double()
-    expected = reference.log_weights(*size, centres, spreads.double(), "independent")
-    best = expected.argmax(-1, keepdim=True)
-    difference = relative_to_best(maps, best) - relative_to_best(expected, best)
-    near = relative_to_best(expected, best) > -30
-    assert difference[near].abs().max() < 2e-3
+    difference = (dot_products(query, cells) - expected).abs()
+    assert difference[expected > NEGLIGIBLE].max() < 1e-2
+    # Cells of no weight may be off by more, but not so that they would gain any.
+    assert (difference / (1 - expected)).max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
+@pytest.mark.parametrize("spread", CHANNEL_SPREADS)
+def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
+    size = (12, 20)
+    inputs = random_gaussians(size, spread)
+    maps = dot_products(*modulate(*inputs.values(), spread, size, dtype=dtype))
+    expected = reference.log_weights(*size, *inputs.values(), spread)
+    # In half precision each query channel's gradient is rounded once.
+    tolerance = {torch.bfloat16: 4e-2, torch.float16: 4e-3}.get(dtype, 1e-4)
+    assert_same_gradients(maps, expected, used(inputs, spread), tolerance)
 
 
 # --------------------------------------------------------------------- modulated attention itself
@@ -180,18 +246,15 @@ def test_modulated_attention_equals_the_reference(spread, padded):
     tokens = [inputs[name] for name in ("query", "key", "value")]
     expected = reference.attend(*tokens, H, mask, maps)
 
-    modulation = float32_channels(inputs["centres"], inputs["spreads"], spread, size)
-    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in tokens]
-    output = attend_modulated(*heads, *modulation, mask)
-    output = output.transpose(1, 2).flatten(2)
+    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*tokens, modulation, mask)
     assert_close(output, expected)
     assert_same_gradients(output, expected, used(inputs, spread))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spread", SPREADS)
-def test_modulated_attention_equals_the_reference_on_a_coco_sized_map(spread, dtype):
-    size = (25, 42)
+@lru_cache(maxsize=None)
+def coco_sized_case(size, spread):
+    """Leaves on a map of COCO's size, and the reference's result for them."""
     num_cells = size[0] * size[1]
     tokens = {
         "query": random_tensor(B, Q, D, seed=1),
@@ -200,20 +263,64 @@ def test_modulated_attention_equals_the_reference_on_a_coco_sized_map(spread, dt
     }
     inputs = {**leaves(tokens), **random_gaussians(size, spread)}
     maps = reference.log_weights(*size, inputs["centres"], inputs["spreads"], spread)
-    tokens = [inputs[name] for name in ("query", "key", "value")]
-    expected = reference.attend(*tokens, H, None, maps)
+    expected = reference.attend(*[inputs[name] for name in tokens], H, None, maps)
+    return inputs, expected
 
-    gaussians = as_gaussians(inputs["centres"], inputs["spreads"], spread)
-    modulation = channels(gaussians, 0, size, D // H, dtype)
-    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2).to(dtype) for x in tokens]
-    output = attend_modulated(*heads, *modulation).float()
-    output = output.transpose(1, 2).flatten(2)
-    if dtype == torch.float32:
-        assert_close(output, expected)
-        # The squared coordinates cost gradients a digit on large maps.
-        assert_same_gradients(output, expected, used(inputs, spread), 1e-3)
+
+@pytest.mark.parametrize("size", [(25, 42), (50, 84)], ids=str)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_modulated_attention_equals_the_reference_on_coco_sized_maps(spread, size):
+    inputs, expected = coco_sized_case(size, spread)
+    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*[inputs[n] for n in ("query", "key", "value")], modulation)
+    assert_close(output, expected)
+    # Gradients of centre and spread are sums over squared coordinates, which cost the channels a
+    # digit; covariance does without channels.
+    tolerance = 3e-5 if spread == "covariance" else 3e-4
+    assert_same_gradients(output, expected, used(inputs, spread), tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["without dropout", "with dropout"])
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("spread", [None, *SPREADS])
+def test_half_precision_costs_modulated_attention_no_more_than_plain(spread, dtype, dropout):
+    # Dropout of next to nothing takes the way of dropout, and the result is still known.
+    size = (25, 42)
+    inputs, expected = coco_sized_case(size, spread or "fixed")
+    tokens = [inputs[name].to(dtype) for name in ("query", "key", "value")]
+    if spread is None:
+        expected = reference.attend(*[x.float() for x in tokens], H)
+        heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in tokens]
+        output = attention_module.attend(*heads, None, dropout).transpose(1, 2).flatten(2)
     else:
-        assert_close(output, expected, 0.03)
+        gaussian = (inputs["centres"], inputs["spreads"])
+        modulation = modulate(*gaussian, spread, size, dtype=dtype)
+        output = modulated_attention(*tokens, modulation, dropout=dropout)
+    assert output.dtype == dtype
+    largest = expected.abs().max()
+    assert (output.float() - expected).abs().max() < ROUNDING[dtype] * largest
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_half_precision_drops_what_float32_drops(spread, dtype):
+    size = (25, 42)
+    inputs, _ = coco_sized_case(size, spread)
+    outputs = []
+    for current in (dtype, torch.float32):
+        tokens = [inputs[name].to(current) for name in ("query", "key", "value")]
+        modulation = modulate(
+            inputs["centres"], inputs["spreads"], spread, size, dtype=current
+        )
+        torch.manual_seed(0)
+        outputs.append(modulated_attention(*tokens, modulation, dropout=0.3).float())
+    largest = outputs[1].abs().max()
+    assert (outputs[0] - outputs[1]).abs().max() < ROUNDING[dtype] * largest
+    leaf_inputs = list(used(inputs, spread).values())
+    gradients = [torch.autograd.grad(output.square().sum(), leaf_inputs) for output in outputs]
+    for got, wanted in zip(*gradients):
+        # The squared result's rounding counts twice.
+        assert (got - wanted).abs().max() < 2 * ROUNDING[dtype] * wanted.abs().max()
 
 
 def co_attention_case(strides, spread=None, seed=0):
@@ -249,7 +356,7 @@ def test_co_attention_equals_the_reference(strides, spread, scale_selection):
         for i, scale in enumerate(scales):
             gaussian = (inputs[f"centres{i}"], inputs[f"spreads{i}"])
             maps.append(reference.log_weights(*scale.size, *gaussian, spread))
-            modulations.append(float32_channels(*gaussian, spread, scale.size))
+            modulations.append(modulate(*gaussian, spread, scale.size))
     expected = reference.modulated_co_attention(
         weights, "attention", inputs["query"], memories, positions, masks, maps, scale_weights, H
     )
@@ -283,7 +390,7 @@ def test_what_padding_holds_does_not_reach_the_co_attention(modulated):
         modulations = None
         if modulated:
             modulations = [
-                float32_channels(
+                modulate(
                     inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size
                 )
                 for i, scale in enumerate(scales)
@@ -306,13 +413,12 @@ def modulation_state_dict(modulation, name):
     return state_dict
 
 
-@pytest.mark.parametrize("beta", [8.0, 3.0])
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("modulation", MODULATED)
 @pytest.mark.parametrize(
     "strides", [[32], [8], [16, 32, 64], [16, 16, 32, 64]], ids=lambda strides: str(strides)
 )
-def test_spatial_modulation_equals_the_reference(strides, modulation, spread, beta):
+def test_spatial_modulation_equals_the_reference(strides, modulation, spread, beta=3.0):
     module = randomize(SpatialModulation(D, H, len(strides), modulation, spread, beta))
     scales = make_scales(strides)
     inputs = leaves({"o": random_tensor(B, Q, D), "r": random_tensor(B, Q, 2, seed=1)})
@@ -393,7 +499,7 @@ def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
             modulations = None
             if spread is not None:
                 modulations = [
-                    float32_channels(*gaussian, spread, scale.size)
+                    modulate(*gaussian, spread, scale.size, D // num_heads)
                     for scale, gaussian in zip(scales, gaussians)
                 ]
             masks = [scale.padding_mask for scale in scales]
@@ -439,8 +545,7 @@ def test_no_full_map_is_kept_for_the_backward_pass(spread, dropout, small_blocks
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         modulations = None
         if spread is not None:
-            gaussians = as_gaussians(*inputs.values(), spread)
-            modulations = [channels(gaussians, 0, size, D // num_heads, torch.float32)]
+            modulations = [modulate(*inputs.values(), spread, size, D // num_heads)]
         output = attention(query, memory, memory, [len(memory[0])], [mask], modulations)
     assert output.requires_grad
     # 32-bit numbers.

@@ -209,8 +209,7 @@ def test_unknown_mode_is_an_error_that_names_it(key, value):
 
 
 @pytest.mark.parametrize("modulation, spread", MODES)
-@pytest.mark.parametrize("garbage", [-2.0, 1e4])
-def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, spread, garbage):
+def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, spread, garbage=1e4):
     encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
     decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
     scales = make_scales([16, 32, 64])

@@ -24,21 +24,25 @@ from smca.modeling.matcher import HungarianMatcher
 
 D, H, FFN, Q, C = 32, 4, 48, 7, 5
 MODELS = ["single scale", "multi scale", "conv"]
+PATTERNS = {"single scale": "II", "multi scale": "IM"}
 
 
-def make_model(kind="multi scale", modulation="multi_head", dropout=0.0, **settings):
+def make_model(
+    kind="multi scale", dropout=0.0, encoder_settings=None, decoder_settings=None, **settings
+):
+    encoder_settings, decoder_settings = encoder_settings or {}, decoder_settings or {}
     features = {"single scale": ["res5"], "multi scale": ["res4", "res5"]}
     features = features.get(kind, ["res3", "res4", "res5"])
     num_extra_scales = 0 if kind == "single scale" else 1
     if kind == "conv":
-        encoder = ConvEncoder(2, 3, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+        arguments = dict(num_layers=2, kernel_size=3, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+        encoder = ConvEncoder(**{**arguments, **encoder_settings})
     else:
-        pattern = "II" if kind == "single scale" else "IM"
-        encoder = TransformerEncoder(pattern, D, H, FFN, dropout)
+        arguments = dict(pattern=PATTERNS[kind], embed_dim=D, num_heads=H, ffn_dim=FFN)
+        encoder = TransformerEncoder(**{**arguments, **encoder_settings}, dropout=dropout)
+    arguments = dict(num_layers=2, scale_selection=kind != "single scale")
     decoder = Decoder(
-        num_layers=2,
-        modulation=modulation,
-        scale_selection=kind != "single scale",
+        **{**arguments, **decoder_settings},
         num_scales=len(features) + num_extra_scales,
         embed_dim=D,
         num_heads=H,
@@ -107,19 +111,19 @@ def make_inputs(num_objects=None, image_sizes=None):
     return inputs
 
 
-def reference_predictions(model, kind, inputs, modulation="multi_head"):
+def reference_predictions(model, kind, inputs, encoder_settings=None, decoder_settings=None):
     """Logits and boxes of all layers; only the backbone is the model's own."""
     arrays = [x["image"].permute(1, 2, 0).numpy() for x in inputs]
     batch, padding_mask, sizes = reference.batch_images(arrays)
     features = model.backbone(batch)
+    encoder_settings, decoder_settings = encoder_settings or {}, dict(decoder_settings or {})
     settings = reference.Settings(
         encoder="conv" if kind == "conv" else "attention",
-        encoder_pattern="II" if kind == "single scale" else "IM",
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_pattern=encoder_settings.get("pattern", PATTERNS.get(kind, "")),
+        encoder_layers=encoder_settings.get("num_layers", 2),
+        decoder_layers=decoder_settings.pop("num_layers", 2),
         num_heads=H,
-        modulation=modulation,
-        scale_selection=kind != "single scale",
+        **{"scale_selection": kind != "single scale", **decoder_settings},
     )
     state_dict = official_detector(model, kind)
     maps, strides = reference.project_features(
@@ -134,15 +138,59 @@ def reference_predictions(model, kind, inputs, modulation="multi_head"):
 # ------------------------------------------------------------------------------- the whole detector
 
 
-@pytest.mark.parametrize("modulation", ["multi_head", "none"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_predictions_of_all_layers_equal_the_reference(kind, modulation):
-    model = randomize(make_model(kind, modulation))
+# What a published model may be set to: kind of encoder, its settings, the decoder's.
+SETTINGS = [
+    ("single scale", {}, {}),
+    ("single scale", {}, {"spread": "fixed"}),
+    ("single scale", {}, {"modulation": "head_shared"}),
+    ("single scale", {}, {"modulation": "head_shared", "spread": "fixed"}),
+    ("single scale", {}, {"modulation": "head_shared", "spread": "covariance"}),
+    ("single scale", {}, {"modulation": "none"}),
+    ("single scale", {"pattern": "MIM"}, {"beta": 3.0}),
+    ("multi scale", {}, {}),
+    ("multi scale", {"pattern": "IIMII"}, {"num_layers": 6}),
+    ("multi scale", {"pattern": "III"}, {"scale_selection": False}),
+    ("multi scale", {"pattern": "M"}, {"spread": "covariance"}),
+    ("multi scale", {}, {"modulation": "head_shared", "spread": "single"}),
+    ("multi scale", {}, {"modulation": "none"}),
+    ("multi scale", {}, {"modulation": "none", "scale_selection": False}),
+    ("conv", {}, {}),
+    ("conv", {"share_cross_scale": False, "kernel_size": 5}, {}),
+    ("conv", {"pointwise": False, "kernel_size": 7}, {}),
+    ("conv", {"share_cross_scale": False, "pointwise": False, "kernel_size": 7}, {}),
+    ("conv", {"num_layers": 3}, {"modulation": "head_shared", "spread": "covariance"}),
+    ("conv", {}, {"modulation": "none"}),
+]
+
+
+def settings_id(value):
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("kind, encoder_settings, decoder_settings", SETTINGS, ids=settings_id)
+def test_predictions_of_all_layers_equal_the_reference(kind, encoder_settings, decoder_settings):
+    settings = {"encoder_settings": encoder_settings, "decoder_settings": decoder_settings}
+    model = randomize(make_model(kind, **settings))
     inputs = make_inputs([0, 0])
     predictions = model.train().predict(model.decode(model.preprocess(inputs)))
-    logits, boxes = reference_predictions(model, kind, inputs, modulation)
+    logits, boxes = reference_predictions(model, kind, inputs, **settings)
     assert_close(predictions.logits, torch.stack(logits))
     assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
+
+
+@pytest.mark.parametrize("pattern", ["MM", "IM"])
+def test_multi_scale_model_of_one_scale_is_the_single_scale_model(pattern):
+    multi = randomize(
+        make_model("single scale", 0.0, {"pattern": pattern}, {"scale_selection": True})
+    )
+    single = make_model("single scale")
+    # No scale to tell apart or to choose: neither has parameters for that.
+    single.load_state_dict(multi.state_dict(), strict=True)
+    for result, expected in zip(multi.eval()(make_inputs()), single.eval()(make_inputs())):
+        result, expected = result["instances"], expected["instances"]
+        assert_close(result.scores, expected.scores, 1e-6)
+        assert torch.equal(result.pred_classes, expected.pred_classes)
+        assert_close(result.pred_boxes.tensor, expected.pred_boxes.tensor, 1e-6)
 
 
 @pytest.mark.parametrize("kind", MODELS)

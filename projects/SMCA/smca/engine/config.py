@@ -38,7 +38,22 @@ def load_config(config_file, overrides=()):
     for override in overrides:
         _apply_override(cfg, override)
     check_train(cfg.train)
+    missing = list(_missing_keys(cfg))
+    if missing:
+        raise ConfigError(
+            f"{config_file} needs values for {', '.join(missing)}: add "
+            f"{' '.join(f'{key}=...' for key in missing)} to the command."
+        )
     return cfg
+
+
+def _missing_keys(node, prefix=""):
+    """Keys whose value is "???". (OmegaConf's own search fails on references to such keys.)"""
+    for name in node.keys():
+        if OmegaConf.is_missing(node, name):
+            yield prefix + name
+        elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
+            yield from _missing_keys(node[name], f"{prefix}{name}.")
 
 
 def _load_file(config_file):

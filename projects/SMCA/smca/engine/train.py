@@ -10,7 +10,7 @@ from detectron2.engine import create_ddp_model, default_setup, default_writers, 
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table, setup_logger
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from smca.checkpoint import SMCACheckpointer
 from smca.data import require_dataset
@@ -47,6 +47,7 @@ def main(args):
     cfg.train.seed = _agree_on_seed(cfg.train, args.resume and not args.eval_only)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="smca")
     default_setup(cfg, args)
+    _resolve_data_settings(cfg)
     return do_eval(cfg, args) if args.eval_only else do_train(cfg, args)
 
 
@@ -56,6 +57,18 @@ def _shorten(train):
     train.max_iter = _DEV_RUN_STEPS
     train.eval_period = 0
     train.log_period = 1
+
+
+def _resolve_data_settings(cfg):
+    """Replace what a config computes from the data by its value: names of data sets that it
+    registers, and the number of classes (``configs/custom_coco.py``). config.yaml, written
+    before this, keeps how they are computed."""
+    for key in ("dataloader.train.dataset.names", "dataloader.test.dataset.names"):
+        node = OmegaConf.select(cfg, key)
+        if isinstance(node, DictConfig):
+            OmegaConf.update(cfg, key, _build(node, key))
+    if isinstance(OmegaConf.select(cfg, "model.num_classes"), DictConfig):
+        cfg.model.num_classes = _build(cfg.model.num_classes, "model.num_classes")
 
 
 def _agree_on_seed(train, resume):

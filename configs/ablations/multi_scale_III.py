@@ -1,0 +1,6 @@
+"""Three scales, three intra-scale layers: 42.9 AP in the paper."""
+
+from ..smca_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.encoder.pattern = "III"
+train.output_dir = "output/ablations/multi_scale_III"

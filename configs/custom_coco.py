@@ -1,0 +1,48 @@
+"""Your own data in COCO format, with no code:
+
+    python train_net.py --config-file configs/custom_coco.py \
+        data.train_json=train.json data.train_images=images \
+        data.val_json=val.json data.val_images=images
+
+The number of classes and their names come from the training file. Everything can be overridden,
+for instance ``model.backbone.depth=101``, ``train.max_iter=20000`` or ``optimizer.lr=5e-5``.
+"""
+
+from detectron2.config import LazyCall as L
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from smca.data import num_classes, register_coco
+
+from .common.coco import dataloader
+from .common.models.smca import model
+from .common.optimizer import optimizer
+from .common.train import train
+
+data = dict(
+    train_json="???",
+    train_images="???",
+    val_json="???",
+    val_images="???",
+    check_images=True,  # decode every image once before training starts
+)
+
+model.num_classes = L(num_classes)(json_file="${data.train_json}")
+
+dataloader.train.dataset.names = L(register_coco)(
+    json_file="${data.train_json}",
+    image_root="${data.train_images}",
+    check_images="${data.check_images}",
+)
+dataloader.test.dataset.names = L(register_coco)(
+    json_file="${data.val_json}",
+    image_root="${data.val_images}",
+    check_images="${data.check_images}",
+    categories_from="${data.train_json}",
+)
+dataloader.train.total_batch_size = 8
+
+lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[8, 10])
+train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+train.max_iter = 10000
+train.eval_period = train.checkpointer.period = 1000
+train.output_dir = "output/custom_coco"

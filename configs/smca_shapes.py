@@ -1,0 +1,36 @@
+"""The demo: a small SMCA learns the embedded data set from scratch in minutes on a CPU."""
+
+from detectron2.config import LazyCall as L
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from smca.data import SHAPE_CLASSES
+
+from .common.coco import dataloader
+from .common.models.smca_single_scale import model
+from .common.optimizer import optimizer
+from .common.train import train
+
+# One basic block a stage up to stride 8, and group norm, which small batches can train.
+model.backbone.update(depth=18, num_blocks=[1, 1], norm="GN", freeze_at=0)
+model.in_features = ["res3"]
+model.encoder.update(pattern="I", ffn_dim=512)
+model.decoder.update(num_layers=3, ffn_dim=512)
+model.num_classes = len(SHAPE_CLASSES)
+model.num_queries = 20
+model.dropout = 0.0
+
+dataloader.train.dataset.names = "smca_shapes_train"
+dataloader.test.dataset.names = "smca_shapes_val"
+dataloader.train.mapper.augmentations.update(short_sides=[112, 128, 144], max_size=176)
+dataloader.train.mapper.augmentations_with_crop = None
+dataloader.test.mapper.augmentations.update(short_sides=128, max_size=176)
+dataloader.train.num_workers = dataloader.test.num_workers = 0
+
+# Nothing is pretrained: the backbone learns at the same rate.
+optimizer.lr = 2.5e-4
+optimizer.params.lr_factor_func.factor = 1.0
+lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[8, 10])
+train.max_iter = 1000
+train.eval_period = 250
+train.checkpointer.period = 250
+train.output_dir = "output/smca_shapes"

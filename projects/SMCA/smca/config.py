@@ -1,0 +1,75 @@
+"""The yacs way to the same models, for ``DefaultPredictor`` and other tools that take a yacs config.
+
+A yacs config names a LazyConfig of this project, which has all the defaults, and may replace its
+main settings. Nothing is defined twice."""
+
+from typing import Any, Dict, Iterator, Tuple
+
+from detectron2.config import CfgNode, instantiate
+
+from .errors import ConfigError
+
+# Settings of `model` that a yacs config can replace under MODEL.SMCA; None leaves them as they
+# are in the LazyConfig.
+_SETTINGS = (
+    "num_classes",
+    "num_queries",
+    "dropout",
+    "max_detections",
+    "encoder.pattern",
+    "encoder.num_layers",
+    "encoder.kernel_size",
+    "encoder.share_cross_scale",
+    "decoder.num_layers",
+    "decoder.modulation",
+    "decoder.spread",
+    "decoder.beta",
+    "decoder.scale_selection",
+)
+
+
+def add_smca_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.SMCA``: ``CONFIG``, the LazyConfig's name (``"smca_r50_50ep"``), and a key for
+    each setting, in capitals (``NUM_CLASSES``, ``ENCODER.PATTERN``, ...).
+
+    The backbone is the LazyConfig's too: yacs' own keys for backbones are not read. Of the rest,
+    ``MODEL.WEIGHTS``, ``MODEL.DEVICE`` and ``INPUT`` are used as always."""
+    cfg.MODEL.SMCA = CfgNode({"CONFIG": "smca_r50_50ep"})
+    for setting in _SETTINGS:
+        *sections, name = setting.upper().split(".")
+        node = cfg.MODEL.SMCA
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[name] = None
+
+
+def _replaced(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Settings of MODEL.SMCA that have a value, by their names in the LazyConfig."""
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _replaced(value, f"{prefix}{name.lower()}.")
+        elif value is not None and name != "CONFIG":
+            yield prefix + name.lower(), value
+
+
+def model_arguments(cfg: CfgNode) -> Dict[str, Any]:
+    """The meta-architecture's arguments, built from the LazyConfig that ``cfg.MODEL.SMCA`` names.
+
+    Raises:
+        ConfigError: if that LazyConfig's model has no such setting.
+    """
+    from .model_zoo import get_config
+
+    model = get_config(cfg.MODEL.SMCA.CONFIG).model
+    for setting, value in _replaced(cfg.MODEL.SMCA):
+        *sections, name = setting.split(".")
+        node = model
+        for section in sections:
+            node = node[section]
+        if name not in node:
+            raise ConfigError(
+                f"MODEL.SMCA.{setting.upper()} is set, but the model of {cfg.MODEL.SMCA.CONFIG} "
+                "has no such setting: leave it out."
+            )
+        node[name] = value
+    return {name: instantiate(value) for name, value in model.items() if name != "_target_"}

@@ -1,0 +1,36 @@
+"""DETR's training recipe in Detectron2's terms: learning rates of the parts, and their schedule."""
+
+from typing import Callable, Tuple
+
+from detectron2.config import LazyCall as L
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+COCO_TRAIN_IMAGES = 118287
+
+
+def backbone_lr_factor(factor: float) -> Callable[[str], float]:
+    """For ``get_default_optimizer_params(lr_factor_func=...)``: the backbone learns at `factor`
+    times the learning rate of the rest."""
+
+    def lr_factor(parameter_name: str) -> float:
+        return factor if parameter_name.startswith("backbone.") else 1.0
+
+    return lr_factor
+
+
+def step_schedule(
+    epochs: int, drop_epoch: int, batch_size: int, num_images: int = COCO_TRAIN_IMAGES
+) -> Tuple[int, dict]:
+    """Iterations of a training of `epochs` whose rate is divided by 10 after `drop_epoch` epochs.
+
+    Returns:
+        ``train.max_iter`` and ``lr_multiplier`` of a LazyConfig.
+    """
+    # The official loader drops an epoch's last, incomplete batch.
+    iterations = num_images // batch_size
+    max_iter, drop = epochs * iterations, drop_epoch * iterations
+    # fvcore's scheduler reaches a milestone one iteration late.
+    schedule = L(MultiStepParamScheduler)(
+        values=[1.0, 0.1], milestones=[drop - 1], num_updates=max_iter
+    )
+    return max_iter, schedule

@@ -1,0 +1,229 @@
+"""A trained detector as a function of one image."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import get_cfg, instantiate
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model as build_yacs_model
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+
+import smca.configs
+from smca.checkpoint import SMCACheckpointer
+from smca.data import require_dataset
+from smca.engine import build_model, load_config
+from smca.engine.config import resolve_device
+from smca.errors import ConfigError
+
+__all__ = ["Predictor", "load_predictor", "load_test_dataset"]
+
+# Sections that only yacs configs have, at the beginning of a line.
+_YACS_SECTION = re.compile(r"^(_BASE_|MODEL|INPUT|DATASETS|SOLVER|VERSION)\s*:", re.MULTILINE)
+
+
+class Predictor:
+    """
+    Detects objects in one image at a time.
+
+    Attributes:
+        model (nn.Module): in evaluation mode.
+        class_names (list[str]): may be empty, if nothing says them.
+        category_ids (dict[int, int]): from class index to the id in the data set's JSON; empty
+            where the data set is not known, whose ids are then the indices.
+    """
+
+    def __init__(
+        self, model, augmentations=(), image_format="RGB", class_names=(), category_ids=None
+    ):
+        """
+        Args:
+            model (nn.Module): follows Detectron2's contract; used on the device that it is on.
+            augmentations (sequence of Augmentation): of the image, as in evaluation.
+            image_format (str): "RGB" or "BGR", the order of channels that the model takes.
+            class_names (sequence of str), category_ids (dict): see the attributes.
+        """
+        self.model = model.eval()
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.class_names = list(class_names)
+        self.category_ids = dict(category_ids or {})
+
+    @torch.no_grad()
+    def __call__(self, image):
+        """
+        Args:
+            image (np.ndarray): uint8 (height, width, 3), RGB, as of `smca.data.read_image`.
+
+        Returns:
+            Instances: on the CPU, with ``pred_boxes`` in pixels of `image`, best first.
+        """
+        height, width = image.shape[:2]
+        aug_input = T.AugInput(image if self.image_format == "RGB" else image[:, :, ::-1])
+        self.augmentations(aug_input)
+        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
+        inputs = {"image": pixels, "height": height, "width": width}
+        return self.model([inputs])[0]["instances"].to("cpu")
+
+    def class_name(self, index):
+        """The name of a class, or its index in words if it has none."""
+        return self.class_names[index] if index < len(self.class_names) else str(index)
+
+
+def load_predictor(config_file=None, weights=None, overrides=(), device=None):
+    """
+    Args:
+        config_file (str or None): LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the
+            ``config.yaml`` that training wrote beside the weights, else the config of that name
+            that comes with this package.
+        weights (str or None): a detector's checkpoint; None: the one that the config names.
+        overrides (list[str]): ``key=value``; of a yacs config ``KEY VALUE`` pairs.
+        device (str or None): "auto", "cpu", "cuda", ...; None: as the config says.
+
+    Returns:
+        (Predictor, DictConfig or CfgNode): and the config, overrides included.
+
+    Raises:
+        UserError: a file is missing, is of another kind, or does not fit the others.
+    """
+    provenance = _provenance(weights)
+    cfg = _load_any_config(config_file or _find_config(weights, provenance), overrides)
+    is_lazy = isinstance(cfg, DictConfig)
+    weights = weights or (cfg.train.init_checkpoint if is_lazy else cfg.MODEL.WEIGHTS)
+    if not weights:
+        raise ConfigError("No checkpoint given: add --weights with the file of a trained detector.")
+    build = _build_from_lazy if is_lazy else _build_from_yacs
+    model, augmentations, image_format, datasets = build(cfg, device, provenance)
+    SMCACheckpointer(model, need_detector=True).load(weights)
+    class_names, category_ids = _classes(provenance, datasets)
+    return Predictor(model, augmentations, image_format, class_names, category_ids), cfg
+
+
+def load_test_dataset(cfg):
+    """
+    Args:
+        cfg (DictConfig or CfgNode): as of :func:`load_predictor`.
+
+    Returns:
+        list[dict]: its test data in Detectron2's format.
+
+    Raises:
+        DatasetError: they are not there.
+    """
+    if isinstance(cfg, DictConfig):
+        names = _dataset_names(cfg)
+        if names:
+            require_dataset(names)
+        return list(instantiate(cfg.dataloader.test.dataset))
+    require_dataset(list(cfg.DATASETS.TEST))
+    return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
+
+
+def _dataset_names(cfg):
+    """Names of the test data sets in Detectron2's catalog, as far as the LazyConfig says them."""
+    names = OmegaConf.select(cfg, "dataloader.test.dataset.names", default=None)
+    names = [names] if isinstance(names, str) else names
+    return [name for name in names or [] if isinstance(name, str)]
+
+
+def _provenance(weights):
+    """What the checkpoint says about itself; nothing if it is of another origin or unreadable,
+    which loading it into the model will tell better."""
+    try:
+        path = PathManager.get_local_path(weights)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(checkpoint.get("smca") or {})
+    except Exception:
+        return {}
+
+
+def _find_config(weights, provenance):
+    """The config that a checkpoint belongs to."""
+    if not weights:
+        raise ConfigError("No model given: add --config-file, --weights or both.")
+    if "://" not in weights and not os.path.isfile(weights):
+        raise ConfigError(f"The checkpoint {weights} does not exist.")
+    beside = os.path.join(os.path.dirname(weights), "config.yaml")
+    if os.path.isfile(beside):
+        return beside
+    name = provenance.get("config")
+    if not name:
+        raise ConfigError(f"{weights} does not say which config it belongs to: add --config-file.")
+    for folder in smca.configs.__path__:
+        for path in sorted(Path(folder).rglob(name)):
+            return str(path)
+    raise ConfigError(
+        f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
+        "among those of this package: add --config-file."
+    )
+
+
+def _load_any_config(config_file, overrides):
+    if config_file.endswith((".yaml", ".yml")) and PathManager.isfile(config_file):
+        with PathManager.open(config_file) as file:
+            if _YACS_SECTION.search(file.read()):
+                return _load_yacs_config(config_file, overrides)
+    return load_config(config_file, list(overrides))
+
+
+def _load_yacs_config(config_file, overrides):
+    from smca.config import add_smca_config
+
+    cfg = get_cfg()
+    add_smca_config(cfg)
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(overrides))
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        reason = error.args[0] if error.args else error
+        raise ConfigError(f"{config_file} with its overrides cannot be used: {reason}") from error
+    return cfg
+
+
+def _build_from_lazy(cfg, device, provenance):
+    """The model on its device, test augmentations, channel order and names of the test data."""
+    num_classes = provenance.get("num_classes")
+    if isinstance(num_classes, int) and not _is_int(cfg.model, "num_classes"):
+        # Such a config counts the classes in the training data, which need not be here.
+        cfg.model.num_classes = num_classes
+    cfg.train.device = str(resolve_device(device or cfg.train.device))
+    mapper = cfg.dataloader.test.mapper
+    augmentations = instantiate(mapper.augmentations)
+    image_format = mapper.get("image_format", "RGB")
+    return build_model(cfg), augmentations, image_format, _dataset_names(cfg)
+
+
+def _is_int(node, key):
+    try:
+        return isinstance(OmegaConf.select(node, key), int)
+    except Exception:  # a value that refers to what is not given
+        return False
+
+
+def _build_from_yacs(cfg, device, provenance):
+    """See :func:`_build_from_lazy`."""
+    cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
+    augmentation = T.ResizeShortestEdge(
+        [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+    )
+    model = build_yacs_model(cfg)
+    return model, [augmentation], cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
+
+
+def _classes(provenance, datasets):
+    """Class names, of the checkpoint if it says them, else of the data set; category ids of the
+    data set if it has the same classes."""
+    names = list(provenance.get("class_names") or [])
+    if not datasets or datasets[0] not in MetadataCatalog.list():
+        return names, {}
+    metadata = MetadataCatalog.get(datasets[0])
+    known = list(metadata.get("thing_classes") or [])
+    if names and names != known:
+        return names, {}
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return known, {index: category_id for category_id, index in ids.items()}

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Parameters and GFLOPs of the configs' models, beside the paper's.
+
+    python tools/analyze_model.py                    # the main models
+    python tools/analyze_model.py configs/detr_r50_50ep.py model.num_queries=100
+
+GFLOPs are multiply-adds of one image, counted by fvcore while the model runs: convolutions, matrix
+products and norms, and the two products of fused attention, which fvcore does not know.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
+from fvcore.nn.jit_handles import get_shape
+from tabulate import tabulate
+
+from smca.engine import load_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# Published parameters (M) and GFLOPs.
+PUBLISHED = {
+    "smca_r50_50ep": (40, 152),
+    "smca_r101_50ep": (58, 218),
+    "smca_single_scale_r50_50ep": (42, 86),
+    "smca_conv_r50_50ep": (41, None),
+    "smca_conv_r101_50ep": (60, None),
+    "detr_r50_50ep": (41, 86),
+}
+
+
+def attention_flops(inputs, outputs) -> int:
+    """Multiply-adds of q k^T and of its softmax times v."""
+    query, key, value = (get_shape(x) for x in inputs[:3])
+    batch, heads, num_queries, width = query
+    return batch * heads * num_queries * key[2] * (width + value[3])
+
+
+def analyze(cfg, height: int, width: int):
+    """(trainable parameters, all parameters, multiply-adds of one image)"""
+    model = instantiate(cfg.model).eval()
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    flops = FlopCountAnalysis(model, ([{"image": image}],))
+    flops.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, parameter_count(model)[""], sum(flops.by_operator().values())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="one config; the main models if left out")
+    parser.add_argument("opts", nargs="*", help="LazyConfig overrides, key=value")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"))
+    args = parser.parse_args()
+    files = [args.config] if args.config else [CONFIGS / f"{name}.py" for name in PUBLISHED]
+    rows = []
+    for file in files:
+        trainable, total, flops = analyze(load_config(str(file), args.opts), *args.size)
+        published = PUBLISHED.get(Path(file).stem, (None, None))
+        rows.append(
+            [Path(file).stem, trainable, f"{total / 1e6:.1f}", published[0]]
+            + [f"{flops / 1e9:.1f}", published[1]]
+        )
+    headers = ["config", "trainable parameters", "parameters (M)", "paper", "GFLOPs", "paper"]
+    print(f"One image of {args.size[0]} x {args.size[1]} pixels, multiply-adds")
+    print(tabulate(rows, headers=headers, tablefmt="github", missingval="-"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""
+Draw what a trained detector sees: validation images with truth and detections, the Gaussian map of
+each head for some detections, and the curves of the training (from the metrics.json beside the
+weights, if there is one):
+
+    draw.py --weights output/demo/model_final.pth --output pictures
+    draw.py --config-file CONFIG --weights FILE --layer 0 --scale 1 --output pictures
+"""
+import argparse
+import os
+import sys
+
+from smca.errors import UserError
+from smca.predictor import load_predictor, load_test_dataset
+from smca.visualization import write_pictures
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    parser.add_argument("--weights", metavar="FILE")
+    parser.add_argument("--output", default="output/pictures", metavar="DIR")
+    parser.add_argument("--num-images", type=int, default=8, help="in validation.png")
+    parser.add_argument("--num-detections", type=int, default=4, help="in gaussians.png")
+    parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
+    parser.add_argument("--scale", type=int, help="of the maps, 0 is the finest; default: all")
+    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+def run(args):
+    """
+    Returns:
+        list[str]: paths of the pictures.
+    """
+    predictor, cfg = load_predictor(args.config_file, args.weights, args.opts, args.device)
+    metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
+    return write_pictures(
+        predictor,
+        load_test_dataset(cfg),
+        args.output,
+        metrics_file if os.path.isfile(metrics_file) else None,
+        args.num_images,
+        args.num_detections,
+        args.confidence_threshold,
+        args.layer,
+        args.scale,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        print("Written:", *run(get_parser().parse_args()), sep="\n  ")
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)

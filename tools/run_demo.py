@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""
+Train the demo model on the embedded data set, evaluate it, and draw what it sees:
+
+    run_demo.py --output-dir output/demo
+    run_demo.py --output-dir output/demo --restart
+    run_demo.py --output-dir output/detr --config-file configs/detr_shapes.py train.max_iter=500
+
+A run that was stopped goes on, and one that is finished is only evaluated and drawn again.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from detectron2.engine import default_argument_parser
+from tabulate import tabulate
+
+from smca.engine import load_config, main
+from smca.errors import UserError
+from smca.predictor import load_predictor, load_test_dataset
+from smca.visualization import write_pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
+    parser.add_argument(
+        "--config-file", default=str(ROOT / "configs" / "smca_shapes.py"), metavar="FILE"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="train from the start, over what is there"
+    )
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="LazyConfig overrides")
+    return parser
+
+
+def run(args):
+    """
+    Returns:
+        str: what there is to tell at the end.
+    """
+    start = time.perf_counter()
+    overrides = args.opts + [f"train.output_dir={_quoted(args.output_dir)}"]
+    cfg = load_config(args.config_file, overrides)
+    run_dir = args.output_dir
+    if cfg.train.fast_dev_run:  # which is kept apart from the real run
+        run_dir = os.path.join(run_dir, "fast_dev_run")
+    weights = os.path.join(run_dir, "model_final.pth")
+    _tell_state(run_dir, weights, args.restart)
+
+    resume = [] if args.restart else ["--resume"]
+    arguments = ["--config-file", args.config_file, *resume, *overrides]
+    results = main(default_argument_parser().parse_args(arguments))
+    trained = time.perf_counter()
+
+    predictor, cfg = load_predictor(args.config_file, weights, overrides)
+    metrics_file = os.path.join(run_dir, "metrics.json")
+    pictures = write_pictures(
+        predictor, load_test_dataset(cfg), os.path.join(run_dir, "pictures"), metrics_file
+    )
+    files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures]
+    times = (trained - start, time.perf_counter() - start)
+    return _summary(args.config_file, results, files, *times)
+
+
+def _quoted(text):
+    """A value that the override grammar takes for a text, whatever is in it."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _tell_state(run_dir, weights, restart):
+    if restart or not os.path.isdir(run_dir):
+        return
+    if os.path.isfile(weights):
+        print(f"{run_dir} holds a finished training: it is evaluated and drawn again, and trained")
+        print("on only if train.max_iter has grown. --restart trains from the start.")
+    elif os.path.isfile(os.path.join(run_dir, "last_checkpoint")):
+        print(f"{run_dir} holds a training that was stopped: it goes on. --restart starts over.")
+
+
+def _summary(config_file, results, files, training_time, total_time):
+    lines = ["", f"SMCA demo, {os.path.basename(config_file)}: box AP in %"]
+    overall = {task: _without_classes(metrics) for task, metrics in results.items()}
+    columns = list(dict.fromkeys(name for metrics in overall.values() for name in metrics))
+    rows = [
+        [task] + [metrics.get(name) for name in columns] for task, metrics in overall.items()
+    ]
+    lines.append(tabulate(rows, ["", *columns], tablefmt="simple", floatfmt=".1f"))
+    for task, metrics in results.items():
+        per_class = {k[len("AP-") :]: v for k, v in metrics.items() if k.startswith("AP-")}
+        if per_class:
+            text = ", ".join(f"{name} {value:.1f}" for name, value in per_class.items())
+            lines.append(f"{task} by class: {text}")
+    lines += ["", "Written:"] + [f"  {path}" for path in files if os.path.exists(path)]
+    lines += [
+        "",
+        f"Total time {_duration(total_time)}, of which training and evaluation "
+        f"{_duration(training_time)} ({os.cpu_count()} CPU cores).",
+    ]
+    return "\n".join(lines)
+
+
+def _without_classes(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("AP-")}
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+if __name__ == "__main__":
+    try:
+        print(run(get_parser().parse_args()))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
