@@ -127,8 +127,9 @@ def load_test_dataset(cfg):
 def _dataset_names(cfg):
     """Names of the test data sets in Detectron2's catalog, as far as the LazyConfig says them."""
     names = OmegaConf.select(cfg, "dataloader.test.dataset.names", default=None)
-    names = [names] if isinstance(names, str) else names
-    return [name for name in names or [] if isinstance(name, str)]
+    if isinstance(names, DictConfig):  # a function makes them, of files that need not be here
+        return []
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _provenance(weights):
@@ -187,22 +188,14 @@ def _load_yacs_config(config_file, overrides):
 
 def _build_from_lazy(cfg, device, provenance):
     """The model on its device, test augmentations, channel order and names of the test data."""
-    num_classes = provenance.get("num_classes")
-    if isinstance(num_classes, int) and not _is_int(cfg.model, "num_classes"):
-        # Such a config counts the classes in the training data, which need not be here.
-        cfg.model.num_classes = num_classes
+    if isinstance(cfg.model.get("num_classes"), DictConfig) and provenance.get("class_names"):
+        # A function counts the classes in the training data, which need not be here.
+        cfg.model.num_classes = len(provenance["class_names"])
     cfg.train.device = str(resolve_device(device or cfg.train.device))
     mapper = cfg.dataloader.test.mapper
     augmentations = instantiate(mapper.augmentations)
     image_format = mapper.get("image_format", "RGB")
     return build_model(cfg), augmentations, image_format, _dataset_names(cfg)
-
-
-def _is_int(node, key):
-    try:
-        return isinstance(OmegaConf.select(node, key), int)
-    except Exception:  # a value that refers to what is not given
-        return False
 
 
 def _build_from_yacs(cfg, device, provenance):

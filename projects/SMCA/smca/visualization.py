@@ -14,12 +14,13 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import colormaps
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 from smca.data import read_image
@@ -85,7 +86,7 @@ def draw_instances(image, instances, class_names=()):
     if instances.has("gt_crowd"):
         crowds = instances.gt_crowd.tolist()
         labels = [f"{label} (crowd)" if crowd else label for label, crowd in zip(labels, crowds)]
-    visualizer = Visualizer(image)
+    visualizer = Visualizer(image, font_size_scale=1.4)
     colors = [_class_color(index) for index in classes.tolist()]
     return visualizer.overlay_instances(
         boxes=boxes.tensor.numpy(), labels=labels, assigned_colors=colors
@@ -131,14 +132,15 @@ def draw_contact_sheet(pictures, captions, num_columns=2):
     Returns:
         matplotlib.figure.Figure
     """
-    num_rows = math.ceil(len(pictures) / num_columns)
-    aspect = max(picture.shape[0] / picture.shape[1] for picture in pictures)
-    width = 7.5  # inches of a column
-    size = (width * num_columns, (width * min(aspect, 1.5) + 0.35) * num_rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    for axes in figure.subplots(num_rows, num_columns, squeeze=False).flat:
+    width = 7.0  # inches of a column
+    rows = [pictures[i : i + num_columns] for i in range(0, len(pictures), num_columns)]
+    heights = [width * max(map(_aspect, row)) + 0.35 for row in rows]
+    figure = Figure((width * num_columns, sum(heights)), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(rows), num_columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
         axes.set_axis_off()
-    for axes, picture, caption in zip(figure.axes, pictures, captions):
+        axes.set_anchor("N")
+    for axes, picture, caption in zip(grid.flat, pictures, captions):
         axes.imshow(picture)
         axes.set_title(caption, fontsize=11)
     return figure
@@ -337,17 +339,14 @@ def draw_gaussians(detections, class_names=(), scale=None):
     num_scales, num_heads = detections[0].maps.shape[:2]
     if scale is not None and not 0 <= scale < num_scales:
         raise UserError(f"There is no scale {scale}, the model has {num_scales}: 0 is the finest.")
-    num_columns = min(num_heads, 4)
+    num_columns = min(num_heads, 4)  # of heads; the overview is as wide as their rows are many
     num_rows = math.ceil(num_heads / num_columns)
     # Inches of a head's panel; the title and the legend need 10 in all.
     unit = max(2.1, 10 / (num_columns + num_rows))
-    aspect = max(d.image.shape[0] / d.image.shape[1] for d in detections)
-    row_height = unit * num_rows * min(aspect, 1.5) + 0.35 * num_rows + 0.5
-    width = unit * (num_columns + num_rows)
-    figure = Figure(
-        figsize=(width, row_height * len(detections) + 0.6), dpi=_DPI, layout="constrained"
-    )
-    heights = [row_height] * len(detections) + [0.6]
+    heights = [num_rows * (unit * _aspect(d.image) + 0.25) + 0.4 for d in detections]
+    heights.append(0.6)  # of the legend
+    size = (unit * (num_columns + num_rows), sum(heights))
+    figure = Figure(size, dpi=_DPI, layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights)
     for subfigure, detection in zip(rows, detections):
         _draw_detection_row(subfigure, detection, class_names, scale, num_rows, num_columns)
@@ -467,7 +466,8 @@ def _draw_head_centre(axes, detection, scale, head):
         _SCALE_MARKERS[scale % len(_SCALE_MARKERS)],
         color="white",
         markeredgecolor="black",
-        markersize=3.5 + 3 * weight,
+        markersize=2.5 + 2 * weight,
+        markeredgewidth=0.7,
         alpha=0.4 + 0.6 * weight,
     )
 
@@ -565,6 +565,9 @@ def _draw_losses(axes, metrics):
             style = dict(color="black", linewidth=1.8) if index == 0 else dict(color=f"C{index}")
             axes.plot(*metrics[name], label=label, **{"linewidth": 1.3, **style})
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Training losses (weighted)")
 
 
@@ -677,10 +680,15 @@ def _resize(image, width, height):
     return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def _aspect(image):
+    """Height by width, within what a page bears."""
+    return min(max(image.shape[0] / image.shape[1], 0.2), 2.0)
+
+
 def _class_name(class_names, index):
     return class_names[index] if index < len(class_names) else str(index)
 
 
 def _class_color(index):
-    colors = colormap(rgb=True, maximum=1)
-    return tuple(colors[index % len(colors)])
+    # Neighbours are far apart on the colour wheel, and all are bright.
+    return hsv_to_rgb(((0.13 + 0.618 * index) % 1, 0.8, 1.0))

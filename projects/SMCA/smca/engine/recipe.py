@@ -29,8 +29,10 @@ def step_schedule(
     # The official loader drops an epoch's last, incomplete batch.
     iterations = num_images // batch_size
     max_iter, drop = epochs * iterations, drop_epoch * iterations
-    # fvcore's scheduler reaches a milestone one iteration late.
+    # fvcore's scheduler looks a millionth of the training ahead, more than one iteration of a
+    # long one.
+    ahead = int(MultiStepParamScheduler.WHERE_EPSILON * max_iter)
     schedule = L(MultiStepParamScheduler)(
-        values=[1.0, 0.1], milestones=[drop - 1], num_updates=max_iter
+        values=[1.0, 0.1], milestones=[drop + ahead], num_updates=max_iter
     )
     return max_iter, schedule

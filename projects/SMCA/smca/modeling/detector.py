@@ -140,9 +140,10 @@ class SMCA(nn.Module):
             (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
             for x in batched_inputs
         ]
+        # Detectron2's Swin, which pads by itself, has no size_divisibility in spite of its base.
         return ImageList.from_tensors(
             images,
-            self.backbone.size_divisibility,
+            getattr(self.backbone, "size_divisibility", 0),
             padding_constraints=self.backbone.padding_constraints,
         )
 

@@ -1,0 +1,383 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+from matplotlib.figure import Figure
+from PIL import Image
+
+from demo_cases import CLASS_NAMES, make_image, make_model, write_config, write_image
+from smca.errors import UserError
+from smca.predictor import Predictor
+from smca.visualization import (
+    NoModulationError,
+    draw_contact_sheet,
+    draw_curves,
+    draw_gaussians,
+    draw_instances,
+    draw_truth_and_detections,
+    modulation_maps,
+    read_metrics,
+    truth_of,
+    write_pictures,
+)
+
+VARIANTS = {
+    "several scales": ("smca", {}),
+    "one scale": ("smca_single_scale", {}),
+    "head shared": ("smca", dict(modulation="head_shared")),
+    "covariance": ("smca", dict(spread="covariance")),
+    "fixed": ("smca_single_scale", dict(spread="fixed")),
+    "no scale selection": ("smca", dict(scale_selection=False)),
+}
+
+
+def make_predictor(folder, variant):
+    base, decoder = VARIANTS[variant]
+    model = make_model(write_config(folder, base, **decoder))
+    return Predictor(model, class_names=CLASS_NAMES)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def predictor(request, tmp_path_factory):
+    return make_predictor(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture(scope="module")
+def multi_scale(tmp_path_factory):
+    return make_predictor(tmp_path_factory.mktemp("model"), "several scales")
+
+
+def boxes_of(**fields):
+    return Instances((60, 80), **fields)
+
+
+TRUTH = boxes_of(
+    gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 30]])), gt_classes=torch.tensor([1])
+)
+DETECTIONS = boxes_of(
+    pred_boxes=Boxes(torch.tensor([[10.0, 20, 60, 50], [-5.0, 0, 90, 70]])),
+    scores=torch.tensor([0.9, 0.6]),
+    pred_classes=torch.tensor([0, 2]),
+)
+
+
+def saved_size(figure, path):
+    figure.savefig(path)
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+# Detections and truth
+
+
+def test_a_large_image_keeps_its_size_and_a_small_one_grows_by_a_whole_factor():
+    assert draw_instances(make_image(301, 485), DETECTIONS).shape == (301, 485, 3)
+    assert draw_instances(make_image(60, 80), DETECTIONS).shape == (360, 480, 3)
+    assert draw_instances(make_image(1, 1), DETECTIONS[:0]).shape == (480, 480, 3)
+
+
+def test_a_box_is_drawn_around_its_object_and_nowhere_else():
+    image = np.zeros((480, 480, 3), dtype=np.uint8)
+    instances = Instances((480, 480))
+    instances.pred_boxes = Boxes(torch.tensor([[200.0, 250, 300, 400]]))
+    instances.scores, instances.pred_classes = torch.tensor([0.5]), torch.tensor([0])
+    changed = draw_instances(image, instances, [""]).any(axis=2)
+    rows, columns = np.nonzero(changed[300:])
+    assert abs(rows.max() + 300 - 400) <= 3
+    assert abs(columns.min() - 200) <= 3 and abs(columns.max() - 300) <= 3
+    assert not changed[300:380, 210:290].any()
+
+
+def test_the_image_itself_is_not_drawn_on():
+    image = make_image(60, 80)
+    before, boxes = image.copy(), DETECTIONS.pred_boxes.tensor.clone()
+    draw_instances(image, DETECTIONS)
+    assert (image == before).all() and torch.equal(DETECTIONS.pred_boxes.tensor, boxes)
+
+
+def test_truth_stands_left_and_detections_right():
+    image = make_image(60, 80)
+    picture = draw_truth_and_detections(image, TRUTH, DETECTIONS, CLASS_NAMES)
+    assert (picture[:, :480] == draw_instances(image, TRUTH, CLASS_NAMES)).all()
+    assert (picture[:, -480:] == draw_instances(image, DETECTIONS, CLASS_NAMES)).all()
+
+
+def test_truth_of_a_dataset_dict_has_boxes_as_corners():
+    annotation = {"bbox": [1, 2, 30, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2}
+    truth = truth_of({"height": 60, "width": 80, "annotations": [annotation]})
+    assert truth.gt_boxes.tensor.tolist() == [[1, 2, 31, 42]]
+    assert truth.gt_classes.tolist() == [2] and truth.gt_crowd.tolist() == [False]
+
+
+def test_truth_of_an_image_without_objects_can_be_drawn():
+    truth = truth_of({"height": 60, "width": 80, "annotations": []})
+    image = make_image(480, 640)
+    assert (draw_instances(image, truth) == image).all()
+
+
+def test_a_contact_sheet_holds_every_picture():
+    pictures = [make_image(60, 80, seed) for seed in range(3)]
+    figure = draw_contact_sheet(pictures, ["a", "b", "c"])
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(shown) == 3 and all((s == p).all() for s, p in zip(shown, pictures))
+
+
+# Gaussian maps
+
+
+def record_call(module, call):
+    """Inputs and output of a module during a call."""
+    seen = []
+    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output)))
+    result = call()
+    handle.remove()
+    return seen[0], result
+
+
+def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
+    image = make_image()  # 120 pixels wide, drawn 384 wide: 3.2 times as large
+    layer = predictor.model.decoder.layers[1].modulation
+    (inputs, gaussians), (detection,) = record_call(
+        layer, lambda: modulation_maps(predictor, image, layer=1)
+    )
+    assert detection.image.shape == (288, 384, 3)
+    query = detection.query
+    for index, scale in enumerate(inputs[2]):
+        for head in range(gaussians.centres.shape[3]):
+            center = gaussians.centres[0, query, index, head].tolist()
+            precision = gaussians.precisions[0, query, index, head].tolist()
+            for row, column in ((0, 0), (17, 301), (200, 45), (287, 383)):
+                dx2 = (column / 3.2 / scale.stride - center[0]) ** 2
+                dy2 = (row / 3.2 / scale.stride - center[1]) ** 2
+                exponent = precision[0] * dx2 + precision[1] * dy2
+                if len(precision) == 3:
+                    exponent += precision[2] * dx2 * dy2
+                weight = detection.maps[index, head, row, column]
+                assert weight == pytest.approx(np.exp(-exponent), abs=1e-5)
+
+
+def test_each_map_is_greatest_at_its_heads_centre(predictor):
+    (detection,) = modulation_maps(predictor, make_image())
+    height, width = detection.image.shape[:2]
+    num_inside = 0
+    for centers, maps in zip(detection.head_centres, detection.maps):
+        for (x, y), weights in zip(centers, maps):
+            if 0 <= x <= width - 1 and 0 <= y <= height - 1:
+                num_inside += 1
+                row, column = np.unravel_index(weights.argmax(), weights.shape)
+                assert abs(row - y) <= 0.51 and abs(column - x) <= 0.51
+    assert num_inside
+
+
+def test_the_shared_centre_is_the_decoders_reference(predictor):
+    image = make_image()
+    (_, decoded), (detection,) = record_call(
+        predictor.model.decoder, lambda: modulation_maps(predictor, image)
+    )
+    x, y = decoded.reference[0, detection.query].sigmoid().tolist()
+    assert detection.centre == pytest.approx([384 * x, 288 * y], abs=1e-3)
+
+
+def test_maps_are_of_the_same_place_whatever_size_the_model_sees(multi_scale):
+    from detectron2.data import transforms as T
+
+    model = multi_scale.model
+    resized = Predictor(model, [T.Resize((192, 256))], class_names=CLASS_NAMES)
+    image = make_image(96, 128)
+    (inputs, gaussians), (detection,) = record_call(
+        model.decoder.layers[-1].modulation, lambda: modulation_maps(resized, image)
+    )
+    in_model = gaussians.centres[0, detection.query, 0] * inputs[2][0].stride  # of 256 pixels
+    assert detection.head_centres[0] == pytest.approx(in_model.numpy() * 384 / 256, abs=1e-3)
+
+
+def test_scale_weights_are_the_decoders(multi_scale):
+    layer = multi_scale.model.decoder.layers[0]
+    (_, logits), (detection,) = record_call(
+        layer.scale_weight, lambda: modulation_maps(multi_scale, make_image(), layer=0)
+    )
+    weights = logits[0, detection.query].softmax(-1).numpy()
+    assert detection.scale_weights == pytest.approx(weights, abs=1e-6)
+    expected = sum(w * m for w, m in zip(weights, detection.maps))
+    assert detection.combined() == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_scale_selection_all_scales_count_the_same(tmp_path):
+    (detection,) = modulation_maps(make_predictor(tmp_path, "no scale selection"), make_image())
+    assert detection.scale_weights == pytest.approx([1 / 3] * 3)
+
+
+def test_maps_belong_to_the_detections_chosen(multi_scale):
+    image = make_image()
+    instances = multi_scale(image)
+    detections = modulation_maps(multi_scale, image, select=lambda found: [2, 0])
+    for detection, index in zip(detections, (2, 0)):
+        assert detection.query == instances.query_indices[index]
+        assert detection.score == pytest.approx(instances.scores[index].item())
+        assert detection.class_index == instances.pred_classes[index]
+        box = instances.pred_boxes.tensor[index].numpy() * 3.2
+        assert detection.box == pytest.approx(box, abs=1e-3)
+
+
+def test_no_hook_stays_in_the_model(multi_scale):
+    modulation_maps(multi_scale, make_image())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in multi_scale.model.modules()
+    )
+
+
+def test_gaussians_can_be_drawn_for_every_variant(predictor, tmp_path):
+    detections = modulation_maps(predictor, make_image(), select=lambda found: [0, 1])
+    figure = draw_gaussians(detections, CLASS_NAMES)
+    num_heads = detections[0].maps.shape[1]
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == 2 * (1 + num_heads)
+    size = saved_size(figure, tmp_path / "g.png")
+    assert size == pytest.approx(figure.get_size_inches() * figure.dpi, abs=1)
+
+
+def test_the_drawn_map_has_its_maximum_where_the_head_is_marked(tmp_path):
+    predictor = make_predictor(tmp_path, "one scale")
+    (detection,) = modulation_maps(predictor, make_image())
+    panels = [axes for axes in draw_gaussians([detection]).axes if axes.images]
+    for head, axes in enumerate(panels[1:]):
+        x, y = (values[0] for values in axes.lines[0].get_data())
+        assert (x, y) == pytest.approx(detection.head_centres[0, head])
+        opacity = axes.images[1].get_array()[..., 3]
+        height, width = opacity.shape
+        assert axes.images[1].get_extent() == [-0.5, width - 0.5, height - 0.5, -0.5]
+        if 0 <= x <= width - 1 and 0 <= y <= height - 1:
+            row, column = np.unravel_index(opacity.argmax(), opacity.shape)
+            assert abs(row - y) <= 0.51 and abs(column - x) <= 0.51
+
+
+def test_a_single_scale_can_be_drawn_and_an_unknown_one_is_an_error(multi_scale):
+    detections = modulation_maps(multi_scale, make_image())
+    figure = draw_gaussians(detections, CLASS_NAMES, scale=2)
+    assert "stride 64" in figure.subfigs[0].get_suptitle()
+    with pytest.raises(UserError, match="no scale 3, the model has 3"):
+        draw_gaussians(detections, scale=3)
+
+
+def test_the_title_names_class_score_and_layer(multi_scale):
+    (detection,) = modulation_maps(multi_scale, make_image(), layer=0)
+    title = draw_gaussians([detection], CLASS_NAMES).subfigs[0].get_suptitle()
+    name = CLASS_NAMES[detection.class_index]
+    assert f"{name} {100 * detection.score:.0f}%" in title and "layer 1 of 2" in title
+
+
+def test_an_unknown_layer_is_an_error(multi_scale):
+    with pytest.raises(UserError, match="no decoder layer 2, the model has 2"):
+        modulation_maps(multi_scale, make_image(), layer=2)
+
+
+def test_detr_has_no_maps(tmp_path):
+    model = make_model(write_config(tmp_path, "detr"))
+    with pytest.raises(NoModulationError, match="model.decoder.modulation=none"):
+        modulation_maps(Predictor(model), make_image())
+
+
+# Curves
+
+
+def write_metrics(path, rows, end=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return str(path)
+
+
+def losses(*iterations, run=1.0):
+    return [{"iteration": i, "total_loss": run + i, "loss_ce": 1.0} for i in iterations]
+
+
+def test_a_line_that_is_cut_off_is_skipped(tmp_path):
+    path = write_metrics(tmp_path / "m.json", losses(0, 10), end='{"iteration": 20, "total_l')
+    assert read_metrics(path)["total_loss"] == ([0, 10], [1.0, 11.0])
+
+
+def test_a_run_that_went_on_after_a_cut_off_line_is_read(tmp_path):
+    text = json.dumps(losses(0)[0]) + '\n{"iteration": 10, "tot\n' + json.dumps(losses(10)[0])
+    (tmp_path / "m.json").write_text(text + "\n")
+    assert read_metrics(tmp_path / "m.json")["total_loss"][0] == [0, 10]
+
+
+def test_a_resumed_run_replaces_what_came_after_its_start(tmp_path):
+    rows = losses(0, 10, 20, 30) + losses(15, 25, run=100.0)
+    metrics = read_metrics(write_metrics(tmp_path / "m.json", rows))
+    assert metrics["total_loss"] == ([0, 10, 15, 25], [1.0, 11.0, 115.0, 125.0])
+
+
+def test_a_repeated_iteration_counts_once_with_its_last_value(tmp_path):
+    rows = losses(0, 10) + losses(10, run=100.0) + [{"iteration": 10, "bbox/AP": 3.0}]
+    metrics = read_metrics(write_metrics(tmp_path / "m.json", rows))
+    assert metrics["total_loss"] == ([0, 10], [1.0, 110.0])
+    assert metrics["bbox/AP"] == ([10], [3.0])
+
+
+def test_losses_and_ap_have_an_axis_each(tmp_path):
+    rows = losses(0, 10) + [{"iteration": 10, "bbox/AP": 30.0, "bbox/AP50": float("nan")}]
+    figure = draw_curves(read_metrics(write_metrics(tmp_path / "m.json", rows)))
+    left, right = figure.axes
+    assert left.lines[0].get_xydata().tolist() == [[0, 1], [10, 11]]
+    assert right.lines[0].get_xydata().tolist() == [[10, 30]]
+    saved_size(figure, tmp_path / "curves.png")
+
+
+def test_what_is_absent_is_left_out(tmp_path):
+    only_losses = draw_curves({"total_loss": ([0, 1], [2.0, 1.0])})
+    only_results = draw_curves({"bbox/AP": ([0], [float("nan")]), "lr": ([0], [1.0])})
+    assert len(only_losses.axes) == len(only_results.axes) == 1
+    with pytest.raises(UserError, match="neither losses nor AP"):
+        draw_curves({"lr": ([0], [1.0])})
+
+
+def test_a_missing_or_empty_metrics_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.json cannot be read"):
+        read_metrics(str(tmp_path / "nowhere.json"))
+    (tmp_path / "empty.json").write_text("")
+    with pytest.raises(UserError, match="empty.json holds no metrics"):
+        read_metrics(str(tmp_path / "empty.json"))
+
+
+# All pictures of a run
+
+
+@pytest.fixture
+def dataset_dicts(tmp_path):
+    items = []
+    for seed in range(3):
+        path = tmp_path / f"{seed}.png"
+        write_image(path, seed=seed)
+        annotation = {"bbox": [5, 5, 30, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": seed}
+        items.append(
+            {"file_name": str(path), "height": 90, "width": 120, "annotations": [annotation]}
+        )
+    return items
+
+
+def test_a_run_gets_three_pictures(multi_scale, dataset_dicts, tmp_path):
+    metrics_file = write_metrics(tmp_path / "m.json", losses(0, 10))
+    paths = write_pictures(multi_scale, dataset_dicts, tmp_path / "pictures", metrics_file)
+    assert [path.split("/")[-1] for path in paths] == [
+        "validation.png",
+        "gaussians.png",
+        "curves.png",
+    ]
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
+    model = make_model(write_config(tmp_path, "detr"))
+    paths = write_pictures(Predictor(model), dataset_dicts, tmp_path / "pictures")
+    assert [path.split("/")[-1] for path in paths] == ["validation.png"]
+
+
+def test_drawing_leaves_pyplot_alone(multi_scale):
+    import matplotlib.pyplot as plt
+
+    figure = draw_gaussians(modulation_maps(multi_scale, make_image()))
+    assert isinstance(figure, Figure) and not plt.get_fignums()

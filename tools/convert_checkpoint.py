@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""
+Convert a checkpoint of another origin into one that the configs of this project can load:
+
+    convert_checkpoint.py --input official.pth --output smca.pth
+    convert_checkpoint.py --input official.pth --output smca.pth --classes keep
+
+It takes the official SMCA models, DETR's as an initialisation for the detr configs, and
+torchvision's ResNets as a backbone, finds out which model it is, and says with which config to
+use it.
+"""
+import argparse
+import sys
+
+from smca.conversion import CLASS_CHOICES, convert_file
+from smca.errors import UserError
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, metavar="FILE", help="checkpoint to read")
+    parser.add_argument("--output", required=True, metavar="FILE", help=".pth file to write")
+    parser.add_argument(
+        "--classes",
+        choices=CLASS_CHOICES,
+        default="coco80",
+        help="coco80: the outputs of COCO's 80 classes, in Detectron2's order (default); "
+        "keep: all outputs, which are COCO's category ids",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    try:
+        conversion = convert_file(args.input, args.output, args.classes)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.input} is {conversion.description}.")
+    for note in conversion.notes:
+        print(note)
+    print(f"Written: {args.output}")
+    if conversion.config is None:
+        print(f"Use it with train.init_checkpoint={args.output}")
+    else:
+        config = f"--config-file configs/{conversion.config}.py"
+        weights = f"train.init_checkpoint={args.output}"
+        print("Use it with", " ".join([config, weights, *conversion.overrides]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
