@@ -49,6 +49,7 @@ def make_model(config):
     model = randomize(instantiate(LazyConfig.load(config).model)).eval()
     with torch.no_grad():
         model.class_embed.bias.zero_()
+        model.class_embed.weight.mul_(4)
         for layer in model.decoder.layers:
             if layer.modulation is not None and layer.modulation.spread is not None:
                 layer.modulation.spread.weight.mul_(0.3)

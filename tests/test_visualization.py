@@ -229,12 +229,16 @@ def test_no_hook_stays_in_the_model(multi_scale):
     )
 
 
-def test_gaussians_can_be_drawn_for_every_variant(predictor, tmp_path):
+def test_every_head_of_every_variant_has_a_panel(predictor):
     detections = modulation_maps(predictor, make_image(), select=lambda found: [0, 1])
-    figure = draw_gaussians(detections, CLASS_NAMES)
-    num_heads = detections[0].maps.shape[1]
-    panels = [axes for axes in figure.axes if axes.images]
-    assert len(panels) == 2 * (1 + num_heads)
+    shown = [axes.images for axes in draw_gaussians(detections, CLASS_NAMES).axes if axes.images]
+    num_heads = predictor.model.decoder.layers[0].modulation.num_heads
+    assert len(shown) == 2 * (1 + num_heads)
+    assert sum(len(images) == 2 for images in shown) == 2 * num_heads  # with a map on top
+
+
+def test_the_picture_of_gaussians_has_the_figures_size(multi_scale, tmp_path):
+    figure = draw_gaussians(modulation_maps(multi_scale, make_image()), CLASS_NAMES)
     size = saved_size(figure, tmp_path / "g.png")
     assert size == pytest.approx(figure.get_size_inches() * figure.dpi, abs=1)
 

@@ -9,6 +9,7 @@ Train the demo model on the embedded data set, evaluate it, and draw what it see
 A run that was stopped goes on, and one that is finished is only evaluated and drawn again.
 """
 import argparse
+import math
 import os
 import sys
 import time
@@ -89,13 +90,14 @@ def _summary(config_file, results, files, training_time, total_time):
     overall = {task: _without_classes(metrics) for task, metrics in results.items()}
     columns = list(dict.fromkeys(name for metrics in overall.values() for name in metrics))
     rows = [
-        [task] + [metrics.get(name) for name in columns] for task, metrics in overall.items()
+        [task] + [_or_dash(metrics.get(name)) for name in columns]
+        for task, metrics in overall.items()
     ]
-    lines.append(tabulate(rows, ["", *columns], tablefmt="simple", floatfmt=".1f"))
+    lines.append(tabulate(rows, ["", *columns], tablefmt="simple", disable_numparse=True))
     for task, metrics in results.items():
         per_class = {k[len("AP-") :]: v for k, v in metrics.items() if k.startswith("AP-")}
         if per_class:
-            text = ", ".join(f"{name} {value:.1f}" for name, value in per_class.items())
+            text = ", ".join(f"{name} {_or_dash(value)}" for name, value in per_class.items())
             lines.append(f"{task} by class: {text}")
     lines += ["", "Written:"] + [f"  {path}" for path in files if os.path.exists(path)]
     lines += [
@@ -108,6 +110,11 @@ def _summary(config_file, results, files, training_time, total_time):
 
 def _without_classes(metrics):
     return {name: value for name, value in metrics.items() if not name.startswith("AP-")}
+
+
+def _or_dash(value):
+    """AP is nan where there is nothing to find, such as large objects in small images."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def _duration(seconds):

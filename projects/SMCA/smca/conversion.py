@@ -158,9 +158,9 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
         raise ValueError(f"classes={classes!r} must be one of {', '.join(CLASS_CHOICES)}.")
     # Batch norms' counters are in some files, and nothing uses them.
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    if "conv1.weight" in state_dict and "layer1.0.conv1.weight" in state_dict:
+    if _has(state_dict, r"layer1\."):
         return _convert_backbone(state_dict)
-    if "transformer.decoder.layers.0.norm1.weight" not in state_dict:
+    if not _has(state_dict, r"transformer\.decoder\.layers\."):
         raise CheckpointError(
             "is no checkpoint of an official SMCA or DETR model nor of a torchvision ResNet: its "
             f"tensors are called {_some(sorted(state_dict))}."
@@ -220,7 +220,7 @@ def official_name(name: str, single_scale: bool, shared_cross_scale: bool) -> st
 
 
 def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion:
-    is_smca = any(".point1." in key for key in state_dict)
+    is_smca = _has(state_dict, r".*\.point1\.")
     find = _find_smca if is_smca else _find_detr
     name, settings, description, notes = find(state_dict)
     model = _match(state_dict, _expected(name, settings))
@@ -235,7 +235,7 @@ def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion
 
 def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
     notes = []
-    if any(key.startswith("fc.") for key in state_dict):
+    if _has(state_dict, r"fc\."):
         notes.append("The classifier (fc) is left out.")
     state_dict = {
         f"backbone.0.body.{key}": value
@@ -258,22 +258,20 @@ def _find_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str,
     depth = _resnet_depth(state_dict)
     settings, notes = _common_settings(state_dict, depth), []
     base = 101 if depth == 101 else 50
-    if "input_proj.weight" in state_dict:
+    if _has(state_dict, r"input_proj\."):
         kind, num_scales, name = "one scale", 1, "smca_single_scale_r50_50ep"
-    elif "input_proj_512.weight" in state_dict:
+    elif _has(state_dict, r"input_proj_512\."):
         kind, num_scales, name = "convolutional encoder", 4, f"smca_conv_r{base}_50ep"
         settings.update(_conv_encoder_settings(state_dict))
     else:
         kind, num_scales, name = "several scales", 3, f"smca_r{base}_50ep"
         notes.append(_assume_pattern(settings))
-    layer = "transformer.decoder.layers.0."
-    has_offsets = layer + "point2.weight" in state_dict
-    num_heads = _NUM_HEADS if has_offsets else 1
-    spread = _spread(state_dict, layer + "point3.weight", num_scales * num_heads)
+    has_offsets = _has(state_dict, r".*\.point2\.")
+    spread = _spread(state_dict, num_scales * (_NUM_HEADS if has_offsets else 1))
     settings["model.decoder.modulation"] = "multi_head" if has_offsets else "head_shared"
     settings["model.decoder.spread"] = spread
     if num_scales > 1:
-        settings["model.decoder.scale_selection"] = layer + "point4.weight" in state_dict
+        settings["model.decoder.scale_selection"] = _has(state_dict, r".*\.point4\.")
     description = (
         f"SMCA, {kind} ({_STRIDES_OF_SCALES[num_scales]}), spread {spread} "
         f"({_OFFICIAL_SPREADS[spread]}), {_describe(settings)}"
@@ -306,13 +304,13 @@ def _common_settings(state_dict: Dict[str, Tensor], depth: int) -> Dict[str, Any
 
 
 def _conv_encoder_settings(state_dict: Dict[str, Tensor]) -> Dict[str, Any]:
-    layer = "transformer.encoder.layers.0."
+    kernel = _shape(state_dict, "transformer.encoder.layers.0.self_attn_8.weight")
     return {
         "model.encoder.pattern": None,
         "model.encoder.num_layers": _num_layers(state_dict, "transformer.encoder.layers."),
-        "model.encoder.kernel_size": _shape(state_dict, layer + "self_attn_8.weight")[-1],
-        "model.encoder.share_cross_scale": layer + "high_to_low.weight" in state_dict,
-        "model.encoder.pointwise": layer + "conv_1.weight" in state_dict,
+        "model.encoder.kernel_size": kernel[-1],
+        "model.encoder.share_cross_scale": _has(state_dict, r".*\.high_to_low\."),
+        "model.encoder.pointwise": _has(state_dict, r".*\.conv_1\."),
     }
 
 
@@ -327,10 +325,12 @@ def _assume_pattern(settings: Dict[str, Any]) -> str:
     )
 
 
-def _spread(state_dict: Dict[str, Tensor], key: str, num_gaussians: int) -> str:
-    if key not in state_dict:
+def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
+    outputs = {key: len(v) for key, v in state_dict.items() if key.endswith(".point3.bias")}
+    if not outputs:
         return "fixed"
-    num_outputs = _shape(state_dict, key)[0]
+    # The layers have to agree; one that does not is found later.
+    key, num_outputs = min(outputs.items())
     for spread, count in SPREADS.items():
         if count * num_gaussians == num_outputs:
             return spread
@@ -362,6 +362,10 @@ def _resnet_depth(state_dict: Dict[str, Tensor]) -> int:
             f"has another backbone than a ResNet-18, 34, 50 or 101 ({num_blocks} blocks in layer3)."
         )
     return depth
+
+
+def _has(state_dict: Dict[str, Tensor], pattern: str) -> bool:
+    return any(re.match(pattern, key) for key in state_dict)
 
 
 def _num_layers(state_dict: Dict[str, Tensor], prefix: str) -> int:

@@ -14,12 +14,12 @@ from detectron2.modeling import build_model as build_yacs_model
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
-import smca.configs
 from smca.checkpoint import SMCACheckpointer
 from smca.data import require_dataset
 from smca.engine import build_model, load_config
 from smca.engine.config import resolve_device
 from smca.errors import ConfigError
+from smca.model_zoo import get_config_file, list_configs
 
 __all__ = ["Predictor", "load_predictor", "load_test_dataset"]
 
@@ -155,9 +155,9 @@ def _find_config(weights, provenance):
     name = provenance.get("config")
     if not name:
         raise ConfigError(f"{weights} does not say which config it belongs to: add --config-file.")
-    for folder in smca.configs.__path__:
-        for path in sorted(Path(folder).rglob(name)):
-            return str(path)
+    for known in list_configs():
+        if Path(known).name == Path(name).stem:
+            return get_config_file(known)
     raise ConfigError(
         f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
         "among those of this package: add --config-file."

@@ -47,7 +47,6 @@ _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the ob
 _MAP_LONG_SIDE = 384  # pixels of the images under Gaussian maps
 _DPI = 120
 _SCALE_MARKERS = "osD^vP"
-_OUTLINE = [withStroke(linewidth=2.5, foreground="black")]
 
 
 class NoModulationError(UserError):
@@ -395,7 +394,7 @@ def _describe(detection, class_names, scale):
         parts.append(f"map of stride {detection.strides[scale]}")
     elif len(detection.strides) > 1:
         shares = zip(detection.strides, detection.scale_weights)
-        parts.append("stride: " + ", ".join(f"{s}: {100 * w:.0f}%" for s, w in shares))
+        parts.append("strides read: " + ", ".join(f"{s} ({100 * w:.0f}%)" for s, w in shares))
     return "   ·   ".join(parts)
 
 

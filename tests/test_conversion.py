@@ -1,0 +1,419 @@
+"""Conversion of official checkpoints, DETR's and torchvision's."""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+
+import reference
+from smca import model_zoo
+from smca.checkpoint import SMCACheckpointer
+from smca.conversion import convert, convert_file, official_name
+from smca.errors import CheckpointError
+from smca.version import __version__
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
+D, FFN, Q = 16, 24, 5
+
+SINGLE, MULTI, CONV = "smca_single_scale_r50_50ep", "smca_r50_50ep", "smca_conv_r50_50ep"
+SMALL = [
+    f"model.embed_dim={D}",
+    f"model.num_queries={Q}",
+    f"model.encoder.ffn_dim={FFN}",
+    f"model.decoder.ffn_dim={FFN}",
+    "model.decoder.num_layers=2",
+]
+TINY = [*SMALL, "model.backbone.depth=18"]
+# Config, its overrides beside those of SMALL, and what the description has to mention.
+MODELS = [
+    (SINGLE, ["model.decoder.spread=fixed"], "type1"),
+    (SINGLE, ["model.decoder.spread=single"], "type2"),
+    (SINGLE, [], "type3"),
+    (SINGLE, ["model.decoder.spread=covariance"], "type4"),
+    (SINGLE, ["model.backbone.depth=101"], "ResNet-101"),
+    (SINGLE, ["model.encoder.pattern=III"], "one scale"),
+    (SINGLE, ["model.decoder.modulation=head_shared"], "one scale"),
+    (MULTI, [], "strides 16, 32, 64"),
+    (MULTI, ["model.decoder.scale_selection=False"], "several scales"),
+    ("smca_r101_50ep", [], "ResNet-101"),
+    (CONV, [], "kernel 7, shared"),
+    (CONV, ["model.encoder.kernel_size=5", "model.encoder.num_layers=5"], "5 encoder layers"),
+    (CONV, ["model.encoder.share_cross_scale=False"], "separate"),
+    (CONV, ["model.encoder.pointwise=False"], "without 1x1"),
+    ("smca_conv_r101_50ep", [], "ResNet-101"),
+]
+
+
+def build(config, *overrides):
+    config = LazyConfig.apply_overrides(model_zoo.get_config(config), list(overrides))
+    return instantiate(config.model)
+
+
+def official_shapes(config, *overrides):
+    """Names and shapes of the official checkpoint of that model, which has 92 class outputs."""
+    with torch.device("meta"):
+        state_dict = build(config, *overrides, "model.num_classes=92").state_dict()
+    single_scale = "scale_embed.weight" not in state_dict
+    shared = not any(".down.1." in name for name in state_dict)
+    return {
+        official_name(name, single_scale, shared): value.shape
+        for name, value in state_dict.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def without_values(config, *overrides):
+    """An official checkpoint whose tensors have shapes only."""
+    shapes = official_shapes(config, *overrides)
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def made_up(config, *overrides):
+    """An official checkpoint with random values."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = official_shapes(config, *overrides)
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return made_up(SINGLE, *TINY)
+
+
+@pytest.fixture(scope="module")
+def detr():
+    """91 category ids and no object."""
+    return made_up("detr_r50_50ep", *TINY)
+
+
+# ------------------------------------------------------------------------------ recognising models
+
+
+@pytest.mark.parametrize("config, overrides, words", MODELS)
+def test_finds_config_and_overrides_of_every_model(config, overrides, words):
+    conversion = convert(without_values(config, *SMALL, *overrides), classes="keep")
+    assert conversion.config == config
+    expected = {*SMALL, *overrides, "model.num_classes=92"}
+    assert set(conversion.overrides) == expected
+    assert words in conversion.description
+    with torch.device("meta"):
+        model = build(config, *expected)
+    model.load_state_dict(conversion.model, strict=True, assign=True)
+
+
+@pytest.mark.parametrize(
+    "case", ["single_scale_covariance", "single_scale_fixed", "multi_scale", "conv_multi_scale"]
+)
+def test_official_names_and_shapes_are_those_of_the_published_checkpoints(case):
+    case = json.loads((Path(__file__).parent / "golden" / f"{case}.json").read_text())
+    state_dict = {key: torch.empty(shape, device="meta") for key, shape in case["state_dict"]}
+    conversion = convert(state_dict, classes="keep")
+    assert len(conversion.model) == len(state_dict)
+    assert "model.num_queries=50" in conversion.overrides
+
+
+@pytest.mark.parametrize("config", [SINGLE, MULTI, CONV, "smca_r101_50ep", "smca_conv_r101_50ep"])
+def test_models_as_in_the_configs_need_no_overrides(config):
+    conversion = convert(without_values(config))
+    assert (conversion.config, conversion.overrides) == (config, [])
+
+
+def test_multi_scale_layers_are_assumed_and_said_so():
+    conversion = convert(without_values(MULTI))
+    assert any('"IIMII" is assumed' in note for note in conversion.notes)
+
+
+def test_every_value_is_kept(checkpoint):
+    conversion = convert(checkpoint, classes="keep")
+    for name, value in conversion.model.items():
+        assert torch.equal(value, checkpoint[official_name(name, True, True)]), name
+
+
+def test_batch_norm_counters_are_left_out(checkpoint):
+    counter = {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(3)}
+    assert convert({**checkpoint, **counter}).model.keys() == convert(checkpoint).model.keys()
+
+
+# ----------------------------------------------------------------------------------------- classes
+
+
+def test_coco80_picks_the_used_category_ids_in_detectron2s_order(checkpoint):
+    conversion = convert(checkpoint, classes="coco80")
+    metadata = MetadataCatalog.get("coco_2017_val")
+    contiguous = metadata.thing_dataset_id_to_contiguous_id
+    assert len(contiguous) == 80
+    for category_id, index in contiguous.items():
+        for part in ("weight", "bias"):
+            row = conversion.model[f"class_embed.{part}"][index]
+            assert torch.equal(row, checkpoint[f"class_embed.{part}"][category_id])
+    assert conversion.class_names == metadata.thing_classes
+    assert not any("num_classes" in override for override in conversion.overrides)
+
+
+def test_keep_leaves_all_class_outputs(checkpoint):
+    conversion = convert(checkpoint, classes="keep")
+    assert torch.equal(conversion.model["class_embed.weight"], checkpoint["class_embed.weight"])
+    assert "model.num_classes=92" in conversion.overrides
+    assert (conversion.class_names[1], conversion.class_names[90]) == ("person", "toothbrush")
+    assert len(conversion.class_names) == 92
+
+
+def with_classes(state_dict, num_classes):
+    return {k: v[:num_classes] if "class_embed" in k else v for k, v in state_dict.items()}
+
+
+def test_other_data_sets_class_outputs_can_only_be_kept(checkpoint):
+    checkpoint = with_classes(checkpoint, 7)
+    assert len(convert(checkpoint, classes="keep").model["class_embed.bias"]) == 7
+    with pytest.raises(CheckpointError, match="7 class outputs.*--classes keep"):
+        convert(checkpoint, classes="coco80")
+
+
+def test_91_class_outputs_are_cocos_too(checkpoint):
+    assert len(convert(with_classes(checkpoint, 91)).model["class_embed.bias"]) == 80
+
+
+# ------------------------------------------------------------------------- DETR and torchvision
+
+
+def test_detr_is_converted_to_its_config(detr):
+    conversion = convert(detr)
+    assert conversion.config == "detr_r50_50ep"
+    assert set(conversion.overrides) == set(TINY)
+    assert "DETR" in conversion.description and "initialisation" in " ".join(conversion.notes)
+    model = build("detr_r50_50ep", *TINY)
+    model.load_state_dict(conversion.model, strict=True)
+
+
+@pytest.mark.parametrize("classes, num_outputs", [("coco80", 80), ("keep", 91)])
+def test_detrs_classes_become_probabilities_against_no_object(detr, classes, num_outputs):
+    model = convert(detr, classes).model
+    hidden = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+    soft = reference.linear(detr, "class_embed", hidden).softmax(-1)
+    against_none = soft[:, :-1] / (soft[:, :-1] + soft[:, -1:])
+    ids = sorted(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id)
+    if classes == "coco80":
+        against_none = against_none[:, ids]
+    scores = reference.linear(model, "class_embed", hidden).sigmoid()
+    assert scores.shape == (3, num_outputs)
+    torch.testing.assert_close(scores, against_none)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvision_resnet_computes_the_same_features(depth):
+    torch.manual_seed(0)
+    resnet = getattr(torchvision.models, f"resnet{depth}")(weights=None).eval()
+    for name, buffer in resnet.named_buffers():
+        if "running" in name:
+            low = 0.5 if name.endswith("var") else -0.5
+            torch.nn.init.uniform_(buffer, low, low + 1)
+    conversion = convert(resnet.state_dict())
+    assert conversion.config is None and f"ResNet-{depth}" in conversion.description
+    config = model_zoo.get_config(SINGLE)
+    config.model.backbone.depth = depth
+    backbone = instantiate(config.model).backbone.eval()
+    weights = {name.removeprefix("backbone."): v for name, v in conversion.model.items()}
+    assert not backbone.load_state_dict(weights, strict=False).unexpected_keys
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(image))))
+        expected = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
+        features = backbone(image)["res5"]
+    assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_converted_backbone_loads_into_a_detector(tmp_path):
+    resnet = torchvision.models.resnet18(weights=None)
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    convert_file(str(tmp_path / "resnet18.pth"), str(tmp_path / "out.pth"))
+    model = build(SINGLE, *TINY)
+    SMCACheckpointer(model).load(str(tmp_path / "out.pth"))
+    assert torch.equal(model.backbone.stem.conv1.weight, resnet.conv1.weight)
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(checkpoint):
+    broken = dict(checkpoint)
+    del broken["transformer.decoder.layers.1.norm2.bias"]
+    broken["transformer.decoder.layers.1.norm5.bias"] = torch.zeros(D)
+    broken["bbox_embed.layers.1.weight"] = torch.zeros(D, D + 1)
+    with pytest.raises(CheckpointError) as error:
+        convert(broken)
+    message = str(error.value)
+    assert "1 missing (transformer.decoder.layers.1.norm2.bias)" in message
+    assert "1 unknown (transformer.decoder.layers.1.norm5.bias)" in message
+    assert "bbox_embed.layers.1.weight ((16, 17), not (16, 16))" in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "query_embed.weight",
+        "class_embed.weight",
+        "input_proj.weight",
+        "transformer.encoder.layers.0.linear1.weight",
+        "transformer.decoder.layers.0.linear1.weight",
+        "transformer.decoder.layers.0.point1.layers.0.weight",
+        "transformer.decoder.layers.1.point3.weight",
+        "transformer.decoder.layers.0.norm1.weight",
+        "transformer.decoder.layers.0.point3.weight",
+        "transformer.decoder.layers.0.point2.bias",
+        "backbone.0.body.conv1.weight",
+        "backbone.0.body.layer3.1.conv1.weight",
+    ],
+)
+def test_a_missing_tensor_is_named_wherever_it_is(checkpoint, key):
+    with pytest.raises(CheckpointError) as error:
+        convert({k: v for k, v in checkpoint.items() if k != key})
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["query_embed.weight", "transformer.decoder.layers.0.point3.weight", "class_embed.bias"]
+)
+def test_a_misshapen_tensor_is_named_wherever_it_is(checkpoint, key):
+    with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
+        convert({**checkpoint, key: torch.zeros(3)})
+
+
+def test_another_models_checkpoint_is_an_error():
+    with pytest.raises(CheckpointError, match="features.0.weight"):
+        convert({"features.0.weight": torch.zeros(2), "classifier.bias": torch.zeros(1)})
+
+
+def test_another_resnet_is_an_error():
+    resnet = torchvision.models.wide_resnet50_2(weights=None).state_dict()
+    with pytest.raises(CheckpointError, match="layer1.0.conv1.weight"):
+        convert(resnet)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_file_that_would_run_code_is_refused(tmp_path, zipped):
+    evil = RunsCode()
+    evil.folder = tmp_path / "ran"
+    path, output = tmp_path / "evil.pth", tmp_path / "out.pth"
+    torch.save({"model": {"a": evil}}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"evil\.pth would run code.*mkdir.*refused"):
+        convert_file(str(path), str(output))
+    assert not evil.folder.exists() and not output.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04" + b"\0" * 100])
+def test_file_of_another_kind_is_an_error(tmp_path, content):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"broken\.pth cannot be read"):
+        convert_file(str(path), str(tmp_path / "out.pth"))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"model": {"a": 1}}, {"epoch": 3}])
+def test_file_without_tensors_is_an_error(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="tensors"):
+        convert_file(str(tmp_path / "other.pth"), str(tmp_path / "out.pth"))
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.fixture
+def official_file(checkpoint, tmp_path):
+    """As the official training script writes it."""
+    path = tmp_path / "official.pth"
+    torch.save({"model": checkpoint, "epoch": 49, "args": argparse.Namespace(lr=1e-4)}, path)
+    return path
+
+
+def test_output_loads_and_says_where_it_comes_from(official_file, tmp_path):
+    output = tmp_path / "folder" / "smca.pth"
+    convert_file(str(official_file), str(output))
+    model = build(SINGLE, *TINY)
+    SMCACheckpointer(model, need_detector=True).load(str(output))
+    metadata = torch.load(output, weights_only=True)["smca"]
+    assert metadata["config"] == f"{SINGLE}.py"
+    assert set(metadata["overrides"]) == set(TINY)
+    assert metadata["num_classes"] == len(metadata["class_names"]) == 80
+    assert metadata["version"] == __version__
+
+
+def test_nothing_but_the_output_is_left(official_file, tmp_path):
+    before = official_file.read_bytes()
+    convert_file(str(official_file), str(tmp_path / "smca.pth"))
+    assert sorted(os.listdir(tmp_path)) == ["official.pth", "smca.pth"]
+    assert official_file.read_bytes() == before
+
+
+def test_input_is_never_overwritten(official_file, tmp_path):
+    before = official_file.read_bytes()
+    (tmp_path / "link.pth").symlink_to(official_file)
+    for output in (official_file, tmp_path / "link.pth", tmp_path / "." / "official.pth"):
+        with pytest.raises(CheckpointError, match="is the input"):
+            convert_file(str(official_file), str(output))
+    assert official_file.read_bytes() == before
+
+
+def test_failed_write_leaves_the_old_output(official_file, tmp_path, monkeypatch):
+    output = tmp_path / "smca.pth"
+    output.write_bytes(b"old")
+
+    def save(checkpoint, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(CheckpointError, match="No space left"):
+        convert_file(str(official_file), str(output))
+    assert output.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["official.pth", "smca.pth"]
+
+
+def test_missing_input_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):
+        convert_file(str(tmp_path / "nowhere.pth"), str(tmp_path / "out.pth"))
+
+
+def test_output_needs_the_ending_that_detectron2_knows(official_file, tmp_path):
+    with pytest.raises(CheckpointError, match=r"out\.pkl.*\.pth"):
+        convert_file(str(official_file), str(tmp_path / "out.pkl"))
+
+
+def run_tool(monkeypatch, *arguments):
+    """The exit code."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return end.value.code
+
+
+def test_tool_says_what_it_found_and_how_to_use_it(official_file, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "smca.pth"
+    arguments = ["--input", official_file, "--output", output, "--classes", "keep"]
+    assert run_tool(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "SMCA, one scale" in printed and "type3" in printed
+    use = printed.splitlines()[-1]
+    assert f"--config-file configs/{SINGLE}.py train.init_checkpoint={output}" in use
+    assert "model.num_classes=92" in use
+    assert output.exists()
+
+
+def test_tool_prints_errors_as_one_sentence(tmp_path, monkeypatch, capsys):
+    arguments = ["--input", tmp_path / "nowhere.pth", "--output", tmp_path / "out.pth"]
+    assert run_tool(monkeypatch, *arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: The checkpoint") and "nowhere.pth" in line

@@ -1,0 +1,427 @@
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from PIL import Image
+
+from demo_cases import (
+    CLASS_NAMES,
+    ROOT,
+    make_image,
+    make_model,
+    write_config,
+    write_image,
+    write_weights,
+)
+from smca.data import register_shapes
+from smca.predictor import Predictor, load_predictor
+
+
+def load_script(path):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load_script(ROOT / "demo.py")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A config and its weights, which say the classes' names."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(folder)
+    provenance = {"config": "tiny_smca.py", "class_names": CLASS_NAMES, "num_classes": 3}
+    return config, write_weights(folder, config, smca=provenance)
+
+
+def run(trained, *args):
+    config, weights = trained
+    return demo.main(["--config-file", config, "--weights", weights, *map(str, args)])
+
+
+def read_json(folder):
+    return json.loads((folder / demo.JSON_NAME).read_text())
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.size
+
+
+def error_of(capsys, *args):
+    """The only line on stderr that an unsuccessful command line leaves."""
+    assert demo.main([str(arg) for arg in args]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+# Images
+
+
+def expected_detections(config, image):
+    """What the model itself says about an image, resized as the config's evaluation does."""
+    height, width = image.shape[:2]
+    short_side, long_side = min(height, width), max(height, width)
+    factor = min(96 / short_side, 160 / long_side)
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    resized = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        output = make_model(config)([{"image": pixels, "height": height, "width": width}])
+    instances = output[0]["instances"]
+    rows = zip(
+        instances.pred_boxes.tensor.tolist(),
+        instances.scores.tolist(),
+        instances.pred_classes.tolist(),
+    )
+    return [
+        ([x0, y0, x1 - x0, y1 - y0], score, label)
+        for (x0, y0, x1, y1), score, label in rows
+    ]
+
+
+def test_results_are_the_models_own_on_the_resized_image(trained, tmp_path):
+    image = write_image(tmp_path / "a.png", 60, 130)
+    expected = expected_detections(trained[0], image)
+    threshold = (expected[2][1] + expected[3][1]) / 2
+    out = tmp_path / "out"
+    args = ("--output", out, "--confidence-threshold", threshold)
+    assert run(trained, "--input", tmp_path / "a.png", *args) == 0
+    results, expected = read_json(out), expected[:3]
+    assert len(results) == 3
+    for result, (box, score, label) in zip(results, expected):
+        assert result["file_name"] == str(tmp_path / "a.png")
+        assert result["bbox"] == pytest.approx(box, abs=1e-2)
+        assert result["score"] == pytest.approx(score, abs=1e-4)
+        assert result["category_id"] == label
+        assert result["category_name"] == CLASS_NAMES[label]
+
+
+def test_a_higher_threshold_leaves_only_surer_detections(trained, tmp_path):
+    write_image(tmp_path / "a.png")
+    scores = {}
+    for threshold in (0.0, 0.3, 1.0):
+        out = tmp_path / str(threshold)
+        args = ("--output", out, "--confidence-threshold", threshold)
+        assert run(trained, "--input", tmp_path / "a.png", *args) == 0
+        scores[threshold] = [result["score"] for result in read_json(out)]
+    assert len(scores[0.0]) == 6 and scores[1.0] == []
+    assert scores[0.3] == [score for score in scores[0.0] if score >= 0.3]
+
+
+def test_drawings_have_the_size_of_their_images(trained, tmp_path):
+    for name, height, width in (("a.png", 500, 331), ("b.jpg", 200, 601)):
+        write_image(tmp_path / name, height, width)
+        out = tmp_path / "out"
+        assert run(trained, "--input", tmp_path / name, "--output", out) == 0
+        assert size_of(out / name) == (width, height)
+
+
+def test_a_folder_a_pattern_and_files_can_be_given(trained, tmp_path):
+    for name in ("a.png", "b.png", "c.bmp"):
+        write_image(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    for given, names in (
+        ([tmp_path], ["a.png", "b.png", "c.bmp"]),
+        ([tmp_path / "*.png"], ["a.png", "b.png"]),
+        ([tmp_path / "c.bmp", tmp_path / "a.png"], ["a.png", "c.bmp"]),
+    ):
+        assert run(trained, "--input", *given, "--output", out) == 0
+        assert sorted(os.listdir(out)) == sorted([*names, demo.JSON_NAME])
+        shutil.rmtree(out)
+
+
+def test_output_may_be_a_file(trained, tmp_path):
+    write_image(tmp_path / "a.png", 480, 500)
+    out = tmp_path / "deep" / "drawn.jpg"
+    args = ("--output", out, "--confidence-threshold", 0)
+    assert run(trained, "--input", tmp_path / "a.png", *args) == 0
+    assert size_of(out) == (500, 480)
+    assert len(read_json(out.parent)) == 6
+
+
+def test_images_of_one_name_get_a_drawing_each():
+    paths = ["x/a.png", "y/a.png", "z/a.tif"]
+    assert demo.output_paths(paths, "out") == ["out/a.png", "out/a_2.png", "out/a_3.png"]
+
+
+def test_broken_images_are_skipped_and_told(trained, tmp_path, capsys):
+    for name in ("a.png", "z.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "m.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    out = tmp_path / "out"
+    assert run(trained, "--input", tmp_path, "--output", out, "--confidence-threshold", 0) == 1
+    skipped, count = capsys.readouterr().err.splitlines()
+    assert skipped.startswith("Skipped: ") and "m.png" in skipped
+    assert count == "1 of 3 images could not be read."
+    assert sorted(os.listdir(out)) == ["a.png", demo.JSON_NAME, "z.png"]
+    assert {result["image_id"] for result in read_json(out)} == {0, 2}
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_images_of_any_mode_are_drawn(trained, tmp_path, mode):
+    image = Image.fromarray(make_image(480, 500))
+    path = tmp_path / "a.tif"
+    if mode == "I;16":
+        Image.fromarray(make_image(480, 500)[..., 0].astype(np.uint16) * 257).save(path)
+    else:
+        image.convert(mode).save(path)
+    out = tmp_path / "out"
+    assert run(trained, "--input", path, "--output", out) == 0
+    assert size_of(out / "a.png") == (500, 480)
+
+
+def test_an_image_is_turned_as_its_exif_says(trained, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(make_image(500, 490)).save(tmp_path / "a.jpg", exif=exif)
+    out = tmp_path / "out"
+    assert run(trained, "--input", tmp_path / "a.jpg", "--output", out) == 0
+    assert size_of(out / "a.jpg") == (500, 490)
+
+
+# Models and names
+
+
+def test_weights_alone_are_enough_beside_their_config(trained, tmp_path):
+    from detectron2.config import LazyConfig
+
+    config, weights = trained
+    shutil.copy(weights, tmp_path / "model.pth")
+    LazyConfig.save(LazyConfig.load(config), str(tmp_path / "config.yaml"))
+    write_image(tmp_path / "a.png")
+    results = []
+    for number, arguments in enumerate(
+        (
+            ["--weights", str(tmp_path / "model.pth")],
+            ["--config-file", config, "--weights", weights],
+        )
+    ):
+        out = tmp_path / str(number)
+        images = ["--input", str(tmp_path / "a.png"), "--output", str(out)]
+        assert demo.main(arguments + images + ["--confidence-threshold", "0"]) == 0
+        results.append(read_json(out))
+    assert results[0] == results[1] and results[0]
+
+
+def test_weights_find_the_config_of_their_name_in_the_package(tmp_path):
+    from detectron2.config import LazyConfig, instantiate
+
+    model = instantiate(LazyConfig.load(str(ROOT / "configs" / "smca_shapes.py")).model)
+    path = tmp_path / "model.pth"
+    torch.save({"model": model.state_dict(), "smca": {"config": "smca_shapes.py"}}, path)
+    predictor, cfg = load_predictor(weights=str(path))
+    assert cfg.train.output_dir == "output/smca_shapes"
+    # Names and ids are those of the config's data set.
+    assert predictor.class_names == ["ellipse", "rectangle", "triangle", "star"]
+    assert predictor.category_ids == {0: 1, 1: 2, 2: 3, 3: 4}
+
+
+def test_overrides_reach_the_model(trained, tmp_path):
+    write_image(tmp_path / "a.png")
+    args = ("--input", tmp_path / "a.png", "--output", tmp_path / "out")
+    opts = ("--confidence-threshold", 0, "--opts", "model.max_detections=2")
+    assert run(trained, *args, *opts) == 0
+    assert len(read_json(tmp_path / "out")) == 2
+
+
+def test_classes_without_names_are_shown_by_their_index(tmp_path):
+    config = write_config(tmp_path)
+    text = open(config).read().replace('"smca_shapes_val"', '"a_set_that_is_not_here"')
+    open(config, "w").write(text)
+    write_image(tmp_path / "a.png")
+    trained = config, write_weights(tmp_path, config)
+    args = ("--output", tmp_path / "out", "--confidence-threshold", 0)
+    assert run(trained, "--input", tmp_path / "a.png", *args) == 0
+    results = read_json(tmp_path / "out")
+    assert results and all(r["category_name"] == str(r["category_id"]) for r in results)
+
+
+def test_a_config_that_counts_the_classes_takes_them_from_the_weights(trained, tmp_path):
+    text = open(trained[0]).read() + (
+        "from detectron2.config import LazyCall as L\n"
+        "from smca.data import num_classes, register_coco\n"
+        'model.num_classes = L(num_classes)(json_file="gone.json")\n'
+        'dataloader.test.dataset.names = L(register_coco)(json_file="gone", image_root="gone")\n'
+    )
+    config = tmp_path / "counting.py"
+    config.write_text(text)
+    predictor, _ = load_predictor(str(config), trained[1])
+    assert predictor.model.num_classes == 3 and predictor.class_names == CLASS_NAMES
+
+
+def test_a_yacs_config_gives_the_same_detections(tmp_path):
+    yaml = tmp_path / "yacs.yaml"
+    yaml.write_text(
+        f"_BASE_: {ROOT}/configs/yacs/Base-SMCA.yaml\n"
+        "MODEL:\n  DEVICE: cpu\n  SMCA:\n    CONFIG: smca_shapes\n"
+        "INPUT:\n  MIN_SIZE_TEST: 128\n  MAX_SIZE_TEST: 176\n"
+    )
+    lazy = str(ROOT / "configs" / "smca_shapes.py")
+    weights = tmp_path / "model.pth"
+    torch.save({"model": make_model(lazy).state_dict()}, weights)
+    image = make_image()
+    found = [
+        load_predictor(config, str(weights), device="cpu")[0](image) for config in (str(yaml), lazy)
+    ]
+    assert torch.equal(found[0].scores, found[1].scores)
+    assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
+
+
+class _Recorder(torch.nn.Module):
+    """Keeps its input and detects nothing."""
+
+    def forward(self, batch):
+        from detectron2.structures import Instances
+
+        (self.seen,) = batch
+        return [{"instances": Instances((batch[0]["height"], batch[0]["width"]))}]
+
+
+def test_the_predictor_resizes_and_orders_channels_as_told():
+    model, image = _Recorder(), make_image(20, 30)
+    Predictor(model, [T.Resize((40, 60))], image_format="BGR")(image)
+    assert model.seen["image"].shape == (3, 40, 60)
+    assert (model.seen["height"], model.seen["width"]) == (20, 30)
+    Predictor(model, image_format="BGR")(image)
+    assert (model.seen["image"].permute(1, 2, 0).numpy() == image[:, :, ::-1]).all()
+
+
+# What is missing or wrong
+
+
+def test_missing_files_are_named(trained, tmp_path, capsys):
+    config, weights = trained
+    image = tmp_path / "a.png"
+    write_image(image)
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([config, weights, "--input", "nowhere.png"], "nowhere.png does not exist"),
+        ([config, weights, "--input", tmp_path / "*.gif"], "*.gif does not exist"),
+        ([config, weights, "--input", tmp_path / "empty"], "no image in the folder"),
+        (["nowhere.py", weights, "--input", image], "nowhere.py does not exist"),
+        ([config, "nowhere.pth", "--input", image], "nowhere.pth does not exist"),
+        ([config, "", "--input", image], "add --weights"),
+        (["", "nowhere.pth", "--input", image], "nowhere.pth does not exist"),
+        (["", "", "--input", image], "add --config-file, --weights or both"),
+    ):
+        config_file, file, *rest = arguments
+        out = ["--output", tmp_path / "out"]
+        text = error_of(capsys, "--config-file", config_file, "--weights", file, *rest, *out)
+        assert words in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_say_their_config_need_one(trained, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    for provenance, words in (
+        ({}, "does not say which config it belongs to: add --config-file"),
+        ({"smca": {"config": "mine.py"}}, "the config mine.py, which is neither"),
+    ):
+        weights = write_weights(tmp_path, trained[0], **provenance)
+        assert words in error_of(capsys, "--weights", weights, "--input", tmp_path / "a.png")
+
+
+def test_wrong_outputs_and_thresholds_are_errors(trained, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name)
+    model = ["--config-file", trained[0], "--weights", trained[1]]
+    for arguments, words in (
+        (["--input", tmp_path, "--output", tmp_path], "would overwrite the input"),
+        (["--input", tmp_path, "--output", "x.png"], "give a folder for 2 images"),
+        (["--input", tmp_path, "--confidence-threshold", "2"], "has to be in [0, 1]"),
+    ):
+        assert words in error_of(capsys, *model, *arguments)
+
+
+# Video
+
+
+@pytest.fixture
+def video(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (500, 480))
+    for seed in range(3):
+        writer.write(np.repeat(np.repeat(make_image(96, 100, seed), 5, 0), 5, 1))
+    writer.release()
+    return path
+
+
+def test_a_video_becomes_an_mp4_of_as_many_frames(trained, tmp_path, video):
+    import cv2
+
+    out = tmp_path / "out"
+    args = ("--output", out, "--confidence-threshold", 0)
+    assert run(trained, "--video-input", video, *args) == 0
+    drawn, sizes = cv2.VideoCapture(str(out / "film.mp4")), []
+    assert drawn.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    while True:
+        is_read, frame = drawn.read()
+        if not is_read:
+            break
+        sizes.append(frame.shape)
+    assert sizes == [(480, 500, 3)] * 3
+    results = read_json(out)
+    assert [r["image_id"] for r in results] == [0] * 6 + [1] * 6 + [2] * 6
+
+
+def test_detections_in_a_video_are_those_of_its_frames(trained, tmp_path, video):
+    import cv2
+
+    out = tmp_path / "out"
+    assert run(trained, "--video-input", video, "--output", out, "--confidence-threshold", 0) == 0
+    _, frame = cv2.VideoCapture(str(video)).read()
+    expected = expected_detections(trained[0], frame[:, :, ::-1].copy())
+    for result, (box, score, _) in zip(read_json(out), expected):
+        assert result["bbox"] == pytest.approx(box, abs=0.5)
+        assert result["score"] == pytest.approx(score, abs=1e-3)
+
+
+def test_what_is_no_video_is_named(trained, tmp_path, capsys):
+    pytest.importorskip("cv2")
+    (tmp_path / "notes.mp4").write_text("no video")
+    model = ["--config-file", trained[0], "--weights", trained[1]]
+    for name, words in (("gone.mp4", "does not exist"), ("notes.mp4", "is no video")):
+        assert words in error_of(capsys, *model, "--video-input", tmp_path / name)
+
+
+def test_without_opencv_a_video_needs_it(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    model = ["--config-file", trained[0], "--weights", trained[1]]
+    text = error_of(capsys, *model, "--video-input", tmp_path / "film.avi")
+    assert "pip install opencv-python-headless" in text
+
+
+# The demo run
+
+
+def test_demo_run_trains_evaluates_draws_and_tells_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+    register_shapes(num_train=4, num_val=4, prefix=str(tmp_path))
+    run_demo = load_script(ROOT / "tools" / "run_demo.py")
+    args = [
+        *("--output-dir", str(tmp_path / "run"), "train.fast_dev_run=True", "train.device=cpu"),
+        *("model.embed_dim=32", "dataloader.train.total_batch_size=2"),
+        f"dataloader.train.dataset.names='{tmp_path}_train'",
+        f"dataloader.test.dataset.names='{tmp_path}_val'",
+    ]
+    text = run_demo.run(run_demo.get_parser().parse_args(args))
+    assert re.search(r"AP +AP50 +AP75", text)
+    written = re.findall(r"^  (/.*)$", text, flags=re.MULTILINE)
+    names = {os.path.basename(path) for path in written}
+    assert {"model_final.pth", "validation.png", "gaussians.png", "curves.png"} <= names
+    assert all(os.path.isfile(path) for path in written)
