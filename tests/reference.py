@@ -155,20 +155,21 @@ def log_weights(height, width, centres, spreads, mode, beta=8.0, factor=1.0):
     (single), 2 (independent), 3 (covariance), as they come out of the linear layer.
     Returns (B, H, Q, h * w).
     """
-    columns = []
-    for y, x in itertools.product(range(height), range(width)):
-        dx2 = (x - centres[..., 0]) ** 2
-        dy2 = (y - centres[..., 1]) ** 2
+    x = torch.arange(width, dtype=centres.dtype)
+    rows = []
+    for y in range(height):
+        dx2 = (x - centres[..., 0:1]) ** 2  # (B, Q, H, w)
+        dy2 = (y - centres[..., 1:2]) ** 2  # (B, Q, H, 1)
         if mode == "fixed":
             distance = dx2 + dy2
         elif mode == "single":
-            distance = spreads[..., 0] ** 2 * (dx2 + dy2)
+            distance = spreads[..., 0:1] ** 2 * (dx2 + dy2)
         else:
-            distance = spreads[..., 0] ** 2 * dx2 + spreads[..., 1] ** 2 * dy2
+            distance = spreads[..., 0:1] ** 2 * dx2 + spreads[..., 1:2] ** 2 * dy2
             if mode == "covariance":
-                distance = distance + spreads[..., 2] ** 2 * dx2 * dy2
-        columns.append(-factor * distance / beta)  # (B, Q, H)
-    return torch.stack(columns, -1).transpose(1, 2)
+                distance = distance + spreads[..., 2:3] ** 2 * dx2 * dy2
+        rows.append(-factor * distance / beta)
+    return torch.cat(rows, -1).transpose(1, 2)
 
 
 def modulated_co_attention(

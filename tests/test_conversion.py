@@ -207,6 +207,26 @@ def test_detrs_classes_become_probabilities_against_no_object(detr, classes, num
     torch.testing.assert_close(scores, against_none)
 
 
+def test_converted_detr_computes_detrs_boxes(detr):
+    model = build("detr_r50_50ep", *TINY)
+    model.load_state_dict(convert(detr).model, strict=True)
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randint(0, 256, (64, 96, 3), generator=generator, dtype=torch.uint8)
+    batch, padding_mask, sizes = reference.batch_images([image.numpy()])
+    settings = reference.Settings(decoder_layers=2, modulation="none")
+    with torch.no_grad():
+        maps = [reference.convolution(detr, "input_proj", model.backbone(batch)["res5"])]
+        memory = reference.encode(detr, maps, [32], padding_mask, settings)
+        outputs, _ = reference.decoder(
+            detr, detr["query_embed.weight"], *memory, sizes, settings
+        )
+        _, boxes = reference.heads(detr, outputs, None)
+        images = model.eval().preprocess([{"image": image.permute(2, 0, 1)}])
+        predictions = model.predict(model.decode(images))
+    assert boxes[-1].std() > 0.1
+    torch.testing.assert_close(predictions.boxes_cxcywh[-1], boxes[-1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_torchvision_resnet_computes_the_same_features(depth):
     torch.manual_seed(0)

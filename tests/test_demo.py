@@ -20,7 +20,7 @@ from demo_cases import (
     write_image,
     write_weights,
 )
-from smca.data import register_shapes
+from smca.data import SHAPE_CLASSES, register_shapes
 from smca.predictor import Predictor, load_predictor
 
 
@@ -222,12 +222,15 @@ def test_weights_find_the_config_of_their_name_in_the_package(tmp_path):
 
     model = instantiate(LazyConfig.load(str(ROOT / "configs" / "smca_shapes.py")).model)
     path = tmp_path / "model.pth"
-    torch.save({"model": model.state_dict(), "smca": {"config": "smca_shapes.py"}}, path)
+    overrides = ["dataloader.test.mapper.augmentations.max_size=150"]
+    metadata = {"config": "smca_shapes.py", "overrides": overrides}
+    torch.save({"model": model.state_dict(), "smca": metadata}, path)
     predictor, cfg = load_predictor(weights=str(path))
+    assert cfg.dataloader.test.mapper.augmentations.max_size == 150
     assert cfg.train.output_dir == "output/smca_shapes"
     # Names and ids are those of the config's data set.
-    assert predictor.class_names == ["ellipse", "rectangle", "triangle", "star"]
-    assert predictor.category_ids == {0: 1, 1: 2, 2: 3, 3: 4}
+    assert predictor.class_names == list(SHAPE_CLASSES)
+    assert predictor.category_ids == {i: i + 1 for i in range(len(SHAPE_CLASSES))}
 
 
 def test_overrides_reach_the_model(trained, tmp_path):

@@ -303,6 +303,27 @@ def test_half_precision_costs_modulated_attention_no_more_than_plain(spread, dty
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("spread", SPREADS)
+def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding(spread, dtype):
+    size = (25, 42)
+    inputs, expected = coco_sized_case(size, spread)
+    tokens = [inputs[name].to(dtype) for name in ("query", "key", "value")]
+    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size, dtype=dtype)
+    output = modulated_attention(*tokens, modulation).float()
+    leaf_inputs = used(inputs, spread)
+    weights = random_tensor(*expected.shape, seed=4)
+    gradients = [
+        torch.autograd.grad((x * weights).sum(), list(leaf_inputs.values()), retain_graph=True)
+        for x in (output, expected)
+    ]
+    for name, got, wanted in zip(leaf_inputs, *gradients):
+        # The gradients of a query's channels, sums over squared coordinates, are rounded before
+        # they are added up to its centre's and spread's.
+        slack = 8 if name in ("centres", "spreads") else 2
+        assert (got - wanted).abs().max() < slack * ROUNDING[dtype] * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("spread", SPREADS)
 def test_half_precision_drops_what_float32_drops(spread, dtype):
     size = (25, 42)
     inputs, _ = coco_sized_case(size, spread)

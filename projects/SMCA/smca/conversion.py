@@ -435,9 +435,9 @@ def _softmax_to_sigmoid(model: Dict[str, Tensor]) -> str:
         # sigmoid(l_c - l_none) = p_c / (p_c + p_none).
         model[key] = model[key][:-1] - model[key][-1:]
     return (
-        "All weights are kept as an initialisation for training with focal loss. The class head's "
-        "last output (no object) is subtracted from the others and left out: a class's sigmoid "
-        "then is its probability against no object."
+        "It is an initialisation for training with focal loss. The class head's last output (no "
+        "object) is subtracted from the others and left out, so that a class's sigmoid is its "
+        "probability against no object; all other weights are kept as they are."
     )
 
 

@@ -80,7 +80,7 @@ def load_predictor(config_file=None, weights=None, overrides=(), device=None):
     Args:
         config_file (str or None): LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the
             ``config.yaml`` that training wrote beside the weights, else the config of that name
-            that comes with this package.
+            that comes with this package, with the overrides of the training.
         weights (str or None): a detector's checkpoint; None: the one that the config names.
         overrides (list[str]): ``key=value``; of a yacs config ``KEY VALUE`` pairs.
         device (str or None): "auto", "cpu", "cuda", ...; None: as the config says.
@@ -92,7 +92,10 @@ def load_predictor(config_file=None, weights=None, overrides=(), device=None):
         UserError: a file is missing, is of another kind, or does not fit the others.
     """
     provenance = _provenance(weights)
-    cfg = _load_any_config(config_file or _find_config(weights, provenance), overrides)
+    trained_with = []
+    if not config_file:
+        config_file, trained_with = _find_config(weights, provenance)
+    cfg = _load_any_config(config_file, [*trained_with, *overrides])
     is_lazy = isinstance(cfg, DictConfig)
     weights = weights or (cfg.train.init_checkpoint if is_lazy else cfg.MODEL.WEIGHTS)
     if not weights:
@@ -144,20 +147,20 @@ def _provenance(weights):
 
 
 def _find_config(weights, provenance):
-    """The config that a checkpoint belongs to."""
+    """The config that a checkpoint belongs to, and the overrides that it was trained with."""
     if not weights:
         raise ConfigError("No model given: add --config-file, --weights or both.")
     if "://" not in weights and not os.path.isfile(weights):
         raise ConfigError(f"The checkpoint {weights} does not exist.")
     beside = os.path.join(os.path.dirname(weights), "config.yaml")
     if os.path.isfile(beside):
-        return beside
+        return beside, []
     name = provenance.get("config")
     if not name:
         raise ConfigError(f"{weights} does not say which config it belongs to: add --config-file.")
     for known in list_configs():
         if Path(known).name == Path(name).stem:
-            return get_config_file(known)
+            return get_config_file(known), list(provenance.get("overrides") or [])
     raise ConfigError(
         f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
         "among those of this package: add --config-file."

@@ -306,6 +306,7 @@ def _provenance(cfg, args):
     class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
     return {
         "config": os.path.basename(args.config_file),
+        "overrides": list(args.opts),
         "class_names": list(class_names),
         "num_classes": OmegaConf.select(cfg, "model.num_classes"),
     }
