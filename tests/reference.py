@@ -1,8 +1,8 @@
 """SMCA written out slowly: the reference that the tests compare the package with.
 
 Plain functions on tensors and on a plain ``state_dict`` with the official checkpoints' key names.
-Every map is built in full, every pair is visited in a loop, dropout is always 0, and no code is
-shared with the package.
+Every map is built in full, every pair is visited in a loop, and no code is shared with the package.
+`dropout` marks where the model drops, and drops nothing.
 
 Shorthand for shapes: B images, Q queries, C classes, d channels, H heads, L scales, S = h * w cells
 of one scale, T boxes of one image. Tokens are batch first, ``padding_mask`` is True on padding,
@@ -89,6 +89,11 @@ def layer_norm(state_dict, name, x):
     return normalised * state_dict[name + ".weight"] + state_dict[name + ".bias"]
 
 
+def dropout(x):
+    """Where dropout is, for tests to put something else in its place."""
+    return x
+
+
 def mlp(state_dict, name, x):
     """Three linear layers with ReLU between."""
     for i in range(3):
@@ -105,7 +110,8 @@ def convolution(state_dict, name, x, stride=1, depthwise=False):
 
 
 def feed_forward(state_dict, name, x):
-    return linear(state_dict, name + ".linear2", linear(state_dict, name + ".linear1", x).relu())
+    hidden = dropout(linear(state_dict, name + ".linear1", x).relu())
+    return dropout(linear(state_dict, name + ".linear2", hidden))
 
 
 def to_tokens(feature_map):
@@ -138,7 +144,7 @@ def attend(q, k, v, num_heads, padding_mask=None, log_weights=None):
             logits = logits + log_weights[:, h]
         if padding_mask is not None:
             logits = logits.masked_fill(padding_mask[:, None, :], float("-inf"))
-        heads.append(logits.softmax(-1) @ v[..., part])
+        heads.append(dropout(logits.softmax(-1)) @ v[..., part])
     return torch.cat(heads, -1)
 
 
@@ -264,7 +270,7 @@ def decoder_layer(
         o = layer_norm(state_dict, name + ".norm4", tgt + query_pos)
 
     attended = self_attention(state_dict, name + ".self_attn", tgt, query_pos, settings.num_heads)
-    tgt = layer_norm(state_dict, name + ".norm1", tgt + attended)
+    tgt = layer_norm(state_dict, name + ".norm1", tgt + dropout(attended))
 
     maps, scale_weights = None, None
     if modulated:
@@ -283,7 +289,7 @@ def decoder_layer(
         scale_weights,
         settings.num_heads,
     )
-    tgt = layer_norm(state_dict, name + ".norm2", tgt + read)
+    tgt = layer_norm(state_dict, name + ".norm2", tgt + dropout(read))
     tgt = layer_norm(state_dict, name + ".norm3", tgt + feed_forward(state_dict, name, tgt))
     return tgt, r
 
@@ -343,7 +349,7 @@ def heads(state_dict, outputs, r):
 def encoder_layer(state_dict, name, x, pos, padding_mask, num_heads=8):
     """One post-norm attention layer on (B, S, d)."""
     attended = self_attention(state_dict, name + ".self_attn", x, pos, num_heads, padding_mask)
-    x = layer_norm(state_dict, name + ".norm1", x + attended)
+    x = layer_norm(state_dict, name + ".norm1", x + dropout(attended))
     return layer_norm(state_dict, name + ".norm2", x + feed_forward(state_dict, name, x))
 
 
@@ -406,7 +412,7 @@ def conv_encoder_layer(state_dict, name, maps, positions):
             total = total + F.interpolate(
                 coarse, size=x.shape[-2:], mode="bilinear", align_corners=True
             )
-        tokens = to_tokens(x + pointwise("conv_2", total))
+        tokens = to_tokens(x + dropout(pointwise("conv_2", total)))
         tokens = layer_norm(state_dict, name + ".norm1", tokens)
         tokens = tokens + feed_forward(state_dict, name, tokens)
         tokens = layer_norm(state_dict, name + ".norm2", tokens)

@@ -178,6 +178,29 @@ def test_predictions_of_all_layers_equal_the_reference(kind, encoder_settings, d
     assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
 
 
+@pytest.mark.parametrize("spread", ["independent", "covariance"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_dropout_is_where_the_reference_has_it(kind, spread, monkeypatch):
+    def bend(x):
+        """In place of dropout: tells by its result what it was applied to."""
+        return x + 0.3 * torch.sin(2 * x)
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return bend(x) if training and p else x
+
+    settings = {"decoder_settings": {"spread": spread}}
+    model = randomize(make_model(kind, dropout=0.1, **settings)).train()
+    inputs = make_inputs([0, 0])
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    predictions = model.predict(model.decode(model.preprocess(inputs)))
+    straight, _ = reference_predictions(model, kind, inputs, **settings)
+    monkeypatch.setattr(reference, "dropout", bend)
+    logits, boxes = reference_predictions(model, kind, inputs, **settings)
+    assert_close(predictions.logits, torch.stack(logits))
+    assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
+    assert (torch.stack(straight) - torch.stack(logits)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("pattern", ["MM", "IM"])
 def test_multi_scale_model_of_one_scale_is_the_single_scale_model(pattern):
     multi = randomize(

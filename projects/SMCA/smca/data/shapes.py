@@ -23,13 +23,14 @@ __all__ = ["SHAPE_CLASSES", "Scene", "draw_scene", "register_shapes", "write_sha
 SHAPE_CLASSES = ("ellipse", "rectangle", "triangle")
 
 # Part of the cache's folder name: raise it whenever the pictures change.
-_VERSION = 2
+_VERSION = 3
 _SPLITS = ("train", "val")
 
 _IMAGE_SIDES = (128, 160)  # pixels
 _NUM_OBJECTS = (1, 6)
 _LENGTHS = (18, 100)  # long side of a shape before it is rotated, in pixels
-_ASPECT_RATIOS = (0.5, 1.0)
+_ASPECT_RATIOS = (0.5, 1.0)  # short side by long side
+_MAX_ROTATION = 25  # degrees, either way
 _CONTRASTS = (80, 200)  # distance in RGB between a shape's colour and what it covers
 _MIN_VISIBLE_FRACTION = 0.4
 _MIN_BOX_SIDE = 8  # pixels
@@ -227,8 +228,8 @@ def _random_shape(rng, name, height, width):
     """
     length = math.exp(rng.uniform(*np.log(_LENGTHS)))
     aspect_ratio = math.exp(rng.uniform(*np.log(_ASPECT_RATIOS)))
-    corners = _unit_polygon(rng, name) * (length / 2, length / 2 * aspect_ratio)
-    angle = rng.uniform(0, 2 * math.pi)
+    corners = _unit_polygon(rng, name) * rng.permutation((length / 2, length / 2 * aspect_ratio))
+    angle = math.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     corners = corners @ rotation
     center = rng.uniform(0.08, 0.92, 2) * (width, height)
