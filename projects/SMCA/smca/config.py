@@ -1,4 +1,4 @@
-"""The yacs way to the same models, for ``DefaultPredictor`` and other tools that take a yacs config.
+"""The yacs way to the same models, for ``DefaultPredictor`` and other tools that want one.
 
 A yacs config names a LazyConfig of this project, which has all the defaults, and may replace its
 main settings. Nothing is defined twice."""

@@ -62,7 +62,8 @@ class ConvEncoderLayer(nn.Module):
         for fine in range(len(maps) - 1):
             coarse = fine + 1
             # A shared convolution is the last one for every pair.
-            down, up = self.down[min(fine, len(self.down) - 1)], self.up[min(fine, len(self.up) - 1)]
+            index = min(fine, len(self.down) - 1)
+            down, up = self.down[index], self.up[index]
             mixed[coarse] = mixed[coarse] + down(maps[fine])
             mixed[fine] = mixed[fine] + F.interpolate(
                 up(maps[coarse]), size=maps[fine].shape[-2:], mode="bilinear", align_corners=True

@@ -36,7 +36,9 @@ class SetCriterion(nn.Module):
     ):
         super().__init__()
         self.matcher = matcher
-        self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
+        self.class_weight = class_weight
+        self.box_weight = box_weight
+        self.giou_weight = giou_weight
         self.alpha, self.gamma = alpha, gamma
 
     def forward(

@@ -167,7 +167,9 @@ class Decoder(nn.Module):
             ("spread", spread, tuple(SPREADS)),
         ):
             if value not in known:
-                raise ValueError(f"model.decoder.{key}={value!r} must be one of {', '.join(known)}.")
+                raise ValueError(
+                    f"model.decoder.{key}={value!r} must be one of {', '.join(known)}."
+                )
         if beta <= 0:
             raise ValueError(f"model.decoder.beta={beta} must be positive.")
         if num_layers < 1:

@@ -31,7 +31,7 @@ class Matching(NamedTuple):
 class HungarianMatcher(nn.Module):
     """One-to-one assignment of least total cost (DETR, section 3.1, with focal class cost).
 
-    The cost of a query for an object is class_weight * C + box_weight * L1 - giou_weight * GIoU with
+    The cost of a query for an object is class_weight C + box_weight L1 - giou_weight GIoU with
 
         C = alpha (1 - p)^gamma (-log(p + 1e-8)) - (1 - alpha) p^gamma (-log(1 - p + 1e-8)),
 
@@ -48,7 +48,9 @@ class HungarianMatcher(nn.Module):
         gamma: float = 2.0,
     ):
         super().__init__()
-        self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
+        self.class_weight = class_weight
+        self.box_weight = box_weight
+        self.giou_weight = giou_weight
         self.alpha, self.gamma = alpha, gamma
 
     @torch.no_grad()
