@@ -1,7 +1,8 @@
 """The demo: a small SMCA learns the embedded data set from scratch in minutes on a CPU."""
 
 from detectron2.config import LazyCall as L
-from fvcore.common.param_scheduler import MultiStepParamScheduler
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
 
 from smca.data import SHAPE_CLASSES
 
@@ -16,21 +17,26 @@ model.in_features = ["res3"]
 model.encoder.update(pattern="I", ffn_dim=512)
 model.decoder.update(num_layers=3, ffn_dim=512)
 model.num_classes = len(SHAPE_CLASSES)
-model.num_queries = 20
+model.num_queries = 40
+model.embed_dim = 128
 model.dropout = 0.0
 
 dataloader.train.dataset.names = "smca_shapes_train"
 dataloader.test.dataset.names = "smca_shapes_val"
-dataloader.train.mapper.augmentations.update(short_sides=[112, 128, 144], max_size=176)
+dataloader.train.mapper.augmentations.update(short_sides=128, max_size=176)
 dataloader.train.mapper.augmentations_with_crop = None
 dataloader.test.mapper.augmentations.update(short_sides=128, max_size=176)
+dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 
 # Nothing is pretrained: the backbone learns at the same rate.
-optimizer.lr = 2.5e-4
+optimizer.lr = 6e-4
 optimizer.params.lr_factor_func.factor = 1.0
-lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[8, 10])
-train.max_iter = 1000
-train.eval_period = 250
-train.checkpointer.period = 250
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
+    warmup_factor=0.01,
+    warmup_length=0.03,
+)
+train.max_iter = 2500
+train.eval_period = train.checkpointer.period = 1250
 train.output_dir = "output/smca_shapes"

@@ -80,7 +80,7 @@ def test_scenes_have_one_to_six_objects_of_all_classes_and_very_different_sizes(
     assert counts == {1, 2, 3, 4, 5, 6}
     assert {c for scene in scenes for c in scene.classes} == set(range(len(SHAPE_CLASSES)))
     lengths = [max(np.ptp(np.nonzero(m), axis=1)) + 1 for s in scenes for m in s.masks]
-    assert 8 <= min(lengths) < 16 and 80 < max(lengths) < 125
+    assert 8 <= min(lengths) < 30 and 90 < max(lengths) < 125
 
 
 def test_images_have_128_to_160_pixels_a_side():

@@ -25,7 +25,7 @@ def get_parser():
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=int, default=8, help="in validation.png")
     parser.add_argument("--num-detections", type=int, default=4, help="in gaussians.png")
-    parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    parser.add_argument("--confidence-threshold", type=float, default=0.3)
     parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
     parser.add_argument("--scale", type=int, help="of the maps, 0 is the finest; default: all")
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")

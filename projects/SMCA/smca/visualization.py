@@ -595,7 +595,7 @@ def write_pictures(
     metrics_file=None,
     num_images=8,
     num_detections=4,
-    confidence_threshold=0.5,
+    confidence_threshold=0.3,
     layer=-1,
     scale=None,
 ):
@@ -610,7 +610,8 @@ def write_pictures(
         metrics_file (str or None): without one, there are no curves.
         num_images (int): in ``validation.png``, at least 1.
         num_detections (int): in ``gaussians.png``; 0 leaves that picture out.
-        confidence_threshold (float): of the detections in ``validation.png``.
+        confidence_threshold (float): of the detections in ``validation.png``. A focal loss
+            leaves scores low after a short training.
         layer, scale: of the Gaussian maps, see :func:`modulation_maps`, :func:`draw_gaussians`.
 
     Returns:

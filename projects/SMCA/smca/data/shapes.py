@@ -2,8 +2,8 @@
 The embedded data set: textured shapes on noisy, cluttered backgrounds, drawn by this file.
 
 It is small enough to train on without a GPU and still a detection problem: three classes, one
-to six objects an image, about 12 to 100 pixels long, rotated, stretched, overlapping, with strong
-and weak contrast.
+to six objects an image, up to 110 pixels long, rotated, stretched and overlapping. Each class has a
+typical texture, but not every object has it.
 """
 
 import functools
@@ -21,17 +21,21 @@ from .cache import cache_dir, create_once
 __all__ = ["SHAPE_CLASSES", "Scene", "draw_scene", "register_shapes", "write_shapes"]
 
 SHAPE_CLASSES = ("ellipse", "rectangle", "triangle")
+_TEXTURES = ("ramp", "stripes", "checkerboard", "plain", "noise")
+# The first three are typical of the classes, in their order; this share of objects has its own
+# class's texture, the others any.
+_TYPICAL_TEXTURE_SHARE = 0.75
 
 # Part of the cache's folder name: raise it whenever the pictures change.
-_VERSION = 3
+_VERSION = 6
 _SPLITS = ("train", "val")
 
 _IMAGE_SIDES = (128, 160)  # pixels
 _NUM_OBJECTS = (1, 6)
-_LENGTHS = (18, 100)  # long side of a shape before it is rotated, in pixels
+_LENGTHS = (32, 110)  # long side of a shape before it is rotated, in pixels
 _ASPECT_RATIOS = (0.5, 1.0)  # short side by long side
-_MAX_ROTATION = 25  # degrees, either way
-_CONTRASTS = (80, 200)  # distance in RGB between a shape's colour and what it covers
+_MAX_ROTATION = 20  # degrees, either way
+_CONTRASTS = (120, 260)  # distance in RGB between a shape's colour and what it covers
 _MIN_VISIBLE_FRACTION = 0.4
 _MIN_BOX_SIDE = 8  # pixels
 _SUPERSAMPLING = 3
@@ -159,8 +163,8 @@ def draw_scene(rng):
         if all(map(_is_visible_enough, visible, full_areas + [full_area])):
             masks, classes = visible, classes + [class_index]
             full_areas.append(full_area)
-            _paint(rng, canvas, alpha, outline)
-    noise = rng.normal(0, rng.uniform(3, 12), canvas.shape)
+            _paint(rng, canvas, alpha, outline, _random_texture(rng, class_index))
+    noise = rng.normal(0, rng.uniform(2, 9), canvas.shape)
     image = Image.fromarray(np.clip(canvas + noise, 0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
     return Scene(np.asarray(image), masks, classes)
@@ -180,7 +184,7 @@ def _background(rng, height, width):
     ramp = (ramp - ramp.min()) / np.ptp(ramp)
     first, second = rng.uniform(30, 225, (2, 3))
     canvas = first + (second - first) * ramp[..., None]
-    canvas += _multi_scale_noise(rng, height, width, rng.uniform(10, 45))
+    canvas += _multi_scale_noise(rng, height, width, rng.uniform(8, 28))
     return _strokes(rng, np.clip(canvas, 0, 255))
 
 
@@ -200,7 +204,7 @@ def _strokes(rng, canvas):
     image = Image.fromarray(canvas.astype(np.uint8))
     clutter = image.copy()
     draw = ImageDraw.Draw(clutter)
-    for _ in range(rng.integers(3, 12)):
+    for _ in range(rng.integers(1, 8)):
         color = tuple(int(value) for value in rng.integers(0, 256, 3))
         x, y = rng.uniform(0, image.width), rng.uniform(0, image.height)
         length, stroke = rng.uniform(8, 70), int(rng.integers(1, 4))
@@ -263,11 +267,17 @@ def _polygon_area(corners):
     return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 
 
-def _paint(rng, canvas, alpha, outline):
+def _random_texture(rng, class_index):
+    if rng.random() < _TYPICAL_TEXTURE_SHARE:
+        return _TEXTURES[class_index]
+    return str(rng.choice(_TEXTURES))
+
+
+def _paint(rng, canvas, alpha, outline, texture):
     """Blend a textured, perhaps outlined, slightly transparent shape into the canvas."""
     covered = canvas[alpha > 0.5].mean(axis=0)
     color = _contrasting_color(rng, covered)
-    fill = color + _texture(rng, *alpha.shape)
+    fill = color + _texture(rng, texture, *alpha.shape)
     if rng.random() < 0.5:
         edge_color = color * rng.uniform(0.3, 0.7) if rng.random() < 0.5 else (color + 255) / 2
         fill = fill + outline[..., None] * (edge_color - fill)
@@ -281,21 +291,21 @@ def _contrasting_color(rng, covered):
     return candidates[np.abs(distances - contrast).argmin()]
 
 
-def _texture(rng, height, width):
-    """Float (H, W, 3), about 0: none, a ramp, stripes, a checkerboard, or noise."""
-    kind, amplitude = rng.integers(5), rng.uniform(8, 30)
+def _texture(rng, name, height, width):
+    """Float (H, W, 3), about 0: the pattern that is added to a shape's colour."""
+    amplitude = rng.uniform(10, 30)
     y, x = np.mgrid[:height, :width]
-    angle, period = rng.uniform(0, math.pi), rng.uniform(4, 12)
+    angle, period = rng.uniform(0, math.pi), rng.uniform(5, 12)
     along = math.cos(angle) * x + math.sin(angle) * y
     across = math.cos(angle) * y - math.sin(angle) * x
-    if kind == 0:
-        pattern = np.zeros((height, width))
-    elif kind == 1:
-        pattern = (along - along.mean()) / 40
-    elif kind == 2:
-        pattern = np.sin(2 * math.pi * along / period)
-    elif kind == 3:
-        pattern = np.sign(np.sin(math.pi * along / period) * np.sin(math.pi * across / period))
-    else:
+    if name == "noise":
         return _multi_scale_noise(rng, height, width, amplitude)
+    if name == "plain":
+        pattern = np.zeros((height, width))
+    elif name == "ramp":
+        pattern = (along - along.mean()) / 40
+    elif name == "stripes":
+        pattern = np.sin(2 * math.pi * along / period)
+    else:
+        pattern = np.sign(np.sin(math.pi * along / period) * np.sin(math.pi * across / period))
     return amplitude * pattern[..., None]
