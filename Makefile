@@ -28,7 +28,7 @@ $(STAMP): setup.cfg constraints.txt tools/install_detectron2.py
 	touch $(STAMP)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 demo: setup
 	$(BIN)/python tools/run_demo.py --output-dir $(OUTPUT)

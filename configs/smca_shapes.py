@@ -30,7 +30,7 @@ dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 
 # Nothing is pretrained: the backbone learns at the same rate.
-optimizer.lr = 6e-4
+optimizer.lr = 5e-4
 optimizer.params.lr_factor_func.factor = 1.0
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
@@ -38,5 +38,5 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.03,
 )
 train.max_iter = 2500
-train.eval_period = train.checkpointer.period = 1250
+train.eval_period = train.checkpointer.period = 500
 train.output_dir = "output/smca_shapes"

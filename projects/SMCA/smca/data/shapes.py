@@ -2,7 +2,7 @@
 The embedded data set: textured shapes on noisy, cluttered backgrounds, drawn by this file.
 
 It is small enough to train on without a GPU and still a detection problem: three classes, one
-to six objects an image, up to 110 pixels long, rotated, stretched and overlapping. Each class has a
+to six objects an image, up to 100 pixels long, rotated, stretched and overlapping. Each class has a
 typical texture, but not every object has it.
 """
 
@@ -24,15 +24,15 @@ SHAPE_CLASSES = ("ellipse", "rectangle", "triangle")
 _TEXTURES = ("ramp", "stripes", "checkerboard", "plain", "noise")
 # The first three are typical of the classes, in their order; this share of objects has its own
 # class's texture, the others any.
-_TYPICAL_TEXTURE_SHARE = 0.75
+_TYPICAL_TEXTURE_SHARE = 0.6
 
 # Part of the cache's folder name: raise it whenever the pictures change.
-_VERSION = 6
+_VERSION = 5
 _SPLITS = ("train", "val")
 
 _IMAGE_SIDES = (128, 160)  # pixels
 _NUM_OBJECTS = (1, 6)
-_LENGTHS = (32, 110)  # long side of a shape before it is rotated, in pixels
+_LENGTHS = (28, 100)  # long side of a shape before it is rotated, in pixels
 _ASPECT_RATIOS = (0.5, 1.0)  # short side by long side
 _MAX_ROTATION = 20  # degrees, either way
 _CONTRASTS = (120, 260)  # distance in RGB between a shape's colour and what it covers

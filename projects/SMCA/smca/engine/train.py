@@ -306,7 +306,8 @@ def _provenance(cfg, args):
     class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
     return {
         "config": os.path.basename(args.config_file),
-        "overrides": list(args.opts),
+        # Those that make the model and what it sees; the run's own would only hold local paths.
+        "overrides": [text for text in args.opts if not text.lstrip("+").startswith("train.")],
         "class_names": list(class_names),
         "num_classes": OmegaConf.select(cfg, "model.num_classes"),
     }
