@@ -175,6 +175,7 @@ class Decoder(nn.Module):
         if num_layers < 1:
             raise ValueError(f"model.decoder.num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales
+        self.modulated = modulation != "none"
         self.layers = nn.ModuleList(
             DecoderLayer(
                 embed_dim,
