@@ -124,7 +124,9 @@ def test_two_cpu_processes_train_like_one_with_the_whole_batch(tmp_path):
     overrides += ["train.max_iter=3"]
     config = write_config(tmp_path)
     alone = train(config, tmp_path / "alone", *overrides)
-    args = ["--config-file", config, "--num-gpus", 2, "--dist-url", "auto"]
+    # A file, since a free port may be taken by another test before it is used.
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    args = ["--config-file", config, "--num-gpus", 2, "--dist-url", rendezvous]
     args = arguments(*args, f"train.output_dir={tmp_path / 'two'}", *overrides)
     assert run(args) == 0
     two = torch.load(tmp_path / "two" / "model_final.pth", weights_only=True)
