@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from modeling_cases import (
@@ -171,3 +172,36 @@ def test_labels_out_of_order_and_repeated_classes():
     losses = make_criterion()(*inputs.values(), targets)
     for name, value in reference_losses(inputs, targets).items():
         assert_close(losses[name], value, 1e-5)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators for which the host would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_layers, num_objects", [(1, [2]), (6, [3, 0, 7, 1])])
+def test_losses_take_one_transfer_to_the_host(num_layers, num_objects, monkeypatch):
+    inputs, targets = random_inputs(num_layers, num_objects)
+    transfers = []
+    for name in ("cpu", "numpy", "tolist"):
+        original = getattr(torch.Tensor, name)
+
+        def method(tensor, *args, original=original, name=name, **kwargs):
+            transfers.append(name)
+            return original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+    with HostReads() as reads:
+        losses = make_criterion()(*inputs.values(), targets)
+    assert sum(losses.values()).requires_grad
+    # What the host reads of the copy (is it finite, the numbers for SciPy) waits for nothing.
+    assert transfers == ["cpu", "numpy"]
+    assert reads.count == 1

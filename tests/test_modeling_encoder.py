@@ -200,6 +200,36 @@ def test_dropout_is_on_in_training_and_off_in_eval(name):
         assert_close(evaluated[i], expected[i], 1e-6)
 
 
+def run_in_training(encoder, scales):
+    """Outputs, the parameters' gradients, and the bytes kept between the two passes."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(0)
+    encoder.train().zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = [scale.tokens for scale in encoder(scales)]
+    weighted_sum(outputs).backward()
+    return outputs, [p.grad for p in encoder.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_checkpointing_keeps_less_and_changes_nothing(name, dropout):
+    make, strides = ENCODERS[name]
+    encoder, scales = make(dropout=dropout), make_scales(strides)
+    assert not encoder.checkpointing
+    outputs, gradients, kept = run_in_training(encoder, scales)
+    encoder.checkpointing = True
+    same_outputs, same_gradients, kept_with_checkpointing = run_in_training(encoder, scales)
+    for expected, value in zip(outputs + gradients, same_outputs + same_gradients):
+        assert_close(value, expected, 1e-6)
+    assert kept_with_checkpointing < kept / 2
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_output_keeps_positions_masks_and_order(name):
     make, strides = ENCODERS[name]

@@ -27,6 +27,7 @@ model = L(SMCA)(
         num_heads=8,
         ffn_dim=1024,
         dropout="${..dropout}",
+        checkpointing=False,
     ),
     decoder=L(Decoder)(
         num_layers=6,

@@ -18,5 +18,6 @@ model.encoder = L(ConvEncoder)(
     embed_dim="${..embed_dim}",
     ffn_dim=1024,
     dropout="${..dropout}",
+    checkpointing=False,
 )
 model.decoder.num_scales = 4

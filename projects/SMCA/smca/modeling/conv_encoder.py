@@ -10,7 +10,7 @@ from typing import List
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import FeedForward, xavier_uniform
+from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, as_tokens
 
 
@@ -85,6 +85,7 @@ class ConvEncoder(nn.Module):
         reduce_finest: before the decoder, the finest map goes through a 3x3 stride-2 convolution
             and takes over the position, mask and stride of the second scale (strides 8, 16, 32, 64
             become 16, 16, 32, 64).
+        checkpointing: as in `TransformerEncoder`.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class ConvEncoder(nn.Module):
         embed_dim: int = 256,
         ffn_dim: int = 1024,
         dropout: float = 0.1,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if kernel_size % 2 == 0:
@@ -105,6 +107,7 @@ class ConvEncoder(nn.Module):
         if reduce_finest and num_scales < 2:
             raise ValueError("model.encoder.reduce_finest needs at least two scales.")
         self.num_scales = num_scales
+        self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             ConvEncoderLayer(
                 embed_dim, num_scales, kernel_size, share_cross_scale, pointwise, ffn_dim, dropout
@@ -117,7 +120,7 @@ class ConvEncoder(nn.Module):
     def forward(self, scales: List[Scale]) -> List[Scale]:
         """The scales with encoded tokens, the finest reduced if so set."""
         for layer in self.layers:
-            scales = layer(scales)
+            scales = run_layer(layer, self.checkpointing and self.training, scales)
         if self.reduce is not None:
             finest = scales[0]
             tokens = as_tokens(self.reduce(finest.as_map(finest.tokens)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from .attention import float32_region
+from .backbone import fold_frozen_norms
 from .criterion import SetCriterion
 from .decoder import DecoderOutput
 from .layers import mlp
@@ -82,7 +83,7 @@ class SMCA(nn.Module):
                 f"model.num_classes={num_classes} and model.num_queries={num_queries} must be at "
                 "least 1."
             )
-        self.backbone = backbone
+        self.backbone = fold_frozen_norms(backbone)
         self.neck = ScaleProjection(
             backbone.output_shape(), in_features, num_extra_scales, embed_dim
         )

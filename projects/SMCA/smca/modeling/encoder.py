@@ -1,13 +1,14 @@
 """Intra-scale and multi-scale self-attention encoder (SMCA, section 3.4)."""
 
 from dataclasses import replace
+from functools import partial
 from typing import List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention
-from .layers import FeedForward, xavier_uniform
+from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, join_padding_masks
 
 
@@ -46,6 +47,8 @@ class TransformerEncoder(nn.Module):
         pattern: a letter for each layer, in order; the paper's best is "IIMII".
         embed_dim: d. num_heads: H. ffn_dim: width of the feed-forward block. dropout: of attention
             weights and of each block's result.
+        checkpointing: in training, keep only each layer's input and compute the layer again in the
+            backward pass: less memory for more time.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class TransformerEncoder(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 1024,
         dropout: float = 0.1,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if set(pattern) - set("IM"):
@@ -63,6 +67,7 @@ class TransformerEncoder(nn.Module):
                 "M (multi-scale), one for each layer, for instance 'IIMII'."
             )
         self.pattern = pattern
+        self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             EncoderLayer(embed_dim, num_heads, ffn_dim, dropout) for _ in pattern
         )
@@ -75,11 +80,12 @@ class TransformerEncoder(nn.Module):
         num_cells = [scale.tokens.shape[1] for scale in scales]
         tokens = [scale.tokens for scale in scales]
         for kind, layer in zip(self.pattern, self.layers):
+            run = partial(run_layer, layer, self.checkpointing and self.training)
             if kind == "I":
                 tokens = [
-                    layer(t, scale.position, scale.padding_mask) for t, scale in zip(tokens, scales)
+                    run(t, scale.position, scale.padding_mask) for t, scale in zip(tokens, scales)
                 ]
             else:
-                joined = layer(torch.cat(tokens, dim=1), joined_position, joined_mask)
+                joined = run(torch.cat(tokens, dim=1), joined_position, joined_mask)
                 tokens = list(joined.split(num_cells, dim=1))
         return [replace(scale, tokens=t) for scale, t in zip(scales, tokens)]

@@ -1,7 +1,9 @@
-"""The feed-forward block that encoder and decoder layers share, and the heads' small MLP."""
+"""What encoder, decoder and heads share: the feed-forward block, a small MLP, initialisation,
+activation checkpointing."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
 
 
@@ -33,3 +35,9 @@ def xavier_uniform(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
+
+
+def run_layer(layer: nn.Module, checkpointing: bool, *args):
+    """``layer(*args)``; with checkpointing its activations are not kept but computed again, with
+    the same dropout, in the backward pass."""
+    return checkpoint(layer, *args, use_reentrant=False) if checkpointing else layer(*args)

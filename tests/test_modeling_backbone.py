@@ -1,0 +1,92 @@
+"""Frozen batch norm folded into convolutions: the same function, names and gradients."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+from smca.modeling.backbone import FrozenNormConv2d, build_resnet, fold_frozen_norms
+
+
+def randomize_norms(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            for buffer in norm.buffers():
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return module
+
+
+def run(module, image):
+    """Output and the gradients of all parameters."""
+    output = module(image)
+    output = output["res5"] if isinstance(output, dict) else output
+    module.zero_grad()
+    output.square().mean().backward()
+    return output.detach(), {name: p.grad for name, p in module.named_parameters()}
+
+
+def assert_same(folded, plain, image):
+    (output, gradients), (expected, expected_gradients) = run(folded, image), run(plain, image)
+    torch.testing.assert_close(output, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        if gradient is None:  # a frozen stage
+            assert gradients[name] is None, name
+            continue
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-4 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [None, nn.functional.relu])
+def test_a_folded_convolution_equals_convolution_norm_activation(bias, activation):
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(8)
+    settings = dict(stride=2, padding=1, groups=2, bias=bias, norm=norm, activation=activation)
+    plain = randomize_norms(Conv2d(6, 8, 3, **settings))
+    folded = fold_frozen_norms(copy.deepcopy(plain))
+    assert isinstance(folded, FrozenNormConv2d)
+    assert_same(folded, plain, torch.randn(2, 6, 9, 11))
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_folded_resnet_equals_the_plain_one(depth):
+    torch.manual_seed(0)
+    plain = randomize_norms(build_resnet(depth, num_blocks=[1, 1, 1, 1])).train()
+    folded = fold_frozen_norms(copy.deepcopy(plain))
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    assert_same(folded, plain, torch.randn(1, 3, 64, 96))
+
+
+def test_every_norm_of_a_resnet_is_folded():
+    resnet = fold_frozen_norms(build_resnet(50))
+    norms = sum(isinstance(m, FrozenBatchNorm2d) for m in resnet.modules())
+    assert norms == sum(isinstance(m, FrozenNormConv2d) for m in resnet.modules()) == 53
+
+
+def test_a_norm_loaded_later_counts():
+    resnet = fold_frozen_norms(build_resnet(18, num_blocks=[1, 1, 1, 1])).eval()
+    other = randomize_norms(copy.deepcopy(resnet))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before, expected = resnet(image)["res5"], other(image)["res5"]
+        resnet.load_state_dict(other.state_dict())
+        assert not torch.allclose(before, expected)
+        assert torch.equal(resnet(image)["res5"], expected)
+
+
+@pytest.mark.parametrize("norm", ["GN", "BN"])
+def test_norms_that_learn_are_left_alone(norm):
+    resnet = fold_frozen_norms(build_resnet(18, norm=norm, freeze_at=0))
+    assert not any(isinstance(m, FrozenNormConv2d) for m in resnet.modules())
+
+
+def test_half_precision_stays_half_precision():
+    resnet = fold_frozen_norms(build_resnet(18, num_blocks=[1, 1, 1, 1]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = resnet(torch.randn(1, 3, 64, 64))["res5"]
+    assert features.dtype == torch.bfloat16
+    assert features.isfinite().all()
