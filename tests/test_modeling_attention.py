@@ -27,6 +27,7 @@ from smca.modeling.modulation import (
     SPREADS,
     Gaussians,
     SpatialModulation,
+    cell_channels,
     modulations,
 )
 from smca.modeling.scales import Scale
@@ -70,7 +71,8 @@ def modulate(centres, spreads, spread, size, head_dim=D // H, dtype=torch.float3
     """What modulates one scale of (h, w) cells, in the form that `CoAttention` takes."""
     scale = Scale(tokens=None, position=None, padding_mask=None, size=size, stride=32)
     gaussians = as_gaussians(centres, spreads, spread)
-    (modulation,) = modulations(gaussians, [scale], head_dim, dtype)
+    cells = cell_channels(size, dtype, torch.device("cpu"))
+    (modulation,) = modulations(gaussians, [scale], [cells], head_dim)
     return modulation
 
 

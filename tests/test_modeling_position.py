@@ -6,7 +6,7 @@ import torch
 import reference
 from modeling_cases import IMAGE_SIZES, pixel_mask
 from smca.modeling.position_encoding import SinePositionEncoding
-from smca.modeling.scales import padding_mask
+from smca.modeling.scales import padding_masks
 
 
 def cell_mask(height, width, *valid_sizes):
@@ -57,32 +57,37 @@ def test_has_no_parameters():
     assert not list(SinePositionEncoding(16).parameters())
 
 
-@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+CPU = torch.device("cpu")
+
+
 @pytest.mark.parametrize("image_sizes", [IMAGE_SIZES, [(203, 317), (251, 190)], [(33, 1), (1, 65)]])
-def test_padding_mask_is_the_pixel_mask_at_the_nearest_pixel(image_sizes, stride):
+def test_padding_masks_are_the_pixel_mask_at_the_nearest_pixel(image_sizes):
     pixels = pixel_mask(image_sizes)
     height, width = pixels.shape[1:]
-    size = (-(-height // stride), -(-width // stride))
-    expected = reference.resize_mask(pixels, *size)
-    mask = padding_mask(image_sizes, (height, width), size, torch.device("cpu"))
-    if mask is None:
-        assert not expected.any()
-    else:
+    sizes = [(-(-height // stride), -(-width // stride)) for stride in (8, 16, 32, 64)]
+    masks = padding_masks(image_sizes, (height, width), sizes, CPU)
+    assert len(masks) == len(sizes)
+    for mask, size in zip(masks, sizes):
         assert mask.dtype == torch.bool
-        assert torch.equal(mask, expected)
+        assert torch.equal(mask, reference.resize_mask(pixels, *size))
 
 
 def test_a_partly_padded_cell_is_valid():
     # Cells of 32 pixels, of which the second image fills one, and one pixel of the next.
-    mask = padding_mask([(64, 128), (64, 33)], (64, 128), (2, 4), torch.device("cpu"))
+    (mask,) = padding_masks([(64, 128), (64, 33)], (64, 128), [(2, 4)], CPU)
     assert mask[1, 0].tolist() == [False, False, True, True]
 
 
 def test_an_unpadded_batch_has_no_padding_mask():
-    assert padding_mask([(64, 96)] * 2, (64, 96), (2, 3), torch.device("cpu")) is None
+    assert padding_masks([(64, 96)] * 2, (64, 96), [(4, 6), (2, 3)], CPU) == [None, None]
+
+
+def test_scales_have_masks_together():
+    # Three pixels of padding are part of one cell of 32 pixels, and more than one of 2 pixels.
+    fine, coarse = padding_masks([(64, 64), (61, 64)], (64, 64), [(32, 32), (2, 2)], CPU)
+    assert fine.any() and not coarse.any()
 
 
 def test_every_image_keeps_a_valid_cell():
-    image_sizes = [(640, 1333), (1, 1)]
-    mask = padding_mask(image_sizes, (640, 1333), (10, 21), torch.device("cpu"))
+    (mask,) = padding_masks([(640, 1333), (1, 1)], (640, 1333), [(10, 21)], CPU)
     assert not mask.flatten(1).all(1).any()

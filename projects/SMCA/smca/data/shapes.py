@@ -24,10 +24,10 @@ SHAPE_CLASSES = ("ellipse", "rectangle", "triangle")
 _TEXTURES = ("ramp", "stripes", "checkerboard", "plain", "noise")
 # The first three are typical of the classes, in their order; this share of objects has its own
 # class's texture, the others any.
-_TYPICAL_TEXTURE_SHARE = 0.6
+_TYPICAL_TEXTURE_SHARE = 0.75
 
 # Part of the cache's folder name: raise it whenever the pictures change.
-_VERSION = 5
+_VERSION = 6
 _SPLITS = ("train", "val")
 
 _IMAGE_SIDES = (128, 160)  # pixels
@@ -35,8 +35,8 @@ _NUM_OBJECTS = (1, 6)
 _LENGTHS = (28, 100)  # long side of a shape before it is rotated, in pixels
 _ASPECT_RATIOS = (0.5, 1.0)  # short side by long side
 _MAX_ROTATION = 20  # degrees, either way
-_CONTRASTS = (120, 260)  # distance in RGB between a shape's colour and what it covers
-_MIN_VISIBLE_FRACTION = 0.4
+_CONTRASTS = (140, 260)  # distance in RGB between a shape's colour and what it covers
+_MIN_VISIBLE_FRACTION = 0.6
 _MIN_BOX_SIDE = 8  # pixels
 _SUPERSAMPLING = 3
 

@@ -67,6 +67,8 @@ def attend(
     return attend_in_pieces(query, key, value, padding_mask, dropout, scale)
 
 
+# Compiled, it would be compiled anew for every number of pieces.
+@torch.compiler.disable
 def attend_in_pieces(
     query: Tensor,
     key: Tensor,

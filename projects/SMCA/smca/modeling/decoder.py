@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention, float32_region
 from .layers import FeedForward, mlp, xavier_uniform
-from .modulation import MODULATIONS, SPREADS, SpatialModulation, modulations
+from .modulation import MODULATIONS, SPREADS, SpatialModulation, cell_channels, modulations
 from .scales import Scale
 
 
@@ -18,6 +18,7 @@ class Memory(NamedTuple):
     num_cells: List[int]  # of each scale
     key: Tensor  # (B, S, d) tokens with their positions
     value: Tensor  # (B, S, d) tokens
+    cells: List[Tensor]  # of each scale the cells' channels of the modulation
 
 
 class DecoderOutput(NamedTuple):
@@ -113,7 +114,7 @@ class DecoderLayer(nn.Module):
 
         if gaussians is not None:
             head_dim = queries.shape[-1] // self.co_attention.num_heads
-            log_weights = modulations(gaussians, memory.scales, head_dim, _matmul_dtype(queries))
+            log_weights = modulations(gaussians, memory.scales, memory.cells, head_dim)
         attended = self.co_attention(
             queries + query_position,
             memory.key,
@@ -209,7 +210,8 @@ class Decoder(nn.Module):
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         num_cells = [scale.tokens.shape[1] for scale in scales]
-        memory = Memory(scales, num_cells, key=tokens + position, value=tokens)
+        cells = [cell_channels(s.size, _matmul_dtype(tokens), tokens.device) for s in scales]
+        memory = Memory(scales, num_cells, tokens + position, tokens, cells)
         queries = torch.zeros_like(query_position).expand(tokens.shape[0], -1, -1)
         reference, hidden = None, []
         for layer in self.layers:

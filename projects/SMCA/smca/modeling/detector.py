@@ -18,7 +18,7 @@ from .layers import mlp
 from .matcher import Targets
 from .neck import ScaleProjection
 from .position_encoding import SinePositionEncoding
-from .scales import Scale, as_tokens, padding_mask
+from .scales import Scale, as_tokens, padding_masks
 
 
 class Predictions(NamedTuple):
@@ -116,6 +116,12 @@ class SMCA(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    def compile(self, **kwargs) -> None:
+        """Compile backbone, encoder and decoder in place with ``torch.compile`` and its arguments,
+        for images of any size. What is left works on lists of images and on the host."""
+        for part in (self.backbone, self.encoder, self.decoder):
+            part.compile(**{"dynamic": True, **kwargs})
+
     def forward(self, batched_inputs: List[Dict]):
         """
         Args:
@@ -152,18 +158,18 @@ class SMCA(nn.Module):
         """The encoder's input: features, positions and padding masks, from fine to coarse."""
         maps = self.neck(self.backbone(images.tensor))
         padded_size = tuple(images.tensor.shape[-2:])
+        sizes = [tuple(feature_map.shape[-2:]) for feature_map in maps]
+        masks = padding_masks(images.image_sizes, padded_size, sizes, self.device)
         scales = []
-        for index, (feature_map, stride) in enumerate(zip(maps, self.neck.strides)):
-            size = tuple(feature_map.shape[-2:])
-            mask = padding_mask(images.image_sizes, padded_size, size, self.device)
+        for index, (size, mask) in enumerate(zip(sizes, masks)):
             everything = torch.zeros((1, *size), dtype=torch.bool, device=self.device)
             position = as_tokens(self.position_encoding(everything if mask is None else mask))
             if self.scale_embed is not None:
                 position = position + self.scale_embed.weight[index]
-            tokens = as_tokens(feature_map)
+            tokens = as_tokens(maps[index])
             position = position.expand_as(tokens)
             mask = None if mask is None else mask.flatten(1)
-            scales.append(Scale(tokens, position, mask, size, stride))
+            scales.append(Scale(tokens, position, mask, size, self.neck.strides[index]))
         return scales
 
     def decode(self, images: ImageList) -> DecoderOutput:

@@ -97,7 +97,9 @@ class SpatialModulation(nn.Module):
             centre: (B, Q, 2), (x, y) in pixels.
             scales: the L scales that the decoder reads.
         """
-        strides = torch.tensor([float(s.stride) for s in scales], device=queries.device)
+        # Filled on the device, for a copy from the host would wait for it.
+        strides = [torch.full((1,), float(s.stride), device=queries.device) for s in scales]
+        strides = torch.cat(strides)
         factors = strides / REFERENCE_STRIDE if len(scales) > 1 else torch.ones_like(strides)
         with float32_region(queries):
             centres = centre[:, :, None, None, :] / strides[:, None, None]
@@ -117,16 +119,18 @@ class SpatialModulation(nn.Module):
 
 
 def modulations(
-    gaussians: Gaussians, scales: List[Scale], head_dim: int, dtype: torch.dtype
+    gaussians: Gaussians, scales: List[Scale], cells: List[Tensor], head_dim: int
 ) -> List[Modulation]:
     """The log-weights of each scale in the form that suits `CoAttention`.
 
     Args:
-        head_dim: d_h. dtype: of the attention that they are for.
+        cells: of each scale its `cell_channels`. head_dim: d_h.
     """
-    sizes = [scale.size for scale in scales]
     if gaussians.precisions.shape[-1] == 2:
-        return [channels(gaussians, i, size, head_dim, dtype) for i, size in enumerate(sizes)]
+        return [
+            (query_channels(gaussians, i, scale.size, head_dim, cells[i].dtype), cells[i])
+            for i, scale in enumerate(scales)
+        ]
 
     # With covariance the products grow with the fourth power of the distance, and channels would
     # lose the small log-weights near the centre among them.
@@ -134,33 +138,29 @@ def modulations(
         part = Gaussians(gaussians.centres[:, queries], gaussians.precisions[:, queries])
         return part.log_weights(index, size).transpose(1, 2).flatten(3)
 
-    return [partial(log_weights, i, size) for i, size in enumerate(sizes)]
+    return [partial(log_weights, i, scale.size) for i, scale in enumerate(scales)]
 
 
-def channels(
+# Channels of queries and cells whose dot product, divided by sqrt(d_h) like that of queries and
+# keys, is a scale's log-weight (without covariance). float32 takes 5 of them. In bfloat16 and
+# float16 these products are too coarse, so each factor is cut into pieces that the type holds:
+# each of the query's three pieces meets each of the cell's two; only a square (up to 13 bits) has
+# a second piece, a coordinate (at most 8 bits) fits in one. That makes 21 channels.
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+_SQUARES = [0, 2]
+
+
+def query_channels(
     gaussians: Gaussians,
     scale_index: int,
     size: Tuple[int, int],
     head_dim: int,
     dtype: torch.dtype,
-) -> Tuple[Tensor, Tensor]:
-    """Channels whose dot product, divided by sqrt(d_h) like that of queries and keys, is a scale's
-    log-weight (without covariance).
+) -> Tensor:
+    """(B, H', Q, k) channels of the queries for a scale of (h, w) cells, of `dtype`.
 
-    float32 takes 5 channels. In bfloat16 and float16 these products are too coarse, so each factor
-    is cut into pieces that the type holds: 21 channels.
-
-    The term that all cells share cancels in the softmax, but it keeps the logits small, and with
-    them the rounding of the gradients.
-
-    Args:
-        size: (h, w) of the scale in cells.
-        head_dim: d_h. dtype: of the attention that they are for.
-
-    Returns:
-        (B, H', Q, k) of the queries and (h * w, k) of the cells, both float32 or of `dtype`.
-    """
-    # Counted from the middle cell, coordinates and their squares are small integers.
+    The last one, a term that all cells share, cancels in the softmax, but it keeps the logits
+    small, and with them the rounding of the gradients."""
     middle_x, middle_y = size[1] // 2, size[0] // 2
     centres = gaussians.centres[:, :, scale_index].transpose(1, 2)
     c_x, c_y = centres[..., 0] - middle_x, centres[..., 1] - middle_y
@@ -168,22 +168,23 @@ def channels(
     # float16 would not hold the last one, which grows past 65504 on large maps, in one.
     shared = (p_x * c_x**2 + p_y * c_y**2) / 16
     query = torch.stack([-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared], -1) * head_dim**0.5
+    if dtype not in _HALF_TYPES:
+        return query
+    pieces = _pieces(query, dtype, 3)
+    return torch.cat(pieces + [piece[..., _SQUARES] for piece in pieces], dim=-1)
 
-    device = query.device
-    rows = torch.arange(size[0], dtype=torch.float32, device=device) - middle_y
-    columns = torch.arange(size[1], dtype=torch.float32, device=device) - middle_x
+
+def cell_channels(size: Tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(h * w, k) channels of a scale's (h, w) cells, of `dtype`."""
+    # Counted from the middle cell, coordinates and their squares are small integers.
+    rows = torch.arange(size[0], dtype=torch.float32, device=device) - size[0] // 2
+    columns = torch.arange(size[1], dtype=torch.float32, device=device) - size[1] // 2
     y, x = (c.flatten() for c in torch.meshgrid(rows, columns, indexing="ij"))
     cell = torch.stack([x * x, x, y * y, y, torch.full_like(x, 16)], dim=-1)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return query, cell
-    # Each of the query's three pieces meets each of the cell's two; only a square (up to 13 bits)
-    # has a second piece, a coordinate (at most 8 bits) fits in one.
-    squares = [0, 2]
+    if dtype not in _HALF_TYPES:
+        return cell
     high, low = _pieces(cell, dtype, 2)
-    query_pieces = _pieces(query, dtype, 3)
-    query = torch.cat(query_pieces + [piece[..., squares] for piece in query_pieces], dim=-1)
-    cell = torch.cat([high] * 3 + [low[..., squares]] * 3, dim=-1)
-    return query, cell
+    return torch.cat([high] * 3 + [low[..., _SQUARES]] * 3, dim=-1)
 
 
 def _pieces(value: Tensor, dtype: torch.dtype, count: int) -> List[Tensor]:

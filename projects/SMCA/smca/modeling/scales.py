@@ -12,6 +12,8 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+Size = Tuple[int, int]  # (height, width)
+
 
 @dataclass
 class Scale:
@@ -20,8 +22,8 @@ class Scale:
     Attributes:
         tokens: (B, S, d) features.
         position: (B, S, d) position encoding, scale embedding included.
-        padding_mask: (B, S) bool, True on padding; None where no image of the batch is padded,
-            which lets attention use the faster kernels.
+        padding_mask: (B, S) bool, True on padding; None, on all scales, where no image of the
+            batch is padded, which lets attention use the faster kernels.
         size: (h, w) in cells.
         stride: pixels a cell.
     """
@@ -29,7 +31,7 @@ class Scale:
     tokens: Tensor
     position: Tensor
     padding_mask: Optional[Tensor]
-    size: Tuple[int, int]
+    size: Size
     stride: int
 
     def as_map(self, tokens: Tensor) -> Tensor:
@@ -44,44 +46,35 @@ def as_tokens(feature_map: Tensor) -> Tensor:
 
 def join_padding_masks(scales: Sequence[Scale]) -> Optional[Tensor]:
     """The padding masks of all scales as one (B, S), or None if nothing is padded."""
-    if all(scale.padding_mask is None for scale in scales):
-        return None
-    masks = []
-    for scale in scales:
-        mask = scale.padding_mask
-        if mask is None:
-            mask = torch.zeros(scale.tokens.shape[:2], dtype=torch.bool, device=scale.tokens.device)
-        masks.append(mask)
-    return torch.cat(masks, dim=1)
+    masks = [scale.padding_mask for scale in scales]
+    return None if masks[0] is None else torch.cat(masks, dim=1)
 
 
-def padding_mask(
-    image_sizes: List[Tuple[int, int]],
-    padded_size: Tuple[int, int],
-    size: Tuple[int, int],
-    device: torch.device,
-) -> Optional[Tensor]:
-    """A scale's padding mask: the pixel mask resized with nearest neighbour.
+def padding_masks(
+    image_sizes: Sequence[Size], padded_size: Size, sizes: Sequence[Size], device: torch.device
+) -> List[Optional[Tensor]]:
+    """Each scale's padding mask: the pixel mask resized with nearest neighbour.
 
     Cell i of h is padding if pixel floor(i * H / h) is, so a partly padded cell counts as valid.
 
     Args:
         image_sizes: (height, width) of each image in pixels, before the batch was padded.
         padded_size: (H, W) of the batch in pixels.
-        size: (h, w) of the scale in cells.
+        sizes: (h, w) of each scale in cells.
 
     Returns:
-        (B, h, w) bool, True on padding; None if no cell is padding.
+        (B, h, w) bool for each scale, True on padding; None for all if no cell of any is padding.
     """
-    (pixel_rows, pixel_columns), (rows, columns) = padded_size, size
+    H, W = padded_size
     # floor(i H / h) < n is i < n h / H: the valid cells are the first ceil(n h / H) of each axis.
     valid = [
-        (math.ceil(height * rows / pixel_rows), math.ceil(width * columns / pixel_columns))
-        for height, width in image_sizes
+        [(math.ceil(n * h / H), math.ceil(m * w / W)) for n, m in image_sizes] for h, w in sizes
     ]
-    if all(v == size for v in valid):
-        return None
-    valid_rows, valid_columns = torch.tensor(valid, device=device).unbind(1)
-    row_is_padding = torch.arange(rows, device=device) >= valid_rows[:, None]
-    column_is_padding = torch.arange(columns, device=device) >= valid_columns[:, None]
-    return row_is_padding[:, :, None] | column_is_padding[:, None, :]
+    if all(set(cells) == {tuple(size)} for cells, size in zip(valid, sizes)):
+        return [None] * len(sizes)
+    masks = []
+    for (rows, columns), cells in zip(sizes, torch.tensor(valid).to(device, non_blocking=True)):
+        row_is_padding = torch.arange(rows, device=device) >= cells[:, :1]
+        column_is_padding = torch.arange(columns, device=device) >= cells[:, 1:]
+        masks.append(row_is_padding[:, :, None] | column_is_padding[:, None, :])
+    return masks
