@@ -62,7 +62,9 @@ def attend(
     """
     mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.device.type != "cpu" or not (dropout or _would_overflow(query, key, scale)):
+    # A compiled graph takes one way for all inputs, whatever they hold.
+    fused = query.device.type != "cpu" or torch.compiler.is_compiling()
+    if fused or not (dropout or _would_overflow(query, key, scale)):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
     return attend_in_pieces(query, key, value, padding_mask, dropout, scale)
 
@@ -107,7 +109,7 @@ def _would_overflow(query: Tensor, key: Tensor, scale: float) -> bool:
     Its backward pass computes logits anew, rounds them differently and takes their exponential
     without looking for a new maximum. That is harmless until logits reach the millions, as they do
     in a badly initialised network; then infinite gradients come out."""
-    if not (query.requires_grad or key.requires_grad) or torch.compiler.is_compiling():
+    if not (query.requires_grad or key.requires_grad):
         return False
     with torch.no_grad():
         bound = query.float().square().sum(-1).amax() * key.float().square().sum(-1).amax()
