@@ -43,6 +43,9 @@ CASES = {
 TOLERANCE, GRADIENT_TOLERANCE, PARAMETER_TOLERANCE, BACKBONE_TOLERANCE = 1e-5, 1e-4, 1e-3, 3e-3
 # This case's figure for layer2.2.conv2 is itself 3.3e-3 off the value in float64.
 BACKBONE_TOLERANCES = {"conv_multi_scale_batch": 4e-3}
+# Its made-up weights make rounding differences of 1e-6 up to 4e-3 in the backbone, on two threads
+# other ones than on one. It is compared in the memory format of the published model.
+CHAOTIC = "single_scale_covariance"
 # Zero in exact arithmetic: the queries that it multiplies are.
 NOISE = "transformer.decoder.layers.0.self_attn.in_proj_weight"
 
@@ -163,6 +166,8 @@ def measure(name, folder):
     case, arrays = load_case(name)
     conversion, checkpoint = convert_official(case, folder)
     model = load_model(name, checkpoint)
+    if name == CHAOTIC:
+        model.to(memory_format=torch.contiguous_format)
     detections, predictions, losses = run(model, make_batch(case))
     differences = {
         **output_differences(predictions, detections, arrays),

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .dropout import dropout as drop
+
 # Where PyTorch's fused kernels can't be used (see `attend`), how many attention logits are held at
 # a time: 16 MiB of them.
 _MAX_LOGITS = 1 << 22
@@ -80,8 +82,8 @@ def attend_in_pieces(
     scale: float,
     log_weights: Optional[Callable[[slice], Tensor]] = None,
 ) -> Tensor:
-    """`attend` in float32 without a fused kernel, some queries at a time; the backward pass
-    computes their attention weights again.
+    """`attend` in float32 without a fused kernel, some queries at a time. Of several pieces, the
+    backward pass computes the attention weights again.
 
     Args:
         log_weights: gives, for a slice of the queries, what to add to their logits
@@ -96,8 +98,10 @@ def attend_in_pieces(
                 logits = logits + log_weights(piece)
             if padding_mask is not None:
                 logits = logits.masked_fill(padding_mask[:, None, None, :], -torch.inf)
-            return F.dropout(logits.softmax(dim=-1), dropout) @ value.float()
+            return drop(logits.softmax(dim=-1), dropout) @ value.float()
 
+    if rows >= query.shape[2]:
+        return attend_piece(slice(None)).to(query.dtype)
     pieces = [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
     results = [checkpoint(attend_piece, piece, use_reentrant=False) for piece in pieces]
     return torch.cat(results, dim=2).to(query.dtype)

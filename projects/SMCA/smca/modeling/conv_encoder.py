@@ -10,6 +10,7 @@ from typing import List
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, as_tokens
 
@@ -18,6 +19,14 @@ def depthwise(embed_dim: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(
         embed_dim, embed_dim, kernel_size, stride, padding=kernel_size // 2, groups=embed_dim
     )
+
+
+def pointwise(convolution: nn.Module, tokens: Tensor) -> Tensor:
+    """A 1x1 convolution (or an identity) on (B, S, d) tokens: a matrix product, whatever the memory
+    format."""
+    if isinstance(convolution, nn.Identity):
+        return tokens
+    return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
 
 class ConvEncoderLayer(nn.Module):
@@ -49,13 +58,13 @@ class ConvEncoderLayer(nn.Module):
         self.down = nn.ModuleList(depthwise(embed_dim, kernel_size, 2) for _ in range(num_cross))
         self.up = nn.ModuleList(depthwise(embed_dim, kernel_size) for _ in range(num_cross))
         self.conv_out = nn.Conv2d(embed_dim, embed_dim, 1) if pointwise else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
         maps = [
-            intra(self.conv_in(scale.as_map(scale.tokens + scale.position)))
+            intra(scale.as_map(pointwise(self.conv_in, scale.tokens + scale.position)))
             for intra, scale in zip(self.intra, scales)
         ]
         mixed = list(maps)
@@ -71,7 +80,7 @@ class ConvEncoderLayer(nn.Module):
         return [self._finish(scale, m) for scale, m in zip(scales, mixed)]
 
     def _finish(self, scale: Scale, mixed: Tensor) -> Scale:
-        update = self.dropout(as_tokens(self.conv_out(mixed)))
+        update = self.dropout(pointwise(self.conv_out, as_tokens(mixed)))
         return replace(scale, tokens=self.ffn(self.norm(scale.tokens + update)))
 
 

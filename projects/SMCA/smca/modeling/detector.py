@@ -104,6 +104,8 @@ class SMCA(nn.Module):
 
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
+        # Convolutions are faster so, and their results are tokens without a copy.
+        self.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_config(cls, cfg) -> Dict:

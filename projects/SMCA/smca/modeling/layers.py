@@ -1,10 +1,11 @@
 """What encoder, decoder and heads share: the feed-forward block, a small MLP, initialisation,
 activation checkpointing."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
+
+from .dropout import Dropout, relu_dropout
 
 
 class FeedForward(nn.Module):
@@ -14,14 +15,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(embed_dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, embed_dim)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, d)"""
-        hidden = self.dropout1(F.relu(self.linear1(tokens)))
-        return self.norm(tokens + self.dropout2(self.linear2(hidden)))
+        p = self.dropout.p if self.training else 0.0
+        hidden = relu_dropout(self.linear1(tokens), p)
+        return self.norm(tokens + self.dropout(self.linear2(hidden)))
 
 
 def mlp(embed_dim: int, out_dim: int) -> MLP:

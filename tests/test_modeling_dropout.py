@@ -1,0 +1,91 @@
+"""Dropout against its definition: rate, scale, gradients, what is kept, and PyTorch's generator."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest
+
+from smca.modeling.dropout import Dropout, dropout, relu_dropout
+
+FUNCTIONS = {"dropout": (dropout, lambda x: x), "relu_dropout": (relu_dropout, F.relu)}
+
+
+def positive(*shape):
+    return torch.rand(*shape) + 0.5
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_elements_are_dropped_with_the_given_probability(name, p):
+    torch.manual_seed(0)
+    x = positive(300, 301)
+    result = FUNCTIONS[name][0](x, p)
+    dropped = result == 0
+    assert binomtest(int(dropped.sum()), x.numel(), p).pvalue > 1e-3
+    torch.testing.assert_close(result[~dropped], x[~dropped] / (1 - p))
+
+
+def test_neighbours_are_dropped_independently():
+    # Four of them share one random number.
+    torch.manual_seed(0)
+    dropped = (dropout(positive(400_000), 0.3) == 0).view(-1, 4).long()
+    codes = torch.bincount((dropped * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16)
+    count = dropped.sum(1).bincount(minlength=5)
+    for ones, binomial in enumerate((1, 4, 6, 4, 1)):
+        p = binomial * 0.3**ones * 0.7 ** (4 - ones)
+        assert binomtest(int(count[ones]), 100_000, p).pvalue > 1e-3
+    assert (codes > 0).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_where_elements_were_kept(name, p, dtype):
+    function, before = FUNCTIONS[name]
+    torch.manual_seed(0)
+    x = torch.randn(7, 13, dtype=dtype).requires_grad_()
+    result = function(x, p)
+    kept = result != 0
+    expected = before(x) * kept * (1 / (1 - p) if p < 1 else 0)
+    upstream = torch.randn_like(x)
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (result, expected)]
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*gradients)
+    assert (p == 1) != bool(kept.any())
+
+
+def test_relu_dropout_keeps_only_its_result():
+    x = torch.randn(50, 40, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = relu_dropout(x * 1.0, 0.1)
+    assert {t.data_ptr() for t in kept if t.numel() > 1} == {result.data_ptr()}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_generators_state_decides(name):
+    function, _ = FUNCTIONS[name]
+    x = positive(101)
+    torch.manual_seed(5)
+    first, second = function(x, 0.5), function(x, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(function(x, 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_the_module_is_off_in_evaluation():
+    x, module = positive(100), Dropout(0.5)
+    assert (module(x) == 0).any()
+    assert torch.equal(module.eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_is_dropped_from_nothing(name):
+    assert FUNCTIONS[name][0](torch.empty(0, 5), 0.1).shape == (0, 5)
