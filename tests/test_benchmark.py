@@ -1,0 +1,260 @@
+"""The benchmark tool: what it measures, writes and compares. No test says how fast anything is."""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from demo_cases import ROOT, write_config
+from modeling_cases import assert_same_gradients, leaves
+from smca.engine import load_config
+from smca.errors import ConfigError, UserError
+from smca.modeling.modulation import Gaussians
+
+FIELDS = {"name", "config", "size", "overrides", "dtype", "compiled", "device", "threads", "torch"}
+FIELDS |= {"median_s", "times_s", "peak_bytes", "extra_bytes"}
+SPEED_FIELDS = {"gflops", "matmul_gflops", "share"}
+TINY = ["--cells", "4", "6", "--num-queries", "5", "--image-size", "64", "96"]
+TINY += ["--train-size", "64", "96", "--repeats", "3", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The script as a module, which finds its neighbours in tools/."""
+    path = ROOT / "tools" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))
+        patch.setitem(sys.modules, "benchmark", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def measure(tool, tmp_path, monkeypatch):
+    """Runs the tool in this process on a tiny config, gives its records."""
+    monkeypatch.setattr(tool, "in_fresh_process", lambda f, *args, **kwargs: f(*args, **kwargs))
+    monkeypatch.setattr(tool, "matmul_gflops", lambda options: 100.0)
+    config = write_config(tmp_path)
+
+    def run(*words):
+        output = tmp_path / "output.json"
+        tool.main([*words, "--config", config, "--output", str(output), *TINY])
+        return json.loads(output.read_text())["records"]
+
+    return run
+
+
+# ---- Measurements
+
+
+@pytest.mark.parametrize(
+    "words, count",
+    [
+        (["co_attention"], 4),
+        (["co_attention", "--dtype", "bf16"], 4),
+        (["co_attention_scaling"], 12),
+        (["encoder"], 1),
+        (["matcher"], 1),
+        (["criterion"], 1),
+        (["inference"], 1),
+        (["inference", "--dtype", "bf16"], 1),
+        (["train_step"], 1),
+        (["train_step", "--dtype", "bf16"], 1),
+    ],
+)
+def test_each_measurement_gives_its_records(measure, words, count):
+    records = measure(*words)
+    assert len(records) == count
+    for record in records:
+        assert set(record) == FIELDS | (SPEED_FIELDS if words[0] == "inference" else set())
+        assert len(record["times_s"]) == 3 and min(record["times_s"]) > 0
+        assert record["median_s"] == statistics.median(record["times_s"])
+        assert record["peak_bytes"] > record["extra_bytes"] >= 0
+        assert record["dtype"] == ("bf16" if "bf16" in words else "float32")
+
+
+def test_speed_is_two_operations_for_each_multiply_add(tool, measure, tmp_path):
+    (record,) = measure("inference", "model.num_queries=3")
+    cfg = load_config(str(tmp_path / "tiny_smca.py"), ["model.num_queries=3"])
+    operations = 2 * tool.analyze(cfg, 64, 96)[2]
+    assert record["overrides"] == ["model.num_queries=3"]
+    assert record["gflops"] == pytest.approx(operations / record["median_s"] / 1e9)
+    assert record["share"] == pytest.approx(record["gflops"] / 100)
+
+
+def test_training_step_changes_the_weights(tool, tmp_path):
+    config = write_config(tmp_path)
+    options = SimpleNamespace(
+        device="cpu", dtype="float32", compile=False, batch_size=2, overrides=["model.dropout=0.0"]
+    )
+    step = tool.build_train_step(options, config, (64, 96))
+    model = step.__self__.model
+    weights = model.class_embed.weight, model.backbone.stem.conv1.weight
+    before = [weight.detach().clone() for weight in weights]
+    step()
+    assert model.training
+    assert all((a != b).any() for a, b in zip(weights, before))
+
+
+def test_both_co_attentions_compute_the_same(tool):
+    torch.manual_seed(0)
+    inputs = leaves(
+        {
+            "query": torch.randn(2, 8, 5, 32),
+            "key": torch.randn(2, 8, 24, 32),
+            "value": torch.randn(2, 8, 24, 32),
+            "centres": 6 * torch.rand(2, 5, 1, 8, 2),
+            "precisions": torch.rand(2, 5, 1, 8, 2),
+        }
+    )
+    *tokens, centres, precisions = inputs.values()
+    gaussians = Gaussians(centres, precisions)
+    slow = tool.slow_co_attention(*tokens, gaussians, (4, 6))
+    fast = tool.fast_co_attention(*tokens, gaussians, (4, 6))
+    assert torch.allclose(slow, fast, atol=1e-5)
+    assert_same_gradients(fast, slow, inputs)
+
+
+def test_scaling_covers_sizes_and_numbers_of_queries(tool):
+    jobs = list(tool.co_attention_scaling_jobs(tool.parse_options(["co_attention_scaling"])))
+    forward = [job.size for job in jobs if job.name == "co_attention forward"]
+    cells = ["25 x 42", "50 x 84", "100 x 168", "200 x 336"]
+    assert forward[:4] == [f"2 x 300 queries, {size} cells" for size in cells]
+    assert forward[4:] == [f"2 x {n} queries, 50 x 84 cells" for n in (100, 900)]
+    assert len(jobs) == 2 * len(forward)
+
+
+def test_gain_over_the_reference_is_printed(measure, capsys):
+    records = measure("co_attention")
+    slow, fast = records[1], records[0]
+    assert slow["name"] == fast["name"] + ", reference"
+    table = capsys.readouterr().out.split("slow reference")[1]
+    row = next(line for line in table.splitlines() if line.startswith("| co_attention forward  "))
+    assert f"{slow['median_s'] / fast['median_s']:.2f}" in row
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_peak_memory_counts_what_was_freed_again(tool):
+    memory = tool.PeakMemory("cpu")
+    torch.ones(2**24)  # 64 MiB
+    first = memory.read()
+    assert 60 < first["extra_bytes"] / 2**20 < 100
+    assert tool.PeakMemory("cpu").read()["extra_bytes"] < 2**23
+
+
+# ---- Processes and command line
+
+
+def run_script(*words):
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_script_measures_in_its_own_process_and_writes_json(tmp_path):
+    output = tmp_path / "output.json"
+    done = run_script("matcher", "--threads", 1, "--output", output, "--profile", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "Self CPU" in done.stdout and "aten::" in done.stdout
+    content = json.loads(output.read_text())
+    assert "matcher --threads 1" in content["command"] and content["date"]
+    (record,) = content["records"]
+    assert set(record) == FIELDS
+    assert (record["name"], record["config"], record["size"]) == ("matcher", None, "16 images")
+    assert (record["threads"], record["torch"]) == (1, torch.__version__)
+    assert f"{record['median_s'] * 1e3:.1f}" in done.stdout
+
+
+def test_error_is_one_sentence(tmp_path):
+    done = run_script("no_such_measurement")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert lines == done.stderr.splitlines()[-1:]
+    assert "no_such_measurement" in lines[0] and "train_step" in lines[0]
+
+
+def test_process_that_is_killed_is_reported(tool):
+    with pytest.raises(UserError, match="lack of memory"):
+        tool.in_fresh_process(os._exit, 1)
+
+
+def test_config_and_overrides_are_checked_before_anything_runs(tool):
+    with pytest.raises(ConfigError, match="no_such_file.py does not exist"):
+        tool.main(["inference", "--config", "no_such_file.py"])
+    with pytest.raises(ConfigError, match="model.num_querys"):
+        tool.main(["inference", "model.num_querys=5"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_absent_gpu_is_reported(tool):
+    with pytest.raises(UserError, match="--device cpu"):
+        tool.main(["matcher", "--device", "cuda"])
+
+
+# ---- Comparing
+
+
+def record(name="inference", config="a", size="1 x 8 x 8", seconds=1.0, extra=100, peak=1000):
+    memory = {"extra_bytes": extra, "peak_bytes": peak}
+    return {"name": name, "config": config, "size": size, "median_s": seconds, **memory}
+
+
+def write_records(path, *records):
+    path.write_text(json.dumps({"records": records}))
+    return str(path)
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_compare_prints_the_ratios_of_what_both_files_hold(tool, tmp_path, capsys):
+    a = write_records(
+        tmp_path / "a.json",
+        record(seconds=3.0, extra=500, peak=900),
+        record("matcher", None, "16 images", seconds=0.01, extra=10, peak=20),
+        record(size="1 x 9 x 9"),
+    )
+    b = write_records(
+        tmp_path / "b.json",
+        record("matcher", None, "16 images", seconds=0.04, extra=0, peak=30),
+        record(seconds=2.0, extra=2000, peak=1000),
+        record(config="b"),
+    )
+    tool.main(["--compare", a, b])
+    rows = [cells_of(line) for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert rows[2:] == [
+        ["inference", "a", "1 x 8 x 8", "3000.0", "2000.0", "1.50", "0.25", "0.90"],
+        ["matcher", "-", "16 images", "10.0", "40.0", "0.25", "-", "0.67"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", "[]", "{}", '{"records": 3}', '{"records": [{"name": "x"}]}']
+)
+def test_file_of_another_kind_is_named(tool, tmp_path, text):
+    good = write_records(tmp_path / "good.json", record())
+    bad = tmp_path / "bad.json"
+    bad.write_text(text)
+    with pytest.raises(UserError, match="bad.json is not a file"):
+        tool.main(["--compare", good, str(bad)])
+
+
+def test_absent_file_is_named(tool, tmp_path):
+    good = write_records(tmp_path / "good.json", record())
+    with pytest.raises(UserError, match="absent.json cannot be read: No such file"):
+        tool.main(["--compare", good, str(tmp_path / "absent.json")])
+
+
+def test_files_without_a_common_measurement_are_named(tool, tmp_path):
+    a = write_records(tmp_path / "a.json", record(config="a"))
+    b = write_records(tmp_path / "b.json", record(config="b"))
+    with pytest.raises(UserError, match="a.json and .*b.json have no measurement in common"):
+        tool.main(["--compare", a, b])
