@@ -4,6 +4,9 @@
         data.train_json=train.json data.train_images=images \
         data.val_json=val.json data.val_images=images
 
+Several files train together, ``'data.train_json=[a.json,b.json]'`` with one folder of images or
+a list of as many; they must have the same categories.
+
 The number of classes and their names come from the training file. Everything can be overridden,
 for instance ``model.backbone.depth=101``, ``train.max_iter=20000`` or ``optimizer.lr=5e-5``.
 """

@@ -8,18 +8,20 @@ from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import SwinTransformer, ViT, build_model
 
+from engine_cases import write_dataset
 from smca import add_smca_config
 from smca.engine import load_config
 from smca.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NEEDS_DATA = {"custom_coco"}
-FILES = sorted(
+ALL_FILES = {
     str(path.relative_to(CONFIGS).with_suffix(""))
-    for folder in (CONFIGS, CONFIGS / "ablations")
+    for folder in (CONFIGS, CONFIGS / "ablations", CONFIGS / "convergence")
     for path in folder.glob("*.py")
-    if path.stem != "__init__" and path.stem not in NEEDS_DATA
-)
+    if path.stem != "__init__"
+}
+NEEDS_DATA = sorted(name for name in ALL_FILES if "coco_" in name or name.endswith("_coco"))
+FILES = sorted(ALL_FILES - set(NEEDS_DATA))
 SMALL = [
     "model.backbone.depth=18",
     "model.embed_dim=32",
@@ -54,6 +56,17 @@ def detect(model, height=64, width=96):
 @pytest.mark.parametrize("name", FILES)
 def test_config_builds_its_model(name):
     assert trainable_parameters(build_without_memory(load(name))) > 0
+
+
+@pytest.mark.parametrize("name", NEEDS_DATA)
+def test_config_for_other_data_builds_the_model_for_their_classes(name, tmp_path):
+    write_dataset(tmp_path)
+    file = tmp_path / "truth.json"
+    data = [f"data.train_json=[{file},{file}]", f"data.train_images={tmp_path}"]
+    data += [f"data.val_json={file}", f"data.val_images={tmp_path}"]
+    cfg = load(name, *data)
+    assert instantiate(cfg.model.num_classes) == 2
+    assert trainable_parameters(build_without_memory(cfg)) > 0
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,6 +2,7 @@ import copy
 import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
 from PIL import Image
 
 from smca.data import DatasetError, class_names, num_classes, register_coco, require_dataset
@@ -93,6 +95,28 @@ def test_two_files_of_one_name_are_two_data_sets(tmp_path):
 def test_a_name_that_is_taken_is_an_error(tmp_path):
     with pytest.raises(DatasetError, match="coco_2017_val"):
         register_coco(*_write(tmp_path, _coco()), name="coco_2017_val")
+
+
+def test_several_files_are_a_data_set_each_whose_image_ids_may_coincide(tmp_path):
+    first, image_root = _write(tmp_path, _coco(), "first.json")
+    second, _ = _write(tmp_path, _coco(), "second.json")
+    names = register_coco([first, second], image_root, categories_from=[second, first])
+    assert names == [register_coco(first, image_root), register_coco(second, image_root)]
+    dicts = get_detection_dataset_dicts(names, filter_empty=False)
+    assert [record["image_id"] for record in dicts] == [5, 9, 5, 9]
+    assert class_names([first, second]) == ["dog", "cat"] and num_classes([first, second]) == 2
+
+
+def test_several_files_can_have_a_folder_of_images_each(tmp_path):
+    (tmp_path / "other").mkdir()
+    first, root = _write(tmp_path, _coco())
+    second, other_root = _write(tmp_path / "other", _coco())
+    files = OmegaConf.create([str(first), str(second)])  # as a config gives them
+    roots = OmegaConf.create([str(root), str(other_root)])
+    dicts = get_detection_dataset_dicts(register_coco(files, roots), filter_empty=False)
+    folders = [Path(record["file_name"]).parent for record in dicts]
+    assert folders == [root, root, other_root, other_root]
+    assert isinstance(register_coco([first], [root]), list)
 
 
 def test_it_can_be_nested_in_a_lazy_config(tmp_path):
@@ -365,6 +389,34 @@ def test_other_categories_than_in_training_are_an_error(tmp_path, names, message
     val, _ = _write(tmp_path, coco, "val.json")
     with pytest.raises(DatasetError, match=rf"val\.json and .*train\.json .*{message}"):
         register_coco(val, image_root, categories_from=train)
+
+
+def test_files_with_other_categories_than_the_first_are_an_error(tmp_path):
+    coco = _coco()
+    first, image_root = _write(tmp_path, coco, "first.json")
+    coco["categories"][0]["name"] = "bird"
+    second, _ = _write(tmp_path, coco, "second.json")
+    words = r"second\.json and .*first\.json .*only the first has \['bird'\].*\['cat'\]"
+    for function in (num_classes, class_names, lambda paths: register_coco(paths, image_root)):
+        with pytest.raises(DatasetError, match=words):
+            function([first, first, second])
+
+
+@pytest.mark.parametrize("num_files, num_folders", [(1, 2), (3, 2)])
+def test_folders_that_do_not_fit_the_files_are_an_error(tmp_path, num_files, num_folders):
+    json_file, image_root = _write(tmp_path, _coco())
+    message = f"{num_folders} image folders for {num_files} annotation files: give one folder"
+    with pytest.raises(DatasetError, match=message):
+        register_coco([json_file] * num_files, [image_root] * num_folders)
+
+
+def test_empty_lists_are_an_error(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    for function in (num_classes, lambda paths: register_coco(paths, image_root)):
+        with pytest.raises(DatasetError, match="no annotation file"):
+            function([])
+    with pytest.raises(DatasetError, match="no image folder"):
+        register_coco([json_file], [])
 
 
 # Required data sets

@@ -11,10 +11,10 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from torch import nn
 
-from engine_cases import TinyDetector, write_config
+from engine_cases import TinyDetector, write_config, write_dataset
 from smca.checkpoint import SMCACheckpointer
 from smca.data.errors import DatasetError
-from smca.engine import main, run
+from smca.engine import Trainer, main, run
 from smca.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +161,63 @@ def test_script_prints_one_sentence_for_a_wrong_key(tmp_path):
     )
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()
+
+
+# Your own data
+
+CUSTOM_COCO = ROOT / "configs" / "custom_coco.py"
+SMALL = ["model.backbone.depth=18", "model.backbone.norm=GN", "model.embed_dim=32"]
+SMALL += ["model.encoder.pattern=I", "model.encoder.ffn_dim=32", "model.decoder.ffn_dim=32"]
+SMALL += ["model.num_queries=5", "model.decoder.num_layers=1", "train.init_checkpoint="]
+SMALL += ["dataloader.train.mapper.augmentations.short_sides=[32]", "train.device=cpu"]
+SMALL += ["dataloader.train.mapper.augmentations_with_crop=null", "train.seed=0"]
+SMALL += ["dataloader.test.mapper.augmentations.short_sides=32", "train.max_iter=2"]
+SMALL += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+
+
+def two_datasets(folder, **changes):
+    """Overrides for 8 images in each of two folders, with the same ids and names of files."""
+    roots = [folder / "a", folder / "b"]
+    for root in roots:
+        root.mkdir()
+        write_dataset(root)
+    folders, files = [str(root) for root in roots], [f"{root}/truth.json" for root in roots]
+    data = {"train_json": files, "train_images": folders}
+    data.update({"val_json": files[0], "val_images": folders[0], **changes})
+    data = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+    return [*SMALL, f"train.output_dir={folder}", *data]
+
+
+def test_two_files_train_together(tmp_path, monkeypatch):
+    original, seen = Trainer._forward_backward, []
+
+    def record(self, data, micro_batch):
+        seen.extend(x["file_name"] for x in data)
+        return original(self, data, micro_batch)
+
+    monkeypatch.setattr(Trainer, "_forward_backward", record)
+    results = main(arguments("--config-file", CUSTOM_COCO, *two_datasets(tmp_path)))
+    assert sorted(seen) == sorted(str(path) for path in tmp_path.glob("[ab]/*.png"))
+    assert "AP" in results["bbox"]
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert checkpoint["smca"]["class_names"] == ["round", "square"]
+    cfg = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert instantiate(cfg.model.num_classes) == 2 and len(cfg.data.train_json) == 2
+
+
+def test_two_files_with_other_categories_do_not_train(tmp_path, capsys):
+    overrides = two_datasets(tmp_path)
+    file = tmp_path / "b" / "truth.json"
+    file.write_text(file.read_text().replace("square", "triangle"))
+    text = error_of(capsys, "--config-file", CUSTOM_COCO, *overrides)
+    assert f"{file} and {tmp_path}/a/truth.json must have the same categories" in text
+    assert "['triangle']" in text and "['square']" in text
+
+
+def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
+    overrides = two_datasets(tmp_path, val_json=[f"{tmp_path}/{x}/truth.json" for x in "ab"])
+    text = error_of(capsys, "--config-file", CUSTOM_COCO, *overrides)
+    assert "dataset_name is a list of 2, an evaluator takes one data set: give" in text
 
 
 # Configs and overrides that cannot be used

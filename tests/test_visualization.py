@@ -320,6 +320,28 @@ def test_a_repeated_iteration_counts_once_with_its_last_value(tmp_path):
     assert metrics["bbox/AP"] == ([10], [3.0])
 
 
+def test_an_evaluation_between_two_log_steps_takes_no_row_away(tmp_path):
+    # JSONWriter writes it with the second of them, after the losses.
+    rows = losses(9) + losses(19) + [{"iteration": 14, "bbox/AP": 3.0}] + losses(29)
+    metrics = read_metrics(write_metrics(tmp_path / "m.json", rows))
+    assert metrics["total_loss"][0] == [9, 19, 29]
+    assert metrics["bbox/AP"] == ([14], [3.0])
+
+
+def test_a_run_resumed_before_such_an_evaluation_replaces_both(tmp_path):
+    def rows(ap, run):
+        late = [{"iteration": 14, "bbox/AP": ap}], [{"iteration": 24, "bbox/AP": ap}]
+        return losses(19, run=run) + late[0] + losses(29, run=run) + late[1]
+
+    before, after = losses(9) + rows(3.0, run=1.0), rows(5.0, run=100.0)
+    metrics = read_metrics(write_metrics(tmp_path / "m.json", before + after))
+    assert metrics["total_loss"] == ([9, 19, 29], [10.0, 119.0, 129.0])
+    assert metrics["bbox/AP"] == ([14, 24], [5.0, 5.0])
+    metrics = read_metrics(write_metrics(tmp_path / "m.json", before + after[:1]))
+    assert metrics["total_loss"][0] == [9, 19]
+    assert metrics["bbox/AP"][0] == [14]  # what came after the new run's last row is gone
+
+
 def test_losses_and_ap_have_an_axis_each(tmp_path):
     rows = losses(0, 10) + [{"iteration": 10, "bbox/AP": 30.0, "bbox/AP50": float("nan")}]
     figure = draw_curves(read_metrics(write_metrics(tmp_path / "m.json", rows)))

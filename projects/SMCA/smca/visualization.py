@@ -484,8 +484,8 @@ def _mean_head_centres(detection, scale):
 def read_metrics(path):
     """
     Read the ``metrics.json`` of a training. Lines that are no JSON, as a run leaves that was
-    stopped while it wrote, are skipped. Where a resumed run goes back to an earlier iteration,
-    it replaces what the run before wrote from there on.
+    stopped while it wrote, are skipped. Where a metric goes back to an earlier iteration, a resumed
+    run replaces what the run before wrote from there on.
 
     Args:
         path (str): one JSON object with ``iteration`` a line, as Detectron2's JSONWriter writes.
@@ -496,26 +496,29 @@ def read_metrics(path):
     Raises:
         UserError: there is no such file, or there is nothing in it.
     """
-    rows = []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    metrics: Dict[str, Dict[int, float]] = {}  # iterations ascend
     for line in lines:
         try:
             row = json.loads(line)
-            iteration = row["iteration"]
-        except (ValueError, KeyError, TypeError):
+            iteration = row.pop("iteration")
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        while rows and rows[-1]["iteration"] > iteration:
-            rows.pop()
-        rows.append(row)
-    metrics: Dict[str, Dict[int, float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "iteration":
-                metrics.setdefault(name, {})[row["iteration"]] = value
+        values = {name: v for name, v in row.items() if isinstance(v, (int, float))}
+        # Rows alone do not tell: JSONWriter writes an evaluation between two log steps after
+        # the second of them.
+        if any(iteration < next(reversed(metrics.get(name, {})), -1) for name in values):
+            metrics = {
+                name: {i: v for i, v in before.items() if i <= iteration}
+                for name, before in metrics.items()
+            }
+        for name, value in values.items():
+            metrics.setdefault(name, {})[iteration] = value
+    metrics = {name: values for name, values in metrics.items() if values}
     if not metrics:
         raise UserError(f"{path} holds no metrics.")
     return {name: (list(v), list(v.values())) for name, v in metrics.items()}

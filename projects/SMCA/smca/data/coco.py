@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +38,8 @@ _registered = {}  # name -> (json file, image folder), of the data sets register
 
 def register_coco(json_file, image_root, name=None, check_images=True, categories_from=None):
     """
-    Check a COCO-format detection data set and register it in Detectron2's catalogs.
+    Check a COCO-format detection data set and register it in Detectron2's catalogs; of several
+    files each as a data set of its own, so that image ids need be unique within a file only.
 
     Calling it again with the same files returns the same name without another check, so that
     a config may use it wherever it needs the name.
@@ -46,24 +48,39 @@ def register_coco(json_file, image_root, name=None, check_images=True, categorie
     the cache folder; the file itself is never changed.
 
     Args:
-        json_file (str or path-like): boxes are [x, y, width, height] in pixels.
-        image_root (str or path-like): the folder that ``file_name`` is relative to.
+        json_file (str or path-like, or a list of them): boxes are [x, y, width, height] in
+            pixels. Several files must have the same categories.
+        image_root (str or path-like, or a list of them): the folder that ``file_name`` is
+            relative to; one for all files, or one for each.
         name (str or None): the name to register; None makes one from the paths.
         check_images (bool): decode every image once and compare its size with the JSON's.
-        categories_from (str or path-like or None): another COCO JSON, usually the training
-            set's, that must have the same categories in the same order.
+        categories_from (str or path-like, a list of them, or None): another COCO JSON, usually
+            the training set's, that must have the same categories in the same order.
 
     Returns:
-        str: the name of the data set.
+        str or list[str]: the name of the data set; for a list of files, the list of names.
 
     Raises:
         DatasetError: the data set cannot be used; lists the first problems and their number.
     """
+    files, roots = _as_list(json_file), _as_list(image_root)
+    if len(roots) not in (1, len(files)):
+        raise DatasetError(
+            f"There are {len(roots)} image folders for {len(files)} annotation files: give one "
+            "folder, or one for each file."
+        )
+    for file in files[1:]:
+        _check_same_categories(file, files[0])
+    if categories_from is not None:
+        _check_same_categories(files[0], _as_list(categories_from)[0])
+    roots = roots * len(files) if len(roots) == 1 else roots
+    names = [_register(file, root, name, check_images) for file, root in zip(files, roots)]
+    return names if _is_list(json_file) else names[0]
+
+
+def _register(json_file, image_root, name, check_images):
     json_file = _existing(json_file, os.path.isfile, "annotation file")
     image_root = _existing(image_root, os.path.isdir, "image folder")
-    if categories_from is not None:
-        _check_same_categories(json_file, categories_from)
-
     key = (json_file, image_root)
     if name is None:
         name = f"{Path(json_file).stem}_{_short_hash(repr(key))}"
@@ -86,20 +103,27 @@ def register_coco(json_file, image_root, name=None, check_images=True, categorie
 
 def class_names(json_file):
     """
+    Args:
+        json_file (str or path-like, or a list of them)
+
     Returns:
-        list[str]: names of the categories in a COCO JSON, in the order of their ids.
+        list[str]: names of the categories in COCO JSONs, in the order of their ids.
 
     Raises:
-        DatasetError: the file is missing, is no COCO JSON, or its categories are unusable.
+        DatasetError: a file is missing or no COCO JSON, or its categories are unusable or not
+            those of the first file.
     """
-    json_file = _existing(json_file, os.path.isfile, "annotation file")
-    return list(_class_names(json_file, os.stat(json_file).st_mtime_ns))
+    first, *others = _as_list(json_file)
+    for other in others:
+        _check_same_categories(other, first)
+    first = _existing(first, os.path.isfile, "annotation file")
+    return list(_class_names(first, os.stat(first).st_mtime_ns))
 
 
 def num_classes(json_file):
     """
     Returns:
-        int: number of categories in a COCO JSON, used or not.
+        int: number of categories in a COCO JSON, or each of a list of them, used or not.
 
     Raises:
         DatasetError: see :func:`class_names`.
@@ -141,6 +165,15 @@ def _require_path(name, path, exists, kind):
         "it there, or set the environment variable DETECTRON2_DATASETS to the folder that has "
         f"it (DETECTRON2_DATASETS {setting})."
     )
+
+
+def _is_list(paths):
+    return isinstance(paths, Sequence) and not isinstance(paths, str)
+
+
+def _as_list(paths):
+    """At least one, if only None."""
+    return (list(paths) if _is_list(paths) else [paths]) or [None]
 
 
 def _existing(path, exists, kind):

@@ -10,7 +10,7 @@ from detectron2.engine import create_ddp_model, default_setup, default_writers, 
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table, setup_logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from smca.checkpoint import SMCACheckpointer
 from smca.data import require_dataset
@@ -66,9 +66,15 @@ def _resolve_data_settings(cfg):
     for key in ("dataloader.train.dataset.names", "dataloader.test.dataset.names"):
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig):
-            OmegaConf.update(cfg, key, _build(node, key))
+            OmegaConf.update(cfg, key, _build(node, key), merge=False)
     if isinstance(OmegaConf.select(cfg, "model.num_classes"), DictConfig):
         cfg.model.num_classes = _build(cfg.model.num_classes, "model.num_classes")
+    evaluated = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    if isinstance(evaluated, ListConfig):
+        raise ConfigError(
+            f"dataloader.evaluator.dataset_name is a list of {len(evaluated)}, an evaluator takes "
+            "one data set: give data.val_json or dataloader.test.dataset.names without [ ]."
+        )
 
 
 def _agree_on_seed(train, resume):

@@ -1,0 +1,10 @@
+"""The demo's model with three scales (strides 8, 16 and 32) and the paper's encoder, "IIMII"."""
+
+from ..smca_shapes import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.num_blocks = [1, 1, 1]
+model.in_features = ["res3", "res4"]
+model.num_extra_scales = 1
+model.encoder.pattern = "IIMII"
+model.decoder.num_scales = 3
+train.output_dir = "output/convergence/shapes_multi_scale"

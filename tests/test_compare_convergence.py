@@ -1,0 +1,620 @@
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser
+from detectron2.structures import Boxes, Instances
+
+from engine_cases import TinyDetector, write_config, write_dataset
+from smca import convergence, engine
+from smca.engine import Trainer
+from smca.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONVERGENCE = ROOT / "configs" / "convergence"
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_script(ROOT / "tools" / "compare_convergence.py")
+
+
+@pytest.fixture(autouse=True)
+def poll_often(monkeypatch):
+    monkeypatch.setattr(tool, "_POLL_SECONDS", 0.01)
+
+
+WIDE = {"config": "config.py"}
+
+
+def write_study(folder, **changes):
+    """Two runs of 6 steps, evaluated after 3 and 6, 2 steps an epoch; each with two seeds."""
+    checkpointer = {"period": 100, "max_to_keep": 1}
+    config = write_config(folder, max_iter=6, eval_period=3, checkpointer=checkpointer)
+    runs = {
+        "wide": WIDE,
+        "narrow": {"config": config, "overrides": ["model.width=4"]},
+    }
+    study = {"seeds": [0, 1], "overrides": ["model.dropout=0.2"], "runs": runs, **changes}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.dump(study, sort_keys=False))
+    return str(path)
+
+
+class InThisProcess:
+    """Stands for a process: trains where it is launched, which takes no start-up."""
+
+    launched = []
+
+    def __init__(self, training, jobs=1):
+        self.launched.append(training)
+        args = ["--config-file", training.config_file, "--resume", *training.overrides]
+        self.returncode = engine.run(default_argument_parser().parse_args(args))
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        raise AssertionError("it has ended already")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    monkeypatch.setattr(InThisProcess, "launched", [])
+    monkeypatch.setattr(tool, "launch", InThisProcess)
+    return InThisProcess.launched
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study and the folder of its trainings and report, which tests only read."""
+    folder = tmp_path_factory.mktemp("study")
+    path = write_study(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(tool, "_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(tool, "launch", InThisProcess)
+        assert tool.main([path, "--output", str(folder / "out")]) == 0
+    return path, folder / "out"
+
+
+def read_json(folder, name="tiny"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def modified(folder):
+    """Checkpoints and metrics with the times of their last change."""
+    files = [*folder.rglob("*.pth"), *folder.rglob("metrics.json")]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+# What a study leaves behind
+
+
+def test_every_run_trains_with_every_seed_in_a_folder_of_its_own(finished):
+    _, out = finished
+    folders = {str(path.parent.relative_to(out)) for path in out.rglob("model_final.pth")}
+    assert folders == {"wide/seed0", "wide/seed1", "narrow/seed0", "narrow/seed1"}
+
+
+def test_report_has_what_training_logged(finished):
+    _, out = finished
+    for run in read_json(out)["runs"]:
+        lines = (out / run["name"] / f"seed{run['seed']}" / "metrics.json").read_text()
+        rows = [json.loads(line) for line in lines.splitlines()]
+        logged = [(row["bbox/AP"], row["bbox/AP50"]) for row in rows if "bbox/AP" in row]
+        iterations, epochs, seconds, ap, ap50 = zip(*run["evaluations"])
+        assert iterations == (3, 6)
+        assert epochs == (1.5, 3.0)  # batches of 4 of 8 images
+        assert 0 < seconds[0] < seconds[1]
+        assert list(zip(ap, ap50)) == [pytest.approx(row, abs=1e-3) for row in logged]
+        assert run["final"]["iteration"] == 6 and run["final"]["AP"] == ap[-1]
+
+
+def test_report_tells_what_each_run_is(finished):
+    _, out = finished
+    report = read_json(out)
+    assert report["overrides"] == ["model.dropout=0.2"]
+    first, second, third = report["runs"][:3]
+    assert (first["name"], first["seed"]) == ("wide", 0)
+    assert (second["name"], second["seed"]) == ("narrow", 0)
+    assert (third["name"], third["seed"]) == ("wide", 1)
+    assert second["overrides"] == ["model.width=4"] and second["config"] == "config.py"
+    for run, width in ((first, 8), (second, 4)):
+        parameters = TinyDetector(width=width).parameters()
+        assert run["num_parameters"] == sum(p.numel() for p in parameters)
+
+
+def test_seeds_change_the_training(finished):
+    _, out = finished
+    weights = [
+        torch.load(out / "wide" / f"seed{seed}" / "model_final.pth", weights_only=True)["model"]
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(weights[0]["class_embed.weight"], weights[1]["class_embed.weight"])
+
+
+def test_finished_runs_are_not_run_again(finished, launched, capsys):
+    path, out = finished
+    before = modified(out)
+    assert tool.main([path, "--output", str(out)]) == 0
+    assert launched == [] and modified(out) == before
+    assert "4 of 4 trainings are finished" in capsys.readouterr().out
+
+
+def test_report_is_made_again_from_the_folders(finished, launched, tmp_path):
+    path, out = finished
+    args = [path, "--output", str(out), "--report-only", "--report-dir", str(tmp_path)]
+    assert tool.main(args) == 0
+    assert launched == []
+    names = ["tiny.json", "tiny.md", "tiny_all.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_table_and_picture_are_made_from_the_json_alone(finished, tmp_path):
+    _, out = finished
+    alone = tmp_path / "tiny.json"
+    alone.write_bytes((out / "tiny.json").read_bytes())
+    assert tool.main([str(alone)]) == 0
+    for name in ("tiny.md", "tiny_all.png"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_other_settings_in_the_same_folder_are_an_error(finished, launched, capsys):
+    path, out = finished
+    assert tool.main([path, "--output", str(out), "optimizer.lr=0.5"]) == 1
+    assert "other settings (optimizer.lr is 0.01 there, 0.5 now)" in capsys.readouterr().err
+    assert launched == []
+
+
+# Starting, going on, stopping
+
+
+def test_only_the_named_runs_are_trained(tmp_path, launched):
+    path = write_study(tmp_path, seeds=[3])
+    assert tool.main([path, "--output", str(tmp_path / "out"), "--runs", "wide"]) == 0
+    assert [str(training) for training in launched] == ["wide, seed 3"]
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    assert "| wide " in table and "| narrow " not in table
+
+
+def test_a_process_goes_on_where_the_training_was_stopped(finished, tmp_path, monkeypatch):
+    path, out = write_study(tmp_path, seeds=[0], runs={"wide": WIDE}), tmp_path / "out"
+    stopped = tool.read_study(path, str(out)).trainings[0]
+    original = Trainer._forward_backward
+
+    def fail(self, data, micro_batch):
+        if self.iter == 4:
+            raise RuntimeError
+        return original(self, data, micro_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_forward_backward", fail)
+        with pytest.raises(RuntimeError):
+            InThisProcess(stopped)
+    assert not stopped.is_finished()
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    assert tool.main([path, "--output", str(out)]) == 0
+    assert "Resuming at iteration 4" in (out / "wide/seed0/log.txt").read_text()
+    same, other = (
+        torch.load(folder / "wide/seed0/model_final.pth", weights_only=True)["model"]
+        for folder in (finished[1], out)
+    )
+    assert all(torch.equal(same[key], other[key]) for key in same)
+
+
+FAILS_IF_NARROW = """
+import sys
+if "model.width=4" in sys.argv:
+    print("Error: The loss became nan.", file=sys.stderr)
+    print("bye")
+    sys.exit(1)
+folder = sys.argv[-1].split('"')[1]
+with open(folder + "/metrics.json", "w") as file:
+    file.write('{"iteration": 6, "bbox/AP": 1.0, "bbox/AP50": 2.0}')
+"""
+
+
+def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train_net.py").write_text(FAILS_IF_NARROW)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    path, out = write_study(tmp_path, seeds=[0]), tmp_path / "out"
+    assert tool.main([path, "--output", str(out), "--jobs", "2"]) == 1
+    assert capsys.readouterr().err == (
+        f"Error: narrow, seed 0 failed: The loss became nan. (see {out}/narrow/seed0/console.txt)\n"
+    )
+    finals = {run["name"]: run["final"] for run in read_json(out)["runs"]}
+    assert finals["wide"]["AP"] == 1.0 and finals["narrow"] is None
+
+
+def test_jobs_share_the_threads(finished, monkeypatch):
+    training = tool.read_study(finished[0], str(finished[1])).trainings[0]
+    calls = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(tool.subprocess, "Popen", lambda *args, **kwargs: calls.append(kwargs))
+    for jobs in (1, 3, 20):
+        tool.launch(training, jobs)
+    assert [call["env"]["OMP_NUM_THREADS"] for call in calls] == ["8", "2", "1"]
+
+
+SLEEPER = """
+import pathlib, signal, sys, time
+
+def save(number, frame):
+    signal.signal(number, signal.SIG_DFL)
+    time.sleep(0.3)
+    pathlib.Path("saved").touch()
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("metrics.json").write_text(sys.argv[1])
+time.sleep(60)
+"""
+
+
+def sleeper(training, rows=()):
+    """A process that writes metrics, waits for a signal and then takes its time to save; a second
+    signal ends it at once, as it does the training script."""
+    os.makedirs(training.folder)
+    text = "\n".join(map(json.dumps, rows))
+    process = subprocess.Popen([sys.executable, "-S", "-c", SLEEPER, text], cwd=training.folder)
+    metrics_file = os.path.join(training.folder, "metrics.json")
+    while process.poll() is None and not os.path.exists(metrics_file):
+        pass
+    return process
+
+
+def has_saved(training):
+    return os.path.exists(os.path.join(training.folder, "saved"))
+
+
+def test_a_run_stops_at_its_ap(tmp_path, monkeypatch):
+    runs = {"wide": {"config": "config.py", "stop_at_ap": 20}}
+    path = write_study(tmp_path, seeds=[0], runs=runs)
+    study = tool.read_study(path, str(tmp_path / "out"))
+    row = {"iteration": 2, "bbox/AP": 20.5, "bbox/AP50": 30.0}
+    monkeypatch.setattr(tool, "launch", lambda training, jobs: sleeper(training, [row]))
+    assert tool.train(study.trainings, 1, on_progress=lambda: None) == {}
+    assert study.trainings[0].is_finished() and has_saved(study.trainings[0])
+    assert convergence.make_report(study)["runs"][0]["final"]["iteration"] == 3
+
+
+def test_processes_end_with_the_script(tmp_path, monkeypatch):
+    study = tool.read_study(write_study(tmp_path), str(tmp_path / "out"))
+    processes = []
+
+    def launch(training, jobs):
+        processes.append(sleeper(training))
+        return processes[-1]
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "launch", launch)
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tool.train(study.trainings, 2, on_progress=lambda: None)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all(map(has_saved, study.trainings[:2]))
+
+
+# Reading what training wrote
+
+
+@pytest.fixture
+def training(tmp_path):
+    path = write_study(tmp_path)
+    return tool.read_study(path, str(tmp_path / "out")).trainings[0]
+
+
+def write_metrics(training, rows):
+    os.makedirs(training.folder)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(training.folder, "metrics.json").write_text(lines)
+
+
+def test_a_run_that_has_not_begun_has_no_evaluations(training):
+    assert training.evaluations() == [] and not training.is_finished()
+
+
+def test_time_is_that_of_the_training_steps(training):
+    times = {1: 0.1, 3: 0.2, 5: 0.4}  # of the two steps that end with this iteration
+    write_metrics(training, [{"iteration": i, "time": t} for i, t in times.items()])
+    assert training.seconds([0, 2, 3, 4, 6]) == pytest.approx([0, 0.2, 0.4, 0.6, 1.4])
+
+
+def test_runs_too_short_for_times_have_none(training):
+    write_metrics(training, [{"iteration": 1, "bbox/AP": 1.0, "bbox/AP50": 2.0}])
+    assert training.seconds([2]) == [None]
+
+
+def test_ap_without_any_detection_is_zero(training):
+    write_metrics(training, [{"iteration": 2, "bbox/AP": math.nan, "bbox/AP50": math.nan}])
+    assert training.evaluations() == [[3, 0.0, 0.0]]
+
+
+def test_the_last_evaluation_makes_a_run_finished(training):
+    rows = [{"iteration": i, "bbox/AP": 1.0, "bbox/AP50": 2.0} for i in (2, 6)]
+    write_metrics(training, rows)  # Detectron2 numbers the final one by the steps done
+    assert [row[0] for row in training.evaluations()] == [3, 6]
+    assert training.is_finished()
+
+
+# Table and picture
+
+
+def run_record(name, seed, ap, ap50, steps=(100, 200, 300), seconds_per_step=0.5):
+    rows = [[i, i / 50, i * seconds_per_step, a, b] for i, a, b in zip(steps, ap, ap50)]
+    about = {"config": "a.py", "overrides": [], "num_parameters": 1234567, "max_iter": 400}
+    return {"name": name, "seed": seed, **about, "evaluations": rows}
+
+
+REPORT = {
+    "study": "made",
+    "overrides": [],
+    "target_ap": None,
+    "comparisons": {"main": ["DETR", "SMCA"]},
+    "runs": [
+        run_record("DETR", 0, [0, 5, 10], [1, 10, 20]),
+        run_record("SMCA", 0, [1, 20, 30], [2, 40, 60], seconds_per_step=0.6),
+        run_record("SMCA", 1, [0, 10, 20], [2, 30, 50], seconds_per_step=0.8),
+    ],
+}
+
+
+def curves(report=REPORT):
+    return [convergence.Curve.of(report, name) for name in ("DETR", "SMCA")]
+
+
+def cells(table, row):
+    """{header: text} of the table's row of this name."""
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    return dict(zip(lines[0], next(line for line in lines if line[0] == row)))
+
+
+def test_table_has_mean_and_range_over_seeds():
+    row = cells(convergence.make_table(curves()), "SMCA")
+    assert row["seeds"] == "2" and row["parameters"] == "1.23M" and row["steps"] == "300"
+    assert row["AP"] == "25.0 (20.0 to 30.0)"
+    assert row["AP50"] == "55.0 (50.0 to 60.0)"
+    assert row["AP, half"] == "15.0 (10.0 to 20.0)"  # 200 of 400 steps
+    assert row["AP50, half"] == "35.0 (30.0 to 40.0)"
+    assert row["s/step"] == "0.700"
+    assert cells(convergence.make_table(curves()), "DETR")["AP"] == "10.0"
+
+
+def test_table_has_the_steps_and_time_to_the_baselines_ap():
+    table = convergence.make_table(curves())
+    baseline, row = cells(table, "DETR"), cells(table, "SMCA")
+    # The mean over the seeds rises from 0.5 at step 100 to 15 at step 200.
+    steps = 100 + 100 * (10 - 0.5) / (15 - 0.5)
+    assert baseline["steps to AP 10.0"] == "300" and baseline["steps ratio"] == "1.0"
+    assert row["steps to AP 10.0"] == f"{steps:.0f}"
+    assert row["steps ratio"] == f"{300 / steps:.1f}"
+    assert baseline["minutes to AP 10.0"] == f"{300 * 0.5 / 60:.1f}"
+    assert row["minutes to AP 10.0"] == f"{steps * 0.7 / 60:.1f}"
+    assert row["time ratio"] == f"{300 * 0.5 / (steps * 0.7):.1f}"
+
+
+def test_a_baseline_that_does_not_reach_the_ap_gives_a_bound():
+    table = convergence.make_table(curves(), target_ap=15)
+    assert cells(table, "DETR")["steps to AP 15.0"] == "-"
+    assert cells(table, "DETR")["steps ratio"] == "-"
+    assert cells(table, "SMCA")["steps to AP 15.0"] == "200"
+    assert cells(table, "SMCA")["steps ratio"] == "> 1.5"
+
+
+def test_no_steps_are_counted_to_an_ap_near_zero():
+    report = {**REPORT, "runs": [run_record("DETR", 0, [0, 0, 0.4], [0, 0, 1])]}
+    table = convergence.make_table([convergence.Curve.of(report, "DETR")])
+    assert "steps to" not in table.splitlines()[0]
+    assert "DETR stays at AP 0.40" in table
+
+
+@pytest.mark.parametrize(
+    "target, expected", [(0, 10), (2, 10), (3, 15), (4, 20), (5, 35), (6, 40), (6.5, None)]
+)
+def test_reach_is_the_first_crossing(target, expected):
+    x, ap = np.array([10.0, 20, 30, 40]), np.array([2.0, 4, 4, 6])
+    assert convergence.reach(x, ap, target) == expected
+
+
+def test_a_comparison_without_its_baseline_is_left_out(tmp_path):
+    report = {**REPORT, "runs": REPORT["runs"][1:]}
+    written = [str(tmp_path / "made.json"), str(tmp_path / "made.md")]
+    assert convergence.write_report(report, str(tmp_path)) == written
+    assert "## main" not in (tmp_path / "made.md").read_text()
+
+
+def test_a_curve_has_the_evaluations_that_all_its_seeds_have():
+    runs = [run_record("SMCA", 0, [1, 2, 3], [1, 2, 3]), run_record("SMCA", 1, [3, 4], [5, 6])]
+    runs.append(run_record("SMCA", 2, [], []))  # not begun
+    curve = convergence.Curve.of({"runs": runs}, "SMCA")
+    assert curve.iterations.tolist() == [100, 200]
+    assert curve.ap.tolist() == [[1, 2], [3, 4]]
+
+
+def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
+    figure = convergence.draw(curves())
+    axes = figure.get_axes()
+    assert [x.get_xlabel() for x in axes[3:]] == ["steps", "epochs", "minutes of training"]
+    lines = [x.get_lines()[1] for x in axes]
+    ap, ap50 = [0.5, 15, 25], [2, 35, 55]
+    for line, mean in zip(lines, [ap] * 3 + [ap50] * 3):
+        assert line.get_ydata().tolist() == mean
+    steps = np.array([100, 200, 300])
+    for line, x in zip(lines, [steps, steps / 50, steps * 0.7 / 60] * 2):
+        assert line.get_xdata() == pytest.approx(x)
+    band = axes[0].collections[1].get_paths()[0].vertices
+    assert {(100, 0), (100, 1), (300, 20), (300, 30)} <= {tuple(point) for point in band}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["DETR", "SMCA"]
+
+
+# What cannot be used
+
+
+def error_of(capsys, *args):
+    assert tool.main([str(arg) for arg in args]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"seed": [0]}, "unknown key seed, did you mean seeds?"),
+        ({"seeds": 2}, "tiny.yaml: seeds has to be a list, not 2"),
+        ({"runs": {}}, "is no study: add runs"),
+        ({"runs": {"wide": "config.py"}}, "run wide has no config"),
+        ({"runs": {"wide": {**WIDE, "override": []}}}, "did you mean overrides?"),
+        ({"runs": {"wide": {**WIDE, "stop_at_ap": "a"}}}, "stop_at_ap has to be a number"),
+        ({"runs": {"wide": {"config": "nowhere.py"}}}, "nowhere.py does not exist"),
+        ({"comparisons": {"main": "wide"}}, "comparisons: main has to be a list, not 'wide'"),
+        ({"comparisons": {"main": ["wde"]}}, "no run wde in .*did you mean wide?"),
+        ({"overrides": ["train.max_itr=5"]}, "did you mean train.max_iter?"),
+        ({"overrides": ["train.seed=5"]}, "train.seed cannot be overridden"),
+        ({"overrides": ["train.eval_period=0"]}, "train.eval_period=0: make it"),
+        ({"overrides": ["train.log_period=4"]}, "make it at least train.log_period=4"),
+        (
+            {
+                "runs": {
+                    "a": WIDE,
+                    "b": {**WIDE, "overrides": ["dataloader.train.total_batch_size=2"]},
+                }
+            },
+            "a and b cannot be compared: dataloader.train.total_batch_size is 4 and 2",
+        ),
+    ],
+)
+def test_a_wrong_study_is_an_error(tmp_path, capsys, changes, words):
+    path = write_study(tmp_path, **changes)
+    text = error_of(capsys, path, "--output", tmp_path / "out")
+    assert all(part in text for part in words.split(".*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):
+    name = 'Größe "a", b=1'
+    path = write_study(tmp_path, seeds=[0], runs={name: WIDE})
+    training = tool.read_study(path, str(tmp_path / "out")).trainings[0]
+    assert training.cfg.train.output_dir == str(tmp_path / "out" / name / "seed0")
+
+
+def test_an_unknown_run_is_an_error(finished, capsys):
+    text = error_of(capsys, finished[0], "--output", finished[1], "--runs", "narow")
+    assert "no run narow in the study, did you mean narrow?" in text
+
+
+def test_no_jobs_are_an_error(finished, capsys):
+    assert "--jobs" in error_of(capsys, finished[0], "--jobs", 0)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_file_that_is_missing_or_of_another_kind_is_named(tmp_path, capsys, suffix):
+    path = tmp_path / ("study" + suffix)
+    assert f"{path} cannot be read" in error_of(capsys, path)
+    path.write_text("{")
+    assert f"{path} is no " in error_of(capsys, path)
+    path.write_text("[1]")
+    assert f"{path} is no " in error_of(capsys, path)
+
+
+def test_a_report_cannot_be_trained(finished, capsys):
+    text = error_of(capsys, finished[1] / "tiny.json", "--runs", "wide")
+    assert "give the study's YAML file" in text
+
+
+# The studies of this repository
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder)
+    truth, images = folder / "truth.json", folder
+    data = [f"data.{split}_json={truth}" for split in ("train", "val")]
+    data += [f"data.{split}_images={images}" for split in ("train", "val")]
+    return {
+        "shapes": tool.read_study(str(CONVERGENCE / "shapes.yaml"), str(folder)),
+        "blood_cells": tool.read_study(str(CONVERGENCE / "blood_cells.yaml"), str(folder), data),
+    }
+
+
+@pytest.mark.parametrize("name", ["shapes", "blood_cells"])
+def test_main_comparison_has_two_seeds_of_every_variant(studies, name):
+    study = studies[name]
+    main = study.comparisons["main"]
+    assert main == ["DETR", "head-shared", "multi-head", "multi-scale", "conv multi-scale"]
+    for run in main:
+        assert [t.seed for t in study.trainings if t.name == run] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["shapes", "blood_cells"])
+def test_every_run_takes_a_step_and_detects(studies, name):
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    truth = {"gt_boxes": [[8.0, 8.0, 40.0, 40.0]], "gt_classes": [0]}
+    sizes = {}
+    for training in studies[name].trainings:
+        if training.name in sizes:
+            continue
+        model = instantiate(training.cfg.model)
+        losses = model.train()([{"image": image, "instances": instances(image, truth)}])
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in model.parameters()), training.name
+        detections = model.eval()([{"image": image}])[0]["instances"]
+        assert len(detections) == training.cfg.model.num_queries
+        sizes[training.name] = model.neck.strides
+    assert sizes["DETR"] == sizes["multi-head"] == [8]
+    assert sizes["multi-scale"] == sizes["conv multi-scale"] == [8, 16, 32]
+
+
+def instances(image, truth):
+    boxes, classes = torch.tensor(truth["gt_boxes"]), torch.tensor(truth["gt_classes"])
+    return Instances(tuple(image.shape[1:]), gt_boxes=Boxes(boxes), gt_classes=classes)
+
+
+def test_ablations_differ_in_what_they_are_named_after(studies):
+    cfg = {training.name: training.cfg.model for training in studies["shapes"].trainings}
+    assert cfg["fixed spread"].decoder.spread == "fixed"
+    assert cfg["single spread"].decoder.spread == "single"
+    assert cfg["multi-head"].decoder.spread == "independent"
+    for pattern in ("IIIII", "III", "MMM"):
+        assert cfg[pattern].encoder.pattern == pattern
+    assert cfg["multi-scale"].encoder.pattern == "IIMII"
+    assert cfg["multi-scale"].decoder.scale_selection
+    assert not cfg["no scale selection"].decoder.scale_selection
+
+
+def test_number_of_classes_follows_the_data(studies):
+    for training in studies["blood_cells"].trainings:
+        assert instantiate(training.cfg.model.num_classes) == 2
+
+
+def test_where_the_data_lie_is_not_in_the_report(studies):
+    assert "data." not in json.dumps(convergence.make_report(studies["blood_cells"])["overrides"])
+
+
+def test_unusable_yaml_is_one_sentence(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("runs: [a\nb: c: d")
+    with pytest.raises(UserError, match="is no YAML file") as error:
+        tool.read_study(str(path))
+    assert "\n" not in str(error.value)
