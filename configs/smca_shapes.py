@@ -37,6 +37,6 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_factor=0.01,
     warmup_length=0.03,
 )
-train.max_iter = 2500
-train.eval_period = train.checkpointer.period = 500
+train.max_iter = 2700
+train.eval_period = train.checkpointer.period = 540
 train.output_dir = "output/smca_shapes"

@@ -38,6 +38,11 @@ def tool():
 
 
 @pytest.fixture
+def cases(tool):
+    return sys.modules["benchmark_cases"]
+
+
+@pytest.fixture
 def measure(tool, tmp_path, monkeypatch):
     """Runs the tool in this process on a tiny config, gives its records."""
     monkeypatch.setattr(tool, "in_fresh_process", lambda f, *args, **kwargs: f(*args, **kwargs))
@@ -68,6 +73,7 @@ def measure(tool, tmp_path, monkeypatch):
         (["inference", "--dtype", "bf16"], 1),
         (["train_step"], 1),
         (["train_step", "--dtype", "bf16"], 1),
+        (["train_mapper"], 1),
     ],
 )
 def test_each_measurement_gives_its_records(measure, words, count):
@@ -81,21 +87,21 @@ def test_each_measurement_gives_its_records(measure, words, count):
         assert record["dtype"] == ("bf16" if "bf16" in words else "float32")
 
 
-def test_speed_is_two_operations_for_each_multiply_add(tool, measure, tmp_path):
+def test_speed_is_two_operations_for_each_multiply_add(cases, measure, tmp_path):
     (record,) = measure("inference", "model.num_queries=3")
     cfg = load_config(str(tmp_path / "tiny_smca.py"), ["model.num_queries=3"])
-    operations = 2 * tool.analyze(cfg, 64, 96)[2]
+    operations = 2 * cases.analyze(cfg, 64, 96)[2]
     assert record["overrides"] == ["model.num_queries=3"]
     assert record["gflops"] == pytest.approx(operations / record["median_s"] / 1e9)
     assert record["share"] == pytest.approx(record["gflops"] / 100)
 
 
-def test_training_step_changes_the_weights(tool, tmp_path):
+def test_training_step_changes_the_weights(cases, tmp_path):
     config = write_config(tmp_path)
     options = SimpleNamespace(
         device="cpu", dtype="float32", compile=False, batch_size=2, overrides=["model.dropout=0.0"]
     )
-    step = tool.build_train_step(options, config, (64, 96))
+    step = cases.build_train_step(options, config, (64, 96))
     model = step.__self__.model
     weights = model.class_embed.weight, model.backbone.stem.conv1.weight
     before = [weight.detach().clone() for weight in weights]
@@ -104,7 +110,7 @@ def test_training_step_changes_the_weights(tool, tmp_path):
     assert all((a != b).any() for a, b in zip(weights, before))
 
 
-def test_both_co_attentions_compute_the_same(tool):
+def test_both_co_attentions_compute_the_same(cases):
     torch.manual_seed(0)
     inputs = leaves(
         {
@@ -117,14 +123,14 @@ def test_both_co_attentions_compute_the_same(tool):
     )
     *tokens, centres, precisions = inputs.values()
     gaussians = Gaussians(centres, precisions)
-    slow = tool.slow_co_attention(*tokens, gaussians, (4, 6))
-    fast = tool.fast_co_attention(*tokens, gaussians, (4, 6))
+    slow = cases.slow_co_attention(*tokens, gaussians, (4, 6))
+    fast = cases.fast_co_attention(*tokens, gaussians, (4, 6))
     assert torch.allclose(slow, fast, atol=1e-5)
     assert_same_gradients(fast, slow, inputs)
 
 
-def test_scaling_covers_sizes_and_numbers_of_queries(tool):
-    jobs = list(tool.co_attention_scaling_jobs(tool.parse_options(["co_attention_scaling"])))
+def test_scaling_covers_sizes_and_numbers_of_queries(tool, cases):
+    jobs = list(cases.co_attention_scaling_jobs(tool.parse_options(["co_attention_scaling"])))
     forward = [job.size for job in jobs if job.name == "co_attention forward"]
     cells = ["25 x 42", "50 x 84", "100 x 168", "200 x 336"]
     assert forward[:4] == [f"2 x 300 queries, {size} cells" for size in cells]

@@ -233,6 +233,13 @@ def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
 # --------------------------------------------------------------------- modulated attention itself
 
 
+def test_logits_in_the_millions_are_left_to_plain_attention(monkeypatch):
+    query = 1e4 * random_tensor(B, 3, D).requires_grad_()
+    monkeypatch.setattr(attention_module, "attend_in_pieces", lambda *args: "plain")
+    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in (query, query, query)]
+    assert attention_module.attend(*heads) == "plain"
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_modulated_attention_equals_the_reference(spread, padded):
@@ -535,6 +542,7 @@ def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
 def small_blocks(monkeypatch):
     """Where no fused kernel serves, rows are computed in blocks of so many logits."""
     monkeypatch.setattr(attention_module, "_MAX_LOGITS", 1 << 16)
+    monkeypatch.setattr(attention_module, "_MIN_ROWS", 1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -585,6 +593,7 @@ def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
     outputs = []
     for max_logits in (1 << 22, block):
         monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)
+        monkeypatch.setattr(attention_module, "_MIN_ROWS", 1)
         # As good as no dropout, but computed like it.
         monkeypatch.setattr(attention, "dropout", 1e-12)
         outputs.append(attention.train()(inputs["x"], inputs["x"], inputs["x"], mask))

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from .dropout import dropout as drop
 
 # Where PyTorch's fused kernels can't be used (see `attend`), how many attention logits are held at
-# a time: 16 MiB of them.
-_MAX_LOGITS = 1 << 22
+# a time: 16 MiB of them, but some rows, since each piece has a gradient of all keys.
+_MAX_LOGITS, _MIN_ROWS = 1 << 22, 16
 # A scale's log-weights: channels whose dot product they are, (B, H or 1, Q, k) of the queries and
 # (S, k) of the cells (see `modulation.channels`), or a function that makes them for some queries
 # (see `attend_in_pieces`).
@@ -89,7 +89,7 @@ def attend_in_pieces(
         log_weights: gives, for a slice of the queries, what to add to their logits
             (B, H or 1, queries, S).
     """
-    rows = max(1, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
+    rows = max(_MIN_ROWS, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
 
     def attend_piece(piece: slice) -> Tensor:
         with float32_region(query):
@@ -115,9 +115,11 @@ def _would_overflow(query: Tensor, key: Tensor, scale: float) -> bool:
     in a badly initialised network; then infinite gradients come out."""
     if not (query.requires_grad or key.requires_grad):
         return False
-    with torch.no_grad():
-        bound = query.float().square().sum(-1).amax() * key.float().square().sum(-1).amax()
-    return bool(bound.sqrt() * scale > _MAX_LOGIT)
+    longest = [
+        torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).amax()
+        for tokens in (query, key)
+    ]
+    return bool(longest[0] * longest[1] * scale > _MAX_LOGIT)
 
 
 class MultiheadAttention(nn.Module):
@@ -238,12 +240,12 @@ def attend_modulated(
     head_dim = query.shape[-1]
     dtype = query_channels.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    query_channels = query_channels.expand(*query.shape[:3], -1)
-    cell_channels = cell_channels.to(dtype).expand(*key.shape[:3], -1)
     # Fused kernels want queries, keys and values of one width, a multiple of 8.
-    missing = -(head_dim + query_channels.shape[-1]) % 8
-    query = F.pad(torch.cat([query, query_channels], -1), (0, missing))
-    key = F.pad(torch.cat([key, cell_channels], -1), (0, missing))
+    rest = query.new_zeros(-(head_dim + query_channels.shape[-1]) % 8)
+    query, key = (
+        torch.cat([tokens] + [x.expand(*tokens.shape[:3], -1) for x in (channels, rest)], dim=-1)
+        for tokens, channels in ((query, query_channels), (key, cell_channels.to(dtype)))
+    )
     value = F.pad(value, (0, query.shape[-1] - head_dim))
     with float32_region(query):
         out = attend(query, key, value, padding_mask, dropout, scale=head_dim**-0.5)

@@ -1,0 +1,77 @@
+"""torch.compile: the same results, and few graphs for images of many sizes."""
+
+import random
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances
+from torch._dynamo.utils import counters
+
+from demo_cases import ROOT
+from smca.engine import load_config
+
+TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
+TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
+
+
+def make_model(name, *overrides):
+    cfg = load_config(str(ROOT / "configs" / f"{name}.py"), [*TINY, *overrides])
+    cfg.model.backbone.num_blocks = [1, 1, 1, 1]
+    torch.manual_seed(0)
+    return instantiate(cfg.model)
+
+
+def make_item(height, width):
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor([[1.0, 1.0, 20.0, 30.0]]))
+    instances.gt_classes = torch.tensor([3])
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    return {"image": image, "height": height, "width": width, "instances": instances}
+
+
+def make_batches(count, batch_size):
+    """Batches of different sizes, with padding where there are several images."""
+    sizes = random.Random(0)
+    return [
+        [make_item(sizes.randrange(260, 400), sizes.randrange(260, 400)) for _ in range(batch_size)]
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def graphs():
+    """The number of graphs that were compiled, as a function."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("smca_r50_50ep", ["model.encoder.pattern=IM"]),
+    ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.kernel_size=3"]),
+])
+def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, graphs):
+    model = make_model(name, *overrides).eval()
+    batches = make_batches(6, 1)
+    with torch.no_grad():
+        expected = [model(batch)[0]["instances"] for batch in batches]
+        model.compile(backend="eager")
+        for batch, wanted in zip(batches, expected):
+            result = model(batch)[0]["instances"]
+            torch.testing.assert_close(result.scores, wanted.scores)
+            torch.testing.assert_close(result.pred_boxes.tensor, wanted.pred_boxes.tensor)
+    assert 3 <= graphs() <= 6
+    assert not counters["graph_break"]
+
+
+def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
+    model = make_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
+    model.compile(backend="eager")
+    for batch in make_batches(5, 2):
+        model.zero_grad()
+        sum(model(batch).values()).backward()
+        assert model.encoder.layers[0].ffn.linear1.weight.grad.any()
+    assert 3 <= graphs() <= 8
+    assert not counters["graph_break"]

@@ -1,0 +1,284 @@
+"""What tools/benchmark.py measures: each `Job` builds a function to call again and again."""
+
+import copy
+import itertools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Optional
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.events import EventStorage
+from PIL import Image
+
+from analyze_model import analyze
+from smca.data import draw_scene
+from smca.engine import Trainer, load_config
+from smca.engine.trainer import AMP_DTYPES
+from smca.modeling import HungarianMatcher, SetCriterion
+from smca.modeling.attention import attend_modulated
+from smca.modeling.matcher import Targets
+from smca.modeling.modulation import Gaussians, cell_channels, query_channels
+
+# Ends the name of a slow reference's measurement.
+REFERENCE = ", reference"
+
+
+@dataclass
+class Job:
+    """What one process measures.
+
+    Attributes:
+        name, size: name it in the table and in the file; so does the config, if it has one.
+        build: called with the options and `arguments`, gives the function to measure.
+        cost: called likewise, gives the multiply-adds of a call, where these are reported.
+    """
+
+    name: str
+    size: str
+    build: Callable
+    arguments: dict = field(default_factory=dict)
+    config: Optional[str] = None
+    cost: Optional[Callable] = None
+
+
+# ---- Co-attention
+
+
+def slow_co_attention(query, key, value, gaussians, size):
+    """The reference, as the official code has it: the squared distances of all cells from all
+    centres, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
+    y, x = (torch.arange(n, device=query.device) for n in size)
+    cells = torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1)
+    centres, precisions = (
+        g[:, :, 0].transpose(1, 2)[..., None, :] for g in (gaussians.centres, gaussians.precisions)
+    )
+    log_weights = -((cells - centres).square() * precisions).sum(-1)
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + log_weights
+    return logits.softmax(-1).to(value.dtype) @ value
+
+
+def fast_co_attention(query, key, value, gaussians, size):
+    queries = query_channels(gaussians, 0, size, query.shape[-1], query.dtype)
+    cells = cell_channels(size, query.dtype, query.device)
+    return attend_modulated(query, key, value, queries, cells)
+
+
+def build_co_attention(options, cells, num_queries, reference=False, backward=False):
+    """Attention of 2 images with 8 heads of 32 channels, between the projections."""
+    batch, heads, head_dim = 2, 8, 32
+    factory = dict(device=options.device, dtype=AMP_DTYPES.get(options.dtype, torch.float32))
+    num_cells = cells[0] * cells[1]
+    tokens = [torch.randn(batch, heads, n, head_dim, **factory) for n in (num_queries, num_cells)]
+    tokens.append(torch.randn_like(tokens[1]))
+    shape = (batch, num_queries, 1, heads, 2)
+    centres = torch.rand(shape, device=options.device) * torch.tensor(
+        cells[::-1], device=options.device
+    )
+    precisions = (0.5 + torch.rand(shape, device=options.device)).square() / 8
+    inputs = [x.requires_grad_(backward) for x in (*tokens, centres, precisions)]
+    attention = slow_co_attention if reference else fast_co_attention
+    if options.compile:
+        attention = torch.compile(attention)
+    output_gradient = torch.randn_like(tokens[0])
+
+    def run():
+        output = attention(*inputs[:3], Gaussians(*inputs[3:]), cells)
+        if backward:
+            torch.autograd.grad(output, inputs, output_gradient)
+
+    return run
+
+
+def co_attention_job(cells, num_queries, backward, reference=False):
+    name = "co_attention forward" + (" and backward" if backward else "")
+    arguments = dict(cells=cells, num_queries=num_queries, backward=backward, reference=reference)
+    size = f"2 x {num_queries} queries, {cells[0]} x {cells[1]} cells"
+    return Job(name + (REFERENCE if reference else ""), size, build_co_attention, arguments)
+
+
+def co_attention_jobs(options):
+    for backward, reference in itertools.product((False, True), repeat=2):
+        yield co_attention_job(options.cells, options.num_queries, backward, reference)
+
+
+def co_attention_scaling_jobs(options):
+    """A quarter of the cells to 16 times as many, and a third of the queries to 3 times."""
+    (height, width), queries = options.cells, options.num_queries
+    sizes = [((height * n // 2, width * n // 2), queries) for n in (1, 2, 4, 8)]
+    sizes += [((height, width), queries * n // 3) for n in (1, 9)]
+    for backward, (cells, num_queries) in itertools.product((False, True), sizes):
+        yield co_attention_job(cells, num_queries, backward)
+
+
+# ---- Parts of the models
+
+
+def random_predictions(options, num_images=16, num_objects=20):
+    """Logits and boxes of 6 layers, 300 queries and 80 classes, and the images' targets."""
+    shape, device = (6, num_images, 300), options.device
+    targets = [
+        Targets(
+            torch.randint(80, (num_objects,), device=device),
+            0.1 + 0.4 * torch.rand(num_objects, 4, device=device),
+        )
+        for _ in range(num_images)
+    ]
+    logits = torch.randn(*shape, 80, device=device) - 4
+    return logits, 0.1 + 0.4 * torch.rand(*shape, 4, device=device), targets
+
+
+def build_matcher(options):
+    matcher, predictions = HungarianMatcher(), random_predictions(options)
+    return lambda: matcher(*predictions)
+
+
+def build_criterion(options):
+    criterion = SetCriterion(HungarianMatcher())
+    logits, boxes, targets = random_predictions(options)
+    inputs = [logits.requires_grad_(), boxes.requires_grad_()]
+    if options.compile:
+        criterion.compile()
+
+    def run():
+        losses = criterion(*inputs, targets)
+        torch.autograd.grad(sum(losses.values()), inputs)
+
+    return run
+
+
+def build_encoder(options, config, size):
+    model = build_model(options, load_config(config, options.overrides)).eval()
+    encoder = model.encoder
+    with torch.no_grad():
+        scales = model.scales(model.preprocess(random_images(1, size)))
+    if options.compile:
+        encoder.compile()
+    return without_gradients(options, lambda: encoder(scales))
+
+
+# ---- Whole models
+
+
+def build_model(options, cfg):
+    model = instantiate(cfg.model)
+    # Random weights between norms that do nothing would double the features in each block, and
+    # logits that no trained model has would take another path through the attention.
+    for module in model.backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
+    return model.to(options.device)
+
+
+def random_images(count, size):
+    return [{"image": torch.randint(256, (3, *size), dtype=torch.uint8)} for _ in range(count)]
+
+
+def random_batch(count, size, num_classes, num_objects=10):
+    """Images with 10 boxes each."""
+    batch = random_images(count, size)
+    for image in batch:
+        corners = torch.rand(num_objects, 2, 2).sort(dim=1).values * torch.tensor(size[::-1])
+        classes = torch.randint(num_classes, (num_objects,))
+        image["instances"] = Instances(size, gt_boxes=Boxes(corners.flatten(1)), gt_classes=classes)
+    return batch
+
+
+def build_inference(options, config, size):
+    model = build_model(options, load_config(config, options.overrides)).eval()
+    images = random_images(1, size)
+    if options.compile:
+        model.compile()
+    return without_gradients(options, lambda: model(images))
+
+
+def build_train_step(options, config, size):
+    """The trainer's own step: losses, gradients, clipping, AdamW."""
+    cfg = load_config(config, options.overrides)
+    model = build_model(options, cfg).train()
+    cfg.optimizer.params.model = model
+    batch = random_batch(options.batch_size, size, cfg.model.num_classes)
+    trainer = Trainer(
+        model,
+        itertools.repeat(batch),
+        instantiate(cfg.optimizer),
+        amp_dtype=AMP_DTYPES.get(options.dtype),
+        clip_grad_norm=cfg.train.clip_grad_norm,
+    )
+    trainer.iter, trainer.storage = 0, EventStorage()
+    if options.compile:
+        model.compile()
+    return trainer.run_step
+
+
+def build_train_mapper(options, config, num_images=8, size=(480, 640)):
+    """Reading and augmenting images as in training: JPEG files and 10 boxes each."""
+    height, width = size
+    rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
+    items = []
+    for index in range(num_images):
+        file = Path(folder.name) / f"{index}.jpg"
+        Image.fromarray(draw_scene(rng).image).resize((width, height)).save(file, quality=90)
+        corners = np.sort(rng.uniform(0, 1, (10, 2, 2)), axis=1) * (width, height)
+        annotations = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+            for box in corners.reshape(10, 4).tolist()
+        ]
+        items.append(dict(file_name=str(file), height=height, width=width, image_id=index))
+        items[-1]["annotations"] = annotations
+    mapper = instantiate(load_config(config, options.overrides).dataloader.train.mapper)
+
+    def run():
+        assert folder  # keeps the files
+        for item in items:
+            mapper(copy.deepcopy(item))
+
+    return run
+
+
+def train_mapper_jobs(options):
+    config = options.config[0]
+    yield Job("train_mapper", "8 x 480 x 640", build_train_mapper, dict(config=config), config)
+
+
+def without_gradients(options, function):
+    def run():
+        with torch.no_grad(), autocast(options):
+            function()
+
+    return run
+
+
+def autocast(options):
+    dtype = AMP_DTYPES.get(options.dtype)
+    return torch.autocast(options.device, dtype=dtype, enabled=dtype is not None)
+
+
+def multiply_adds(options, config, size):
+    return analyze(load_config(config, options.overrides), *size)[2]
+
+
+def model_jobs(options, name, build, sizes, batch_size=1, cost=None):
+    for config, size in itertools.product(options.config, sizes):
+        text = f"{batch_size} x {size[0]} x {size[1]}"
+        yield Job(name, text, build, dict(config=config, size=size), config, cost)
+
+
+MEASUREMENTS = {
+    "co_attention": co_attention_jobs,
+    "co_attention_scaling": co_attention_scaling_jobs,
+    "encoder": lambda o: model_jobs(o, "encoder", build_encoder, o.image_size[:1]),
+    "matcher": lambda o: [Job("matcher", "16 images", build_matcher)],
+    "criterion": lambda o: [Job("criterion, matcher and backward", "16 images", build_criterion)],
+    "inference": lambda o: model_jobs(
+        o, "inference", build_inference, o.image_size, cost=multiply_adds
+    ),
+    "train_step": lambda o: model_jobs(
+        o, "train_step", build_train_step, [o.train_size], o.batch_size
+    ),
+    "train_mapper": train_mapper_jobs,
+}
