@@ -15,4 +15,5 @@ optimizer = L(torch.optim.AdamW)(
     ),
     lr=1e-4,
     weight_decay=1e-4,
+    fused=True,
 )
