@@ -5,7 +5,8 @@
     python tools/analyze_model.py configs/detr_r50_50ep.py model.num_queries=100
 
 GFLOPs are multiply-adds of one image, counted by fvcore while the model runs: convolutions, matrix
-products and norms, and the two products of fused attention, which fvcore does not know.
+products and norms (frozen ones are part of the convolutions), and the two products of fused
+attention, which fvcore does not know.
 """
 
 import argparse
