@@ -21,7 +21,7 @@ from PIL import Image
 
 from smca.data import read_image
 from smca.data.errors import DatasetError
-from smca.errors import UserError
+from smca.errors import UserError, exit_code
 from smca.predictor import load_predictor
 from smca.visualization import draw_instances
 
@@ -73,12 +73,7 @@ def main(argv=None):
     Returns:
         int: the exit code, 1 if something could not be read.
     """
-    args = get_parser().parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(run, get_parser().parse_args(argv))
 
 
 def run(args):

@@ -46,7 +46,7 @@ from tabulate import tabulate
 from benchmark_cases import MEASUREMENTS, REFERENCE
 from smca.engine import load_config
 from smca.engine.trainer import AMP_DTYPES
-from smca.errors import UserError
+from smca.errors import UserError, exit_code
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN_MODELS = [
@@ -316,7 +316,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"Error: {error}")
+    sys.exit(exit_code(main))

@@ -43,7 +43,7 @@ import yaml
 
 from smca.convergence import Study, Training, make_report, read_report, write_report
 from smca.engine import load_config
-from smca.errors import UserError
+from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 _POLL_SECONDS = 2.0
@@ -93,10 +93,7 @@ def main(argv=None):
     """
     args = get_parser().parse_intermixed_args(argv)
     try:
-        return run(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+        return exit_code(run, args)
     except KeyboardInterrupt:
         return 130
 

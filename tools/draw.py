@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from smca.errors import UserError
+from smca.errors import exit_code
 from smca.predictor import load_predictor, load_test_dataset
 from smca.visualization import write_pictures
 
@@ -53,9 +53,9 @@ def run(args):
     )
 
 
+def main():
+    print("Written:", *run(get_parser().parse_args()), sep="\n  ")
+
+
 if __name__ == "__main__":
-    try:
-        print("Written:", *run(get_parser().parse_args()), sep="\n  ")
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code(main))

@@ -19,7 +19,7 @@ from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
 from smca.engine import load_config, main
-from smca.errors import UserError
+from smca.errors import exit_code
 from smca.predictor import load_predictor, load_test_dataset
 from smca.visualization import write_pictures
 
@@ -123,8 +123,4 @@ def _duration(seconds):
 
 
 if __name__ == "__main__":
-    try:
-        print(run(get_parser().parse_args()))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(exit_code(lambda: print(run(get_parser().parse_args()))))

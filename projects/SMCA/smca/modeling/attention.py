@@ -24,8 +24,8 @@ from .dropout import dropout as drop
 # a time: 16 MiB of them, but some rows, since each piece has a gradient of all keys.
 _MAX_LOGITS, _MIN_ROWS = 1 << 22, 16
 # A scale's log-weights: channels whose dot product they are, (B, H or 1, Q, k) of the queries and
-# (S, k) of the cells (see `modulation.channels`), or a function that makes them for some queries
-# (see `attend_in_pieces`).
+# (S, k) of the cells (see `modulation.query_channels`), or a function that makes them for some
+# queries (see `attend_in_pieces`).
 Modulation = Union[Tuple[Tensor, Tensor], Callable[[slice], Tensor]]
 
 # Size of a logit up to which the CPU's fused kernel gives right gradients.

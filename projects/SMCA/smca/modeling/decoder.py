@@ -19,7 +19,7 @@ class Memory(NamedTuple):
     num_cells: List[int]  # of each scale
     key: Tensor  # (B, S, d) tokens with their positions
     value: Tensor  # (B, S, d) tokens
-    cells: List[Tensor]  # of each scale the cells' channels of the modulation
+    cells: List[Tensor]  # of each scale the modulation's channels; [] without
 
 
 class DecoderOutput(NamedTuple):
@@ -211,7 +211,10 @@ class Decoder(nn.Module):
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         num_cells = [scale.tokens.shape[1] for scale in scales]
-        cells = [cell_channels(s.size, _matmul_dtype(tokens), tokens.device) for s in scales]
+        cells = []
+        if self.modulated:
+            dtype = _matmul_dtype(tokens)
+            cells = [cell_channels(scale.size, dtype, tokens.device) for scale in scales]
         memory = Memory(scales, num_cells, tokens + position, tokens, cells)
         queries = torch.zeros_like(query_position).expand(tokens.shape[0], -1, -1)
         reference, hidden = None, []
