@@ -79,9 +79,9 @@ def modulate(centres, spreads, spread, size, head_dim=D // H, dtype=torch.float3
 def modulated_attention(query, key, value, modulation, mask=None, dropout=0.0):
     """(B, N, D) tokens, already projected, to (B, Q, D), on either of the two ways."""
     heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in (query, key, value)]
-    if callable(modulation):
+    if callable(modulation[0]):
         scale = (D // H) ** -0.5
-        output = attend_in_pieces(*heads, mask, dropout, scale, modulation)
+        output = attend_in_pieces(*heads, mask, dropout, scale, *modulation)
     else:
         output = attend_modulated(*heads, *modulation, mask, dropout)
     return output.transpose(1, 2).flatten(2)
@@ -186,7 +186,8 @@ def far_case(size, spread):
 
 def dot_products(query, cells):
     """Log-weights that channels give, their products added in float32."""
-    return query.float() @ cells.float().T / (D // H) ** 0.5
+    cells = cells[:, : query.shape[-1]]
+    return query.float() @ cells.float().T * attention_module.kernel_scale(D // H, query.dtype)
 
 
 # Cells further down than this weigh nothing.
@@ -233,11 +234,22 @@ def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
 # --------------------------------------------------------------------- modulated attention itself
 
 
-def test_logits_in_the_millions_are_left_to_plain_attention(monkeypatch):
-    query = 1e4 * random_tensor(B, 3, D).requires_grad_()
-    monkeypatch.setattr(attention_module, "attend_in_pieces", lambda *args: "plain")
-    heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in (query, query, query)]
-    assert attention_module.attend(*heads) == "plain"
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e4], ids=str)
+def test_gradients_of_logits_of_any_size_are_right(size):
+    heads = [(B, H, n, D // H) for n in (300, 1050, 1050)]
+    tokens = [random_tensor(*shape, seed=seed) for seed, shape in enumerate(heads)]
+    tokens = [(x * factor).requires_grad_() for x, factor in zip(tokens, (size, size, 1))]
+    exact = [x.detach().double().requires_grad_() for x in tokens]
+    query, key, value = exact
+    expected = (query @ key.transpose(-2, -1) / (D // H) ** 0.5).softmax(-1) @ value
+    output = attention_module.attend(*tokens)
+    weights = random_tensor(*expected.shape, seed=4)
+    gradients = torch.autograd.grad((output * weights).sum(), tokens)
+    wanted = torch.autograd.grad((expected * weights).sum(), exact)
+    # A logit is rounded by 1e-7 of it, and weights by as much as that is.
+    assert_close(output.double(), expected, 1e-5 * size)
+    for got, want, factor in zip(gradients, wanted, (size, size, 1)):
+        assert (got - want).abs().max() < 1e-5 * size * factor * want.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -259,6 +271,31 @@ def test_modulated_attention_equals_the_reference(spread, padded):
     output = modulated_attention(*tokens, modulation, mask)
     assert_close(output, expected)
     assert_same_gradients(output, expected, used(inputs, spread))
+
+
+@pytest.mark.parametrize("size", [(25, 42), (50, 84), (100, 168)], ids=str)
+@pytest.mark.parametrize("spread", CHANNEL_SPREADS)
+def test_modulated_attention_is_right_for_any_spread_on_large_maps(spread, size):
+    # With the Gaussians' products in 5 channels, what is near a border would be off by 5e-4.
+    num_cells = size[0] * size[1]
+    shapes = {"query": (B, Q, D), "key": (B, num_cells, D), "value": (B, num_cells, D)}
+    tokens = {name: random_tensor(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    inputs = {**leaves(tokens), **spread_far(size, spread)}
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    maps = reference.log_weights(*size, exact["centres"], exact["spreads"], spread)
+    expected = reference.attend(*[exact[name] for name in shapes], H, None, maps)
+
+    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*[inputs[name] for name in shapes], modulation)
+    assert_close(output.double(), expected, 1e-5)
+    weights = random_tensor(*expected.shape, seed=4)
+    names = list(used(inputs, spread))
+    gradients = torch.autograd.grad((output * weights).sum(), [inputs[n] for n in names])
+    wanted = torch.autograd.grad((expected * weights).sum(), [exact[n] for n in names])
+    for name, got, want in zip(names, gradients, wanted):
+        # The spread's gradient is a difference of large sums over squared coordinates.
+        tolerance = 3e-4 if name == "spreads" else 2e-5
+        assert (got - want).abs().max() < tolerance * want.abs().max(), name
 
 
 @lru_cache(maxsize=None)
@@ -601,3 +638,16 @@ def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
     assert_same_gradients(outputs[1], outputs[0], {**inputs, **parameters(attention, "attention")})
     expected = attention.eval()(inputs["x"], inputs["x"], inputs["x"], mask)
     assert_close(outputs[1], expected, 1e-5)
+
+
+def test_blocks_of_rows_drop_the_same_in_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(attention_module, "_MAX_LOGITS", 1)
+    monkeypatch.setattr(attention_module, "_MIN_ROWS", 5)
+    query, key, value = (random_tensor(B, H, n, 4, seed=n).requires_grad_() for n in (11, 48, 48))
+    torch.manual_seed(0)
+    total = (attention_module.attend(query, key, value, dropout=0.5) * random_tensor(4)).sum()
+    state = torch.get_rng_state()
+    (gradient,) = torch.autograd.grad(total, value)
+    # The output is linear in the values, with the weights that were not dropped.
+    assert_close((gradient * value).sum(), total, 1e-5)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -16,20 +16,22 @@ from typing import Callable, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .dropout import dropout as drop
 
-# Where PyTorch's fused kernels can't be used (see `attend`), how many attention logits are held at
+# Where PyTorch's fused kernels can't be used (see `_can_fuse`), how many attention logits are held at
 # a time: 16 MiB of them, but some rows, since each piece has a gradient of all keys.
 _MAX_LOGITS, _MIN_ROWS = 1 << 22, 16
 # A scale's log-weights: channels whose dot product they are, (B, H or 1, Q, k) of the queries and
-# (S, k) of the cells (see `modulation.query_channels`), or a function that makes them for some
-# queries (see `attend_in_pieces`).
-Modulation = Union[Tuple[Tensor, Tensor], Callable[[slice], Tensor]]
+# (S, k or more) of the cells (see `modulation.query_channels`), or a function that makes them for
+# some queries and what it needs of each query (see `attend_in_pieces`).
+Modulation = Union[Tuple[Tensor, Tensor], Tuple[Callable[..., Tensor], Sequence[Tensor]]]
 
 # Size of a logit up to which the CPU's fused kernel gives right gradients.
 _MAX_LOGIT = 1e5
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def float32_region(tensor: Tensor):
@@ -46,29 +48,66 @@ def attend(
     value: Tensor,
     padding_mask: Optional[Tensor] = None,
     dropout: float = 0.0,
-    scale: Optional[float] = None,
 ) -> Tensor:
-    """Softmax attention that never holds a whole (B, H, N, S) map.
-
-    It calls PyTorch's fused kernels, but for two things that the CPU's can't do: dropout, and
-    logits in the millions.
+    """softmax(q k^T / sqrt(d_h)) v, without ever holding a whole (B, H, N, S) map.
 
     Args:
-        query: (B, H, N, c). key: (B, H, S, c). value: (B, H, S, c).
+        query: (B, H, N, d_h). key, value: (B, H, S, d_h).
         padding_mask: (B, S) bool, True on cells to leave out, or None.
         dropout: probability with which an attention weight is dropped.
-        scale: factor of the logits, 1 / sqrt(c) by default.
 
     Returns:
-        (B, H, N, c)
+        (B, H, N, d_h)
     """
-    mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, scale = _scale_queries(query)
+    fused = _can_fuse(query, key, scale, dropout)
+    return _attend(query, key, value, padding_mask, dropout, scale, fused)
+
+
+def kernel_scale(head_dim: int, dtype: torch.dtype) -> float:
+    """What is left of 1 / sqrt(d_h) for the attention kernels to multiply logits with.
+
+    In float32 the queries are multiplied instead, since the CPU's kernel, given the factor, rounds
+    logits differently in its backward pass: gradients of large ones, as modulation has them, would
+    be off. The half types would lose a digit by it."""
+    return head_dim**-0.5 if dtype in HALF_TYPES else 1.0
+
+
+def _scale_queries(query: Tensor) -> Tuple[Tensor, float]:
+    """The queries times their part of 1 / sqrt(d_h), and the kernel's part."""
+    scale = kernel_scale(query.shape[-1], query.dtype)
+    return (query * query.shape[-1] ** -0.5 if scale == 1 else query), scale
+
+
+def _can_fuse(query: Tensor, key: Tensor, scale: float, dropout: float) -> bool:
+    """Whether PyTorch's fused kernels do it right. The CPU's can't do two things: dropout, and
+    gradients of logits in the millions, as a badly initialised network has them. Where a weight is
+    1, that gradient is 0 but for a rounding, which large keys multiply."""
     # A compiled graph takes one way for all inputs, whatever they hold.
-    fused = query.device.type != "cpu" or torch.compiler.is_compiling()
-    if fused or not (dropout or _would_overflow(query, key, scale)):
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    return attend_in_pieces(query, key, value, padding_mask, dropout, scale)
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    if dropout or not (query.requires_grad or key.requires_grad):
+        return not dropout
+    longest = [
+        torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).amax()
+        for tokens in (query, key)
+    ]
+    return bool(longest[0] * longest[1] * scale <= _MAX_LOGIT)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Optional[Tensor],
+    dropout: float,
+    scale: float,
+    fused: bool,
+) -> Tensor:
+    if not fused:
+        return attend_in_pieces(query, key, value, padding_mask, dropout, scale)
+    mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
 
 
 # Compiled, it would be compiled anew for every number of pieces.
@@ -80,46 +119,65 @@ def attend_in_pieces(
     padding_mask: Optional[Tensor],
     dropout: float,
     scale: float,
-    log_weights: Optional[Callable[[slice], Tensor]] = None,
+    log_weights: Optional[Callable[..., Tensor]] = None,
+    parameters: Sequence[Tensor] = (),
 ) -> Tensor:
     """`attend` in float32 without a fused kernel, some queries at a time. Of several pieces, the
     backward pass computes the attention weights again.
 
     Args:
-        log_weights: gives, for a slice of the queries, what to add to their logits
+        parameters: (B, H or 1, N, ...) each, of the queries' Gaussians.
+        log_weights: given the parameters of some queries, gives what to add to their logits,
             (B, H or 1, queries, S).
     """
-    rows = max(_MIN_ROWS, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
 
-    def attend_piece(piece: slice) -> Tensor:
+    def attend_piece(key: Tensor, value: Tensor, query: Tensor, *parameters: Tensor) -> Tensor:
         with float32_region(query):
-            logits = (query[:, :, piece].float() * scale) @ key.float().transpose(-2, -1)
+            logits = (query.float() * scale) @ key.float().transpose(-2, -1)
             if log_weights is not None:
-                logits = logits + log_weights(piece)
+                logits = logits + log_weights(*parameters)
             if padding_mask is not None:
                 logits = logits.masked_fill(padding_mask[:, None, None, :], -torch.inf)
             return drop(logits.softmax(dim=-1), dropout) @ value.float()
 
-    if rows >= query.shape[2]:
-        return attend_piece(slice(None)).to(query.dtype)
-    pieces = [slice(start, start + rows) for start in range(0, query.shape[2], rows)]
-    results = [checkpoint(attend_piece, piece, use_reentrant=False) for piece in pieces]
-    return torch.cat(results, dim=2).to(query.dtype)
+    num_rows = max(_MIN_ROWS, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
+    if num_rows >= query.shape[2]:
+        return attend_piece(key, value, query, *parameters).to(query.dtype)
+    return _InPieces.apply(attend_piece, num_rows, key, value, query, *parameters).to(query.dtype)
 
 
-def _would_overflow(query: Tensor, key: Tensor, scale: float) -> bool:
-    """Whether the CPU's fused kernel cannot be trusted with the gradient.
+class _InPieces(torch.autograd.Function):
+    """Calls a function with key, value and the tensors of some queries at a time, and again in the
+    backward pass. (``torch.utils.checkpoint`` for each piece would make a gradient of all queries
+    for each, and leave the heap in fragments, a tensor of 16 MiB being freed among small ones.)"""
 
-    Its backward pass computes logits anew, rounds them differently and takes their exponential
-    without looking for a new maximum. That is harmless until logits reach the millions, as they do
-    in a badly initialised network; then infinite gradients come out."""
-    if not (query.requires_grad or key.requires_grad):
-        return False
-    longest = [
-        torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.float32).amax()
-        for tokens in (query, key)
-    ]
-    return bool(longest[0] * longest[1] * scale > _MAX_LOGIT)
+    @staticmethod
+    def forward(ctx, function, num_rows, key, value, *by_query):
+        ctx.function, ctx.num_rows = function, num_rows
+        ctx.rng_state, ctx.device_states = torch.get_rng_state(), get_device_states(key)
+        ctx.save_for_backward(key, value, *by_query)
+        result = value.new_empty((*by_query[0].shape[:3], value.shape[3]), dtype=torch.float32)
+        for part, *inputs in zip(*(x.split(num_rows, dim=2) for x in (result, *by_query))):
+            part.copy_(function(key, value, *inputs))
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        key, value, *by_query = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        gradients = [torch.zeros_like(x, requires_grad=False) for x in (key, value, *by_query)]
+        pieces = (x.split(ctx.num_rows, dim=2) for x in (gradient, *by_query, *gradients[2:]))
+        devices, states = ctx.device_states
+        with torch.random.fork_rng(devices, device_type=key.device.type):
+            torch.set_rng_state(ctx.rng_state)
+            set_device_states(devices, states, device_type=key.device.type)
+            for piece_gradient, *piece in zip(*pieces):
+                inputs = [x.detach().requires_grad_() for x in piece[: len(by_query)]]
+                with torch.enable_grad():
+                    result = ctx.function(key, value, *inputs)
+                found = torch.autograd.grad(result, [key, value, *inputs], piece_gradient)
+                for total, part in zip([*gradients[:2], *piece[len(by_query) :]], found):
+                    total.add_(part)
+        return (None, None, *gradients)
 
 
 class MultiheadAttention(nn.Module):
@@ -207,9 +265,9 @@ class CoAttention(MultiheadAttention):
             tokens = query, keys[index], values[index]
             if modulations is None:
                 out = attend(*tokens, padding_mask, dropout)
-            elif callable(modulations[index]):
+            elif callable(modulations[index][0]):
                 scale = query.shape[-1] ** -0.5
-                out = attend_in_pieces(*tokens, padding_mask, dropout, scale, modulations[index])
+                out = attend_in_pieces(*tokens, padding_mask, dropout, scale, *modulations[index])
             else:
                 out = attend_modulated(*tokens, *modulations[index], padding_mask, dropout)
             if scale_weights is not None:
@@ -231,22 +289,28 @@ def attend_modulated(
 
     Args:
         query: (B, H, Q, d_h). key, value: (B, H, S, d_h).
-        query_channels: (B, H or 1, Q, k). cell_channels: (S, k), of the dtype to compute in.
+        query_channels: (B, H or 1, Q, k), of the dtype to compute in.
+        cell_channels: (S, k or more), of which the first k count.
         padding_mask, dropout: as in `attend`.
 
     Returns:
         (B, H, Q, d_h)
     """
-    head_dim = query.shape[-1]
+    head_dim, num_channels = query.shape[-1], query_channels.shape[-1]
     dtype = query_channels.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, scale = _scale_queries(query)
+    fused = _can_fuse(query, key, scale, dropout)  # the Gaussians' products need no asking
     # Fused kernels want queries, keys and values of one width, a multiple of 8.
-    rest = query.new_zeros(-(head_dim + query_channels.shape[-1]) % 8)
+    rest = query.new_zeros(-(head_dim + num_channels) % 8)
+    cell_channels = cell_channels[:, :num_channels].to(dtype)
+    # The channels come first, so that their large products cancel before others are added.
     query, key = (
-        torch.cat([tokens] + [x.expand(*tokens.shape[:3], -1) for x in (channels, rest)], dim=-1)
-        for tokens, channels in ((query, query_channels), (key, cell_channels.to(dtype)))
+        torch.cat([channels.expand(*shape, -1), tokens, rest.expand(*shape, -1)], dim=-1)
+        for tokens, channels in ((query, query_channels), (key, cell_channels))
+        for shape in [tokens.shape[:3]]
     )
     value = F.pad(value, (0, query.shape[-1] - head_dim))
     with float32_region(query):
-        out = attend(query, key, value, padding_mask, dropout, scale=head_dim**-0.5)
+        out = _attend(query, key, value, padding_mask, dropout, scale, fused)
     return out[..., :head_dim]

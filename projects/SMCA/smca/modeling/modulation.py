@@ -15,7 +15,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .attention import Modulation, float32_region
+from .attention import HALF_TYPES, Modulation, float32_region, kernel_scale
 from .scales import Scale
 
 MODULATIONS = ("multi_head", "head_shared", "none")
@@ -134,20 +134,32 @@ def modulations(
 
     # With covariance the products grow with the fourth power of the distance, and channels would
     # lose the small log-weights near the centre among them.
-    def log_weights(index: int, size: Tuple[int, int], queries: slice) -> Tensor:
-        part = Gaussians(gaussians.centres[:, queries], gaussians.precisions[:, queries])
-        return part.log_weights(index, size).transpose(1, 2).flatten(3)
+    return [
+        (
+            partial(_log_weights, scale.size),
+            [g[:, :, i].transpose(1, 2) for g in (gaussians.centres, gaussians.precisions)],
+        )
+        for i, scale in enumerate(scales)
+    ]
 
-    return [partial(log_weights, i, scale.size) for i, scale in enumerate(scales)]
+
+def _log_weights(size: Tuple[int, int], centres: Tensor, precisions: Tensor) -> Tensor:
+    """Of (B, H', q, 2) centres and (B, H', q, 3) precisions on (h, w) cells: (B, H', q, h * w)."""
+    one_scale = Gaussians(centres[:, :, None], precisions[:, :, None])
+    return one_scale.log_weights(0, size).flatten(3)
 
 
-# Channels of queries and cells whose dot product, divided by sqrt(d_h) like that of queries and
-# keys, is a scale's log-weight (without covariance). float32 takes 5 of them. In bfloat16 and
-# float16 these products are too coarse, so each factor is cut into pieces that the type holds:
-# each of the query's three pieces meets each of the cell's two; only a square (up to 13 bits) has
-# a second piece, a coordinate (at most 8 bits) fits in one. That makes 21 channels.
-_HALF_TYPES = (torch.bfloat16, torch.float16)
+# Channels of queries and cells whose dot product, times `kernel_scale` like that of queries and
+# keys, is a scale's log-weight (without covariance). It takes 5 of them, but products far from the
+# map's middle are large and cancel, so types take more:
+# - float32 cuts the query's factors in two where products exceed `_MAX_PRODUCT`, see
+#   `_round_to_units`: 10 channels.
+# - In bfloat16 and float16 each factor is cut into pieces that the type holds: each of the query's
+#   three pieces meets each of the cell's two; only a square (up to 13 bits) has a second piece, a
+#   coordinate (at most 8 bits) fits in one. That makes 21 channels.
 _SQUARES = [0, 2]
+# Up to this, float32 rounds log-weights and their gradients by less than 1e-4.
+_MAX_PRODUCT = 4096.0
 
 
 def query_channels(
@@ -159,32 +171,49 @@ def query_channels(
 ) -> Tensor:
     """(B, H', Q, k) channels of the queries for a scale of (h, w) cells, of `dtype`.
 
-    The last one, a term that all cells share, cancels in the softmax, but it keeps the logits
-    small, and with them the rounding of the gradients."""
+    The fifth, a term that all cells share, cancels in the softmax, but it keeps the logits small,
+    and with them the rounding of the gradients."""
     middle_x, middle_y = size[1] // 2, size[0] // 2
     centres = gaussians.centres[:, :, scale_index].transpose(1, 2)
     c_x, c_y = centres[..., 0] - middle_x, centres[..., 1] - middle_y
     p_x, p_y = gaussians.precisions[:, :, scale_index].transpose(1, 2).unbind(-1)
     # float16 would not hold the last one, which grows past 65504 on large maps, in one.
     shared = (p_x * c_x**2 + p_y * c_y**2) / 16
-    query = torch.stack([-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared], -1) * head_dim**0.5
-    if dtype not in _HALF_TYPES:
+    query = torch.stack([-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared], -1)
+    query = query / kernel_scale(head_dim, dtype)
+    if dtype in HALF_TYPES:
+        pieces = _pieces(query, dtype, 3)
+        return torch.cat(pieces + [piece[..., _SQUARES] for piece in pieces], dim=-1)
+    with torch.no_grad():
+        largest = p_x * (c_x.abs() + middle_x) ** 2 + p_y * (c_y.abs() + middle_y) ** 2
+    # Asking a GPU would wait for it, and a compiled graph takes one way for all inputs.
+    can_ask = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_ask and bool(largest.amax() <= _MAX_PRODUCT):
         return query
-    pieces = _pieces(query, dtype, 3)
-    return torch.cat(pieces + [piece[..., _SQUARES] for piece in pieces], dim=-1)
+    return _round_to_units(query, largest[..., None])
 
 
 def cell_channels(size: Tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(h * w, k) channels of a scale's (h, w) cells, of `dtype`."""
+    """(h * w, k) channels of a scale's (h, w) cells, of `dtype`. Of queries with fewer channels,
+    they meet the first."""
     # Counted from the middle cell, coordinates and their squares are small integers.
     rows = torch.arange(size[0], dtype=torch.float32, device=device) - size[0] // 2
     columns = torch.arange(size[1], dtype=torch.float32, device=device) - size[1] // 2
     y, x = (c.flatten() for c in torch.meshgrid(rows, columns, indexing="ij"))
     cell = torch.stack([x * x, x, y * y, y, torch.full_like(x, 16)], dim=-1)
-    if dtype not in _HALF_TYPES:
-        return cell
+    if dtype not in HALF_TYPES:
+        return torch.cat([cell, cell], dim=-1)
     high, low = _pieces(cell, dtype, 2)
     return torch.cat([high] * 3 + [low[..., _SQUARES]] * 3, dim=-1)
+
+
+def _round_to_units(query: Tensor, largest: Tensor) -> Tensor:
+    """(..., k) channels cut in two, (..., 2 k): first rounded to multiples of a unit so large that
+    float32 holds their products with integers exactly, and any sum of these up to `largest`
+    (..., 1), so that the large products cancel without an error; then the small rests."""
+    unit = torch.exp2(largest.clamp(min=1e-12).log2().ceil() - 23)
+    high = query + ((query / unit).round() * unit - query).detach()
+    return torch.cat([high, (query - high).detach()], dim=-1)
 
 
 def _pieces(value: Tensor, dtype: torch.dtype, count: int) -> List[Tensor]:
