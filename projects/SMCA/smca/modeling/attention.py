@@ -20,8 +20,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .dropout import dropout as drop
 
-# Where PyTorch's fused kernels can't be used (see `_can_fuse`), how many attention logits are held at
-# a time: 16 MiB of them, but some rows, since each piece has a gradient of all keys.
+# Where PyTorch's fused kernels can't be used (see `_can_fuse`), how many attention logits are held
+# at a time: 16 MiB of them, but some rows, since each piece has a gradient of all keys.
 _MAX_LOGITS, _MIN_ROWS = 1 << 22, 16
 # A scale's log-weights: channels whose dot product they are, (B, H or 1, Q, k) of the queries and
 # (S, k or more) of the cells (see `modulation.query_channels`), or a function that makes them for
