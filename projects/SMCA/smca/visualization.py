@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from PIL import Image
 
 from smca.data import read_image
 from smca.errors import UserError
-from smca.modeling.modulation import Gaussians
+from smca.recorder import NoModulationError, Recorder
 
 __all__ = [
     "DetectionMaps",
@@ -45,12 +45,8 @@ logger = logging.getLogger(__name__)
 
 _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the objects
 _MAP_LONG_SIDE = 384  # pixels of the images under Gaussian maps
-_DPI = 120
+DPI = 120
 _SCALE_MARKERS = "osD^vP"
-
-
-class NoModulationError(UserError):
-    """The model has no Gaussian maps."""
 
 
 # Detections and truth
@@ -78,7 +74,7 @@ def draw_instances(image, instances, class_names=()):
     boxes.scale(factor, factor)
     boxes.clip(image.shape[:2])
 
-    labels = [_class_name(class_names, index) for index in classes.tolist()]
+    labels = [class_name(class_names, index) for index in classes.tolist()]
     if instances.has("scores"):
         scores = instances.scores.tolist()
         labels = [f"{label} {100 * score:.0f}%" for label, score in zip(labels, scores)]
@@ -134,7 +130,7 @@ def draw_contact_sheet(pictures, captions, num_columns=2):
     width = 7.0  # inches of a column
     rows = [pictures[i : i + num_columns] for i in range(0, len(pictures), num_columns)]
     heights = [width * max(map(_aspect, row)) + 0.35 for row in rows]
-    figure = Figure((width * num_columns, sum(heights)), dpi=_DPI, layout="constrained")
+    figure = Figure((width * num_columns, sum(heights)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(rows), num_columns, squeeze=False, height_ratios=heights)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -146,64 +142,6 @@ def draw_contact_sheet(pictures, captions, num_columns=2):
 
 
 # Gaussian maps
-
-
-@dataclass
-class _LayerRecord:
-    """What one decoder layer computed for a batch. `centre` is (B, Q, 2) in pixels of the model's
-    input; `scale_weights` is (B, Q, L)."""
-
-    gaussians: Gaussians
-    centre: torch.Tensor
-    strides: List[int]
-    scale_weights: Optional[torch.Tensor] = None
-
-
-class _Recorder:
-    """A context in which the decoder's layers keep a record of their modulation."""
-
-    def __init__(self, model):
-        decoder = getattr(model, "decoder", None)
-        if not getattr(decoder, "modulated", False):
-            raise NoModulationError(
-                "This model has no spatial modulation (model.decoder.modulation=none, as in DETR), "
-                "so there are no Gaussian maps to draw."
-            )
-        self._decoder = decoder
-        self._handles = []
-        self.layers: Dict[int, _LayerRecord] = {}
-        self.image_sizes = None  # (B, 2) width and height of the model's input without padding
-
-    def __enter__(self):
-        self._handles.append(self._decoder.register_forward_pre_hook(self._keep_sizes))
-        for index, layer in enumerate(self._decoder.layers):
-            # The scale weights are computed after the Gaussians.
-            for module, keep in (
-                (layer.modulation, self._keep_gaussians),
-                (layer.scale_weight, self._keep_scale_weights),
-            ):
-                if module is not None:
-                    self._handles.append(module.register_forward_hook(_with_index(keep, index)))
-        return self
-
-    def __exit__(self, *exc_info):
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _keep_sizes(self, module, inputs):
-        self.image_sizes = inputs[2]
-
-    def _keep_gaussians(self, index, inputs, output):
-        _, centre, scales = inputs
-        self.layers[index] = _LayerRecord(output, centre, [scale.stride for scale in scales])
-
-    def _keep_scale_weights(self, index, inputs, output):
-        self.layers[index].scale_weights = output.float().softmax(dim=-1)
-
-
-def _with_index(keep, index):
-    return lambda module, inputs, output: keep(index, inputs, output)
 
 
 @dataclass
@@ -241,6 +179,10 @@ class DetectionMaps:
         """(H', h, w) the maps of all scales, weighted with the query's scale weights."""
         return np.tensordot(self.scale_weights, self.maps, axes=1)
 
+    def mean_head_centres(self):
+        """(H', 2) the heads' centres of all scales, weighted likewise."""
+        return np.tensordot(self.scale_weights, self.head_centres, axes=1)
+
 
 def modulation_maps(predictor, image, select=None, layer=-1):
     """
@@ -260,63 +202,51 @@ def modulation_maps(predictor, image, select=None, layer=-1):
         NoModulationError: the model has no modulation.
         UserError: it has no such layer.
     """
-    with _Recorder(predictor.model) as recorder:
-        num_layers = len(predictor.model.decoder.layers)
-        if not -num_layers <= layer < num_layers:
-            raise UserError(
-                f"There is no decoder layer {layer}, the model has {num_layers}: 0 to "
-                f"{num_layers - 1}, or -1 for the last."
-            )
+    with Recorder(predictor.model) as recorder:
         instances = predictor(image)
-    indices = [0] if select is None else select(instances)
+    indices = [0] if select is None else list(select(instances))
+    return maps_of(instances[indices], recorder.layer(layer), image)
+
+
+def maps_of(instances, record, image):
+    """
+    Args:
+        instances (Instances): on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``,
+            ``pred_classes`` and ``query_indices``.
+        record (LayerRecord): of the model's call for `image`.
+        image (np.ndarray): uint8 (height, width, 3), RGB.
+
+    Returns:
+        list[DetectionMaps]: see :func:`modulation_maps`.
+    """
     height, width = image.shape[:2]
     factor = _MAP_LONG_SIDE / max(height, width)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     drawn = np.asarray(_resize(image, size[1], size[0]))
-    to_drawn = np.array([size[1] / width, size[0] / height])
-    record = recorder.layers[layer % num_layers]
-    results = []
-    for index in indices:
-        query = int(instances.query_indices[index])
-        gaussians, centre = _in_pixels(record, query, recorder.image_sizes[0], size)
-        num_scales = len(record.strides)
-        maps = [gaussians.log_weights(scale, size)[0, 0].exp() for scale in range(num_scales)]
-        weights = torch.full((num_scales,), 1 / num_scales)
-        if record.scale_weights is not None:
-            weights = record.scale_weights[0, query]
-        results.append(
-            DetectionMaps(
-                image=drawn,
-                box=instances.pred_boxes.tensor[index].numpy() * np.tile(to_drawn, 2),
-                class_index=int(instances.pred_classes[index]),
-                score=float(instances.scores[index]),
-                query=query,
-                layer=layer % num_layers,
-                num_layers=num_layers,
-                centre=centre.cpu().numpy(),
-                head_centres=gaussians.centres[0, 0].cpu().numpy(),
-                maps=torch.stack(maps).cpu().numpy(),
-                scale_weights=weights.cpu().numpy(),
-                strides=record.strides,
-            )
+    queries = instances.query_indices
+    gaussians, centres = record.in_pixels(queries, size)
+    maps = [gaussians.log_weights(scale, size)[0].exp() for scale in range(len(record.strides))]
+    arrays = (
+        instances.pred_boxes.tensor * torch.tensor([size[1] / width, size[0] / height] * 2),
+        centres,
+        gaussians.centres[0],
+        torch.stack(maps, dim=1),
+        record.scale_shares(queries),
+    )
+    names = ("box", "centre", "head_centres", "maps", "scale_weights")
+    return [
+        DetectionMaps(
+            image=drawn,
+            class_index=int(instances.pred_classes[index]),
+            score=float(instances.scores[index]),
+            query=int(queries[index]),
+            layer=record.index,
+            num_layers=record.num_layers,
+            strides=record.strides,
+            **{name: array[index].cpu().numpy() for name, array in zip(names, arrays)},
         )
-    return results
-
-
-def _in_pixels(record, query, image_size, size) -> Tuple[Gaussians, torch.Tensor]:
-    """
-    A query's Gaussians (B = Q = 1) and its centre, from cells and pixels of the model's input
-    (whose width and height are `image_size`) to pixels of an image of `size` = (h, w).
-    """
-    centres = record.gaussians.centres[:1, query : query + 1].float()
-    precisions = record.gaussians.precisions[:1, query : query + 1].float()
-    to_drawn = centres.new_tensor(size[::-1]) / image_size
-    cell = centres.new_tensor(record.strides)[:, None] * to_drawn  # (L, 2) pixels a cell
-    squared = cell.square()
-    divisors = [squared, squared.prod(dim=1, keepdim=True)]
-    divisor = torch.cat(divisors, dim=1)[:, None, : precisions.shape[-1]]
-    gaussians = Gaussians(centres * cell[:, None], precisions / divisor)
-    return gaussians, record.centre[0, query].float() * to_drawn
+        for index in range(len(instances))
+    ]
 
 
 def draw_gaussians(detections, class_names=(), scale=None):
@@ -345,7 +275,7 @@ def draw_gaussians(detections, class_names=(), scale=None):
     heights = [num_rows * (unit * _aspect(d.image) + 0.25) + 0.4 for d in detections]
     heights.append(0.6)  # of the legend
     size = (unit * (num_columns + num_rows), sum(heights))
-    figure = Figure(size, dpi=_DPI, layout="constrained")
+    figure = Figure(size, dpi=DPI, layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights)
     for subfigure, detection in zip(rows, detections):
         _draw_detection_row(subfigure, detection, class_names, scale, num_rows, num_columns)
@@ -359,34 +289,28 @@ def _draw_detection_row(figure, detection, class_names, scale, num_rows, num_col
         num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
     )
     overview = figure.add_subplot(grid[:, 0])
-    _show(overview, detection.image, "detection and heads' centres")
-    _draw_box(overview, detection, class_names)
-    centres = _mean_head_centres(detection, scale)
-    for head, (x, y) in enumerate(centres):
-        if len(centres) > 1:
-            overview.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
-            overview.text(
-                x, y, str(head + 1), color="black", fontsize=6.5, ha="center", va="center",
-                clip_on=True,
-            )
-    _draw_centre(overview, detection)
+    show_image(overview, detection.image, "detection and heads' centres")
+    draw_box(overview, detection)
+    centres = detection.head_centres
+    number_heads(overview, detection.mean_head_centres() if scale is None else centres[scale])
+    draw_centre(overview, detection)
 
     maps = detection.combined() if scale is None else detection.maps[scale]
-    background = _dimmed(detection.image)
+    background = dimmed(detection.image)
     for head, weights in enumerate(maps):
         axes = figure.add_subplot(grid[head // num_columns, 1 + head % num_columns])
         name = f"head {head + 1}" if len(maps) > 1 else "all heads"
-        _show(axes, background, name)
-        _overlay(axes, weights)
-        _draw_box(axes, detection, class_names, linewidth=1)
+        show_image(axes, background, name)
+        overlay_map(axes, weights)
+        draw_box(axes, detection, linewidth=1)
         for index in range(len(detection.strides)) if scale is None else [scale]:
             _draw_head_centre(axes, detection, index, head)
-        _draw_centre(axes, detection, markersize=7)
+        draw_centre(axes, detection, markersize=7)
 
 
 def _describe(detection, class_names, scale):
     parts = [
-        f"{_class_name(class_names, detection.class_index)} {100 * detection.score:.0f}%",
+        f"{class_name(class_names, detection.class_index)} {100 * detection.score:.0f}%",
         f"query {detection.query}",
         f"decoder layer {detection.layer + 1} of {detection.num_layers}",
     ]
@@ -417,7 +341,7 @@ def _draw_legend(figure, detection, scale):
     axes.legend(handles, labels, loc="center", ncols=num_columns, frameon=False, fontsize=9)
 
 
-def _show(axes, image, title):
+def show_image(axes, image, title):
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -425,12 +349,14 @@ def _show(axes, image, title):
     axes.set_title(title, fontsize=9)
 
 
-def _dimmed(image):
+def dimmed(image):
+    """In grey and darker, as a ground for maps."""
     grey = np.asarray(Image.fromarray(image).convert("L"))
     return np.repeat((0.55 * grey).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _overlay(axes, weights):
+def overlay_map(axes, weights):
+    """Draw (h, w) weights from 0 to 1 over an image of h x w pixels."""
     height, width = weights.shape
     colors = colormaps["inferno"](weights)
     colors[..., 3] = 0.8 * weights**0.6
@@ -439,7 +365,7 @@ def _overlay(axes, weights):
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def _draw_box(axes, detection, class_names, linewidth=2):
+def draw_box(axes, detection, linewidth=2):
     x0, y0, x1, y1 = detection.box
     color = _class_color(detection.class_index)
     axes.add_patch(
@@ -450,11 +376,21 @@ def _draw_box(axes, detection, class_names, linewidth=2):
     )
 
 
-def _draw_centre(axes, detection, markersize=11):
+def draw_centre(axes, detection, markersize=11):
     axes.plot(
         *detection.centre, "+", color="white", markersize=markersize, markeredgewidth=2,
         path_effects=[withStroke(linewidth=4, foreground="black")],
     )
+
+
+def number_heads(axes, centres):
+    """Numbered dots at (H', 2) positions; none if the heads share theirs."""
+    for head, (x, y) in enumerate(centres if len(centres) > 1 else ()):
+        axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
+        axes.text(
+            x, y, str(head + 1), color="black", fontsize=6.5, ha="center", va="center",
+            clip_on=True,
+        )
 
 
 def _draw_head_centre(axes, detection, scale, head):
@@ -469,13 +405,6 @@ def _draw_head_centre(axes, detection, scale, head):
         markeredgewidth=0.7,
         alpha=0.4 + 0.6 * weight,
     )
-
-
-def _mean_head_centres(detection, scale):
-    """(H', 2) of one scale, or the mean over the scales with the query's weights."""
-    if scale is not None:
-        return detection.head_centres[scale]
-    return np.tensordot(detection.scale_weights, detection.head_centres, axes=1)
 
 
 # Curves
@@ -550,7 +479,7 @@ def draw_curves(metrics):
         panels.append(_draw_results)
     if not panels:
         raise UserError("There are neither losses nor AP among the metrics.")
-    figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=DPI, layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(axes, metrics)
         axes.set_xlabel("iteration")
@@ -624,7 +553,7 @@ def write_pictures(
         UserError: see the functions above and `smca.data.read_image`.
     """
     os.makedirs(output_dir, exist_ok=True)
-    chosen = _evenly(dataset_dicts, num_images)
+    chosen = evenly(dataset_dicts, num_images)
     figures = {}
     if chosen:
         figures["validation.png"] = _draw_validation(predictor, chosen, confidence_threshold)
@@ -644,7 +573,7 @@ def write_pictures(
     return paths
 
 
-def _evenly(items, count):
+def evenly(items, count):
     """`count` items (or all, if there are fewer) at equal distances."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
@@ -688,7 +617,7 @@ def _aspect(image):
     return min(max(image.shape[0] / image.shape[1], 0.2), 2.0)
 
 
-def _class_name(class_names, index):
+def class_name(class_names, index):
     return class_names[index] if index < len(class_names) else str(index)
 
 

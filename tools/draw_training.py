@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""
+Draw what training does to the spatial modulation, over the checkpoints of a training: whether
+centres settle on objects, whether heads differ, whether maps fit the objects' sizes, and which
+scales objects of each size read. Writes modulation.json, modulation.png and examples.png:
+
+    draw_training.py output/demo --output pictures
+    draw_training.py output/demo/model_0000999.pth output/demo/model_final.pth --layer 0
+
+A training writes a checkpoint every train.checkpointer.period iterations, and keeps the last
+train.checkpointer.max_to_keep of them.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from smca.checkpoint import SMCACheckpointer
+from smca.errors import CheckpointError, exit_code
+from smca.modulation_statistics import (
+    collect,
+    collect_examples,
+    draw_examples,
+    draw_training,
+    summarize,
+)
+from smca.predictor import load_predictor, load_test_dataset
+from smca.visualization import evenly
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="PATH | key=value",
+        help="a training's folder or checkpoints of one training; config overrides",
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    parser.add_argument("--output", default="output/pictures", metavar="DIR")
+    parser.add_argument("--num-images", type=int, default=100, help="of the test data")
+    parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
+    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+    return parser
+
+
+def find_checkpoints(paths):
+    """
+    Args:
+        paths (list[str]): files, or folders of trainings.
+
+    Returns:
+        list[str]: checkpoints; a folder's are those with an iteration in their name and the
+        final one.
+
+    Raises:
+        CheckpointError: a folder holds none.
+    """
+    files = []
+    for path in paths:
+        found = [path]
+        if os.path.isdir(path):
+            names = filter(re.compile(r"model_(\d+|final)\.pth").fullmatch, os.listdir(path))
+            found = [os.path.join(path, name) for name in sorted(names)]
+        if not found:
+            raise CheckpointError(
+                f"{path} holds no checkpoints of a training (model_0004999.pth, model_final.pth)."
+            )
+        files += found
+    return files
+
+
+def run(args):
+    """
+    Returns:
+        list[str]: paths of what it wrote.
+    """
+    overrides = [text for text in args.inputs if "=" in text and not os.path.exists(text)]
+    files = find_checkpoints([text for text in args.inputs if text not in overrides])
+    if not files:
+        raise CheckpointError("No checkpoint given: name a training's folder, or checkpoints.")
+    predictor, cfg = load_predictor(args.config_file, files[0], overrides, args.device)
+    dataset_dicts = evenly(load_test_dataset(cfg), args.num_images)
+    checkpointer = SMCACheckpointer(predictor.model, need_detector=True)
+    statistics, examples = {}, {}
+    for file in files:
+        iteration = checkpointer.load(file).get("iteration")
+        if iteration is None:
+            raise CheckpointError(f"{file} does not say at which iteration it was written.")
+        if iteration + 1 not in statistics:
+            statistics[iteration + 1] = collect(predictor, dataset_dicts, args.layer)
+            examples[iteration + 1] = collect_examples(predictor, dataset_dicts, args.layer)
+    statistics, examples = dict(sorted(statistics.items())), dict(sorted(examples.items()))
+
+    os.makedirs(args.output, exist_ok=True)
+    names = ("modulation.json", "modulation.png", "examples.png")
+    paths = [os.path.join(args.output, name) for name in names]
+    lines = [f'"{step}": {json.dumps(summarize(s))}' for step, s in statistics.items()]
+    Path(paths[0]).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    draw_training(statistics).savefig(paths[1])
+    draw_examples(examples, predictor.class_names).savefig(paths[2])
+    return paths
+
+
+def main():
+    print("Written:", *run(get_parser().parse_intermixed_args()), sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
