@@ -1,5 +1,5 @@
-"""The demo's model and schedule, from scratch, on your own data in COCO format at a few hundred
-pixels; the files are given as for `custom_coco.py`."""
+"""The demo's model and schedule, from scratch, on your own data in COCO format at 160 pixels; the
+files are given as for `custom_coco.py`."""
 
 from detectron2.config import LazyCall as L
 
@@ -9,9 +9,9 @@ from ..custom_coco import data, dataloader
 from ..smca_shapes import lr_multiplier, model, optimizer, train
 
 model.num_classes = L(num_classes)(json_file="${data.train_json}")
-dataloader.train.mapper.augmentations.update(short_sides=[176, 192, 208], max_size=320)
+dataloader.train.mapper.augmentations.update(short_sides=[144, 160, 176], max_size=256)
 dataloader.train.mapper.augmentations_with_crop = None
-dataloader.test.mapper.augmentations.update(short_sides=192, max_size=320)
+dataloader.test.mapper.augmentations.update(short_sides=160, max_size=256)
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 train.output_dir = "output/convergence/coco_single_scale"

@@ -5,7 +5,8 @@ from detectron2.config import LazyCall as L
 
 from smca.modeling import ConvEncoder
 
-from .shapes_multi_scale import dataloader, lr_multiplier, model, optimizer, train
+from ..smca_shapes import optimizer
+from .shapes_multi_scale import dataloader, lr_multiplier, model, train
 
 model.encoder = L(ConvEncoder)(
     num_layers=5,

@@ -86,17 +86,15 @@ class Training:
 
     def seconds(self, iterations) -> List[Optional[float]]:
         """
-        Time in training steps up to each of `iterations`, over all the times that it was
-        started: without evaluations, checkpoints and starting up. From the medians that the
-        training logs; None if there are none (the first two steps have no times).
+        Time in training steps up to each of `iterations`, without evaluations, checkpoints and
+        starting up: the median of the times of a step that the training logged, so that what else
+        the machine did meanwhile does not count. None if there are none (the first two steps have
+        no times).
         """
-        logged, step_seconds = self._metrics().get("time", ([], []))
-        if not logged:
+        _, step_seconds = self._metrics().get("time", ([], []))
+        if not step_seconds:
             return [None] * len(iterations)
-        ends = np.array([0] + [i + 1 for i in logged] + [self.max_iter + 1])
-        step_seconds = np.array([*step_seconds, step_seconds[-1]])
-        totals = np.concatenate([[0], np.cumsum(np.diff(ends) * step_seconds)])
-        return np.interp(iterations, ends, totals).round(2).tolist()
+        return [round(iteration * float(np.median(step_seconds)), 2) for iteration in iterations]
 
     def _metrics(self):
         try:
