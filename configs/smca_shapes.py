@@ -20,6 +20,9 @@ model.num_classes = len(SHAPE_CLASSES)
 model.num_queries = 40
 model.embed_dim = 128
 model.dropout = 0.0
+# A map's radius starts at sqrt(beta / 2) cells: now 8 pixels, half a small object. beta = 8 is
+# made for images of 800 pixels.
+model.decoder.beta = 2.0
 
 dataloader.train.dataset.names = "smca_shapes_train"
 dataloader.test.dataset.names = "smca_shapes_val"
@@ -35,7 +38,7 @@ optimizer.params.lr_factor_func.factor = 1.0
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
     warmup_factor=0.01,
-    warmup_length=0.03,
+    warmup_length=0.2,
 )
 train.max_iter = 2700
 train.eval_period = train.checkpointer.period = 540

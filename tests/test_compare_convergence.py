@@ -183,6 +183,13 @@ def test_other_settings_in_the_same_folder_are_an_error(finished, launched, caps
     assert launched == []
 
 
+def test_what_is_kept_may_change(finished, launched):
+    path, out = finished
+    before = modified(out)
+    assert tool.main([path, "--output", str(out), "train.checkpointer.max_to_keep=2"]) == 0
+    assert launched == [] and modified(out) == before
+
+
 # Starting, going on, stopping
 
 

@@ -398,7 +398,7 @@ def write_training(folder, base="smca"):
 def test_a_trainings_checkpoints_are_drawn_by_their_iteration(tmp_path, data):
     run, out = write_training(tmp_path), tmp_path / "deep" / "pictures"
     paths = command(run, "--output", out, data, "--layer", 0)
-    assert paths == [str(out / n) for n in ("modulation.json", "modulation.png", "examples.png")]
+    assert paths == [str(out / n) for n in ("modulation.json", "modulation.png", "examples.jpg")]
     for path in paths[1:]:
         with Image.open(path) as image:
             image.load()

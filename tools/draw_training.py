@@ -2,7 +2,7 @@
 """
 Draw what training does to the spatial modulation, over the checkpoints of a training: whether
 centres settle on objects, whether heads differ, whether maps fit the objects' sizes, and which
-scales objects of each size read. Writes modulation.json, modulation.png and examples.png:
+scales objects of each size read. Writes modulation.json, modulation.png and examples.jpg:
 
     draw_training.py output/demo --output pictures
     draw_training.py output/demo/model_0000999.pth output/demo/model_final.pth --layer 0
@@ -97,7 +97,7 @@ def run(args):
     statistics, examples = dict(sorted(statistics.items())), dict(sorted(examples.items()))
 
     os.makedirs(args.output, exist_ok=True)
-    names = ("modulation.json", "modulation.png", "examples.png")
+    names = ("modulation.json", "modulation.png", "examples.jpg")
     paths = [os.path.join(args.output, name) for name in names]
     lines = [f'"{step}": {json.dumps(summarize(s))}' for step, s in statistics.items()]
     Path(paths[0]).write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -7,9 +7,9 @@ model.in_features = ["res3", "res4"]
 model.num_extra_scales = 1
 model.encoder.pattern = "IIMII"
 model.decoder.num_scales = 3
-# With several scales a map's radius starts at sqrt(16 beta stride) pixels: beta = 8, made for 800
-# pixels, would cover these images. Now it is 16 pixels at stride 8, as in the demo.
-model.decoder.beta = 2.0
+# With several scales a map's radius starts at sqrt(16 beta stride) pixels: 8 pixels at stride 8,
+# as in the demo.
+model.decoder.beta = 0.5
 # Five layers of attention from scratch do not bear the demo's rate.
 optimizer.lr = 2e-4
 train.output_dir = "output/convergence/shapes_multi_scale"

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 _MIN_TARGET_AP = 1.0  # %; steps to less than this compare noise
-# What config.yaml says of the place and the machine.
-_LOCAL_SETTINGS = ("train.output_dir", "train.device")
+# What config.yaml says of the place, of the machine and of what is kept: nothing that is learnt.
+_LOCAL_SETTINGS = ("train.output_dir", "train.device", "train.checkpointer.")
 _COLUMNS = ("iteration", "epoch", "seconds", "AP", "AP50")
 
 
@@ -119,7 +119,7 @@ class Training:
         here = self.settings
         there = _read_settings(file) if os.path.isfile(file) else here
         for key in [*there, *here]:
-            if key not in _LOCAL_SETTINGS and there.get(key) != here.get(key):
+            if not key.startswith(_LOCAL_SETTINGS) and there.get(key) != here.get(key):
                 raise UserError(
                     f"{self.folder} holds a training with other settings ({key} is "
                     f"{there.get(key)} there, {here.get(key)} now): remove it, or choose another "
