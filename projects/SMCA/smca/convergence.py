@@ -87,14 +87,15 @@ class Training:
     def seconds(self, iterations) -> List[Optional[float]]:
         """
         Time in training steps up to each of `iterations`, without evaluations, checkpoints and
-        starting up: the median of the times of a step that the training logged, so that what else
-        the machine did meanwhile does not count. None if there are none (the first two steps have
-        no times).
+        starting up: of the times of a step that the training logged, the one that nine tenths
+        exceed, so that what else the machine did meanwhile does not count. None if there are none
+        (the first two steps have no times).
         """
         _, step_seconds = self._metrics().get("time", ([], []))
         if not step_seconds:
             return [None] * len(iterations)
-        return [round(iteration * float(np.median(step_seconds)), 2) for iteration in iterations]
+        seconds_per_step = float(np.quantile(step_seconds, 0.1))
+        return [round(iteration * seconds_per_step, 2) for iteration in iterations]
 
     def _metrics(self):
         try:
