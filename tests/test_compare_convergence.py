@@ -391,9 +391,14 @@ def curves(report=REPORT):
 
 
 def cells(table, row):
-    """{header: text} of the table's row of this name."""
-    lines = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
-    return dict(zip(lines[0], next(line for line in lines if line[0] == row)))
+    """{header: text} of the rows of this name."""
+    texts = {}
+    for part in table.split("\n\n"):
+        lines = [[x.strip() for x in line.strip("|").split("|")] for line in part.splitlines()]
+        for line in lines:
+            if line[0] == row:
+                texts.update(zip(lines[0], line))
+    return texts
 
 
 def test_table_has_mean_and_range_over_seeds():
@@ -421,17 +426,28 @@ def test_table_has_the_steps_and_time_to_the_baselines_ap():
 
 
 def test_a_baseline_that_does_not_reach_the_ap_gives_a_bound():
-    table = convergence.make_table(curves(), target_ap=15)
+    table, to_detr, note = convergence.make_table(curves(), target_ap=15).split("\n\n")
     assert cells(table, "DETR")["steps to AP 15.0"] == "-"
     assert cells(table, "DETR")["steps ratio"] == "-"
     assert cells(table, "SMCA")["steps to AP 15.0"] == "200"
     assert cells(table, "SMCA")["steps ratio"] == "> 1.5"
+    # The AP that it does reach is counted, too.
+    assert cells(to_detr, "DETR")["steps to AP 10.0"] == "300"
+    assert cells(to_detr, "SMCA")["steps ratio"] == f"{300 / (100 + 100 * 9.5 / 14.5):.1f}"
+    assert "DETR" in note
+
+
+def test_a_baseline_that_reaches_the_ap_is_not_counted_further():
+    table = convergence.make_table(curves(), target_ap=5)
+    assert cells(table, "DETR")["steps to AP 5.0"] == "200"
+    assert cells(table, "SMCA")["steps ratio"] == f"{200 / (100 + 100 * 4.5 / 14.5):.1f}"
+    assert "AP 10.0" not in table
 
 
 def test_no_steps_are_counted_to_an_ap_near_zero():
     report = {**REPORT, "runs": [run_record("DETR", 0, [0, 0, 0.4], [0, 0, 1])]}
     table = convergence.make_table([convergence.Curve.of(report, "DETR")])
-    assert "steps to" not in table.splitlines()[0]
+    assert "steps to AP" not in table
     assert "DETR stays at AP 0.40" in table
 
 

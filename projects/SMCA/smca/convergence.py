@@ -328,13 +328,14 @@ def make_table(curves, target_ap=None):
 
     Args:
         curves (list[Curve]): the first is the baseline.
-        target_ap (float or None): in %; None: the baseline's last.
+        target_ap (float or None): in %. If the baseline does not reach it, or it is None, the
+            steps to the baseline's last AP are counted, too.
 
     Returns:
         str: Markdown.
     """
     baseline = curves[0]
-    target = baseline.ap.mean(0)[-1] if target_ap is None else target_ap
+    last = baseline.ap.mean(0)[-1]
     columns = {
         "run": [curve.name for curve in curves],
         "parameters": [f"{curve.num_parameters / 1e6:.2f}M" for curve in curves],
@@ -346,22 +347,36 @@ def make_table(curves, target_ap=None):
         "AP50, half": [_at_half(curve, curve.ap50) for curve in curves],
         "s/step": [_number(c.seconds[:, -1].mean() / c.iterations[-1], 3) for c in curves],
     }
-    note = ""
-    if target >= _MIN_TARGET_AP:
-        steps = [(reach(c.iterations, c.ap.mean(0), target), c.iterations[-1]) for c in curves]
-        minutes = [c.seconds.mean(0) / 60 for c in curves]
-        minutes = [(reach(m, c.ap.mean(0), target), m[-1]) for m, c in zip(minutes, curves)]
-        goal = f"AP {target:.1f}"
-        columns[f"steps to {goal}"] = [_number(reached, 0) for reached, _ in steps]
-        columns["steps ratio"] = _ratios(steps)
-        columns[f"minutes to {goal}"] = [_number(reached, 1) for reached, _ in minutes]
-        columns["time ratio"] = _ratios(minutes)
-        note = f"The ratios are of {baseline.name}'s steps and time to the run's."
-    else:
-        note = f"{baseline.name} stays at AP {target:.2f}: too little to count the steps to it."
-    headers, rows = list(columns), list(zip(*columns.values()))
-    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    return f"{table}\n\n{note}"
+    if target_ap is not None:
+        columns.update(_to_reach(target_ap, curves))
+    parts = [_markdown(columns)]
+    if target_ap is None or last < target_ap:
+        if last >= _MIN_TARGET_AP:
+            parts.append(_markdown({"run": columns["run"], **_to_reach(last, curves)}))
+        else:
+            why = "too little to count the steps to it"
+            parts.append(f"{baseline.name} stays at AP {last:.2f}: {why}.")
+    if "steps ratio" in "".join(parts):
+        parts.append(f"The ratios are of {baseline.name}'s steps and time to the run's.")
+    return "\n\n".join(parts)
+
+
+def _markdown(columns):
+    rows = list(zip(*columns.values()))
+    return tabulate(rows, headers=list(columns), tablefmt="github", disable_numparse=True)
+
+
+def _to_reach(target, curves):
+    """Columns with the steps and minutes to an AP."""
+    steps = [(reach(c.iterations, c.ap.mean(0), target), c.iterations[-1]) for c in curves]
+    minutes = [c.seconds.mean(0) / 60 for c in curves]
+    minutes = [(reach(m, c.ap.mean(0), target), m[-1]) for m, c in zip(minutes, curves)]
+    return {
+        f"steps to AP {target:.1f}": [_number(reached, 0) for reached, _ in steps],
+        "steps ratio": _ratios(steps),
+        f"minutes to AP {target:.1f}": [_number(reached, 1) for reached, _ in minutes],
+        "time ratio": _ratios(minutes),
+    }
 
 
 def reach(x, ap, target):
