@@ -447,8 +447,10 @@ def test_a_baseline_that_reaches_the_ap_is_not_counted_further():
 def test_no_steps_are_counted_to_an_ap_near_zero():
     report = {**REPORT, "runs": [run_record("DETR", 0, [0, 0, 0.4], [0, 0, 1])]}
     table = convergence.make_table([convergence.Curve.of(report, "DETR")])
+    assert "steps to" not in table.splitlines()[0]
     assert "steps to AP" not in table
     assert "DETR stays at AP 0.40" in table
+    assert "steps to AP" not in convergence.make_table(curves(), target_ap=0.9)
 
 
 @pytest.mark.parametrize(

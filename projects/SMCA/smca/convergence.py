@@ -347,16 +347,18 @@ def make_table(curves, target_ap=None):
         "AP50, half": [_at_half(curve, curve.ap50) for curve in curves],
         "s/step": [_number(c.seconds[:, -1].mean() / c.iterations[-1], 3) for c in curves],
     }
-    if target_ap is not None:
+    has_target = target_ap is not None and target_ap >= _MIN_TARGET_AP
+    falls_short = target_ap is None or last < target_ap
+    counts_last = falls_short and last >= _MIN_TARGET_AP
+    if has_target:
         columns.update(_to_reach(target_ap, curves))
     parts = [_markdown(columns)]
-    if target_ap is None or last < target_ap:
-        if last >= _MIN_TARGET_AP:
-            parts.append(_markdown({"run": columns["run"], **_to_reach(last, curves)}))
-        else:
-            why = "too little to count the steps to it"
-            parts.append(f"{baseline.name} stays at AP {last:.2f}: {why}.")
-    if "steps ratio" in "".join(parts):
+    if counts_last:
+        parts.append(_markdown({"run": columns["run"], **_to_reach(last, curves)}))
+    elif falls_short:
+        why = "too little to count the steps to it"
+        parts.append(f"{baseline.name} stays at AP {last:.2f}: {why}.")
+    if has_target or counts_last:
         parts.append(f"The ratios are of {baseline.name}'s steps and time to the run's.")
     return "\n\n".join(parts)
 
