@@ -19,11 +19,11 @@ from pathlib import Path
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from smca.analysis import draw_instances
 from smca.data import read_image
 from smca.data.errors import DatasetError
 from smca.errors import UserError, exit_code
-from smca.predictor import load_predictor
-from smca.visualization import draw_instances
+from smca.inference import load_predictor
 
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

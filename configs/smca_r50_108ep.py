@@ -1,6 +1,6 @@
 """SMCA, ResNet-50, 108 epochs: 45.6 AP in the paper."""
 
-from smca.engine.recipe import step_schedule
+from smca.solver import step_schedule
 
 from .smca_r50_50ep import dataloader, model, optimizer, train
 

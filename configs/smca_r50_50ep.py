@@ -1,6 +1,6 @@
 """SMCA, ResNet-50, 50 epochs: 43.7 AP in the paper."""
 
-from smca.engine.recipe import step_schedule
+from smca.solver import step_schedule
 
 from .common.coco import dataloader
 from .common.models.smca import model

@@ -1,6 +1,6 @@
 """SMCA on one scale, ResNet-50, 108 epochs: 42.7 AP in the paper."""
 
-from smca.engine.recipe import step_schedule
+from smca.solver import step_schedule
 
 from .smca_single_scale_r50_50ep import dataloader, model, optimizer, train
 

@@ -2,7 +2,7 @@
 
 The paper does not say when its learning rate drops; after 200 epochs here."""
 
-from smca.engine.recipe import step_schedule
+from smca.solver import step_schedule
 
 from .smca_single_scale_r50_50ep import dataloader, model, optimizer, train
 

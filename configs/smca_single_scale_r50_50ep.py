@@ -1,6 +1,6 @@
 """SMCA on one scale, ResNet-50, 50 epochs: 41.0 AP in the paper."""
 
-from smca.engine.recipe import step_schedule
+from smca.solver import step_schedule
 
 from .common.coco import dataloader
 from .common.models.smca_single_scale import model

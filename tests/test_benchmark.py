@@ -13,7 +13,7 @@ import torch
 
 from demo_cases import ROOT, write_config
 from modeling_cases import assert_same_gradients, leaves
-from smca.engine import load_config
+from smca.config import load_config
 from smca.errors import ConfigError, UserError
 from smca.modeling.modulation import Gaussians
 

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import os
@@ -15,23 +14,15 @@ from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.structures import Boxes, Instances
 
+import compare_convergence as tool
+import convergence_study as convergence
 from engine_cases import TinyDetector, write_config, write_dataset
-from smca import convergence, engine
+from smca import engine
 from smca.engine import Trainer
 from smca.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONVERGENCE = ROOT / "configs" / "convergence"
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_script(ROOT / "tools" / "compare_convergence.py")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from torch._dynamo.utils import counters
 
 from demo_cases import ROOT
-from smca.engine import load_config
+from smca.config import load_config
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]

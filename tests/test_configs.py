@@ -10,7 +10,7 @@ from detectron2.modeling import SwinTransformer, ViT, build_model
 
 from engine_cases import write_dataset
 from smca import add_smca_config
-from smca.engine import load_config
+from smca.config import load_config
 from smca.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

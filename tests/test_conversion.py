@@ -17,9 +17,9 @@ from detectron2.data import MetadataCatalog
 import reference
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
-from smca.conversion import convert, convert_file, official_name
+from smca.checkpoint.conversion import convert, convert_file, official_name
 from smca.errors import CheckpointError
-from smca.predictor import load_predictor
+from smca.inference import load_predictor
 from smca.version import __version__
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"

@@ -21,7 +21,7 @@ from demo_cases import (
     write_weights,
 )
 from smca.data import SHAPE_CLASSES, register_shapes
-from smca.predictor import Predictor, load_predictor
+from smca.inference import Predictor, load_predictor
 
 
 def load_script(path):

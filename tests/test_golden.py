@@ -12,7 +12,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
 
 import reference
-from smca.conversion import convert_file, official_name
+from smca.checkpoint.conversion import convert_file, official_name
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -12,19 +12,21 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from demo_cases import CLASS_NAMES, ROOT, make_model, write_config, write_image
-from smca.errors import UserError, exit_code
-from smca.modeling.modulation import Gaussians
-from smca.modulation_statistics import (
+from smca.analysis import (
+    LayerRecord,
     ModulationStatistics,
+    NoModulationError,
+    Recorder,
     collect,
     collect_examples,
     draw_examples,
     draw_training,
+    modulation_maps,
     summarize,
 )
-from smca.predictor import Predictor
-from smca.recorder import LayerRecord, NoModulationError, Recorder
-from smca.visualization import modulation_maps
+from smca.errors import UserError, exit_code
+from smca.inference import Predictor
+from smca.modeling.modulation import Gaussians
 
 
 def make_record(head_centres, precisions, strides=(8,), scale_weights=None):

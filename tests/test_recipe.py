@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, Instances
 
 from smca import model_zoo
 from smca.engine import Trainer
-from smca.engine.recipe import step_schedule
+from smca.solver import step_schedule
 
 LR, BACKBONE_LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 1e-5, 1e-4, 0.1
 COCO_IMAGES = 118287

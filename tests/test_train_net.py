@@ -270,7 +270,7 @@ def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
     ],
 )
 def test_a_right_override_is_accepted(trained, override):
-    from smca.engine import load_config
+    from smca.config import load_config
 
     key = override.lstrip("+").split("=")[0]
     cfg = load_config(trained[0], [override])

@@ -8,9 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from demo_cases import CLASS_NAMES, make_image, make_model, write_config, write_image
-from smca.errors import UserError
-from smca.predictor import Predictor
-from smca.visualization import (
+from smca.analysis import (
     NoModulationError,
     draw_contact_sheet,
     draw_curves,
@@ -22,6 +20,8 @@ from smca.visualization import (
     truth_of,
     write_pictures,
 )
+from smca.errors import UserError
+from smca.inference import Predictor
 
 VARIANTS = {
     "several scales": ("smca", {}),

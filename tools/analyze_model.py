@@ -18,7 +18,7 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
 from tabulate import tabulate
 
-from smca.engine import load_config
+from smca.config import load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Published parameters (M) and GFLOPs.

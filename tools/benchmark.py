@@ -44,8 +44,7 @@ import torch
 from tabulate import tabulate
 
 from benchmark_cases import MEASUREMENTS, REFERENCE
-from smca.engine import load_config
-from smca.engine.trainer import AMP_DTYPES
+from smca.config import AMP_DTYPES, load_config
 from smca.errors import UserError, exit_code
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

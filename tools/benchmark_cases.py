@@ -16,9 +16,9 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from analyze_model import analyze
+from smca.config import AMP_DTYPES, load_config
 from smca.data import draw_scene
-from smca.engine import Trainer, load_config
-from smca.engine.trainer import AMP_DTYPES
+from smca.engine import Trainer
 from smca.modeling import HungarianMatcher, SetCriterion
 from smca.modeling.attention import attend_modulated
 from smca.modeling.matcher import Targets

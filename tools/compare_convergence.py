@@ -41,8 +41,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from smca.convergence import Study, Training, make_report, read_report, write_report
-from smca.engine import load_config
+from convergence_study import Study, Training, make_report, read_report, write_report
+from smca.config import load_config
 from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ use it.
 import argparse
 import sys
 
-from smca.conversion import CLASS_CHOICES, convert_file
+from smca.checkpoint.conversion import CLASS_CHOICES, convert_file
 from smca.errors import UserError
 
 

@@ -11,9 +11,9 @@ import argparse
 import os
 import sys
 
+from smca.analysis import write_pictures
 from smca.errors import exit_code
-from smca.predictor import load_predictor, load_test_dataset
-from smca.visualization import write_pictures
+from smca.inference import load_predictor, load_test_dataset
 
 
 def get_parser():

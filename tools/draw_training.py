@@ -17,17 +17,17 @@ import re
 import sys
 from pathlib import Path
 
-from smca.checkpoint import SMCACheckpointer
-from smca.errors import CheckpointError, exit_code
-from smca.modulation_statistics import (
+from smca.analysis import (
     collect,
     collect_examples,
     draw_examples,
     draw_training,
+    evenly,
     summarize,
 )
-from smca.predictor import load_predictor, load_test_dataset
-from smca.visualization import evenly
+from smca.checkpoint import SMCACheckpointer
+from smca.errors import CheckpointError, exit_code
+from smca.inference import load_predictor, load_test_dataset
 
 
 def get_parser():

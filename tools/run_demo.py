@@ -18,10 +18,11 @@ from pathlib import Path
 from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
-from smca.engine import load_config, main
+from smca.analysis import write_pictures
+from smca.config import load_config
+from smca.engine import main
 from smca.errors import exit_code
-from smca.predictor import load_predictor, load_test_dataset
-from smca.visualization import write_pictures
+from smca.inference import load_predictor, load_test_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 

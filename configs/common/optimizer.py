@@ -4,7 +4,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import get_default_optimizer_params
 
-from smca.engine.recipe import backbone_lr_factor
+from smca.solver import backbone_lr_factor
 
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(

@@ -5,58 +5,25 @@ Trained weights are listed in ``model_zoo.json`` beside this file:
     {"smca_r50_50ep": {"url": "https://...", "sha256": "..."}}
 """
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Optional
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
-import smca.configs
-
-from .checkpoint import SMCACheckpointer
-from .errors import CheckpointError, ConfigError
+from smca.checkpoint import SMCACheckpointer
+from smca.config import names
+from smca.config.names import get_config_file, list_configs
+from smca.errors import CheckpointError
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "list_configs"]
 
 _REGISTRY = Path(__file__).with_name("model_zoo.json")
-
-
-def list_configs() -> List[str]:
-    """Names of all configs, for instance ``smca_r50_50ep`` and ``ablations/head_shared``."""
-    names = set()
-    for folder in map(Path, smca.configs.__path__):
-        for path in folder.rglob("*.py"):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            if path.stem != "__init__" and not name.startswith("common/"):
-                names.add(name)
-    return sorted(names)
-
-
-def get_config_file(name: str) -> str:
-    """
-    Args:
-        name: of a config, with or without ``.py``.
-
-    Returns:
-        Path of the file, in the repository or in the installed package.
-
-    Raises:
-        ConfigError: there is no such config.
-    """
-    name = name.removesuffix(".py")
-    known = list_configs()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}."
-        raise ConfigError(f"There is no config {name}; {hint}")
-    candidates = [Path(folder, f"{name}.py") for folder in smca.configs.__path__]
-    return str(next(path for path in candidates if path.is_file()))
 
 
 def get_config(name: str, trained: bool = False) -> DictConfig:
@@ -72,7 +39,7 @@ def get_config(name: str, trained: bool = False) -> DictConfig:
         ConfigError: there is no such config.
         CheckpointError: there are no trained weights of it.
     """
-    config = LazyConfig.load(get_config_file(name))
+    config = names.get_config(name)
     if trained:
         config.train.init_checkpoint = get_checkpoint_url(name)
     return config

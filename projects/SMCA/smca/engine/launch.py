@@ -8,7 +8,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from smca.engine.config import load_config, resolve_device
+from smca.config import load_config, resolve_device
 from smca.engine.train import main
 from smca.errors import ConfigError, UserError
 

@@ -4,7 +4,6 @@ import logging
 import os
 
 import torch
-from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -13,13 +12,13 @@ from detectron2.utils.logger import create_small_table, setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from smca.checkpoint import SMCACheckpointer
+from smca.config import AMP_DTYPES, build, build_model, dataset_names, load_config, resolve_device
 from smca.data import require_dataset
-from smca.engine.config import load_config, resolve_device
 from smca.engine.hooks import BestCheckpointer, EmergencyCheckpointer, ModelEMA, ProgressPrinter
-from smca.engine.trainer import AMP_DTYPES, Trainer
-from smca.errors import CheckpointError, ConfigError, UserError
+from smca.engine.trainer import Trainer
+from smca.errors import CheckpointError, ConfigError
 
-__all__ = ["build_model", "do_test", "do_train", "main"]
+__all__ = ["do_eval", "do_test", "do_train", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +65,9 @@ def _resolve_data_settings(cfg):
     for key in ("dataloader.train.dataset.names", "dataloader.test.dataset.names"):
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig):
-            OmegaConf.update(cfg, key, _build(node, key), merge=False)
+            OmegaConf.update(cfg, key, build(node, key), merge=False)
     if isinstance(OmegaConf.select(cfg, "model.num_classes"), DictConfig):
-        cfg.model.num_classes = _build(cfg.model.num_classes, "model.num_classes")
+        cfg.model.num_classes = build(cfg.model.num_classes, "model.num_classes")
     evaluated = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
     if isinstance(evaluated, ListConfig):
         raise ConfigError(
@@ -91,32 +90,15 @@ def _agree_on_seed(train, resume):
     return comm.shared_random_seed()
 
 
-def _build(section, name):
-    """Instantiate a part of the config, with errors that say which part it was."""
-    try:
-        return instantiate(section)
-    except UserError:
-        raise
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        reason = error if isinstance(error, OSError) or not error.args else error.args[0]
-        raise ConfigError(f"The config's {name} cannot be built: {reason}") from error
-
-
-def _dataset_names(cfg, split):
-    """Names in Detectron2's catalog, as far as the config says them."""
-    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=[])
-    return [names] if isinstance(names, str) else list(names)
-
-
 def _check_datasets(cfg, *splits):
     for split in splits:
-        require_dataset(_dataset_names(cfg, split))
+        require_dataset(dataset_names(cfg, split))
 
 
 def _check_class_counts(cfg, *splits):
     """To be called when the data are loaded, which is when their classes are known."""
     num_classes = OmegaConf.select(cfg, "model.num_classes")
-    for name in [name for split in splits for name in _dataset_names(cfg, split)]:
+    for name in [name for split in splits for name in dataset_names(cfg, split)]:
         classes = MetadataCatalog.get(name).get("thing_classes", [])
         if num_classes is not None and len(classes) > num_classes:
             raise ConfigError(
@@ -125,14 +107,9 @@ def _check_class_counts(cfg, *splits):
             )
 
 
-def build_model(cfg):
-    """The config's model, on its device."""
-    return _build(cfg.model, "model").to(cfg.train.device)
-
-
 def _build_test_loader(cfg):
     """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
-    loader = _build(cfg.dataloader.test, "dataloader.test")
+    loader = build(cfg.dataloader.test, "dataloader.test")
     if cfg.train.fast_dev_run:
         return list(itertools.islice(loader, _DEV_RUN_IMAGES))
     return loader
@@ -156,7 +133,7 @@ def do_test(cfg, model, test_loader=None, prefix=""):
         return {}
     if test_loader is None:
         test_loader = _build_test_loader(cfg)
-    evaluator = _build(cfg.dataloader.evaluator, "dataloader.evaluator")
+    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
     results = inference_on_dataset(model, test_loader, evaluator)
     results = {prefix + task: metrics for task, metrics in results.items()}
     if comm.is_main_process():
@@ -200,7 +177,7 @@ def do_train(cfg, args):
     train = cfg.train
     # Data first: what is wrong with them should not take the time to build a model.
     _check_datasets(cfg, "train", "test")
-    train_loader = _build(cfg.dataloader.train, "dataloader.train")
+    train_loader = build(cfg.dataloader.train, "dataloader.train")
     test_loader = _build_test_loader(cfg)
     _check_class_counts(cfg, "train", "test")
     model = build_model(cfg)
@@ -237,7 +214,7 @@ def do_train(cfg, args):
 def _build_trainer(cfg, model, train_loader):
     train = cfg.train
     cfg.optimizer.params.model = model
-    optimizer = _build(cfg.optimizer, "optimizer")
+    optimizer = build(cfg.optimizer, "optimizer")
     if train.compile:
         model.compile()
     ddp = OmegaConf.to_container(train.ddp, resolve=True)
@@ -260,7 +237,7 @@ def _build_hooks(cfg, checkpointer, ema, evaluate):
     train = cfg.train
     state_hooks = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=_build(cfg.lr_multiplier, "lr_multiplier")),
+        hooks.LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
         ema,
         EmergencyCheckpointer(checkpointer),
     ]
@@ -308,7 +285,7 @@ def _warn_about_existing_run(checkpointer, args):
 
 def _provenance(cfg, args):
     """What a checkpoint says about itself, in plain types."""
-    names = _dataset_names(cfg, "train")
+    names = dataset_names(cfg, "train")
     class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
     return {
         "config": os.path.basename(args.config_file),

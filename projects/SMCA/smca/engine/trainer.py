@@ -14,11 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from smca.data.loader import set_start_batch
 from smca.errors import NonFiniteError
 
-__all__ = ["AMP_DTYPES", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Keeps the random numbers of the model apart from those of the data loader, which are
 # derived from the same seed.

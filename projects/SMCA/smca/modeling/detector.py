@@ -110,7 +110,7 @@ class SMCA(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> Dict:
         """Constructor arguments from a yacs config, see `smca.config.add_smca_config`."""
-        from ..config import model_arguments
+        from ..config.yacs import model_arguments
 
         return model_arguments(cfg)
 

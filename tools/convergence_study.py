@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 import smca.configs
+from smca.analysis import read_metrics
 from smca.errors import UserError
-from smca.visualization import read_metrics
 
 __all__ = [
     "Curve",

@@ -10,7 +10,7 @@ import pickle
 import re
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -19,13 +19,15 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from . import model_zoo
-from .errors import CheckpointError
-from .modeling import build_resnet
-from .modeling.modulation import SPREADS
-from .version import __version__
+from smca.config import get_config
+from smca.errors import CheckpointError
+from smca.modeling import build_resnet
+from smca.version import __version__
 
-__all__ = ["CLASS_CHOICES", "Conversion", "convert", "convert_file", "official_name"]
+from .names import official_name
+from .recognition import find_detr, find_smca, has, resnet_depth
+
+__all__ = ["CLASS_CHOICES", "Conversion", "convert", "convert_file", "read_state_dict"]
 
 CLASS_CHOICES = ("coco80", "keep")
 
@@ -33,58 +35,6 @@ CLASS_CHOICES = ("coco80", "keep")
 # each id, and one or two more.
 _COCO_NAMES = {c["id"]: c["name"] for c in COCO_CATEGORIES if c["isthing"]}
 _COCO_OUTPUTS = (91, 92)
-_NUM_HEADS = 8
-_OFFICIAL_SPREADS = {
-    "fixed": "type1",
-    "single": "type2",
-    "independent": "type3",
-    "covariance": "type4",
-}
-_STRIDES_OF_SCALES = {1: "stride 32", 3: "strides 16, 32, 64", 4: "strides 8, 16, 32, 64"}
-# (basic or bottleneck block, blocks in the third stage) of ResNets
-_RESNET_DEPTHS = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}
-
-# What turns a name here into an official one: every rule is applied, in this order.
-_RULES = [
-    (r"^backbone\.", r"backbone.0.body."),
-    (r"body\.stem\.", r"body."),
-    (r"body\.res2\.", r"body.layer1."),
-    (r"body\.res3\.", r"body.layer2."),
-    (r"body\.res4\.", r"body.layer3."),
-    (r"body\.res5\.", r"body.layer4."),
-    (r"(body\..*)conv(\d)\.norm\.", r"\1bn\2."),
-    (r"(body\..*)shortcut\.norm\.", r"\1downsample.1."),
-    (r"(body\..*)shortcut\.", r"\1downsample.0."),
-    (r"^neck\.projections\.res3\.", r"input_proj_512."),
-    (r"^neck\.projections\.res4\.", r"input_proj_1024."),
-    (r"^neck\.projections\.res5\.", r"input_proj_2048."),
-    (r"^neck\.extra\.0\.", r"input_proj_2048_3."),
-    (r"^scale_embed\.weight$", r"transformer.level_embed"),
-    (r"^encoder\.reduce\.", r"transformer.conv."),
-    (r"^(encoder|decoder)\.", r"transformer.\1."),
-    (r"\.self_attention\.", r".self_attn."),
-    (r"\.co_attention\.", r".multihead_attn."),
-    (r"\.intra\.0\.", r".self_attn_8."),
-    (r"\.intra\.1\.", r".self_attn_16."),
-    (r"\.intra\.2\.", r".self_attn_32."),
-    (r"\.intra\.3\.", r".self_attn_64."),
-    (r"\.down\.(\d)\.", lambda match: f".high_to_low_{int(match[1]) + 1}."),
-    (r"\.up\.(\d)\.", lambda match: f".low_to_high_{int(match[1]) + 1}."),
-    (r"\.conv_in\.", r".conv_1."),
-    (r"\.conv_out\.", r".conv_2."),
-    (r"(encoder\.layers\.\d+)\.norm\.", r"\1.norm1."),
-    (r"(encoder\.layers\.\d+)\.ffn\.norm\.", r"\1.norm2."),
-    (r"(decoder\.layers\.\d+)\.ffn\.norm\.", r"\1.norm3."),
-    (r"\.ffn\.linear", r".linear"),
-    (r"\.input_norm\.", r".norm4."),
-    (r"\.centre\.", r".point1."),
-    (r"\.modulation\.offset\.", r".point2."),
-    (r"\.modulation\.spread\.", r".point3."),
-    (r"\.scale_weight\.", r".point4."),
-    (r"^box_embed\.", r"bbox_embed."),
-    # torchvision's MLP has an activation and a dropout after each linear layer.
-    (r"(bbox_embed|point1)\.(\d)\.", lambda match: f"{match[1]}.layers.{int(match[2]) // 3}."),
-]
 
 
 @dataclass
@@ -158,9 +108,9 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
         raise ValueError(f"classes={classes!r} must be one of {', '.join(CLASS_CHOICES)}.")
     # Batch norms' counters are in some files, and nothing uses them.
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    if _has(state_dict, r"layer1\."):
+    if has(state_dict, r"layer1\."):
         return _convert_backbone(state_dict)
-    if not _has(state_dict, r"transformer\.decoder\.layers\."):
+    if not has(state_dict, r"transformer\.decoder\.layers\."):
         raise CheckpointError(
             "is no checkpoint of an official SMCA or DETR model nor of a torchvision ResNet: its "
             f"tensors are called {_some(sorted(state_dict))}."
@@ -203,25 +153,9 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
     return dict(checkpoint)
 
 
-def official_name(name: str, single_scale: bool, shared_cross_scale: bool) -> str:
-    """The official name of a tensor of this project's model.
-
-    Args:
-        single_scale: that model's only projection has a name without a number.
-        shared_cross_scale: one convolution between scales has a name without a number, too.
-    """
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    if single_scale:
-        name = name.replace("input_proj_2048.", "input_proj.")
-    if shared_cross_scale:
-        name = re.sub(r"\.(high_to_low|low_to_high)_1\.", r".\1.", name)
-    return name
-
-
 def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion:
-    is_smca = _has(state_dict, r".*\.point1\.")
-    find = _find_smca if is_smca else _find_detr
+    is_smca = has(state_dict, r".*\.point1\.")
+    find = find_smca if is_smca else find_detr
     name, settings, description, notes = find(state_dict)
     model = _match(state_dict, _expected(name, settings))
     if not is_smca:
@@ -235,14 +169,14 @@ def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion
 
 def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
     notes = []
-    if _has(state_dict, r"fc\."):
+    if has(state_dict, r"fc\."):
         notes.append("The classifier (fc) is left out.")
     state_dict = {
         f"backbone.0.body.{key}": value
         for key, value in state_dict.items()
         if not key.startswith("fc.")
     }
-    depth = _resnet_depth(state_dict)
+    depth = resnet_depth(state_dict)
     with torch.device("meta"):
         expected = nn.ModuleDict({"backbone": build_resnet(depth)}).state_dict()
     model = _match(state_dict, expected)
@@ -250,143 +184,9 @@ def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
     return Conversion(model, f"torchvision's ResNet-{depth}", notes=notes)
 
 
-# --------------------------------------------------------------------------- which model is it?
-
-
-def _find_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
-    """Config, settings (keys of the config), description and notes."""
-    depth = _resnet_depth(state_dict)
-    settings, notes = _common_settings(state_dict, depth), []
-    base = 101 if depth == 101 else 50
-    if _has(state_dict, r"input_proj\."):
-        kind, num_scales, name = "one scale", 1, "smca_single_scale_r50_50ep"
-    elif _has(state_dict, r"input_proj_512\."):
-        kind, num_scales, name = "convolutional encoder", 4, f"smca_conv_r{base}_50ep"
-        settings.update(_conv_encoder_settings(state_dict))
-    else:
-        kind, num_scales, name = "several scales", 3, f"smca_r{base}_50ep"
-        notes.append(_assume_pattern(settings))
-    has_offsets = _has(state_dict, r".*\.point2\.")
-    spread = _spread(state_dict, num_scales * (_NUM_HEADS if has_offsets else 1))
-    settings["model.decoder.modulation"] = "multi_head" if has_offsets else "head_shared"
-    settings["model.decoder.spread"] = spread
-    if num_scales > 1:
-        settings["model.decoder.scale_selection"] = _has(state_dict, r".*\.point4\.")
-    description = (
-        f"SMCA, {kind} ({_STRIDES_OF_SCALES[num_scales]}), spread {spread} "
-        f"({_OFFICIAL_SPREADS[spread]}), {_describe(settings)}"
-    )
-    return name, settings, description, notes
-
-
-def _find_detr(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
-    settings = _common_settings(state_dict, _resnet_depth(state_dict))
-    notes = [
-        "Weights do not show whether the last stage is dilated: for DC5 add "
-        "model.backbone.dilated_res5=True."
-    ]
-    return "detr_r50_50ep", settings, f"DETR, {_describe(settings)}", notes
-
-
-def _common_settings(state_dict: Dict[str, Tensor], depth: int) -> Dict[str, Any]:
-    encoder, decoder = "transformer.encoder.layers.", "transformer.decoder.layers."
-    num_queries, embed_dim = _shape(state_dict, "query_embed.weight")
-    return {
-        "model.backbone.depth": depth,
-        "model.embed_dim": embed_dim,
-        "model.num_queries": num_queries,
-        "model.num_classes": _shape(state_dict, "class_embed.weight")[0],
-        "model.encoder.pattern": "I" * _num_layers(state_dict, encoder),
-        "model.encoder.ffn_dim": _shape(state_dict, encoder + "0.linear1.weight")[0],
-        "model.decoder.num_layers": _num_layers(state_dict, decoder),
-        "model.decoder.ffn_dim": _shape(state_dict, decoder + "0.linear1.weight")[0],
-    }
-
-
-def _conv_encoder_settings(state_dict: Dict[str, Tensor]) -> Dict[str, Any]:
-    kernel = _shape(state_dict, "transformer.encoder.layers.0.self_attn_8.weight")
-    return {
-        "model.encoder.pattern": None,
-        "model.encoder.num_layers": _num_layers(state_dict, "transformer.encoder.layers."),
-        "model.encoder.kernel_size": kernel[-1],
-        "model.encoder.share_cross_scale": _has(state_dict, r".*\.high_to_low\."),
-        "model.encoder.pointwise": _has(state_dict, r".*\.conv_1\."),
-    }
-
-
-def _assume_pattern(settings: Dict[str, Any]) -> str:
-    """One multi-scale layer in the middle, as in the paper's best model."""
-    num_layers = len(settings["model.encoder.pattern"])
-    pattern = "I" * (num_layers // 2) + "M" + "I" * (num_layers - num_layers // 2 - 1)
-    settings["model.encoder.pattern"] = pattern
-    return (
-        f'Weights do not show which encoder layers are multi-scale: "{pattern}" is assumed, '
-        "set model.encoder.pattern if it is another."
-    )
-
-
-def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
-    outputs = {key: len(v) for key, v in state_dict.items() if key.endswith(".point3.bias")}
-    if not outputs:
-        return "fixed"
-    # The layers have to agree; one that does not is found later.
-    key, num_outputs = min(outputs.items())
-    for spread, count in SPREADS.items():
-        if count * num_gaussians == num_outputs:
-            return spread
-    raise CheckpointError(f"has {num_outputs} outputs in {key}, which fits no kind of spread.")
-
-
-def _describe(settings: Dict[str, Any]) -> str:
-    conv = ""
-    if settings["model.encoder.pattern"] is None:
-        shared = "shared" if settings["model.encoder.share_cross_scale"] else "separate"
-        conv = (
-            f"{settings['model.encoder.num_layers']} encoder layers of kernel "
-            f"{settings['model.encoder.kernel_size']}, {shared} convolutions between scales, "
-            f"{'with' if settings['model.encoder.pointwise'] else 'without'} 1x1 convolutions, "
-        )
-    return (
-        f"{conv}ResNet-{settings['model.backbone.depth']}, {settings['model.num_queries']} queries,"
-        f" {settings['model.num_classes']} class outputs"
-    )
-
-
-def _resnet_depth(state_dict: Dict[str, Tensor]) -> int:
-    prefix = "backbone.0.body."
-    is_bottleneck = f"{prefix}layer1.0.conv3.weight" in state_dict
-    num_blocks = _num_layers(state_dict, f"{prefix}layer3.")
-    depth = _RESNET_DEPTHS.get((is_bottleneck, num_blocks))
-    if depth is None:
-        raise CheckpointError(
-            f"has another backbone than a ResNet-18, 34, 50 or 101 ({num_blocks} blocks in layer3)."
-        )
-    return depth
-
-
-def _has(state_dict: Dict[str, Tensor], pattern: str) -> bool:
-    return any(re.match(pattern, key) for key in state_dict)
-
-
-def _num_layers(state_dict: Dict[str, Tensor], prefix: str) -> int:
-    names = [key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)]
-    return 1 + max((int(name) for name in names if name.isdigit()), default=-1)
-
-
-def _shape(state_dict: Dict[str, Tensor], key: str) -> torch.Size:
-    if key not in state_dict:
-        raise CheckpointError(f"lacks {key}.")
-    if state_dict[key].dim() < 2:
-        raise CheckpointError(f"has {key} with a shape of {tuple(state_dict[key].shape)}.")
-    return state_dict[key].shape
-
-
-# --------------------------------------------------------------------- its tensors and its config
-
-
 def _overrides(name: str, settings: Dict[str, Any]) -> List[str]:
     """What of the settings differs from the config."""
-    config = model_zoo.get_config(name)
+    config = get_config(name)
     return [
         f"{key}={value}"
         for key, value in settings.items()
@@ -396,7 +196,7 @@ def _overrides(name: str, settings: Dict[str, Any]) -> List[str]:
 
 def _expected(name: str, settings: Dict[str, Any]) -> Mapping[str, Tensor]:
     """The tensors of the model of that config and those settings, without their values."""
-    config = LazyConfig.apply_overrides(model_zoo.get_config(name), _overrides(name, settings))
+    config = LazyConfig.apply_overrides(get_config(name), _overrides(name, settings))
     with torch.device("meta"):
         return instantiate(config.model).state_dict()
 
@@ -460,9 +260,6 @@ def _choose_classes(model: Dict[str, Tensor], classes: str, notes: List[str]) ->
         f"Of {num_outputs} class outputs the 80 of COCO's classes are kept, in Detectron2's order."
     )
     return [_COCO_NAMES[row] for row in rows]
-
-
-# --------------------------------------------------------------------------------------- files
 
 
 def _local_path(path: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any, Dict, Iterator, Tuple
 
 from detectron2.config import CfgNode, instantiate
 
-from .errors import ConfigError
+from smca.config.names import get_config
+from smca.errors import ConfigError
 
 # Settings of `model` that a yacs config can replace under MODEL.SMCA; None leaves them as they
 # are in the LazyConfig.
@@ -58,8 +59,6 @@ def model_arguments(cfg: CfgNode) -> Dict[str, Any]:
     Raises:
         ConfigError: if that LazyConfig's model has no such setting.
     """
-    from .model_zoo import get_config
-
     model = get_config(cfg.MODEL.SMCA.CONFIG).model
     for setting, value in _replaced(cfg.MODEL.SMCA):
         *sections, name = setting.split(".")

@@ -12,14 +12,20 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model as build_yacs_model
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from smca.checkpoint import SMCACheckpointer
+from smca.config import (
+    add_smca_config,
+    build_model,
+    dataset_names,
+    get_config_file,
+    list_configs,
+    load_config,
+    resolve_device,
+)
 from smca.data import require_dataset
-from smca.engine import build_model, load_config
-from smca.engine.config import resolve_device
 from smca.errors import ConfigError
-from smca.model_zoo import get_config_file, list_configs
 
 __all__ = ["Predictor", "load_predictor", "load_test_dataset"]
 
@@ -119,20 +125,12 @@ def load_test_dataset(cfg):
         DatasetError: they are not there.
     """
     if isinstance(cfg, DictConfig):
-        names = _dataset_names(cfg)
+        names = dataset_names(cfg, "test")
         if names:
             require_dataset(names)
         return list(instantiate(cfg.dataloader.test.dataset))
     require_dataset(list(cfg.DATASETS.TEST))
     return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
-
-
-def _dataset_names(cfg):
-    """Names of the test data sets in Detectron2's catalog, as far as the LazyConfig says them."""
-    names = OmegaConf.select(cfg, "dataloader.test.dataset.names", default=None)
-    if isinstance(names, DictConfig):  # a function makes them, of files that need not be here
-        return []
-    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _provenance(weights):
@@ -176,8 +174,6 @@ def _load_any_config(config_file, overrides):
 
 
 def _load_yacs_config(config_file, overrides):
-    from smca.config import add_smca_config
-
     cfg = get_cfg()
     add_smca_config(cfg)
     try:
@@ -198,7 +194,7 @@ def _build_from_lazy(cfg, device, provenance):
     mapper = cfg.dataloader.test.mapper
     augmentations = instantiate(mapper.augmentations)
     image_format = mapper.get("image_format", "RGB")
-    return build_model(cfg), augmentations, image_format, _dataset_names(cfg)
+    return build_model(cfg), augmentations, image_format, dataset_names(cfg, "test")
 
 
 def _build_from_yacs(cfg, device, provenance):

@@ -1,0 +1,133 @@
+"""Pictures of detections: boxes with class and score, beside the truth, many on a sheet."""
+
+import math
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+__all__ = [
+    "DPI",
+    "aspect",
+    "class_color",
+    "class_name",
+    "draw_contact_sheet",
+    "draw_instances",
+    "draw_truth_and_detections",
+    "resize",
+    "truth_of",
+]
+
+_MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the objects
+DPI = 120
+
+
+def draw_instances(image, instances, class_names=()):
+    """
+    Draw boxes with their class and, if they have one, their score.
+
+    Args:
+        image (np.ndarray): uint8 (height, width, 3), RGB.
+        instances (Instances): on the CPU, in pixels of `image`: ``pred_boxes``, ``scores`` and
+            ``pred_classes``, or ``gt_boxes`` and ``gt_classes`` (and perhaps ``gt_crowd``).
+        class_names (sequence of str): a class without a name is shown by its index.
+
+    Returns:
+        np.ndarray: uint8 RGB, of the size of `image`; a small image is enlarged by a whole factor.
+    """
+    height, width = image.shape[:2]
+    factor = math.ceil(_MIN_LONG_SIDE / max(height, width))
+    image = np.asarray(resize(image, width * factor, height * factor))
+    is_truth = instances.has("gt_boxes")
+    classes = instances.gt_classes if is_truth else instances.pred_classes
+    boxes = (instances.gt_boxes if is_truth else instances.pred_boxes).clone()
+    boxes.scale(factor, factor)
+    boxes.clip(image.shape[:2])
+
+    labels = [class_name(class_names, index) for index in classes.tolist()]
+    if instances.has("scores"):
+        scores = instances.scores.tolist()
+        labels = [f"{label} {100 * score:.0f}%" for label, score in zip(labels, scores)]
+    if instances.has("gt_crowd"):
+        crowds = instances.gt_crowd.tolist()
+        labels = [f"{label} (crowd)" if crowd else label for label, crowd in zip(labels, crowds)]
+    visualizer = Visualizer(image, font_size_scale=1.4)
+    colors = [class_color(index) for index in classes.tolist()]
+    return visualizer.overlay_instances(
+        boxes=boxes.tensor.numpy(), labels=labels, assigned_colors=colors
+    ).get_image()
+
+
+def draw_truth_and_detections(image, truth, detections, class_names=()):
+    """
+    The truth at the left, detections at the right; arguments as of :func:`draw_instances`.
+
+    Returns:
+        np.ndarray: uint8 RGB; both halves have the size that :func:`draw_instances` gives them,
+        with a white gap between.
+    """
+    left = draw_instances(image, truth, class_names)
+    right = draw_instances(image, detections, class_names)
+    gap = np.full((left.shape[0], max(4, left.shape[1] // 64), 3), 255, dtype=np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def truth_of(dataset_dict):
+    """
+    Returns:
+        Instances: a dataset dict's objects, with ``gt_boxes`` (XYXY in pixels of the original
+        image), ``gt_classes`` and ``gt_crowd``.
+    """
+    annotations = dataset_dict.get("annotations", [])
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    return Instances(
+        (dataset_dict["height"], dataset_dict["width"]),
+        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
+        gt_classes=torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64),
+        gt_crowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool),
+    )
+
+
+def draw_contact_sheet(pictures, captions, num_columns=2):
+    """
+    Args:
+        pictures (list of np.ndarray): uint8 RGB, of any sizes.
+        captions (list of str): one for each.
+
+    Returns:
+        matplotlib.figure.Figure
+    """
+    width = 7.0  # inches of a column
+    rows = [pictures[i : i + num_columns] for i in range(0, len(pictures), num_columns)]
+    heights = [width * max(map(aspect, row)) + 0.35 for row in rows]
+    figure = Figure((width * num_columns, sum(heights)), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(rows), num_columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
+        axes.set_axis_off()
+        axes.set_anchor("N")
+    for axes, picture, caption in zip(grid.flat, pictures, captions):
+        axes.imshow(picture)
+        axes.set_title(caption, fontsize=11)
+    return figure
+
+
+def resize(image, width, height):
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def aspect(image):
+    """Height by width, within what a page bears."""
+    return min(max(image.shape[0] / image.shape[1], 0.2), 2.0)
+
+
+def class_name(class_names, index):
+    return class_names[index] if index < len(class_names) else str(index)
+
+
+def class_color(index):
+    # Neighbours are far apart on the colour wheel, and all are bright.
+    return hsv_to_rgb(((0.13 + 0.618 * index) % 1, 0.8, 1.0))

@@ -1,0 +1,99 @@
+"""All pictures of a trained model: detections, weight maps and curves, in one folder."""
+
+import logging
+import os
+
+from smca.analysis.curves import draw_curves, read_metrics
+from smca.analysis.detections import draw_contact_sheet, draw_truth_and_detections, truth_of
+from smca.analysis.recorder import NoModulationError
+from smca.analysis.weight_maps import draw_gaussians, modulation_maps
+from smca.data import read_image
+
+__all__ = ["evenly", "write_pictures"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_pictures(
+    predictor,
+    dataset_dicts,
+    output_dir,
+    metrics_file=None,
+    num_images=8,
+    num_detections=4,
+    confidence_threshold=0.3,
+    layer=-1,
+    scale=None,
+):
+    """
+    Write ``validation.png`` (truth and detections), ``gaussians.png`` (best detections of
+    different images; not for a model without modulation) and ``curves.png``.
+
+    Args:
+        predictor (Predictor):
+        dataset_dicts (list[dict]): in Detectron2's format; images are taken evenly from it.
+        output_dir (str): is made if need be.
+        metrics_file (str or None): without one, there are no curves.
+        num_images (int): in ``validation.png``, at least 1.
+        num_detections (int): in ``gaussians.png``; 0 leaves that picture out.
+        confidence_threshold (float): of the detections in ``validation.png``. A focal loss
+            leaves scores low after a short training.
+        layer, scale: of the Gaussian maps, see :func:`modulation_maps`, :func:`draw_gaussians`.
+
+    Returns:
+        list[str]: paths of the pictures.
+
+    Raises:
+        UserError: see the functions above and `smca.data.read_image`.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    chosen = evenly(dataset_dicts, num_images)
+    figures = {}
+    if chosen:
+        figures["validation.png"] = _draw_validation(predictor, chosen, confidence_threshold)
+    if chosen and num_detections:
+        try:
+            figures["gaussians.png"] = _draw_best_gaussians(
+                predictor, chosen, num_detections, layer, scale
+            )
+        except NoModulationError as error:
+            logger.warning("%s", error)
+    if metrics_file is not None:
+        figures["curves.png"] = draw_curves(read_metrics(metrics_file))
+    paths = []
+    for name, figure in figures.items():
+        paths.append(os.path.join(output_dir, name))
+        figure.savefig(paths[-1])
+    return paths
+
+
+def evenly(items, count):
+    """`count` items (or all, if there are fewer) at equal distances."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _draw_validation(predictor, dataset_dicts, threshold):
+    pictures, captions = [], []
+    for item in dataset_dicts:
+        image = read_image(item["file_name"], item["height"], item["width"])
+        truth, detections = truth_of(item), predictor(image)
+        detections = detections[detections.scores >= threshold]
+        pictures.append(
+            draw_truth_and_detections(image, truth, detections, predictor.class_names)
+        )
+        captions.append(
+            f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
+            f"detections from {100 * threshold:.0f}% ({len(detections)})"
+        )
+    return draw_contact_sheet(pictures, captions)
+
+
+def _draw_best_gaussians(predictor, dataset_dicts, count, layer, scale):
+    """The best detection of each of the images whose best detections are surest."""
+    best = []
+    for item in dataset_dicts:
+        image = read_image(item["file_name"], item["height"], item["width"])
+        best += modulation_maps(predictor, image, layer=layer)
+    best.sort(key=lambda detection: -detection.score)
+    return draw_gaussians(best[:count], predictor.class_names, scale)

@@ -1,0 +1,300 @@
+"""
+Where each head of a query looks, over the image.
+
+Positions in a drawn image are in its pixels, (0, 0) being the corner of the first pixel.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import List
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from PIL import Image
+
+from smca.analysis.detections import DPI, aspect, class_color, class_name, resize
+from smca.analysis.recorder import Recorder
+from smca.errors import UserError
+
+__all__ = [
+    "DetectionMaps",
+    "dimmed",
+    "draw_box",
+    "draw_centre",
+    "draw_gaussians",
+    "maps_of",
+    "modulation_maps",
+    "number_heads",
+    "overlay_map",
+    "show_image",
+]
+
+_MAP_LONG_SIDE = 384  # pixels of the images under the maps
+_SCALE_MARKERS = "osD^vP"
+
+
+@dataclass
+class DetectionMaps:
+    """
+    A detection and where the query that made it looks, in one decoder layer. All positions are in
+    pixels of `image`.
+
+    Attributes:
+        image: (h, w, 3) uint8 RGB.
+        box: (4,) XYXY. class_index, score: of the detection.
+        query: its index. layer, num_layers: of the decoder, counted from 0.
+        centre: (2,) predicted centre (x, y), the same for all heads.
+        head_centres: (L, H', 2); H' is 1 if the heads share their map.
+        maps: (L, H', h, w) weights exp(log-weight), 1 at a head's centre. Row i and column j are
+            at y = i and x = j.
+        scale_weights: (L,), adding up to 1; equal where the model does not select scales.
+        strides: L pixels (of the model's input) a cell.
+    """
+
+    image: np.ndarray
+    box: np.ndarray
+    class_index: int
+    score: float
+    query: int
+    layer: int
+    num_layers: int
+    centre: np.ndarray
+    head_centres: np.ndarray
+    maps: np.ndarray
+    scale_weights: np.ndarray
+    strides: List[int]
+
+    def combined(self):
+        """(H', h, w) the maps of all scales, weighted with the query's scale weights."""
+        return np.tensordot(self.scale_weights, self.maps, axes=1)
+
+    def mean_head_centres(self):
+        """(H', 2) the heads' centres of all scales, weighted likewise."""
+        return np.tensordot(self.scale_weights, self.head_centres, axes=1)
+
+
+def modulation_maps(predictor, image, select=None, layer=-1):
+    """
+    Detect objects, and compute where their queries look.
+
+    Args:
+        predictor (Predictor):
+        image (np.ndarray): uint8 (height, width, 3), RGB.
+        select (callable or None): from the Instances to the indices of the detections wanted;
+            None: the best one.
+        layer (int): of the decoder; -1 is the last.
+
+    Returns:
+        list[DetectionMaps]: on a copy of `image` whose long side is 384 pixels.
+
+    Raises:
+        NoModulationError: the model has no modulation.
+        UserError: it has no such layer.
+    """
+    with Recorder(predictor.model) as recorder:
+        instances = predictor(image)
+    indices = [0] if select is None else list(select(instances))
+    return maps_of(instances[indices], recorder.layer(layer), image)
+
+
+def maps_of(instances, record, image):
+    """
+    Args:
+        instances (Instances): on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``,
+            ``pred_classes`` and ``query_indices``.
+        record (LayerRecord): of the model's call for `image`.
+        image (np.ndarray): uint8 (height, width, 3), RGB.
+
+    Returns:
+        list[DetectionMaps]: see :func:`modulation_maps`.
+    """
+    height, width = image.shape[:2]
+    factor = _MAP_LONG_SIDE / max(height, width)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    drawn = np.asarray(resize(image, size[1], size[0]))
+    queries = instances.query_indices
+    gaussians, centres = record.in_pixels(queries, size)
+    maps = [gaussians.log_weights(scale, size)[0].exp() for scale in range(len(record.strides))]
+    arrays = (
+        instances.pred_boxes.tensor * torch.tensor([size[1] / width, size[0] / height] * 2),
+        centres,
+        gaussians.centres[0],
+        torch.stack(maps, dim=1),
+        record.scale_shares(queries),
+    )
+    names = ("box", "centre", "head_centres", "maps", "scale_weights")
+    return [
+        DetectionMaps(
+            image=drawn,
+            class_index=int(instances.pred_classes[index]),
+            score=float(instances.scores[index]),
+            query=int(queries[index]),
+            layer=record.index,
+            num_layers=record.num_layers,
+            strides=record.strides,
+            **{name: array[index].cpu().numpy() for name, array in zip(names, arrays)},
+        )
+        for index in range(len(instances))
+    ]
+
+
+def draw_gaussians(detections, class_names=(), scale=None):
+    """
+    For each detection: its box and all heads' centres, and each head's map over the image.
+
+    Args:
+        detections (list[DetectionMaps]): at least one.
+        class_names (sequence of str):
+        scale (int or None): which scale's map to draw, 0 is the finest; None: the maps of all
+            scales together, weighted with the query's scale weights.
+
+    Returns:
+        matplotlib.figure.Figure
+
+    Raises:
+        UserError: the model has no such scale.
+    """
+    num_scales, num_heads = detections[0].maps.shape[:2]
+    if scale is not None and not 0 <= scale < num_scales:
+        raise UserError(f"There is no scale {scale}, the model has {num_scales}: 0 is the finest.")
+    num_columns = min(num_heads, 4)  # of heads; the overview is as wide as their rows are many
+    num_rows = math.ceil(num_heads / num_columns)
+    # Inches of a head's panel; the title and the legend need 10 in all.
+    unit = max(2.1, 10 / (num_columns + num_rows))
+    heights = [num_rows * (unit * aspect(d.image) + 0.25) + 0.4 for d in detections]
+    heights.append(0.6)  # of the legend
+    size = (unit * (num_columns + num_rows), sum(heights))
+    figure = Figure(size, dpi=DPI, layout="constrained")
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    for subfigure, detection in zip(rows, detections):
+        _draw_detection_row(subfigure, detection, class_names, scale, num_rows, num_columns)
+    _draw_legend(rows[-1], detections[0], scale)
+    return figure
+
+
+def _draw_detection_row(figure, detection, class_names, scale, num_rows, num_columns):
+    figure.suptitle(_describe(detection, class_names, scale), fontsize=11)
+    grid = figure.add_gridspec(
+        num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
+    )
+    overview = figure.add_subplot(grid[:, 0])
+    show_image(overview, detection.image, "detection and heads' centres")
+    draw_box(overview, detection)
+    centres = detection.head_centres
+    number_heads(overview, detection.mean_head_centres() if scale is None else centres[scale])
+    draw_centre(overview, detection)
+
+    maps = detection.combined() if scale is None else detection.maps[scale]
+    background = dimmed(detection.image)
+    for head, weights in enumerate(maps):
+        axes = figure.add_subplot(grid[head // num_columns, 1 + head % num_columns])
+        name = f"head {head + 1}" if len(maps) > 1 else "all heads"
+        show_image(axes, background, name)
+        overlay_map(axes, weights)
+        draw_box(axes, detection, linewidth=1)
+        for index in range(len(detection.strides)) if scale is None else [scale]:
+            _draw_head_centre(axes, detection, index, head)
+        draw_centre(axes, detection, markersize=7)
+
+
+def _describe(detection, class_names, scale):
+    parts = [
+        f"{class_name(class_names, detection.class_index)} {100 * detection.score:.0f}%",
+        f"query {detection.query}",
+        f"decoder layer {detection.layer + 1} of {detection.num_layers}",
+    ]
+    if scale is not None:
+        parts.append(f"map of stride {detection.strides[scale]}")
+    elif len(detection.strides) > 1:
+        shares = zip(detection.strides, detection.scale_weights)
+        parts.append("strides read: " + ", ".join(f"{s} ({100 * w:.0f}%)" for s, w in shares))
+    return "   ·   ".join(parts)
+
+
+def _draw_legend(figure, detection, scale):
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    box = dict(color="black", linewidth=1.5)
+    handles = [axes.plot([], [], **box)[0]]
+    labels = ["detected box"]
+    handles.append(axes.plot([], [], "+", color="black", markersize=9, markeredgewidth=2)[0])
+    labels.append("predicted centre, shared by the heads")
+    several = len(detection.strides) > 1 and scale is None
+    for index, stride in enumerate(detection.strides):
+        if several or index == (scale or 0):
+            marker = _SCALE_MARKERS[index % len(_SCALE_MARKERS)]
+            style = dict(color="white", markeredgecolor="black", markersize=7)
+            handles.append(axes.plot([], [], marker, **style)[0])
+            labels.append(f"head's centre, stride {stride}" if several else "head's centre")
+    num_columns = len(labels) if len(labels) <= 4 else math.ceil(len(labels) / 2)
+    axes.legend(handles, labels, loc="center", ncols=num_columns, frameon=False, fontsize=9)
+
+
+def show_image(axes, image, title):
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+
+
+def dimmed(image):
+    """In grey and darker, as a ground for maps."""
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    return np.repeat((0.55 * grey).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def overlay_map(axes, weights):
+    """Draw (h, w) weights from 0 to 1 over an image of h x w pixels."""
+    height, width = weights.shape
+    colors = colormaps["inferno"](weights)
+    colors[..., 3] = 0.8 * weights**0.6
+    # The weight in row 0 and column 0 is that of the position (0, 0), not of a pixel's middle.
+    axes.imshow(colors, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def draw_box(axes, detection, linewidth=2):
+    x0, y0, x1, y1 = detection.box
+    color = class_color(detection.class_index)
+    axes.add_patch(
+        Rectangle(
+            (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=linewidth,
+            path_effects=[withStroke(linewidth=linewidth + 1.5, foreground="black")],
+        )
+    )
+
+
+def draw_centre(axes, detection, markersize=11):
+    axes.plot(
+        *detection.centre, "+", color="white", markersize=markersize, markeredgewidth=2,
+        path_effects=[withStroke(linewidth=4, foreground="black")],
+    )
+
+
+def number_heads(axes, centres):
+    """Numbered dots at (H', 2) positions; none if the heads share theirs."""
+    for head, (x, y) in enumerate(centres if len(centres) > 1 else ()):
+        axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
+        axes.text(
+            x, y, str(head + 1), color="black", fontsize=6.5, ha="center", va="center",
+            clip_on=True,
+        )
+
+
+def _draw_head_centre(axes, detection, scale, head):
+    """Marked the more clearly, the more the query reads from that scale."""
+    weight = detection.scale_weights[scale] if len(detection.strides) > 1 else 1.0
+    axes.plot(
+        *detection.head_centres[scale, head],
+        _SCALE_MARKERS[scale % len(_SCALE_MARKERS)],
+        color="white",
+        markeredgecolor="black",
+        markersize=2.5 + 2 * weight,
+        markeredgewidth=0.7,
+        alpha=0.4 + 0.6 * weight,
+    )

@@ -1,0 +1,20 @@
+"""Configs: loading LazyConfigs with overrides, what they build, and the yacs way to them."""
+
+from .build import build, build_model, dataset_names
+from .lazy import load_config
+from .names import get_config, get_config_file, list_configs
+from .train import AMP_DTYPES, resolve_device
+from .yacs import add_smca_config
+
+__all__ = [
+    "AMP_DTYPES",
+    "add_smca_config",
+    "build",
+    "build_model",
+    "dataset_names",
+    "get_config",
+    "get_config_file",
+    "list_configs",
+    "load_config",
+    "resolve_device",
+]

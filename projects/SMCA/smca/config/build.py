@@ -1,0 +1,49 @@
+"""What a LazyConfig's sections build, with errors that say which section it was."""
+
+from typing import Any, List
+
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from smca.errors import ConfigError, UserError
+
+__all__ = ["build", "build_model", "dataset_names"]
+
+
+def build(section: DictConfig, name: str) -> Any:
+    """
+    Instantiate a part of the config.
+
+    Args:
+        section: of a LazyConfig.
+        name: of the section, for the message.
+
+    Raises:
+        ConfigError: it cannot be built; names the section.
+    """
+    try:
+        return instantiate(section)
+    except UserError:
+        raise
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        reason = error if isinstance(error, OSError) or not error.args else error.args[0]
+        raise ConfigError(f"The config's {name} cannot be built: {reason}") from error
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The config's model, on its device."""
+    return build(cfg.model, "model").to(cfg.train.device)
+
+
+def dataset_names(cfg: DictConfig, split: str) -> List[str]:
+    """Names of data sets in Detectron2's catalog, as far as the config says them: none where a
+    function makes them, of files that need not be here.
+
+    Args:
+        split: "train" or "test".
+    """
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=None)
+    if isinstance(names, DictConfig):
+        return []
+    return [names] if isinstance(names, str) else list(names or [])

@@ -1,0 +1,5 @@
+"""Learning rates and schedules, for configs."""
+
+from .recipe import COCO_TRAIN_IMAGES, backbone_lr_factor, step_schedule
+
+__all__ = ["COCO_TRAIN_IMAGES", "backbone_lr_factor", "step_schedule"]
