@@ -1,5 +1,6 @@
 # make demo    set up, train the demo model, evaluate it, draw its detections
 # make test    set up, run the test suite
+# make lint    set up, check style, imports, format and types
 # make setup   make .venv and install everything; DETECTRON2=<pip requirement> puts
 #              another build of Detectron2 there
 # constraints.txt says what is pinned and why.
@@ -34,8 +35,8 @@ demo: setup
 	$(BIN)/python tools/run_demo.py --output-dir $(OUTPUT)
 
 lint: setup
-	$(BIN)/flake8 .
-	$(BIN)/isort --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf $(VENV) build *.egg-info projects/SMCA/*.egg-info

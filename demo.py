@@ -9,6 +9,7 @@ Detect objects in images or a video, and write them drawn and as COCO-style JSON
 In instances_predictions.json, boxes are [x, y, width, height] in pixels of the image; category_id
 is that of the data set's own JSON where the config's data set is known here, else the class index.
 """
+
 import argparse
 import glob
 import json
@@ -41,9 +42,7 @@ def get_parser():
     )
     parser.add_argument("--weights", metavar="FILE", help="checkpoint of a trained detector")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", nargs="+", metavar="PATH", help="images, folders, glob patterns"
-    )
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, glob patterns")
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
     parser.add_argument(
         "--output",

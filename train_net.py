@@ -7,6 +7,7 @@ Train or evaluate a model from a LazyConfig:
     train_net.py --config-file CONFIG --resume train.output_dir=output/shapes
     train_net.py --config-file CONFIG --eval-only train.init_checkpoint=FILE
 """
+
 import sys
 
 try:

@@ -96,9 +96,7 @@ def assert_same_gradients(actual, expected, inputs, tolerance=1e-4):
     for outputs in (actual, expected):
         total = sum((output * weight).sum() for output, weight in zip(outputs, weights))
         gradients.append(
-            torch.autograd.grad(
-                total, list(inputs.values()), retain_graph=True, allow_unused=True
-            )
+            torch.autograd.grad(total, list(inputs.values()), retain_graph=True, allow_unused=True)
         )
     for name, got, wanted in zip(inputs, *gradients):
         assert (got is None) == (wanted is None), f"{name}: only one side uses it"
@@ -138,7 +136,7 @@ def official_name(name, part, module):
     for ours, theirs in (("down", "high_to_low"), ("up", "low_to_high")):
         name = re.sub(
             rf"\b{ours}\.(\d)\.",
-            lambda m: f"{theirs}." if shared else f"{theirs}_{int(m[1]) + 1}.",
+            lambda m, theirs=theirs: f"{theirs}." if shared else f"{theirs}_{int(m[1]) + 1}.",
             name,
         )
     return f"transformer.{part}.{name}"

@@ -48,10 +48,13 @@ def graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name, overrides", [
-    ("smca_r50_50ep", ["model.encoder.pattern=IM"]),
-    ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.kernel_size=3"]),
-])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("smca_r50_50ep", ["model.encoder.pattern=IM"]),
+        ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.kernel_size=3"]),
+    ],
+)
 def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, graphs):
     model = make_model(name, *overrides).eval()
     batches = make_batches(6, 1)

@@ -86,10 +86,7 @@ def expected_detections(config, image):
         instances.scores.tolist(),
         instances.pred_classes.tolist(),
     )
-    return [
-        ([x0, y0, x1 - x0, y1 - y0], score, label)
-        for (x0, y0, x1, y1), score, label in rows
-    ]
+    return [([x0, y0, x1 - x0, y1 - y0], score, label) for (x0, y0, x1, y1), score, label in rows]
 
 
 def test_results_are_the_models_own_on_the_resized_image(trained, tmp_path):

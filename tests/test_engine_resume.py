@@ -81,9 +81,7 @@ def test_weights_depend_on_every_batch_so_that_the_comparison_means_something(tm
     a = train(config, tmp_path / "a")
     b = train(config, tmp_path / "b", "train.seed=1")
     assert not torch.equal(a["model"]["class_embed.weight"], b["model"]["class_embed.weight"])
-    assert not torch.equal(
-        a["model"]["class_embed.weight"], a["model_ema"]["class_embed.weight"]
-    )
+    assert not torch.equal(a["model"]["class_embed.weight"], a["model_ema"]["class_embed.weight"])
 
 
 def test_a_random_seed_is_kept_by_the_resumed_run(tmp_path, monkeypatch):

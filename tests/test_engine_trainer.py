@@ -229,9 +229,7 @@ def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, erro
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_update_waits_until_the_iteration_is_complete(
-    model, tmp_path, number
-):
+def test_a_signal_during_the_update_waits_until_the_iteration_is_complete(model, tmp_path, number):
     class Signalling(torch.optim.SGD):
         def step(self, closure=None):
             signal.raise_signal(number)

@@ -376,9 +376,7 @@ def test_half_precision_drops_what_float32_drops(spread, dtype):
     outputs = []
     for current in (dtype, torch.float32):
         tokens = [inputs[name].to(current) for name in ("query", "key", "value")]
-        modulation = modulate(
-            inputs["centres"], inputs["spreads"], spread, size, dtype=current
-        )
+        modulation = modulate(inputs["centres"], inputs["spreads"], spread, size, dtype=current)
         torch.manual_seed(0)
         outputs.append(modulated_attention(*tokens, modulation, dropout=0.3).float())
     largest = outputs[1].abs().max()
@@ -457,9 +455,7 @@ def test_what_padding_holds_does_not_reach_the_co_attention(modulated):
         modulations = None
         if modulated:
             modulations = [
-                modulate(
-                    inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size
-                )
+                modulate(inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size)
                 for i, scale in enumerate(scales)
             ]
         num_cells = [scale.size[0] * scale.size[1] for scale in scales]

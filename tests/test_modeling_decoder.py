@@ -216,9 +216,7 @@ def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, sprea
     dirty = [
         replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
     ]
-    assert_close(
-        decode(decoder, encoder(dirty)).hidden, decode(decoder, encoder(scales)).hidden
-    )
+    assert_close(decode(decoder, encoder(dirty)).hidden, decode(decoder, encoder(scales)).hidden)
 
 
 @pytest.mark.parametrize("modulation, spread", MODES)

@@ -46,7 +46,10 @@ def make_statistics(boxes, head_centres, **changes):
     boxes, head_centres = np.array(boxes, dtype=float), np.array(head_centres, dtype=float)
     radii = np.repeat((boxes[:, None, 2:] - boxes[:, None, :2]) / 2, head_centres.shape[1], axis=1)
     values = dict(
-        strides=[8], boxes=boxes, centres=head_centres[:, 0], head_centres=head_centres,
+        strides=[8],
+        boxes=boxes,
+        centres=head_centres[:, 0],
+        head_centres=head_centres,
         head_radii=radii,
     )
     return ModulationStatistics(**{**values, **changes})
@@ -347,7 +350,7 @@ def test_what_a_model_does_not_have_has_no_panel():
 def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):
     item, _ = make_item(tmp_path, squares(20, 40), [0, 1])
     examples = collect_examples(predictor, [item])
-    figure = draw_examples({step: examples for step in range(10, 110, 10)}, CLASS_NAMES)
+    figure = draw_examples(dict.fromkeys(range(10, 110, 10), examples), CLASS_NAMES)
     assert len(figure.axes) == 2 * 6  # of ten steps six, the first and the last among them
     titles = [axes.get_title() for axes in figure.axes[:6]]
     assert "10 steps" in titles[0] and "100 steps" in titles[5] and "square" in titles[0]

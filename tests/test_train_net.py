@@ -285,9 +285,7 @@ def test_a_missing_config_is_named(capsys):
 
 def test_a_config_with_a_syntax_error_is_named(tmp_path, capsys):
     (tmp_path / "broken.py").write_text("train = dict(\n")
-    assert "broken.py cannot be loaded" in error_of(
-        capsys, "--config-file", tmp_path / "broken.py"
-    )
+    assert "broken.py cannot be loaded" in error_of(capsys, "--config-file", tmp_path / "broken.py")
 
 
 def test_a_config_of_another_kind_is_named(tmp_path, capsys):

@@ -53,9 +53,7 @@ def boxes_of(**fields):
     return Instances((60, 80), **fields)
 
 
-TRUTH = boxes_of(
-    gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 30]])), gt_classes=torch.tensor([1])
-)
+TRUTH = boxes_of(gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 30]])), gt_classes=torch.tensor([1]))
 DETECTIONS = boxes_of(
     pred_boxes=Boxes(torch.tensor([[10.0, 20, 60, 50], [-5.0, 0, 90, 70]])),
     scores=torch.tensor([0.9, 0.6]),

@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import cProfile
 import ctypes
+import functools
 import gc
 import itertools
 import json
@@ -107,7 +108,9 @@ def matmul_gflops(options):
     while seconds < 0.05 and size < 8192:
         size *= 2
         left, right = (torch.randn(size, size, **factory) for _ in range(2))
-        seconds = statistics.median(call_times(lambda: left @ right, options, repeats=5))
+        seconds = statistics.median(
+            call_times(functools.partial(torch.matmul, left, right), options, repeats=5)
+        )
     return 2 * size**3 / seconds / 1e9
 
 
@@ -220,7 +223,7 @@ def print_ratios(pairs):
 def print_gain_over_reference(records):
     found = {key(record): record for record in records}
     pairs = [
-        (found[name + REFERENCE, *rest], record)
+        (found[(name + REFERENCE, *rest)], record)
         for (name, *rest), record in found.items()
         if (name + REFERENCE, *rest) in found
     ]
@@ -302,7 +305,8 @@ def parse_options(argv=None):
 def main(argv=None):
     options = parse_options(argv)
     if options.compare:
-        return compare(*options.compare)
+        compare(*options.compare)
+        return
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of imports, in each process
     records = []
     for job in itertools.chain.from_iterable(MEASUREMENTS[name](options) for name in options.what):

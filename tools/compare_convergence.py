@@ -28,6 +28,7 @@ A study is a YAML file (relative paths start at its folder):
 Every run trains in OUTPUT/NAME/seedN. Started again, a study goes on where it was stopped, and
 finished runs stay as they are. A report (.json) in place of the study is drawn again by itself.
 """
+
 import argparse
 import difflib
 import json

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import smca.configs
 import torch
 from detectron2.config import LazyConfig, instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
-import smca.configs
 from smca.analysis import read_metrics
 from smca.errors import UserError
 

@@ -9,6 +9,7 @@ It takes the official SMCA models, DETR's as an initialisation for the detr conf
 torchvision's ResNets as a backbone, finds out which model it is, and says with which config to
 use it.
 """
+
 import argparse
 import sys
 

@@ -7,6 +7,7 @@ weights, if there is one):
     draw.py --weights output/demo/model_final.pth --output pictures
     draw.py --config-file CONFIG --weights FILE --layer 0 --scale 1 --output pictures
 """
+
 import argparse
 import os
 import sys

@@ -10,6 +10,7 @@ scales objects of each size read. Writes modulation.json, modulation.png and exa
 A training writes a checkpoint every train.checkpointer.period iterations, and keeps the last
 train.checkpointer.max_to_keep of them.
 """
+
 import argparse
 import json
 import os

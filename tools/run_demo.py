@@ -8,6 +8,7 @@ Train the demo model on the embedded data set, evaluate it, and draw what it see
 
 A run that was stopped goes on, and one that is finished is only evaluated and drawn again.
 """
+
 import argparse
 import math
 import os

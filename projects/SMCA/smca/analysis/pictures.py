@@ -79,9 +79,7 @@ def _draw_validation(predictor, dataset_dicts, threshold):
         image = read_image(item["file_name"], item["height"], item["width"])
         truth, detections = truth_of(item), predictor(image)
         detections = detections[detections.scores >= threshold]
-        pictures.append(
-            draw_truth_and_detections(image, truth, detections, predictor.class_names)
-        )
+        pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
         captions.append(
             f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
             f"detections from {100 * threshold:.0f}% ({len(detections)})"

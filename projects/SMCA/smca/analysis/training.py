@@ -134,8 +134,13 @@ def _plot_quartiles(axes, steps, quartiles, color, label):
 def _mark(axes, y, text):
     axes.axhline(y, color="grey", linestyle="--", linewidth=1)
     axes.annotate(
-        text, (0, y), xycoords=("axes fraction", "data"), xytext=(4, 3),
-        textcoords="offset points", fontsize=8, color="grey",
+        text,
+        (0, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="grey",
     )
 
 

@@ -263,7 +263,12 @@ def draw_box(axes, detection, linewidth=2):
     color = class_color(detection.class_index)
     axes.add_patch(
         Rectangle(
-            (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=linewidth,
+            (x0, y0),
+            x1 - x0,
+            y1 - y0,
+            fill=False,
+            edgecolor=color,
+            linewidth=linewidth,
             path_effects=[withStroke(linewidth=linewidth + 1.5, foreground="black")],
         )
     )
@@ -271,7 +276,11 @@ def draw_box(axes, detection, linewidth=2):
 
 def draw_centre(axes, detection, markersize=11):
     axes.plot(
-        *detection.centre, "+", color="white", markersize=markersize, markeredgewidth=2,
+        *detection.centre,
+        "+",
+        color="white",
+        markersize=markersize,
+        markeredgewidth=2,
         path_effects=[withStroke(linewidth=4, foreground="black")],
     )
 
@@ -281,7 +290,13 @@ def number_heads(axes, centres):
     for head, (x, y) in enumerate(centres if len(centres) > 1 else ()):
         axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
         axes.text(
-            x, y, str(head + 1), color="black", fontsize=6.5, ha="center", va="center",
+            x,
+            y,
+            str(head + 1),
+            color="black",
+            fontsize=6.5,
+            ha="center",
+            va="center",
             clip_on=True,
         )
 

@@ -162,9 +162,7 @@ def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion
         notes.append(_softmax_to_sigmoid(model))
     class_names = _choose_classes(model, classes, notes)
     settings["model.num_classes"] = len(model["class_embed.bias"])
-    return Conversion(
-        model, description, name, _overrides(name, settings), class_names, notes
-    )
+    return Conversion(model, description, name, _overrides(name, settings), class_names, notes)
 
 
 def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
