@@ -1,0 +1,372 @@
+#!/usr/bin/env python
+"""
+Plant bugs, one at a time, and see whether the tests that belong to them notice:
+
+    mutate.py                                   # every bug listed in tests/mutants/*.yaml
+    mutate.py --only modeling engine --jobs 2   # some lists
+    mutate.py --only modeling --match decoder   # bugs whose file or name has that text
+    mutate.py --random 60 --seed 1              # bugs that nobody listed, drawn from the package
+    mutate.py --output docs/mutants.json        # what was planted and what became of it
+
+A list is a YAML file of
+
+    - bug: later layers predict a centre of their own     # in words
+      file: projects/SMCA/smca/modeling/decoder.py
+      old: predicts_centre=index == 0                     # has to be in the file once
+      new: predicts_centre=True
+      tests: [tests/test_modeling_decoder.py]             # left out: see tests/mutants/tests.yml
+
+Each bug is planted in a copy of the checkout, never in the checkout itself. The tests run first
+without a bug, for a bug counts as caught only by tests that pass without it. A bug with which
+they do not end in time counts as caught.
+"""
+
+import argparse
+import ast
+import fnmatch
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import Queue
+
+import yaml
+from tabulate import tabulate
+from tqdm import tqdm
+
+from smca.errors import UserError, exit_code
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTS = ROOT / "tests" / "mutants"
+_TIMEOUT_S = 300.0
+_RANDOM = "random"
+
+
+@dataclass
+class Mutant:
+    """A bug to plant.
+
+    Attributes:
+        bug: in words. list_name: name of the list that it is in.
+        file: to change, relative to the checkout.
+        old, new: the text to replace, which has to be in the file once, and what replaces it.
+        tests: files (or pytest's node ids) that should notice.
+        outcome: "caught", "survived" or "late" (the tests did not end in time).
+        seconds: that the tests took.
+    """
+
+    bug: str
+    list_name: str
+    file: str
+    old: str
+    new: str
+    tests: list[str] = field(default_factory=list)
+    outcome: str = ""
+    seconds: float = 0.0
+
+    def apply(self, root: Path) -> None:
+        """
+        Raises:
+            UserError: the text to replace is not in the file, or more than once.
+        """
+        path = root / self.file
+        text = path.read_text()
+        count = text.count(self.old)
+        if count != 1:
+            raise UserError(
+                f"The bug {self.bug!r} of tests/mutants/{self.list_name}.yaml does not fit any "
+                f"more: {self.old!r} is {count} times in {self.file}, not once."
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+def read_mutants(names: list[str], match: str) -> list[Mutant]:
+    """The bugs of some lists (all, without names) whose file or words have the text `match`."""
+    known = {path.stem: path for path in sorted(LISTS.glob("*.yaml"))}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"There is no list {unknown[0]}: choose among {', '.join(known)}.")
+    mutants = []
+    for name in names or known:
+        for entry in yaml.safe_load(known[name].read_text()) or []:
+            mutant = Mutant(list_name=name, **entry)
+            mutant.tests = mutant.tests or tests_of(mutant.file)
+            mutants.append(mutant)
+    return [m for m in mutants if match in m.file or match in m.bug]
+
+
+def tests_of(file: str) -> list[str]:
+    """The tests that belong to a file, by the first fitting pattern of tests/mutants/tests.yml."""
+    for pattern, tests in yaml.safe_load((LISTS / "tests.yml").read_text()).items():
+        if fnmatch.fnmatch(file, pattern):
+            return tests
+    raise UserError(f"No tests belong to {file}: name them in tests/mutants/tests.yml.")
+
+
+# ---- Bugs that nobody listed
+
+_SWAPS: dict[type, type] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+    ast.GtE: ast.Lt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+
+
+class _Changes(ast.NodeVisitor):
+    """Collects (line, column, end column, text) of changes in a module, outside of messages."""
+
+    def __init__(self, source: str) -> None:
+        self.lines = source.splitlines(keepends=True)
+        self.found: list[tuple[ast.expr, str, str]] = []
+        self.visit(ast.parse(source))
+
+    def _add(self, node: ast.expr, changed: ast.expr, what: str) -> None:
+        if node.lineno == node.end_lineno:
+            self.found.append((node, f"({ast.unparse(changed)})", what))
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        """Messages are for readers."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """As above."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for part in [*node.body, *node.args.defaults, *node.args.kw_defaults]:
+            if part is not None:
+                self.visit(part)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.generic_visit(node)
+        swap = _SWAPS.get(type(node.op))
+        if swap:
+            self._add(node, ast.BinOp(node.left, swap(), node.right), "operator")
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        self.generic_visit(node)
+        swap = _SWAPS.get(type(node.ops[0]))
+        if swap and len(node.ops) == 1:
+            self._add(node, ast.Compare(node.left, [swap()], node.comparators), "comparison")
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        self.generic_visit(node)
+        self._add(node, ast.BoolOp(_SWAPS[type(node.op)](), node.values), "and / or")
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self._add(node, ast.Constant(not node.value), "constant")
+        elif isinstance(node.value, (int, float)):
+            changed = node.value + 1 if node.value in (0, 1) else node.value * 2
+            self._add(node, ast.Constant(changed), "constant")
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        for index, keyword in enumerate(node.keywords):
+            if keyword.arg:
+                rest = node.keywords[:index] + node.keywords[index + 1 :]
+                changed = ast.Call(node.func, node.args, rest)
+                self._add(node, changed, f"without {keyword.arg}=")
+
+
+def random_mutants(count: int, seed: int, match: str) -> list[Mutant]:
+    """Changes of an operator, comparison or constant, or an argument left out, drawn evenly from
+    all places in the package."""
+    places = []
+    for path in sorted((ROOT / "projects" / "SMCA" / "smca").rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        if match in file and path.name != "__init__.py":
+            changes = _Changes(path.read_text())
+            places += [(file, changes.lines, *change) for change in changes.found]
+    mutants = []
+    for file, lines, node, text, what in random.Random(seed).sample(
+        places, min(count, len(places))
+    ):
+        # Columns count bytes.
+        line = lines[node.lineno - 1].encode()
+        changed = line[: node.col_offset] + text.encode() + line[node.end_col_offset :]
+        before, after = "".join(lines[: node.lineno - 1]), "".join(lines[node.lineno :])
+        mutants.append(
+            Mutant(
+                bug=f"line {node.lineno}, {what}: {changed.decode().strip()}",
+                list_name=_RANDOM,
+                file=file,
+                old=before + line.decode() + after,
+                new=before + changed.decode() + after,
+                tests=tests_of(file),
+            )
+        )
+    return mutants
+
+
+# ---- Running
+
+
+def copy_checkout(folder: Path) -> Path:
+    """The tracked files and those that git does not ignore, in a folder from which they import."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
+    for name in filter(None, listing.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    # Installed, smca.configs would be that of the checkout.
+    (folder / "projects" / "SMCA" / "smca" / "configs").symlink_to(folder / "configs")
+    return folder
+
+
+def run_tests(folder: Path, tests: list[str]) -> str:
+    """
+    Returns:
+        What became of them: "survived" if all pass, "caught" or "late".
+    """
+    package = str(folder / "projects" / "SMCA")
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--no-header", "--tb=no"]
+    command += ["--durations=0", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, timeout=_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return "late"
+    if done.returncode in (0, 1):
+        return "caught" if done.returncode else "survived"
+    # 2: an import fails; the others are mistakes in the command line.
+    if done.returncode == 2:
+        return "caught"
+    raise UserError(f"pytest cannot run {' '.join(tests)}: {done.stdout.decode()[-500:]}")
+
+
+def check_tests(folder: Path, mutants: list[Mutant]) -> None:
+    """
+    Raises:
+        UserError: tests fail without any bug.
+    """
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    if tests and run_tests(folder, tests) != "survived":
+        raise UserError(f"The tests fail without a bug: run pytest {' '.join(tests)}.")
+
+
+def plant(mutants: list[Mutant], num_jobs: int, checks_first: bool = True) -> None:
+    """Fill in the outcome of each, in `num_jobs` copies of the checkout at a time."""
+    with tempfile.TemporaryDirectory(prefix="mutants_") as temporary:
+        folders: Queue[Path] = Queue()
+        for index in range(num_jobs):
+            folder = Path(temporary, str(index))
+            folder.mkdir()
+            folders.put(copy_checkout(folder))
+        if checks_first:
+            folder = folders.get()
+            check_tests(folder, mutants)
+            folders.put(folder)
+        progress, lock = tqdm(total=len(mutants), unit="bug"), threading.Lock()
+
+        def try_one(mutant: Mutant) -> None:
+            folder = folders.get()
+            original = (folder / mutant.file).read_text()
+            start = time.perf_counter()
+            try:
+                mutant.apply(folder)
+                mutant.outcome = run_tests(folder, mutant.tests)
+            finally:
+                (folder / mutant.file).write_text(original)
+                folders.put(folder)
+            mutant.seconds = round(time.perf_counter() - start, 1)
+            with lock:
+                progress.update()
+                if mutant.outcome == "survived":
+                    progress.write(f"survived: {mutant.file}: {mutant.bug}")
+
+        with ThreadPoolExecutor(num_jobs) as pool:
+            list(pool.map(try_one, mutants))
+        progress.close()
+
+
+def make_table(mutants: list[Mutant]) -> str:
+    """Markdown: for each list how many were planted, caught and survived."""
+    rows = []
+    for name in dict.fromkeys(m.list_name for m in mutants):
+        of_list = [m for m in mutants if m.list_name == name]
+        survived = sum(m.outcome == "survived" for m in of_list)
+        rows.append([name, len(of_list), len(of_list) - survived, survived])
+    rows.append(["all", *(sum(column) for column in list(zip(*rows))[1:])])
+    return tabulate(rows, ["list", "planted", "caught", "survived"], tablefmt="github")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="LIST", help="names of lists")
+    parser.add_argument("--match", default="", metavar="TEXT", help="in the bug's words or file")
+    parser.add_argument("--random", type=int, metavar="N", help="plant N bugs that nobody listed")
+    parser.add_argument("--seed", type=int, default=0, help="of --random; default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE", help="JSON with every bug and its outcome")
+    parser.add_argument("--check", action="store_true", help="only see that every bug still fits")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.random:
+        mutants = random_mutants(args.random, args.seed, args.match)
+    else:
+        mutants = read_mutants(args.only, args.match)
+    if args.check:
+        check_fit(mutants)
+        print(f"{len(mutants)} bugs fit.")
+        return 0
+    plant(mutants, args.jobs)
+    print(make_table(mutants))
+    survivors = [m for m in mutants if m.outcome == "survived"]
+    for mutant in survivors:
+        print(f"survived: {mutant.file}: {mutant.bug}")
+    if args.output:
+        entries = [{k: v for k, v in asdict(m).items() if k not in ("old", "new")} for m in mutants]
+        Path(args.output).write_text(json.dumps(entries, indent=1) + "\n")
+    return 1 if survivors else 0
+
+
+def check_fit(mutants: list[Mutant]) -> None:
+    """
+    Raises:
+        UserError: a bug cannot be planted in today's code.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for mutant in mutants:
+            target = Path(temporary, mutant.file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / mutant.file, target)
+            mutant.apply(Path(temporary))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(run, get_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
