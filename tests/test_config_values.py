@@ -1,6 +1,6 @@
 """
-What every config means: written down from the paper and its published recipe, and compared with
-what is built from the config. Whoever changes a value on purpose changes it here as well.
+What every config means: written down from the paper, its published recipe and the README, and
+compared with what is built from the config. Whoever changes a value on purpose changes it here too.
 """
 
 import functools
@@ -175,8 +175,15 @@ SHAPES = COCO | {
     "test augmentation": [[("short side", [128], "at most", 176)]],
     "workers": (0, 0),
 }
-OWN_FILES = {"train": "own_train", "test": "own_val", "evaluator": ("COCOEvaluator", "own_val")}
-SMALL_OWN_FILES = SHAPES | OWN_FILES | {
+OWN_FILES = {
+    "train": "own_train",
+    "test": "own_val",
+    "evaluator": ("COCOEvaluator", "own_val"),
+    "train checks images": True,
+    "test checks images": True,
+    "test has the classes of": "own_train",
+}
+SMALL_OWN_FILES = (SHAPES | OWN_FILES) | {
     "train augmentation": [[FLIP, ("short side", [144, 160, 176], "at most", 256)]],
     "test augmentation": [[("short side", [160], "at most", 256)]],
 }
@@ -457,10 +464,14 @@ def read_weights(part):
 
 def read_data(config):
     dataloader = config.dataloader
+    own_files = {}
     for split in ("train", "test"):
         names = dataloader[split].dataset.names
-        if isinstance(names, DictConfig):  # as the training script does
+        if isinstance(names, DictConfig):  # files, which the training script registers like this
             dataloader[split].dataset.names = instantiate(names)
+            own_files[f"{split} checks images"] = names.check_images
+            if "categories_from" in names:
+                own_files[f"{split} has the classes of"] = Path(names.categories_from).stem
     config.train.seed = 7
     train, test = instantiate(dataloader.train), instantiate(dataloader.test)
     loaders = train, test
@@ -483,6 +494,7 @@ def read_data(config):
         "batch": tuple(len(next(iter(loader.batch_sampler))) for loader in loaders),
         "workers": tuple(loader.num_workers for loader in loaders),
         "seed follows train.seed": train.batch_sampler.seed == 7 and train.dataset.seed == 7,
+        **own_files,
     }
 
 
@@ -557,8 +569,9 @@ def data(tmp_path_factory):
         (root / split).mkdir()
         images = []
         for n in (1, 2):
-            image.save(root / split / f"{n}.png")
-            images.append({"id": n, "file_name": f"{n}.png", "height": 60, "width": 80})
+            name = f"{split}{n}.png"  # that no other folder has
+            image.save(root / split / name)
+            images.append({"id": n, "file_name": name, "height": 60, "width": 80})
         box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 80, 60], "area": 4800}
         categories = [{"id": n, "name": f"class {n}"} for n in (1, 2)]
         content = {"images": images, "annotations": [{**box, "iscrowd": 0}]}
@@ -573,8 +586,8 @@ def get_config(data, monkeypatch):
     def load(split):
         box = {"bbox": [0, 0, 80, 60], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
         return [
-            {"file_name": f"{data}/{split}/{n}.png", "image_id": n, "annotations": annotations}
-            for n, annotations in enumerate([[box], []], start=1)
+            {"file_name": f"{data}/{split}/{split}{n}.png", "image_id": n, "annotations": objects}
+            for n, objects in enumerate([[box], []], start=1)
         ]
 
     for split in SPLITS:
@@ -604,7 +617,7 @@ def yacs_folder():
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("name", TABLE)
-def test_config_means_what_the_paper_says(name, get_config):
+def test_config_means_what_the_table_says(name, get_config):
     model, data, optimizer, schedule, run = TABLE[name]
     config = get_config(name)
     assert config.train.output_dir == f"output/{name}"
