@@ -34,6 +34,7 @@ _VIDEO_SUFFIX = ".mp4"
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -217,6 +217,7 @@ def key(record: Record) -> Tuple[str, Optional[str], str]:
 
 
 def print_table(headers: List[str], rows: List[List[Optional[str]]]) -> None:
+    """Print a Markdown table, None as a dash."""
     print(tabulate(rows, headers, tablefmt="github", missingval="-", disable_numparse=True))
 
 
@@ -289,6 +290,7 @@ def write_records(path: str, records: List[Record]) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").format(measurements=", ".join(MEASUREMENTS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -121,6 +121,7 @@ def build_co_attention(
 
 
 def co_attention_job(cells: Size, num_queries: int, backward: bool, reference: bool = False) -> Job:
+    """Co-attention of 2 images, ours or the slow reference."""
     name = "co_attention forward" + (" and backward" if backward else "")
     arguments = dict(cells=cells, num_queries=num_queries, backward=backward, reference=reference)
     size = f"2 x {num_queries} queries, {cells[0]} x {cells[1]} cells"
@@ -128,6 +129,7 @@ def co_attention_job(cells: Size, num_queries: int, backward: bool, reference: b
 
 
 def co_attention_jobs(options: Options) -> Iterator[Job]:
+    """Forward, and forward and backward, each of ours and of the reference."""
     for backward, reference in itertools.product((False, True), repeat=2):
         yield co_attention_job(options.cells, options.num_queries, backward, reference)
 
@@ -161,11 +163,13 @@ def random_predictions(
 
 
 def build_matcher(options: Options) -> Run:
+    """The matching of 16 images in 6 decoder layers."""
     matcher, predictions = HungarianMatcher(), random_predictions(options)
     return lambda: matcher(*predictions)
 
 
 def build_criterion(options: Options) -> Run:
+    """Losses of 16 images, matching included, and their gradients."""
     criterion = SetCriterion(HungarianMatcher())
     logits, boxes, targets = random_predictions(options)
     inputs = [logits.requires_grad_(), boxes.requires_grad_()]
@@ -180,6 +184,7 @@ def build_criterion(options: Options) -> Run:
 
 
 def build_encoder(options: Options, config: str, size: Size) -> Run:
+    """The encoder of one image, without gradients."""
     model = build_model(options, load_config(config, options.overrides)).eval()
     encoder = model.encoder
     with torch.no_grad():
@@ -204,6 +209,7 @@ def build_model(options: Options, cfg: DictConfig) -> SMCA:
 
 
 def random_images(count: int, size: Size) -> List[Dict[str, Any]]:
+    """Images of (height, width) `size` in the model's input format."""
     return [{"image": torch.randint(256, (3, *size), dtype=torch.uint8)} for _ in range(count)]
 
 
@@ -220,6 +226,7 @@ def random_batch(
 
 
 def build_inference(options: Options, config: str, size: Size) -> Run:
+    """The whole model on one image, without gradients."""
     model = build_model(options, load_config(config, options.overrides)).eval()
     images = random_images(1, size)
     if options.compile:
@@ -274,11 +281,14 @@ def build_train_mapper(
 
 
 def train_mapper_jobs(options: Options) -> Iterator[Job]:
+    """The training mapper of the first config."""
     config = options.config[0]
     yield Job("train_mapper", "8 x 480 x 640", build_train_mapper, dict(config=config), config)
 
 
 def without_gradients(options: Options, function: Run) -> Run:
+    """`function` without gradients, in the type that --dtype names."""
+
     def run() -> None:
         with torch.no_grad(), autocast(options):
             function()
@@ -287,11 +297,13 @@ def without_gradients(options: Options, function: Run) -> Run:
 
 
 def autocast(options: Options) -> ContextManager[None]:
+    """The context that --dtype names."""
     dtype = AMP_DTYPES.get(options.dtype)
     return torch.autocast(options.device, dtype=dtype, enabled=dtype is not None)
 
 
 def multiply_adds(options: Options, config: str, size: Size) -> int:
+    """Of one image through a config's model."""
     return analyze(load_config(config, options.overrides), *size)[2]
 
 

@@ -20,6 +20,7 @@ from smca.inference import load_predictor, load_test_dataset
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -9,6 +9,7 @@ A run that was stopped goes on, and one that is finished is only evaluated and d
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +48,9 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> str:
     """The command's work; gives what there is to tell at the end."""
     start = time.perf_counter()
-    overrides = args.opts + [f"train.output_dir={_quoted(args.output_dir)}"]
+    # In quotes, so that the override's grammar takes any path for a text.
+    quoted = json.dumps(args.output_dir, ensure_ascii=False)
+    overrides = args.opts + [f"train.output_dir={quoted}"]
     cfg = load_config(args.config_file, overrides)
     run_dir = args.output_dir
     if cfg.train.fast_dev_run:  # which is kept apart from the real run
@@ -67,11 +71,6 @@ def run(args: argparse.Namespace) -> str:
     files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures]
     times = (trained - start, time.perf_counter() - start)
     return _summary(args.config_file, results, files, *times)
-
-
-def _quoted(text: str) -> str:
-    """A value that the override grammar takes for a text, whatever is in it."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _tell_state(run_dir: str, weights: str, restart: bool) -> None:

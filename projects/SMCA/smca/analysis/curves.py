@@ -55,8 +55,8 @@ def read_metrics(path: str) -> Metrics:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         values = {name: v for name, v in row.items() if isinstance(v, (int, float))}
-        # Rows alone do not tell: JSONWriter writes an evaluation between two log steps after
-        # the second of them.
+        # A row of an earlier iteration alone is no sign of a resumed run, for JSONWriter writes an
+        # evaluation after the log step that follows it; a metric that goes back is one.
         if any(iteration < next(reversed(found.get(name, {})), -1) for name in values):
             found = {
                 name: {i: v for i, v in before.items() if i <= iteration}

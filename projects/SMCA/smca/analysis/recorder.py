@@ -111,7 +111,7 @@ class Recorder:
         self._handles.append(self._decoder.register_forward_pre_hook(self._keep_sizes))
         self._handles.append(self._decoder.register_forward_hook(self._keep_output))
         for index, layer in enumerate(self._decoder.layers):
-            # The scale weights are computed after the Gaussians.
+            # In the order in which the layer computes them: the Gaussians begin its record.
             for module, keep in (
                 (layer.modulation, self._keep_gaussians),
                 (layer.scale_weight, self._keep_scale_weights),

@@ -45,7 +45,7 @@ _MAP_LONG_SIDE = 384  # pixels of the images under the maps
 _SCALE_MARKERS = "osD^vP"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DetectionMaps:
     """A detection and where the query that made it looks, in one decoder layer.
 

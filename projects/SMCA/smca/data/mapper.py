@@ -155,6 +155,7 @@ class _ResizeShortSide(T.ResizeShortestEdge):
         super().__init__(short_sides, max_size, sample_style="choice")
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Of an (H, W, 3) image; no transform where it has the size already."""
         transform = super().get_transform(image)
         if not isinstance(transform, T.ResizeTransform):
             return transform
@@ -190,17 +191,18 @@ def detr_augmentations(
     """
     augmentations = [T.RandomFlip()] if flip else []
     if crop_range is not None:
-        crop_short_sides = _as_list(crop_short_sides)
+        crop_short_sides = _choices(crop_short_sides)
         # The recipe sets no limit to the long side here. This one is out of reach of
         # photographs; it keeps 1 x 10000 pixels from being enlarged to gigabytes.
         max_size_before_crop = 16 * max(crop_short_sides)
         augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
         augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
-    augmentations.append(_ResizeShortSide(_as_list(short_sides), max_size))
+    augmentations.append(_ResizeShortSide(_choices(short_sides), max_size))
     return augmentations
 
 
-def _as_list(sizes: Union[int, Sequence[int]]) -> List[int]:
+def _choices(sizes: Union[int, Sequence[int]]) -> List[int]:
+    """The sizes to draw from."""
     return [sizes] if isinstance(sizes, int) else list(sizes)
 
 
@@ -244,7 +246,8 @@ class DetrDatasetMapper:
         self.image_format = image_format
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
-        """
+        """Read and augment the image of a dataset dict, which stays as it is.
+
         Raises:
             DatasetError: see `read_image`.
         """

@@ -251,11 +251,11 @@ def _random_shape(
     angle = math.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     corners = corners @ rotation
-    center = rng.uniform(0.08, 0.92, 2) * (width, height)
+    centre = rng.uniform(0.08, 0.92, 2) * (width, height)
     border = max(1.0, 0.06 * length)  # pixels
     inner = corners * max(0.0, 1 - 2 * border / (length * aspect_ratio))
-    alpha = _coverage(corners + center, height, width)
-    return alpha, _polygon_area(corners), alpha - _coverage(inner + center, height, width)
+    alpha = _coverage(corners + centre, height, width)
+    return alpha, _polygon_area(corners), alpha - _coverage(inner + centre, height, width)
 
 
 def _unit_polygon(rng: np.random.Generator, name: str) -> np.ndarray:
