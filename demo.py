@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""
-Detect objects in images or a video, and write them drawn and as COCO-style JSON:
+"""Detect objects in images or a video, and write them drawn and as COCO-style JSON:
 
     demo.py --weights output/demo/model_final.pth --input a.jpg b.png
     demo.py --config-file CONFIG --weights FILE --input 'photos/*.jpg' --output results
@@ -16,22 +15,26 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Sequence
 
-from detectron2.structures import BoxMode
+import numpy as np
+from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
 from smca.analysis import draw_instances
 from smca.data import read_image
 from smca.data.errors import DatasetError
 from smca.errors import UserError, exit_code
-from smca.inference import load_predictor
+from smca.inference import Predictor, load_predictor
 
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _VIDEO_SUFFIX = ".mp4"
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,15 +70,17 @@ def get_parser():
     return parser
 
 
-def main(argv=None):
-    """
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line.
+
     Returns:
-        int: the exit code, 1 if something could not be read.
+        The exit code, 1 if something could not be read.
     """
     return exit_code(run, get_parser().parse_args(argv))
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
+    """The command's work; gives its exit code."""
     if not 0 <= args.confidence_threshold <= 1:
         raise UserError(
             f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
@@ -89,12 +94,14 @@ def run(args):
 # Images
 
 
-def run_on_images(args):
+def run_on_images(args: argparse.Namespace) -> int:
+    """Detect, draw and write; images that cannot be read are skipped. Gives the exit code."""
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
     predictor, _ = load_predictor(args.config_file, args.weights, args.opts, args.device)
     os.makedirs(os.path.dirname(outputs[0]) or ".", exist_ok=True)
-    results, num_failed = [], 0
+    results: List[Dict[str, Any]] = []
+    num_failed = 0
     for image_id, (path, output) in enumerate(zip(paths, outputs)):
         try:
             image = read_image(path)
@@ -114,16 +121,20 @@ def run_on_images(args):
     return 1 if num_failed else 0
 
 
-def find_images(patterns):
-    """
+def find_images(patterns: Sequence[str]) -> List[str]:
+    """The image files that the command line names.
+
+    Args:
+        patterns: files, folders or glob patterns.
+
     Returns:
-        list[str]: files in the order given, those of a folder or pattern by name.
+        Files in the order given, those of a folder or pattern by name.
 
     Raises:
         UserError: nothing is there.
     """
     image_suffixes = set(Image.registered_extensions())
-    paths = []
+    paths: List[str] = []
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
         if os.path.isfile(pattern):
@@ -141,11 +152,12 @@ def find_images(patterns):
     return list(dict.fromkeys(paths))
 
 
-def output_paths(paths, output):
-    """
+def output_paths(paths: Sequence[str], output: str) -> List[str]:
+    """Where the drawn images go.
+
     Returns:
-        list[str]: one file for each image: `output` itself, or a file in that folder with the
-        image's name, made unique, and its type if that can be written, else .png.
+        One file for each image: `output` itself, or a file in that folder with the image's name,
+        made unique, and its type if that can be written, else .png.
 
     Raises:
         UserError: there are several images for one file, or an image would be overwritten.
@@ -156,13 +168,12 @@ def output_paths(paths, output):
         outputs = [output]
     else:
         outputs, taken = [], set()
-        for path in paths:
-            name = Path(path)
-            suffix = name.suffix if name.suffix.lower() in _WRITABLE else ".png"
-            candidate, number = name.stem + suffix, 1
+        for source in map(Path, paths):
+            suffix = source.suffix if source.suffix.lower() in _WRITABLE else ".png"
+            candidate, number = source.stem + suffix, 1
             while candidate in taken:
                 number += 1
-                candidate = f"{name.stem}_{number}{suffix}"
+                candidate = f"{source.stem}_{number}{suffix}"
             taken.add(candidate)
             outputs.append(os.path.join(output, candidate))
     sources = {os.path.realpath(path) for path in paths}
@@ -175,7 +186,8 @@ def output_paths(paths, output):
 # Video
 
 
-def run_on_video(args):
+def run_on_video(args: argparse.Namespace) -> int:
+    """As `run_on_images`, of a video's frames; `image_id` counts them."""
     cv2 = import_cv2()
     if not os.path.isfile(args.video_input):
         raise UserError(f"The video {args.video_input} does not exist.")
@@ -189,7 +201,9 @@ def run_on_video(args):
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
     if not 0 < frames_per_second < 1000:  # which some files do not say
         frames_per_second = 25.0
-    writer, results, index = None, [], 0
+    results: List[Dict[str, Any]] = []
+    writer: Any = None  # its size is that of the first drawn frame
+    index = 0
     while is_readable:
         image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         detections = confident(predictor(image), args.confidence_threshold)
@@ -210,7 +224,8 @@ def run_on_video(args):
     return 0
 
 
-def import_cv2():
+def import_cv2() -> ModuleType:
+    """OpenCV, which the package does not require."""
     try:
         import cv2
     except ImportError as error:
@@ -221,7 +236,8 @@ def import_cv2():
     return cv2
 
 
-def video_output_path(path, output):
+def video_output_path(path: str, output: str) -> str:
+    """The drawn video's file: `output` itself, or one in that folder with the video's name."""
     if Path(output).suffix.lower() != _VIDEO_SUFFIX:
         if Path(output).suffix.lower() in _WRITABLE:
             raise UserError(f"--output {output} has to be a folder or a {_VIDEO_SUFFIX} file.")
@@ -231,8 +247,9 @@ def video_output_path(path, output):
     return output
 
 
-def even_sized(image):
-    """Without the last row or column where their number is odd, which video codecs refuse."""
+def even_sized(image: np.ndarray) -> np.ndarray:
+    """An (h, w, 3) image without its last row or column where their number is odd, which video
+    codecs refuse."""
     height, width = image.shape[:2]
     return image[: max(2, height // 2 * 2), : max(2, width // 2 * 2)]
 
@@ -240,15 +257,13 @@ def even_sized(image):
 # Results
 
 
-def confident(detections, threshold):
+def confident(detections: Instances, threshold: float) -> Instances:
+    """Those with at least that score."""
     return detections[detections.scores >= threshold]
 
 
-def to_coco(detections, predictor, **image):
-    """
-    Returns:
-        list[dict]: COCO-style results, with the given keys of the image in each.
-    """
+def to_coco(detections: Instances, predictor: Predictor, **image: Any) -> List[Dict[str, Any]]:
+    """COCO-style results, with the given keys of the image in each."""
     boxes = detections.pred_boxes.tensor
     boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
     return [
@@ -265,7 +280,8 @@ def to_coco(detections, predictor, **image):
     ]
 
 
-def write_json(results, path):
+def write_json(results: List[Dict[str, Any]], path: str) -> None:
+    """Write the results, and say so."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
     print(f"{len(results)} detections in {path}")

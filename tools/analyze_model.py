@@ -11,11 +11,13 @@ attention, which fvcore does not know.
 
 import argparse
 from pathlib import Path
+from typing import Any, List, Sequence, Tuple
 
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
+from omegaconf import DictConfig
 from tabulate import tabulate
 
 from smca.config import load_config
@@ -32,15 +34,23 @@ PUBLISHED = {
 }
 
 
-def attention_flops(inputs, outputs) -> int:
-    """Multiply-adds of q k^T and of its softmax times v."""
+def attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Multiply-adds of q k^T and of its softmax times v, of the operator's traced values."""
     query, key, value = (get_shape(x) for x in inputs[:3])
     batch, heads, num_queries, width = query
     return batch * heads * num_queries * key[2] * (width + value[3])
 
 
-def analyze(cfg, height: int, width: int):
-    """(trainable parameters, all parameters, multiply-adds of one image)"""
+def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
+    """Count the parameters and the work of a config's model.
+
+    Args:
+        cfg: a LazyConfig.
+        height, width: of the image in pixels.
+
+    Returns:
+        Trainable parameters, all parameters, multiply-adds of one image.
+    """
     model = instantiate(cfg.model).eval()
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     flops = FlopCountAnalysis(model, ([{"image": image}],))
@@ -50,7 +60,8 @@ def analyze(cfg, height: int, width: int):
     return trainable, parameter_count(model)[""], sum(flops.by_operator().values())
 
 
-def main():
+def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,7 +70,7 @@ def main():
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"))
     args = parser.parse_args()
     files = [args.config] if args.config else [CONFIGS / f"{name}.py" for name in PUBLISHED]
-    rows = []
+    rows: List[List[Any]] = []
     for file in files:
         trainable, total, flops = analyze(load_config(str(file), args.opts), *args.size)
         published = PUBLISHED.get(Path(file).stem, (None, None))

@@ -40,11 +40,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
 
-from benchmark_cases import MEASUREMENTS, REFERENCE
+from benchmark_cases import MEASUREMENTS, REFERENCE, Job, Options
 from smca.config import AMP_DTYPES, load_config
 from smca.errors import UserError, exit_code
 
@@ -57,13 +58,20 @@ MAIN_MODELS = [
 ]
 
 
+Record = Dict[str, Any]  # of a measurement, as written by --output
+
+
 # ---- Measuring
 
 
 class PeakMemory:
-    """Peak memory in bytes from here on, and how much of it came on top."""
+    """Peak memory in bytes from here on, and how much of it came on top.
 
-    def __init__(self, device):
+    Args:
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, device: str):
         self.on_gpu = device == "cuda"
         gc.collect()
         if self.on_gpu:
@@ -76,12 +84,14 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
         self.start = resident_bytes("VmRSS")
 
-    def read(self):
+    def read(self) -> Dict[str, int]:
+        """``peak_bytes`` and ``extra_bytes``."""
         peak = torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes("VmHWM")
         return {"peak_bytes": peak, "extra_bytes": max(0, peak - self.start)}
 
 
-def resident_bytes(key):
+def resident_bytes(key: str) -> int:
+    """Linux's VmRSS (now) or VmHWM (peak) of this process; elsewhere the peak."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -89,7 +99,7 @@ def resident_bytes(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def call_times(function, options, repeats):
+def call_times(function: Callable[[], Any], options: Options, repeats: int) -> List[float]:
     """Seconds of each call, after the warm-up."""
     times = []
     for _ in range(options.warmup + repeats):
@@ -101,24 +111,32 @@ def call_times(function, options, repeats):
     return times[options.warmup :]
 
 
-def matmul_gflops(options):
+def matmul_gflops(options: Options) -> float:
     """The rate of a matrix product in the measurement's type, large enough to take 50 ms."""
-    factory = dict(device=options.device, dtype=AMP_DTYPES.get(options.dtype, torch.float32))
-    size, seconds = 128, 0
+    dtype = AMP_DTYPES.get(options.dtype, torch.float32)
+    size, seconds = 128, 0.0
     while seconds < 0.05 and size < 8192:
         size *= 2
-        left, right = (torch.randn(size, size, **factory) for _ in range(2))
+        left, right = (
+            torch.randn(size, size, device=options.device, dtype=dtype) for _ in range(2)
+        )
         seconds = statistics.median(
             call_times(functools.partial(torch.matmul, left, right), options, repeats=5)
         )
     return 2 * size**3 / seconds / 1e9
 
 
-def measure(job, options, cost=None):
-    """The record of a job; runs in the job's own process."""
+def measure(job: Job, options: Options, cost: Optional[int] = None) -> Record:
+    """The record of a job; runs in the job's own process.
+
+    Args:
+        job: builds the function to measure.
+        options: of the command line.
+        cost: multiply-adds of a call; None: no speed is reported.
+    """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    record = {
+    record: Record = {
         "name": job.name,
         "config": job.config and Path(job.config).stem,
         "size": job.size,
@@ -130,7 +148,7 @@ def measure(job, options, cost=None):
         "torch": torch.__version__,
     }
     run = job.build(options, **job.arguments)
-    rate = matmul_gflops(options) if cost else None
+    rate = matmul_gflops(options) if cost else 0.0
     memory = PeakMemory(options.device)
     times = call_times(run, options, options.repeats)
     record.update(memory.read(), median_s=statistics.median(times), times_s=times)
@@ -144,7 +162,8 @@ def measure(job, options, cost=None):
     return record
 
 
-def device_name(device):
+def device_name(device: str) -> str:
+    """The model of the GPU or CPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError):
@@ -154,21 +173,23 @@ def device_name(device):
     return platform.processor() or platform.machine()
 
 
-def print_profile(function, options):
+def print_profile(function: Callable[[], Any], options: Options) -> None:
+    """PyTorch's operators in a call, by their time."""
     with torch.profiler.profile() as profile:
         function()
     order = "self_cuda_time_total" if options.device == "cuda" else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50))
 
 
-def print_python_profile(function):
+def print_python_profile(function: Callable[[], Any]) -> None:
     """Of what PyTorch's profiler does not see, such as decoding images."""
     profile = cProfile.Profile()
     profile.runcall(function)
     pstats.Stats(profile).sort_stats("tottime").print_stats(12)
 
 
-def in_fresh_process(function, *args, **kwargs):
+def in_fresh_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` gives in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         try:
             return executor.submit(function, *args, **kwargs).result()
@@ -179,7 +200,8 @@ def in_fresh_process(function, *args, **kwargs):
             ) from None
 
 
-def run_job(job, options):
+def run_job(job: Job, options: Options) -> Record:
+    """The record of a job, measured in a process of its own."""
     cost = None
     if job.cost is not None:
         cost = in_fresh_process(job.cost, options, **job.arguments)
@@ -189,15 +211,18 @@ def run_job(job, options):
 # ---- Reporting
 
 
-def key(record):
+def key(record: Record) -> Tuple[str, Optional[str], str]:
+    """What says which measurement it is."""
     return record["name"], record["config"], record["size"]
 
 
-def print_table(headers, rows):
+def print_table(headers: List[str], rows: List[List[Optional[str]]]) -> None:
+    """Print a Markdown table, None as a dash."""
     print(tabulate(rows, headers, tablefmt="github", missingval="-", disable_numparse=True))
 
 
-def print_records(records):
+def print_records(records: List[Record]) -> None:
+    """The table of all measurements."""
     headers = ["measurement", "config", "size", "ms", "extra MiB", "peak MiB", "GFLOP/s", "share"]
     rows = []
     for record in records:
@@ -207,7 +232,7 @@ def print_records(records):
     print_table(headers, rows)
 
 
-def print_ratios(pairs):
+def print_ratios(pairs: Sequence[Tuple[Record, Record]]) -> None:
     """Of pairs of records, the first over the second."""
     headers = ["measurement", "config", "size", "A (ms)", "B (ms)"]
     headers += ["time A / B", "extra memory A / B", "peak memory A / B"]
@@ -220,19 +245,21 @@ def print_ratios(pairs):
     print_table(headers, rows)
 
 
-def print_gain_over_reference(records):
+def print_gain_over_reference(records: List[Record]) -> None:
+    """The ratios where a slow reference was measured too."""
     found = {key(record): record for record in records}
-    pairs = [
-        (found[(name + REFERENCE, *rest)], record)
-        for (name, *rest), record in found.items()
-        if (name + REFERENCE, *rest) in found
-    ]
+    pairs = []
+    for (name, config, size), record in found.items():
+        reference = found.get((name + REFERENCE, config, size))
+        if reference is not None:
+            pairs.append((reference, record))
     if pairs:
         print("\nThe slow reference (A) over ours (B)")
         print_ratios(pairs)
 
 
-def read_records(path):
+def read_records(path: str) -> Dict[Tuple[str, Optional[str], str], Record]:
+    """The records of a file by their `key`, with what `print_ratios` needs."""
     names = ("name", "config", "size", "median_s", "extra_bytes", "peak_bytes")
     try:
         records = json.loads(Path(path).read_text())["records"]
@@ -243,7 +270,8 @@ def read_records(path):
         raise UserError(f"{path} is not a file that --output of this tool wrote.") from error
 
 
-def compare(path_a, path_b):
+def compare(path_a: str, path_b: str) -> None:
+    """Print the ratios of what two files have in common."""
     a, b = read_records(path_a), read_records(path_b)
     common = [name for name in a if name in b]
     if not common:
@@ -252,7 +280,8 @@ def compare(path_a, path_b):
     print_ratios([(a[name], b[name]) for name in common])
 
 
-def write_records(path, records):
+def write_records(path: str, records: List[Record]) -> None:
+    """The records as JSON, with the command and the date."""
     header = {"command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M")}
     Path(path).write_text(json.dumps({**header, "records": records}, indent=2) + "\n")
 
@@ -260,9 +289,10 @@ def write_records(path, records):
 # ---- Command line
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.format(measurements=", ".join(MEASUREMENTS)),
+        description=(__doc__ or "").format(measurements=", ".join(MEASUREMENTS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -285,7 +315,8 @@ def get_parser():
     return parser
 
 
-def parse_options(argv=None):
+def parse_options(argv: Optional[Sequence[str]] = None) -> Options:
+    """The command line, checked and completed."""
     options = get_parser().parse_intermixed_args(argv)
     options.overrides = [word for word in options.what if "=" in word]
     options.what = [word for word in options.what if "=" not in word] or list(MEASUREMENTS)
@@ -302,13 +333,14 @@ def parse_options(argv=None):
     return options
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command line."""
     options = parse_options(argv)
     if options.compare:
         compare(*options.compare)
         return
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of imports, in each process
-    records = []
+    records: List[Record] = []
     for job in itertools.chain.from_iterable(MEASUREMENTS[name](options) for name in options.what):
         print(f"{job.name} {Path(job.config or '').stem} {job.size}", flush=True)
         records.append(run_job(job, options))

@@ -1,11 +1,23 @@
 """What tools/benchmark.py measures: each `Job` builds a function to call again and again."""
 
+import argparse
 import copy
 import itertools
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 import torch
@@ -13,16 +25,22 @@ from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
 from PIL import Image
+from torch import Tensor
 
 from analyze_model import analyze
 from smca.config import AMP_DTYPES, load_config
 from smca.data import draw_scene
 from smca.engine import Trainer
-from smca.modeling import HungarianMatcher, SetCriterion
+from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 from smca.modeling.attention import attend_modulated
 from smca.modeling.matcher import Targets
 from smca.modeling.modulation import Gaussians, cell_channels, query_channels
+
+Options = argparse.Namespace  # of tools/benchmark.py
+Size = Tuple[int, int]  # (height, width)
+Run = Callable[[], Any]  # what is measured
 
 # Ends the name of a slow reference's measurement.
 REFERENCE = ", reference"
@@ -40,16 +58,18 @@ class Job:
 
     name: str
     size: str
-    build: Callable
-    arguments: dict = field(default_factory=dict)
+    build: Callable[..., Run]
+    arguments: Dict[str, Any] = field(default_factory=dict)
     config: Optional[str] = None
-    cost: Optional[Callable] = None
+    cost: Optional[Callable[..., int]] = None
 
 
 # ---- Co-attention
 
 
-def slow_co_attention(query, key, value, gaussians, size):
+def slow_co_attention(
+    query: Tensor, key: Tensor, value: Tensor, gaussians: Gaussians, size: Size
+) -> Tensor:
     """The reference, as the official code has it: the squared distances of all cells from all
     centres, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
     y, x = (torch.arange(n, device=query.device) for n in size)
@@ -62,51 +82,59 @@ def slow_co_attention(query, key, value, gaussians, size):
     return logits.softmax(-1).to(value.dtype) @ value
 
 
-def fast_co_attention(query, key, value, gaussians, size):
+def fast_co_attention(
+    query: Tensor, key: Tensor, value: Tensor, gaussians: Gaussians, size: Size
+) -> Tensor:
+    """What the decoder computes for one scale; arguments as of the reference."""
     queries = query_channels(gaussians, 0, size, query.shape[-1], query.dtype)
     cells = cell_channels(size, query.dtype, query.device)
     return attend_modulated(query, key, value, queries, cells)
 
 
-def build_co_attention(options, cells, num_queries, reference=False, backward=False):
+def build_co_attention(
+    options: Options, cells: Size, num_queries: int, reference: bool = False, backward: bool = False
+) -> Run:
     """Attention of 2 images with 8 heads of 32 channels, between the projections."""
     batch, heads, head_dim = 2, 8, 32
-    factory = dict(device=options.device, dtype=AMP_DTYPES.get(options.dtype, torch.float32))
-    num_cells = cells[0] * cells[1]
-    tokens = [torch.randn(batch, heads, n, head_dim, **factory) for n in (num_queries, num_cells)]
+    device, dtype = options.device, AMP_DTYPES.get(options.dtype, torch.float32)
+    tokens = [
+        torch.randn(batch, heads, n, head_dim, device=device, dtype=dtype)
+        for n in (num_queries, cells[0] * cells[1])
+    ]
     tokens.append(torch.randn_like(tokens[1]))
     shape = (batch, num_queries, 1, heads, 2)
-    centres = torch.rand(shape, device=options.device) * torch.tensor(
-        cells[::-1], device=options.device
-    )
-    precisions = (0.5 + torch.rand(shape, device=options.device)).square() / 8
+    centres = torch.rand(shape, device=device) * torch.tensor(cells[::-1], device=device)
+    precisions = (0.5 + torch.rand(shape, device=device)).square() / 8
     inputs = [x.requires_grad_(backward) for x in (*tokens, centres, precisions)]
+    query, key, value = tokens
     attention = slow_co_attention if reference else fast_co_attention
     if options.compile:
         attention = torch.compile(attention)
     output_gradient = torch.randn_like(tokens[0])
 
-    def run():
-        output = attention(*inputs[:3], Gaussians(*inputs[3:]), cells)
+    def run() -> None:
+        output = attention(query, key, value, Gaussians(centres, precisions), cells)
         if backward:
             torch.autograd.grad(output, inputs, output_gradient)
 
     return run
 
 
-def co_attention_job(cells, num_queries, backward, reference=False):
+def co_attention_job(cells: Size, num_queries: int, backward: bool, reference: bool = False) -> Job:
+    """Co-attention of 2 images, ours or the slow reference."""
     name = "co_attention forward" + (" and backward" if backward else "")
     arguments = dict(cells=cells, num_queries=num_queries, backward=backward, reference=reference)
     size = f"2 x {num_queries} queries, {cells[0]} x {cells[1]} cells"
     return Job(name + (REFERENCE if reference else ""), size, build_co_attention, arguments)
 
 
-def co_attention_jobs(options):
+def co_attention_jobs(options: Options) -> Iterator[Job]:
+    """Forward, and forward and backward, each of ours and of the reference."""
     for backward, reference in itertools.product((False, True), repeat=2):
         yield co_attention_job(options.cells, options.num_queries, backward, reference)
 
 
-def co_attention_scaling_jobs(options):
+def co_attention_scaling_jobs(options: Options) -> Iterator[Job]:
     """A quarter of the cells to 16 times as many, and a third of the queries to 3 times."""
     (height, width), queries = options.cells, options.num_queries
     sizes = [((height * n // 2, width * n // 2), queries) for n in (1, 2, 4, 8)]
@@ -118,7 +146,9 @@ def co_attention_scaling_jobs(options):
 # ---- Parts of the models
 
 
-def random_predictions(options, num_images=16, num_objects=20):
+def random_predictions(
+    options: Options, num_images: int = 16, num_objects: int = 20
+) -> Tuple[Tensor, Tensor, List[Targets]]:
     """Logits and boxes of 6 layers, 300 queries and 80 classes, and the images' targets."""
     shape, device = (6, num_images, 300), options.device
     targets = [
@@ -132,26 +162,29 @@ def random_predictions(options, num_images=16, num_objects=20):
     return logits, 0.1 + 0.4 * torch.rand(*shape, 4, device=device), targets
 
 
-def build_matcher(options):
+def build_matcher(options: Options) -> Run:
+    """The matching of 16 images in 6 decoder layers."""
     matcher, predictions = HungarianMatcher(), random_predictions(options)
     return lambda: matcher(*predictions)
 
 
-def build_criterion(options):
+def build_criterion(options: Options) -> Run:
+    """Losses of 16 images, matching included, and their gradients."""
     criterion = SetCriterion(HungarianMatcher())
     logits, boxes, targets = random_predictions(options)
     inputs = [logits.requires_grad_(), boxes.requires_grad_()]
     if options.compile:
         criterion.compile()
 
-    def run():
+    def run() -> None:
         losses = criterion(*inputs, targets)
         torch.autograd.grad(sum(losses.values()), inputs)
 
     return run
 
 
-def build_encoder(options, config, size):
+def build_encoder(options: Options, config: str, size: Size) -> Run:
+    """The encoder of one image, without gradients."""
     model = build_model(options, load_config(config, options.overrides)).eval()
     encoder = model.encoder
     with torch.no_grad():
@@ -164,7 +197,8 @@ def build_encoder(options, config, size):
 # ---- Whole models
 
 
-def build_model(options, cfg):
+def build_model(options: Options, cfg: DictConfig) -> SMCA:
+    """The config's model with random weights."""
     model = instantiate(cfg.model)
     # Random weights between norms that do nothing would double the features in each block, and
     # logits that no trained model has would take another path through the attention.
@@ -174,12 +208,15 @@ def build_model(options, cfg):
     return model.to(options.device)
 
 
-def random_images(count, size):
+def random_images(count: int, size: Size) -> List[Dict[str, Any]]:
+    """Images of (height, width) `size` in the model's input format."""
     return [{"image": torch.randint(256, (3, *size), dtype=torch.uint8)} for _ in range(count)]
 
 
-def random_batch(count, size, num_classes, num_objects=10):
-    """Images with 10 boxes each."""
+def random_batch(
+    count: int, size: Size, num_classes: int, num_objects: int = 10
+) -> List[Dict[str, Any]]:
+    """Images with that many boxes each."""
     batch = random_images(count, size)
     for image in batch:
         corners = torch.rand(num_objects, 2, 2).sort(dim=1).values * torch.tensor(size[::-1])
@@ -188,7 +225,8 @@ def random_batch(count, size, num_classes, num_objects=10):
     return batch
 
 
-def build_inference(options, config, size):
+def build_inference(options: Options, config: str, size: Size) -> Run:
+    """The whole model on one image, without gradients."""
     model = build_model(options, load_config(config, options.overrides)).eval()
     images = random_images(1, size)
     if options.compile:
@@ -196,7 +234,7 @@ def build_inference(options, config, size):
     return without_gradients(options, lambda: model(images))
 
 
-def build_train_step(options, config, size):
+def build_train_step(options: Options, config: str, size: Size) -> Run:
     """The trainer's own step: losses, gradients, clipping, AdamW."""
     cfg = load_config(config, options.overrides)
     model = build_model(options, cfg).train()
@@ -215,7 +253,9 @@ def build_train_step(options, config, size):
     return trainer.run_step
 
 
-def build_train_mapper(options, config, num_images=8, size=(480, 640)):
+def build_train_mapper(
+    options: Options, config: str, num_images: int = 8, size: Size = (480, 640)
+) -> Run:
     """Reading and augmenting images as in training: JPEG files and 10 boxes each."""
     height, width = size
     rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
@@ -232,7 +272,7 @@ def build_train_mapper(options, config, num_images=8, size=(480, 640)):
         items[-1]["annotations"] = annotations
     mapper = instantiate(load_config(config, options.overrides).dataloader.train.mapper)
 
-    def run():
+    def run() -> None:
         assert folder  # keeps the files
         for item in items:
             mapper(copy.deepcopy(item))
@@ -240,35 +280,48 @@ def build_train_mapper(options, config, num_images=8, size=(480, 640)):
     return run
 
 
-def train_mapper_jobs(options):
+def train_mapper_jobs(options: Options) -> Iterator[Job]:
+    """The training mapper of the first config."""
     config = options.config[0]
     yield Job("train_mapper", "8 x 480 x 640", build_train_mapper, dict(config=config), config)
 
 
-def without_gradients(options, function):
-    def run():
+def without_gradients(options: Options, function: Run) -> Run:
+    """`function` without gradients, in the type that --dtype names."""
+
+    def run() -> None:
         with torch.no_grad(), autocast(options):
             function()
 
     return run
 
 
-def autocast(options):
+def autocast(options: Options) -> ContextManager[None]:
+    """The context that --dtype names."""
     dtype = AMP_DTYPES.get(options.dtype)
     return torch.autocast(options.device, dtype=dtype, enabled=dtype is not None)
 
 
-def multiply_adds(options, config, size):
+def multiply_adds(options: Options, config: str, size: Size) -> int:
+    """Of one image through a config's model."""
     return analyze(load_config(config, options.overrides), *size)[2]
 
 
-def model_jobs(options, name, build, sizes, batch_size=1, cost=None):
+def model_jobs(
+    options: Options,
+    name: str,
+    build: Callable[..., Run],
+    sizes: Sequence[Size],
+    batch_size: int = 1,
+    cost: Optional[Callable[..., int]] = None,
+) -> Iterator[Job]:
+    """A job for each config and image size."""
     for config, size in itertools.product(options.config, sizes):
         text = f"{batch_size} x {size[0]} x {size[1]}"
         yield Job(name, text, build, dict(config=config, size=size), config, cost)
 
 
-MEASUREMENTS = {
+MEASUREMENTS: Dict[str, Callable[[Options], Iterable[Job]]] = {
     "co_attention": co_attention_jobs,
     "co_attention_scaling": co_attention_scaling_jobs,
     "encoder": lambda o: model_jobs(o, "encoder", build_encoder, o.image_size[:1]),

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""
-Draw what a trained detector sees: validation images with truth and detections, the Gaussian map of
-each head for some detections, and the curves of the training (from the metrics.json beside the
-weights, if there is one):
+"""Draw what a trained detector sees.
+
+That is validation images with truth and detections, the Gaussian map of each head for some
+detections, and the curves of the training (from the metrics.json beside the weights, if there is
+one):
 
     draw.py --weights output/demo/model_final.pth --output pictures
     draw.py --config-file CONFIG --weights FILE --layer 0 --scale 1 --output pictures
@@ -11,13 +12,15 @@ weights, if there is one):
 import argparse
 import os
 import sys
+from typing import List
 
 from smca.analysis import write_pictures
 from smca.errors import exit_code
 from smca.inference import load_predictor, load_test_dataset
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,11 +37,8 @@ def get_parser():
     return parser
 
 
-def run(args):
-    """
-    Returns:
-        list[str]: paths of the pictures.
-    """
+def run(args: argparse.Namespace) -> List[str]:
+    """The command's work; gives the paths of the pictures."""
     predictor, cfg = load_predictor(args.config_file, args.weights, args.opts, args.device)
     metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
     return write_pictures(
@@ -46,15 +46,16 @@ def run(args):
         load_test_dataset(cfg),
         args.output,
         metrics_file if os.path.isfile(metrics_file) else None,
-        args.num_images,
-        args.num_detections,
-        args.confidence_threshold,
-        args.layer,
-        args.scale,
+        num_images=args.num_images,
+        num_detections=args.num_detections,
+        confidence_threshold=args.confidence_threshold,
+        layer=args.layer,
+        scale=args.scale,
     )
 
 
-def main():
+def main() -> None:
+    """Run the command line."""
     print("Written:", *run(get_parser().parse_args()), sep="\n  ")
 
 

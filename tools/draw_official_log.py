@@ -7,6 +7,7 @@ Someone who trains on COCO sees there, from the first epoch on, whether the run 
 import csv
 from collections import defaultdict
 from pathlib import Path
+from typing import Dict, List
 
 from matplotlib.figure import Figure
 
@@ -15,8 +16,9 @@ LOG = ROOT / "tests" / "golden" / "official_training_logs.csv"
 PICTURE = ROOT / "docs" / "official_training.png"
 
 
-def main():
-    runs = defaultdict(list)
+def main() -> None:
+    """Draw loss and AP of every run over the epochs."""
+    runs: Dict[str, List[Dict[str, str]]] = defaultdict(list)
     with LOG.open() as file:
         for row in csv.DictReader(file):
             runs[row["run"]].append(row)

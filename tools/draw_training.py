@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""
-Draw what training does to the spatial modulation, over the checkpoints of a training: whether
-centres settle on objects, whether heads differ, whether maps fit the objects' sizes, and which
-scales objects of each size read. Writes modulation.json, modulation.png and examples.jpg:
+"""Draw what training does to the spatial modulation, over the checkpoints of a training.
+
+Whether centres settle on objects, whether heads differ, whether maps fit the objects' sizes, and
+which scales objects of each size read. Writes modulation.json, modulation.png and examples.jpg:
 
     draw_training.py output/demo --output pictures
     draw_training.py output/demo/model_0000999.pth output/demo/model_final.pth --layer 0
@@ -17,8 +17,11 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Dict, List, Sequence
 
 from smca.analysis import (
+    DetectionMaps,
+    ModulationStatistics,
     collect,
     collect_examples,
     draw_examples,
@@ -31,7 +34,8 @@ from smca.errors import CheckpointError, exit_code
 from smca.inference import load_predictor, load_test_dataset
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,19 +53,19 @@ def get_parser():
     return parser
 
 
-def find_checkpoints(paths):
-    """
+def find_checkpoints(paths: Sequence[str]) -> List[str]:
+    """The checkpoints that the command line names.
+
     Args:
-        paths (list[str]): files, or folders of trainings.
+        paths: files, or folders of trainings.
 
     Returns:
-        list[str]: checkpoints; a folder's are those with an iteration in their name and the
-        final one.
+        Files; a folder's are those with an iteration in their name and the final one.
 
     Raises:
         CheckpointError: a folder holds none.
     """
-    files = []
+    files: List[str] = []
     for path in paths:
         found = [path]
         if os.path.isdir(path):
@@ -75,11 +79,8 @@ def find_checkpoints(paths):
     return files
 
 
-def run(args):
-    """
-    Returns:
-        list[str]: paths of what it wrote.
-    """
+def run(args: argparse.Namespace) -> List[str]:
+    """The command's work; gives the paths of what it wrote."""
     overrides = [text for text in args.inputs if "=" in text and not os.path.exists(text)]
     files = find_checkpoints([text for text in args.inputs if text not in overrides])
     if not files:
@@ -87,7 +88,8 @@ def run(args):
     predictor, cfg = load_predictor(args.config_file, files[0], overrides, args.device)
     dataset_dicts = evenly(load_test_dataset(cfg), args.num_images)
     checkpointer = SMCACheckpointer(predictor.model, need_detector=True)
-    statistics, examples = {}, {}
+    statistics: Dict[int, ModulationStatistics] = {}
+    examples: Dict[int, List[DetectionMaps]] = {}
     for file in files:
         iteration = checkpointer.load(file).get("iteration")
         if iteration is None:
@@ -107,7 +109,8 @@ def run(args):
     return paths
 
 
-def main():
+def main() -> None:
+    """Run the command line."""
     print("Written:", *run(get_parser().parse_intermixed_args()), sep="\n  ")
 
 

@@ -14,15 +14,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Tuple, Union
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 
 
-def run(*command):
+def run(*command: Union[str, Path]) -> None:
+    """Run a module of this Python, with its arguments."""
     subprocess.run([sys.executable, "-m", *map(str, command)], check=True)
 
 
-def pinned_rebuild():
+def pinned_rebuild() -> Tuple[str, str]:
     """(requirement, sha256) of the rebuild, as written in constraints.txt."""
     text = CONSTRAINTS.read_text()
     sha256 = re.search(r"^# sha256:([0-9a-f]{64})$", text, re.MULTILINE)
@@ -32,10 +34,11 @@ def pinned_rebuild():
     return requirement.group(), sha256.group(1)
 
 
-def install_rebuild():
+def install_rebuild() -> None:
+    """Download the rebuild, check it, take its compiled file out, install it."""
     requirement, sha256 = pinned_rebuild()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         download = ["--no-deps", "--only-binary=:all:", "--python-version", "3.10"]
         run("pip", "download", "-q", *download, "-d", folder, requirement)
         (wheel,) = folder.glob("*.whl")
@@ -58,8 +61,9 @@ def install_rebuild():
         run("pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Install Detectron2 into the running Python.")
     parser.add_argument("requirement", nargs="?", default="", help="any pip requirement")
     requirement = parser.parse_args().requirement
     if requirement:

@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""
-Train the demo model on the embedded data set, evaluate it, and draw what it sees:
+"""Train the demo model on the embedded data set, evaluate it, and draw what it sees:
 
     run_demo.py --output-dir output/demo
     run_demo.py --output-dir output/demo --restart
@@ -10,11 +9,13 @@ A run that was stopped goes on, and one that is finished is only evaluated and d
 """
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Dict, List, Mapping, Optional
 
 from detectron2.engine import default_argument_parser
 from tabulate import tabulate
@@ -28,7 +29,8 @@ from smca.inference import load_predictor, load_test_dataset
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,13 +45,12 @@ def get_parser():
     return parser
 
 
-def run(args):
-    """
-    Returns:
-        str: what there is to tell at the end.
-    """
+def run(args: argparse.Namespace) -> str:
+    """The command's work; gives what there is to tell at the end."""
     start = time.perf_counter()
-    overrides = args.opts + [f"train.output_dir={_quoted(args.output_dir)}"]
+    # In quotes, so that the override's grammar takes any path for a text.
+    quoted = json.dumps(args.output_dir, ensure_ascii=False)
+    overrides = args.opts + [f"train.output_dir={quoted}"]
     cfg = load_config(args.config_file, overrides)
     run_dir = args.output_dir
     if cfg.train.fast_dev_run:  # which is kept apart from the real run
@@ -72,12 +73,8 @@ def run(args):
     return _summary(args.config_file, results, files, *times)
 
 
-def _quoted(text):
-    """A value that the override grammar takes for a text, whatever is in it."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _tell_state(run_dir, weights, restart):
+def _tell_state(run_dir: str, weights: str, restart: bool) -> None:
+    """Say what becomes of a training that is there already."""
     if restart or not os.path.isdir(run_dir):
         return
     if os.path.isfile(weights):
@@ -87,7 +84,18 @@ def _tell_state(run_dir, weights, restart):
         print(f"{run_dir} holds a training that was stopped: it goes on. --restart starts over.")
 
 
-def _summary(config_file, results, files, training_time, total_time):
+Metrics = Dict[str, float]
+
+
+def _summary(
+    config_file: str,
+    results: Mapping[str, Metrics],
+    files: List[str],
+    training_time: float,
+    total_time: float,
+) -> str:
+    """A table of the results, those of each class, the files that were written, the times in
+    seconds."""
     lines = ["", f"SMCA demo, {os.path.basename(config_file)}: box AP in %"]
     overall = {task: _without_classes(metrics) for task, metrics in results.items()}
     columns = list(dict.fromkeys(name for metrics in overall.values() for name in metrics))
@@ -110,18 +118,18 @@ def _summary(config_file, results, files, training_time, total_time):
     return "\n".join(lines)
 
 
-def _without_classes(metrics):
+def _without_classes(metrics: Metrics) -> Metrics:
     return {name: value for name, value in metrics.items() if not name.startswith("AP-")}
 
 
-def _or_dash(value):
+def _or_dash(value: Optional[float]) -> str:
     """AP is nan where there is nothing to find, such as large objects in small images."""
     return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def _duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import json
 import math
-from typing import Dict
+from typing import Dict, List, Tuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -11,6 +12,9 @@ from smca.analysis.detections import DPI
 from smca.errors import UserError
 
 __all__ = ["draw_curves", "read_metrics"]
+
+# Of each metric its iterations and values.
+Metrics = Dict[str, Tuple[List[int], List[float]]]
 
 _LOSSES = {
     "total_loss": "total (all layers)",
@@ -21,17 +25,19 @@ _LOSSES = {
 _RESULTS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"}
 
 
-def read_metrics(path):
-    """
-    Read the ``metrics.json`` of a training. Lines that are no JSON, as a run leaves that was
-    stopped while it wrote, are skipped. Where a metric goes back to an earlier iteration, a resumed
-    run replaces what the run before wrote from there on.
+def read_metrics(path: str) -> Metrics:
+    """Read the ``metrics.json`` of a training.
+
+    Lines that are no JSON, as a run leaves that was stopped while it wrote, are skipped. Where a
+    metric goes back to an earlier iteration, a resumed run replaces what the run before wrote from
+    there on.
 
     Args:
-        path (str): one JSON object with ``iteration`` a line, as Detectron2's JSONWriter writes.
+        path: of a file with one JSON object with ``iteration`` a line, as Detectron2's JSONWriter
+            writes.
 
     Returns:
-        dict[str, (list[int], list[float])]: iterations and values of each metric.
+        Iterations and values of each metric.
 
     Raises:
         UserError: there is no such file, or there is nothing in it.
@@ -41,7 +47,7 @@ def read_metrics(path):
             lines = file.read().splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    metrics: Dict[str, Dict[int, float]] = {}  # iterations ascend
+    found: Dict[str, Dict[int, float]] = {}  # iterations ascend
     for line in lines:
         try:
             row = json.loads(line)
@@ -49,30 +55,29 @@ def read_metrics(path):
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         values = {name: v for name, v in row.items() if isinstance(v, (int, float))}
-        # Rows alone do not tell: JSONWriter writes an evaluation between two log steps after
-        # the second of them.
-        if any(iteration < next(reversed(metrics.get(name, {})), -1) for name in values):
-            metrics = {
+        # A row of an earlier iteration alone is no sign of a resumed run, for JSONWriter writes an
+        # evaluation after the log step that follows it; a metric that goes back is one.
+        if any(iteration < next(reversed(found.get(name, {})), -1) for name in values):
+            found = {
                 name: {i: v for i, v in before.items() if i <= iteration}
-                for name, before in metrics.items()
+                for name, before in found.items()
             }
         for name, value in values.items():
-            metrics.setdefault(name, {})[iteration] = value
-    metrics = {name: values for name, values in metrics.items() if values}
+            found.setdefault(name, {})[iteration] = value
+    metrics = {name: (list(v), list(v.values())) for name, v in found.items() if v}
     if not metrics:
         raise UserError(f"{path} holds no metrics.")
-    return {name: (list(v), list(v.values())) for name, v in metrics.items()}
+    return metrics
 
 
-def draw_curves(metrics):
-    """
-    Losses, and AP where there was an evaluation, over the iterations.
+def draw_curves(metrics: Metrics) -> Figure:
+    """Losses, and AP where there was an evaluation, over the iterations.
 
     Args:
-        metrics (dict): as of :func:`read_metrics`; what is absent is left out.
+        metrics: as of `read_metrics`; what is absent is left out.
 
-    Returns:
-        matplotlib.figure.Figure
+    Raises:
+        UserError: there is nothing to draw.
     """
     panels = []
     if any(name in metrics for name in _LOSSES):
@@ -92,11 +97,11 @@ def draw_curves(metrics):
     return figure
 
 
-def _draw_losses(axes, metrics):
+def _draw_losses(axes: Axes, metrics: Metrics) -> None:
     for index, (name, label) in enumerate(_LOSSES.items()):
         if name in metrics:
-            style = dict(color="black", linewidth=1.8) if index == 0 else dict(color=f"C{index}")
-            axes.plot(*metrics[name], label=label, **{"linewidth": 1.3, **style})
+            color, linewidth = ("black", 1.8) if index == 0 else (f"C{index}", 1.3)
+            axes.plot(*metrics[name], label=label, color=color, linewidth=linewidth)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -104,8 +109,8 @@ def _draw_losses(axes, metrics):
     axes.set_title("Training losses (weighted)")
 
 
-def _draw_results(axes, metrics):
-    highest = 0
+def _draw_results(axes: Axes, metrics: Metrics) -> None:
+    highest = 0.0
     for prefix, suffix, style in (("", "", "o-"), ("ema/", ", averaged weights", "s--")):
         for index, (name, label) in enumerate(_RESULTS.items()):
             if prefix + name not in metrics:

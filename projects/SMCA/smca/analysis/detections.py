@@ -1,6 +1,7 @@
 """Pictures of detections: boxes with class and score, beside the truth, many on a sheet."""
 
 import math
+from typing import Any, Dict, List, Protocol, Sequence
 
 import numpy as np
 import torch
@@ -9,9 +10,11 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 __all__ = [
     "DPI",
+    "ImageDetector",
     "aspect",
     "class_color",
     "class_name",
@@ -26,18 +29,36 @@ _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the ob
 DPI = 120
 
 
-def draw_instances(image, instances, class_names=()):
+class ImageDetector(Protocol):
+    """What this package asks of a detector; `smca.inference.Predictor` is one.
+
+    Attributes:
+        model: an `SMCA` in evaluation mode.
+        class_names: a class without a name is shown by its index.
     """
-    Draw boxes with their class and, if they have one, their score.
+
+    model: nn.Module
+    class_names: List[str]
+
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Detections on a (height, width, 3) uint8 RGB image: on the CPU, in its pixels, best
+        first."""
+
+
+def draw_instances(
+    image: np.ndarray, instances: Instances, class_names: Sequence[str] = ()
+) -> np.ndarray:
+    """Draw boxes with their class and, if they have one, their score.
 
     Args:
-        image (np.ndarray): uint8 (height, width, 3), RGB.
-        instances (Instances): on the CPU, in pixels of `image`: ``pred_boxes``, ``scores`` and
+        image: (height, width, 3) uint8, RGB.
+        instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores`` and
             ``pred_classes``, or ``gt_boxes`` and ``gt_classes`` (and perhaps ``gt_crowd``).
-        class_names (sequence of str): a class without a name is shown by its index.
+        class_names: a class without a name is shown by its index.
 
     Returns:
-        np.ndarray: uint8 RGB, of the size of `image`; a small image is enlarged by a whole factor.
+        (height, width, 3) uint8, RGB, of the size of `image`; a small image is enlarged by a whole
+        factor.
     """
     height, width = image.shape[:2]
     factor = math.ceil(_MIN_LONG_SIDE / max(height, width))
@@ -62,12 +83,13 @@ def draw_instances(image, instances, class_names=()):
     ).get_image()
 
 
-def draw_truth_and_detections(image, truth, detections, class_names=()):
-    """
-    The truth at the left, detections at the right; arguments as of :func:`draw_instances`.
+def draw_truth_and_detections(
+    image: np.ndarray, truth: Instances, detections: Instances, class_names: Sequence[str] = ()
+) -> np.ndarray:
+    """The truth at the left, detections at the right; arguments as of `draw_instances`.
 
     Returns:
-        np.ndarray: uint8 RGB; both halves have the size that :func:`draw_instances` gives them,
+        (height, width, 3) uint8, RGB; both halves have the size that `draw_instances` gives them,
         with a white gap between.
     """
     left = draw_instances(image, truth, class_names)
@@ -76,11 +98,12 @@ def draw_truth_and_detections(image, truth, detections, class_names=()):
     return np.concatenate([left, gap, right], axis=1)
 
 
-def truth_of(dataset_dict):
-    """
+def truth_of(dataset_dict: Dict[str, Any]) -> Instances:
+    """The objects of a dataset dict in Detectron2's format.
+
     Returns:
-        Instances: a dataset dict's objects, with ``gt_boxes`` (XYXY in pixels of the original
-        image), ``gt_classes`` and ``gt_crowd``.
+        Instances with ``gt_boxes`` (XYXY in pixels of the original image), ``gt_classes`` and
+        ``gt_crowd``.
     """
     annotations = dataset_dict.get("annotations", [])
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
@@ -92,14 +115,14 @@ def truth_of(dataset_dict):
     )
 
 
-def draw_contact_sheet(pictures, captions, num_columns=2):
-    """
-    Args:
-        pictures (list of np.ndarray): uint8 RGB, of any sizes.
-        captions (list of str): one for each.
+def draw_contact_sheet(
+    pictures: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 2
+) -> Figure:
+    """Pictures in rows, each with its caption.
 
-    Returns:
-        matplotlib.figure.Figure
+    Args:
+        pictures: at least one, (height, width, 3) uint8, RGB, of any sizes.
+        captions: one for each.
     """
     width = 7.0  # inches of a column
     rows = [pictures[i : i + num_columns] for i in range(0, len(pictures), num_columns)]
@@ -115,19 +138,23 @@ def draw_contact_sheet(pictures, captions, num_columns=2):
     return figure
 
 
-def resize(image, width, height):
+def resize(image: np.ndarray, width: int, height: int) -> Image.Image:
+    """A (h, w, 3) uint8 image in another size in pixels."""
     return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def aspect(image):
-    """Height by width, within what a page bears."""
+def aspect(image: np.ndarray) -> float:
+    """Height by width of a picture's place on a page, which is at most twice as high as wide and
+    at most five times as wide as high."""
     return min(max(image.shape[0] / image.shape[1], 0.2), 2.0)
 
 
-def class_name(class_names, index):
+def class_name(class_names: Sequence[str], index: int) -> str:
+    """The name of a class, or its index if it has none."""
     return class_names[index] if index < len(class_names) else str(index)
 
 
-def class_color(index):
+def class_color(index: int) -> np.ndarray:
+    """(3,) RGB in [0, 1], the same for a class in all pictures."""
     # Neighbours are far apart on the colour wheel, and all are bright.
     return hsv_to_rgb(((0.13 + 0.618 * index) % 1, 0.8, 1.0))

@@ -2,53 +2,63 @@
 
 import logging
 import os
+from typing import Any, Dict, List, Optional, Sequence, TypeVar
+
+from matplotlib.figure import Figure
 
 from smca.analysis.curves import draw_curves, read_metrics
-from smca.analysis.detections import draw_contact_sheet, draw_truth_and_detections, truth_of
+from smca.analysis.detections import (
+    ImageDetector,
+    draw_contact_sheet,
+    draw_truth_and_detections,
+    truth_of,
+)
 from smca.analysis.recorder import NoModulationError
-from smca.analysis.weight_maps import draw_gaussians, modulation_maps
+from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, modulation_maps
 from smca.data import read_image
 
 __all__ = ["evenly", "write_pictures"]
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+
 
 def write_pictures(
-    predictor,
-    dataset_dicts,
-    output_dir,
-    metrics_file=None,
-    num_images=8,
-    num_detections=4,
-    confidence_threshold=0.3,
-    layer=-1,
-    scale=None,
-):
-    """
-    Write ``validation.png`` (truth and detections), ``gaussians.png`` (best detections of
+    predictor: ImageDetector,
+    dataset_dicts: Sequence[Dict[str, Any]],
+    output_dir: str,
+    metrics_file: Optional[str] = None,
+    *,
+    num_images: int = 8,
+    num_detections: int = 4,
+    confidence_threshold: float = 0.3,
+    layer: int = -1,
+    scale: Optional[int] = None,
+) -> List[str]:
+    """Write ``validation.png`` (truth and detections), ``gaussians.png`` (best detections of
     different images; not for a model without modulation) and ``curves.png``.
 
     Args:
-        predictor (Predictor):
-        dataset_dicts (list[dict]): in Detectron2's format; images are taken evenly from it.
-        output_dir (str): is made if need be.
-        metrics_file (str or None): without one, there are no curves.
-        num_images (int): in ``validation.png``, at least 1.
-        num_detections (int): in ``gaussians.png``; 0 leaves that picture out.
-        confidence_threshold (float): of the detections in ``validation.png``. A focal loss
-            leaves scores low after a short training.
-        layer, scale: of the Gaussian maps, see :func:`modulation_maps`, :func:`draw_gaussians`.
+        predictor: detects what is drawn.
+        dataset_dicts: in Detectron2's format; images are taken evenly from it.
+        output_dir: is made if need be.
+        metrics_file: without one, there are no curves.
+        num_images: in ``validation.png``, at least 1.
+        num_detections: in ``gaussians.png``; 0 leaves that picture out.
+        confidence_threshold: of the detections in ``validation.png``. A focal loss leaves scores
+            low after a short training.
+        layer, scale: of the Gaussian maps, see `modulation_maps`, `draw_gaussians`.
 
     Returns:
-        list[str]: paths of the pictures.
+        Paths of the pictures.
 
     Raises:
         UserError: see the functions above and `smca.data.read_image`.
     """
     os.makedirs(output_dir, exist_ok=True)
     chosen = evenly(dataset_dicts, num_images)
-    figures = {}
+    figures: Dict[str, Figure] = {}
     if chosen:
         figures["validation.png"] = _draw_validation(predictor, chosen, confidence_threshold)
     if chosen and num_detections:
@@ -67,13 +77,15 @@ def write_pictures(
     return paths
 
 
-def evenly(items, count):
+def evenly(items: Sequence[Item], count: int) -> List[Item]:
     """`count` items (or all, if there are fewer) at equal distances."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def _draw_validation(predictor, dataset_dicts, threshold):
+def _draw_validation(
+    predictor: ImageDetector, dataset_dicts: Sequence[Dict[str, Any]], threshold: float
+) -> Figure:
     pictures, captions = [], []
     for item in dataset_dicts:
         image = read_image(item["file_name"], item["height"], item["width"])
@@ -87,9 +99,15 @@ def _draw_validation(predictor, dataset_dicts, threshold):
     return draw_contact_sheet(pictures, captions)
 
 
-def _draw_best_gaussians(predictor, dataset_dicts, count, layer, scale):
+def _draw_best_gaussians(
+    predictor: ImageDetector,
+    dataset_dicts: Sequence[Dict[str, Any]],
+    count: int,
+    layer: int,
+    scale: Optional[int],
+) -> Figure:
     """The best detection of each of the images whose best detections are surest."""
-    best = []
+    best: List[DetectionMaps] = []
     for item in dataset_dicts:
         image = read_image(item["file_name"], item["height"], item["width"])
         best += modulation_maps(predictor, image, layer=layer)

@@ -1,6 +1,7 @@
-"""
-What training does to the spatial modulation: where the queries of known objects look, how far and
-on which scales, over the checkpoints of a training. ``tools/draw_training.py`` is the command.
+"""What training does to the spatial modulation, over the checkpoints of a training.
+
+Where the queries of known objects look, how far, and on which scales; the command is
+``tools/draw_training.py``.
 
 Queries are matched to the true objects as in training, so that a detector which detects nothing
 yet can be looked at too. M objects, H' heads (1 if they share their map), L scales. Pixels are
@@ -9,19 +10,21 @@ those of the original images.
 
 import warnings
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
 from detectron2.structures import Instances
 from scipy.stats import ConstantInputWarning, spearmanr
+from torch import Tensor
 from torchvision.ops import box_convert
 
-from smca.analysis.detections import truth_of
-from smca.analysis.recorder import Recorder
-from smca.analysis.weight_maps import maps_of
+from smca.analysis.detections import ImageDetector, truth_of
+from smca.analysis.recorder import LayerRecord, Recorder
+from smca.analysis.weight_maps import DetectionMaps, maps_of
 from smca.data import read_image
 from smca.errors import UserError
+from smca.modeling import SMCA
 from smca.modeling.matcher import HungarianMatcher, Targets
 
 __all__ = [
@@ -39,8 +42,7 @@ SIZES = ("small", "medium", "large")  # thirds of the objects
 
 @dataclass
 class ModulationStatistics:
-    """
-    True objects and where the queries matched to them look, in one decoder layer.
+    """True objects and where the queries matched to them look, in one decoder layer.
 
     Where there are several scales, heads' centres and precisions are means over them, weighted
     with the query's scale weights.
@@ -63,12 +65,15 @@ class ModulationStatistics:
     scale_weights: Optional[np.ndarray] = None
 
     @classmethod
-    def of_image(cls, record, queries, boxes, size):
-        """
+    def of_image(
+        cls, record: LayerRecord, queries: Tensor, boxes: Tensor, size: Tuple[int, int]
+    ) -> "ModulationStatistics":
+        """The statistics of one image.
+
         Args:
-            record (LayerRecord): of one image.
-            queries (Tensor): (M,) indices. boxes (Tensor): (M, 4), XYXY in pixels.
-            size (tuple): (height, width) of the image in pixels.
+            record: of the model's call for that image.
+            queries: (M,) indices. boxes: (M, 4), XYXY in pixels.
+            size: (height, width) of the image in pixels.
         """
         gaussians, centres = record.in_pixels(queries, size)
         shares = record.scale_shares(queries)[..., None, None]  # (M, L, 1, 1)
@@ -84,40 +89,41 @@ class ModulationStatistics:
         )
 
     @classmethod
-    def join(cls, parts):
+    def join(cls, parts: Sequence["ModulationStatistics"]) -> "ModulationStatistics":
         """Those of several images (at least one) as one."""
-        names = ("boxes", "centres", "head_centres", "head_radii", "scale_weights")
-        columns = [[getattr(part, name) for part in parts] for name in names]
-        joined = [None if c[0] is None else np.concatenate(c) for c in columns]
-        return cls(parts[0].strides, *joined)
+        names = ("boxes", "centres", "head_centres", "head_radii")
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        shares = [part.scale_weights for part in parts if part.scale_weights is not None]
+        scale_weights = np.concatenate(shares) if shares else None
+        return cls(parts[0].strides, scale_weights=scale_weights, **columns)
 
     @property
-    def half_sizes(self):
+    def half_sizes(self) -> np.ndarray:
         """(M, 2) half width and half height of the boxes in pixels."""
         return (self.boxes[:, 2:] - self.boxes[:, :2]) / 2
 
     @property
-    def sqrt_areas(self):
+    def sqrt_areas(self) -> np.ndarray:
         """(M,) in pixels."""
         return 2 * np.sqrt(self.half_sizes.prod(axis=1))
 
     @property
-    def centre_distances(self):
+    def centre_distances(self) -> np.ndarray:
         """(M,) from the box's centre in half boxes, of the axis where it is greater: inside the
         box it is less than 1."""
         return self._distances(self.centres[:, None])[:, 0]
 
     @property
-    def head_distances(self):
+    def head_distances(self) -> np.ndarray:
         """(M, H') of the heads' centres, as `centre_distances`."""
         return self._distances(self.head_centres)
 
-    def _distances(self, points):
+    def _distances(self, points: np.ndarray) -> np.ndarray:
         offsets = points - (self.boxes[:, None, :2] + self.boxes[:, None, 2:]) / 2
         return np.abs(offsets / self.half_sizes[:, None]).max(axis=2)
 
     @property
-    def head_deviations(self):
+    def head_deviations(self) -> np.ndarray:
         """(M,) root mean square distance of the heads' centres from their mean, in widths and
         heights of the box."""
         offsets = self.head_centres - self.head_centres.mean(axis=1, keepdims=True)
@@ -125,12 +131,12 @@ class ModulationStatistics:
         return np.sqrt(np.square(relative).sum(axis=2).mean(axis=1))
 
     @property
-    def radii(self):
+    def radii(self) -> np.ndarray:
         """(M, 2) median over the heads in pixels, along x and y."""
         return np.median(self.head_radii, axis=1)
 
     @property
-    def radius_correlation(self):
+    def radius_correlation(self) -> float:
         """Spearman's rank correlation of `radii` and `half_sizes`, x and y together; nan where
         either is constant."""
         with warnings.catch_warnings():
@@ -138,17 +144,19 @@ class ModulationStatistics:
             return float(spearmanr(self.radii.ravel(), self.half_sizes.ravel())[0])
 
 
-def collect(predictor, dataset_dicts, layer=-1):
-    """
+def collect(
+    predictor: ImageDetector, dataset_dicts: Sequence[Dict[str, Any]], layer: int = -1
+) -> ModulationStatistics:
+    """Where the queries look that are matched to the true objects of some images.
+
     Args:
-        predictor (Predictor):
-        dataset_dicts (list[dict]): in Detectron2's format. Crowds and boxes without area are not
-            objects.
-        layer (int): of the decoder, -1 is the last. Objects are matched to the queries by the
+        predictor: its model is looked into.
+        dataset_dicts: in Detectron2's format. Crowds and boxes without area are not objects.
+        layer: of the decoder, -1 is the last. Objects are matched to the queries by the
             predictions of the last layer all the same.
 
     Returns:
-        ModulationStatistics: of all objects that have a query.
+        The statistics of all objects that have a query.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -165,13 +173,17 @@ def collect(predictor, dataset_dicts, layer=-1):
     return ModulationStatistics.join(parts)
 
 
-def collect_examples(predictor, dataset_dicts, layer=-1, num_objects=3):
-    """
-    Where the queries of the largest objects of an image look: of the first one that has
-    `num_objects`, else of the one that has most.
+def collect_examples(
+    predictor: ImageDetector,
+    dataset_dicts: Sequence[Dict[str, Any]],
+    layer: int = -1,
+    num_objects: int = 3,
+) -> List[DetectionMaps]:
+    """Where the queries of the largest objects of an image look: of the first one that has
+    `num_objects`, else of the one that has most. Arguments as of `collect`.
 
     Returns:
-        list[DetectionMaps]: with the true box and class, and the score that the query gives it.
+        The maps of each object, with the true box and class, and the score that the query gives it.
     """
     item = max(dataset_dicts, key=lambda item: min(len(_objects_of(item)), num_objects))
     matched, record, image = _match(predictor, item, layer)
@@ -179,21 +191,19 @@ def collect_examples(predictor, dataset_dicts, layer=-1, num_objects=3):
     return maps_of(matched[largest], record, image)
 
 
-def _objects_of(item):
-    """Instances: truth, but for crowds and boxes without area."""
+def _objects_of(item: Dict[str, Any]) -> Instances:
+    """The truth, but for crowds and boxes without area."""
     truth = truth_of(item)
     return truth[truth.gt_boxes.nonempty() & ~truth.gt_crowd]
 
 
 @torch.no_grad()
-def _match(predictor, item, layer):
-    """
-    Returns:
-        (Instances, LayerRecord, np.ndarray): an image's objects, in the fields of detections
-        (their scores are those of their classes), with ``query_indices``; where queries look; and
-        the image.
-    """
-    model, truth = predictor.model, _objects_of(item)
+def _match(
+    predictor: ImageDetector, item: Dict[str, Any], layer: int
+) -> Tuple[Instances, LayerRecord, np.ndarray]:
+    """An image's objects in the fields of detections (their scores are those of their classes),
+    with ``query_indices``; where queries look; and the image."""
+    model, truth = cast(SMCA, predictor.model), _objects_of(item)
     image = read_image(item["file_name"], item["height"], item["width"])
     with Recorder(model) as recorder:
         predictor(image)
@@ -224,18 +234,19 @@ def _match(predictor, item, layer):
 # Numbers
 
 
-def summarize(statistics):
-    """
-    The numbers that :func:`smca.analysis.draw_training` draws. Distances are in half boxes,
+def summarize(statistics: ModulationStatistics) -> Dict[str, Any]:
+    """The numbers that `smca.analysis.draw_training` draws.
+
+    Distances are in half boxes,
     deviations in boxes, other lengths in pixels; of three numbers the second is the median, the
     others the quartiles.
 
     Returns:
-        dict: without ``head_deviation`` where heads share their map, and without
+        A dict for JSON: without ``head_deviation`` where heads share their map, and without
         ``scale_weights`` (means by stride) where the model does not select scales. What cannot
         be said is None.
     """
-    summary = {
+    summary: Dict[str, Any] = {
         "num_objects": len(statistics.boxes),
         "centre_distance": _quartiles(statistics.centre_distances),
         "head_centre_distance": _quartiles(statistics.head_distances),
@@ -252,9 +263,10 @@ def summarize(statistics):
     return summary
 
 
-def _summarize_size(statistics, third):
+def _summarize_size(statistics: ModulationStatistics, third: np.ndarray) -> Dict[str, Any]:
+    """The numbers of the objects with these indices."""
     sqrt_areas = statistics.sqrt_areas[third]
-    summary = {
+    summary: Dict[str, Any] = {
         "sqrt_area": [_number(sqrt_areas.min()), _number(sqrt_areas.max())],
         "half_size": _number(np.median(statistics.half_sizes[third])),
         "radius": _number(np.median(statistics.radii[third])),
@@ -265,9 +277,9 @@ def _summarize_size(statistics, third):
     return summary
 
 
-def _quartiles(values):
+def _quartiles(values: np.ndarray) -> List[Optional[float]]:
     return [_number(value) for value in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
-def _number(value):
+def _number(value: float) -> Optional[float]:
     return round(float(value), 4) if np.isfinite(value) else None

@@ -1,13 +1,15 @@
-"""
-Pictures of what training does to the weight maps: statistics and examples over the steps.
-"""
+"""Pictures of what training does to the weight maps: statistics and examples over the steps."""
+
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 
-from smca.analysis.detections import DPI, class_name
-from smca.analysis.statistics import SIZES, summarize
+from smca.analysis.detections import DPI, aspect, class_name
+from smca.analysis.statistics import SIZES, ModulationStatistics, summarize
 from smca.analysis.weight_maps import (
+    DetectionMaps,
     dimmed,
     draw_box,
     draw_centre,
@@ -18,22 +20,21 @@ from smca.analysis.weight_maps import (
 
 __all__ = ["draw_examples", "draw_training"]
 
+Summary = Dict[str, Any]  # as of `summarize`
+
 _SIZE_COLORS = dict(zip(SIZES, ("#e3a72f", "#d1495b", "#5b3a8c")))
 _HEADS_COLOR, _CENTRE_COLOR = "#1f77b4", "#222222"
 _MAX_COLUMNS = 6  # of examples
 
 
-def draw_training(statistics_by_iteration):
-    """
-    Distances of centres from their objects, how far heads lie apart, radii beside the objects'
-    sizes, and scale weights by the objects' size, over a training. What a model does not have,
-    several heads or a selection of scales, has no panel.
+def draw_training(statistics_by_iteration: Mapping[int, ModulationStatistics]) -> Figure:
+    """Distances of centres from their objects, how far heads lie apart, radii beside the objects'
+    sizes, and scale weights by the objects' size, over a training.
+
+    What a model does not have, several heads or a selection of scales, has no panel.
 
     Args:
-        statistics_by_iteration (dict[int, ModulationStatistics]): by the steps done, ascending.
-
-    Returns:
-        matplotlib.figure.Figure
+        statistics_by_iteration: by the steps done, ascending.
     """
     steps = list(statistics_by_iteration)
     summaries = [summarize(statistics) for statistics in statistics_by_iteration.values()]
@@ -56,7 +57,7 @@ def draw_training(statistics_by_iteration):
     return figure
 
 
-def _draw_distances(figure, steps, summaries):
+def _draw_distances(figure: SubFigure, steps: List[int], summaries: List[Summary]) -> None:
     figure.suptitle("Do centres settle on their objects?")
     distances, inside = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     for key, color, label in (
@@ -75,7 +76,7 @@ def _draw_distances(figure, steps, summaries):
     inside.set_xlabel("steps")
 
 
-def _draw_deviations(figure, steps, summaries):
+def _draw_deviations(figure: SubFigure, steps: List[int], summaries: List[Summary]) -> None:
     figure.suptitle("Do heads differ?")
     axes = figure.subplots()
     deviations = [s["head_deviation"] for s in summaries]
@@ -85,7 +86,7 @@ def _draw_deviations(figure, steps, summaries):
     axes.set_xlabel("steps")
 
 
-def _draw_radii(figure, steps, summaries):
+def _draw_radii(figure: SubFigure, steps: List[int], summaries: List[Summary]) -> None:
     figure.suptitle("Do maps fit the objects' sizes?")
     radii, correlation = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     for name, color in _SIZE_COLORS.items():
@@ -106,7 +107,7 @@ def _draw_radii(figure, steps, summaries):
     correlation.set_xlabel("steps")
 
 
-def _draw_scale_weights(figure, steps, summaries):
+def _draw_scale_weights(figure: SubFigure, steps: List[int], summaries: List[Summary]) -> None:
     figure.suptitle("Which scales do objects read?")
     columns = figure.subplots(1, len(SIZES), sharey=True)
     for axes, name in zip(columns, SIZES):
@@ -125,13 +126,15 @@ def _draw_scale_weights(figure, steps, summaries):
     )
 
 
-def _plot_quartiles(axes, steps, quartiles, color, label):
+def _plot_quartiles(
+    axes: Axes, steps: List[int], quartiles: List[List[Optional[float]]], color: str, label: str
+) -> None:
     low, median, high = np.array(quartiles, dtype=float).T
     axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(steps, median, "o-", color=color, markersize=4, label=label)
 
 
-def _mark(axes, y, text):
+def _mark(axes: Axes, y: float, text: str) -> None:
     axes.axhline(y, color="grey", linestyle="--", linewidth=1)
     axes.annotate(
         text,
@@ -144,42 +147,41 @@ def _mark(axes, y, text):
     )
 
 
-def _put_legend_above(axes):
+def _put_legend_above(axes: Axes) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9)
 
 
-def _describe_size(name, size):
+def _describe_size(name: str, size: Summary) -> str:
     if not size:
         return name
     low, high = size["sqrt_area"]
     return f"{name} ({low:.0f} to {high:.0f} px)"
 
 
-def _or_nan(value):
+def _or_nan(value: Optional[float]) -> float:
     return np.nan if value is None else value
 
 
-def draw_examples(examples_by_iteration, class_names=()):
-    """
-    Objects of an image in rows, a training's steps in columns: the true box, the shared centre
-    (+) and the heads' centres (numbered) of the query that is matched to it, and the maps of all
-    heads over the image, of each place the greatest.
+def draw_examples(
+    examples_by_iteration: Mapping[int, List[DetectionMaps]], class_names: Sequence[str] = ()
+) -> Figure:
+    """Objects of an image in rows, a training's steps in columns.
+
+    Each panel shows the true box, the shared centre (+) and the heads' centres (numbered) of the
+    query that is matched to it, and at each place of the image the greatest of the heads' maps.
 
     Args:
-        examples_by_iteration (dict[int, list[DetectionMaps]]): by the steps done, ascending, as
-            of :func:`collect_examples`. Of many, some are drawn, the first and the last always.
-        class_names (sequence of str):
-
-    Returns:
-        matplotlib.figure.Figure
+        examples_by_iteration: by the steps done, ascending, as of `collect_examples`. Of many,
+            some are drawn, the first and the last always.
+        class_names: a class without a name is shown by its index.
     """
     steps = list(examples_by_iteration)
     chosen = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_COLUMNS)).round().astype(int)
     columns = {steps[index]: examples_by_iteration[steps[index]] for index in chosen}
     num_rows = len(columns[steps[-1]])
-    aspect = np.divide(*columns[steps[-1]][0].image.shape[:2])
     width = 2.6  # inches of a column
-    size = (width * len(columns), (width * aspect + 0.2) * num_rows + 0.25)
+    height = width * aspect(columns[steps[-1]][0].image) + 0.2
+    size = (width * len(columns), height * num_rows + 0.25)
     figure = Figure(size, dpi=DPI, layout="constrained")
     grid = figure.subplots(num_rows, len(columns), squeeze=False)
     for axes_of_step, (step, examples) in zip(grid.T, columns.items()):

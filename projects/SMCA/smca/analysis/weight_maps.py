@@ -1,23 +1,31 @@
-"""
-Where each head of a query looks, over the image.
+"""Where each head of a query looks, over the image.
 
 Positions in a drawn image are in its pixels, (0, 0) being the corner of the first pixel.
 """
 
 import math
 from dataclasses import dataclass
-from typing import List
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
+from detectron2.structures import Instances
 from matplotlib import colormaps
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from smca.analysis.detections import DPI, aspect, class_color, class_name, resize
-from smca.analysis.recorder import Recorder
+from smca.analysis.detections import (
+    DPI,
+    ImageDetector,
+    aspect,
+    class_color,
+    class_name,
+    resize,
+)
+from smca.analysis.recorder import LayerRecord, Recorder
 from smca.errors import UserError
 
 __all__ = [
@@ -37,11 +45,11 @@ _MAP_LONG_SIDE = 384  # pixels of the images under the maps
 _SCALE_MARKERS = "osD^vP"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DetectionMaps:
-    """
-    A detection and where the query that made it looks, in one decoder layer. All positions are in
-    pixels of `image`.
+    """A detection and where the query that made it looks, in one decoder layer.
+
+    All positions are in pixels of `image`.
 
     Attributes:
         image: (h, w, 3) uint8 RGB.
@@ -68,28 +76,31 @@ class DetectionMaps:
     scale_weights: np.ndarray
     strides: List[int]
 
-    def combined(self):
-        """(H', h, w) the maps of all scales, weighted with the query's scale weights."""
+    def combined(self) -> np.ndarray:
+        """(H', h, w), the maps of all scales, weighted with the query's scale weights."""
         return np.tensordot(self.scale_weights, self.maps, axes=1)
 
-    def mean_head_centres(self):
-        """(H', 2) the heads' centres of all scales, weighted likewise."""
+    def mean_head_centres(self) -> np.ndarray:
+        """(H', 2), the heads' centres of all scales, weighted likewise."""
         return np.tensordot(self.scale_weights, self.head_centres, axes=1)
 
 
-def modulation_maps(predictor, image, select=None, layer=-1):
-    """
-    Detect objects, and compute where their queries look.
+def modulation_maps(
+    predictor: ImageDetector,
+    image: np.ndarray,
+    select: Optional[Callable[[Instances], Sequence[int]]] = None,
+    layer: int = -1,
+) -> List[DetectionMaps]:
+    """Detect objects, and compute where their queries look.
 
     Args:
-        predictor (Predictor):
-        image (np.ndarray): uint8 (height, width, 3), RGB.
-        select (callable or None): from the Instances to the indices of the detections wanted;
-            None: the best one.
-        layer (int): of the decoder; -1 is the last.
+        predictor: its model is looked into.
+        image: (height, width, 3) uint8, RGB.
+        select: from the Instances to the indices of the detections wanted; None: the best one.
+        layer: of the decoder; -1 is the last.
 
     Returns:
-        list[DetectionMaps]: on a copy of `image` whose long side is 384 pixels.
+        The maps of each detection, on a copy of `image` whose long side is 384 pixels.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -101,16 +112,17 @@ def modulation_maps(predictor, image, select=None, layer=-1):
     return maps_of(instances[indices], recorder.layer(layer), image)
 
 
-def maps_of(instances, record, image):
-    """
+def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> List[DetectionMaps]:
+    """Where the queries of detections, or of objects given as such, look.
+
     Args:
-        instances (Instances): on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``,
-            ``pred_classes`` and ``query_indices``.
-        record (LayerRecord): of the model's call for `image`.
-        image (np.ndarray): uint8 (height, width, 3), RGB.
+        instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``, ``pred_classes``
+            and ``query_indices``.
+        record: of the model's call for `image`.
+        image: (height, width, 3) uint8, RGB.
 
     Returns:
-        list[DetectionMaps]: see :func:`modulation_maps`.
+        The maps of each, see `modulation_maps`.
     """
     height, width = image.shape[:2]
     factor = _MAP_LONG_SIDE / max(height, width)
@@ -142,18 +154,18 @@ def maps_of(instances, record, image):
     ]
 
 
-def draw_gaussians(detections, class_names=(), scale=None):
-    """
-    For each detection: its box and all heads' centres, and each head's map over the image.
+def draw_gaussians(
+    detections: Sequence[DetectionMaps],
+    class_names: Sequence[str] = (),
+    scale: Optional[int] = None,
+) -> Figure:
+    """For each detection: its box and all heads' centres, and each head's map over the image.
 
     Args:
-        detections (list[DetectionMaps]): at least one.
-        class_names (sequence of str):
-        scale (int or None): which scale's map to draw, 0 is the finest; None: the maps of all
-            scales together, weighted with the query's scale weights.
-
-    Returns:
-        matplotlib.figure.Figure
+        detections: at least one.
+        class_names: a class without a name is shown by its index.
+        scale: which scale's map to draw, 0 is the finest; None: the maps of all scales together,
+            weighted with the query's scale weights.
 
     Raises:
         UserError: the model has no such scale.
@@ -169,14 +181,21 @@ def draw_gaussians(detections, class_names=(), scale=None):
     heights.append(0.6)  # of the legend
     size = (unit * (num_columns + num_rows), sum(heights))
     figure = Figure(size, dpi=DPI, layout="constrained")
-    rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for subfigure, detection in zip(rows, detections):
         _draw_detection_row(subfigure, detection, class_names, scale, num_rows, num_columns)
     _draw_legend(rows[-1], detections[0], scale)
     return figure
 
 
-def _draw_detection_row(figure, detection, class_names, scale, num_rows, num_columns):
+def _draw_detection_row(
+    figure: SubFigure,
+    detection: DetectionMaps,
+    class_names: Sequence[str],
+    scale: Optional[int],
+    num_rows: int,
+    num_columns: int,
+) -> None:
     figure.suptitle(_describe(detection, class_names, scale), fontsize=11)
     grid = figure.add_gridspec(
         num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
@@ -201,7 +220,7 @@ def _draw_detection_row(figure, detection, class_names, scale, num_rows, num_col
         draw_centre(axes, detection, markersize=7)
 
 
-def _describe(detection, class_names, scale):
+def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optional[int]) -> str:
     parts = [
         f"{class_name(class_names, detection.class_index)} {100 * detection.score:.0f}%",
         f"query {detection.query}",
@@ -215,10 +234,10 @@ def _describe(detection, class_names, scale):
     return "   ·   ".join(parts)
 
 
-def _draw_legend(figure, detection, scale):
+def _draw_legend(figure: SubFigure, detection: DetectionMaps, scale: Optional[int]) -> None:
     axes = figure.add_subplot()
     axes.set_axis_off()
-    box = dict(color="black", linewidth=1.5)
+    box: Dict[str, Any] = dict(color="black", linewidth=1.5)
     handles = [axes.plot([], [], **box)[0]]
     labels = ["detected box"]
     handles.append(axes.plot([], [], "+", color="black", markersize=9, markeredgewidth=2)[0])
@@ -227,14 +246,15 @@ def _draw_legend(figure, detection, scale):
     for index, stride in enumerate(detection.strides):
         if several or index == (scale or 0):
             marker = _SCALE_MARKERS[index % len(_SCALE_MARKERS)]
-            style = dict(color="white", markeredgecolor="black", markersize=7)
+            style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markersize=7)
             handles.append(axes.plot([], [], marker, **style)[0])
             labels.append(f"head's centre, stride {stride}" if several else "head's centre")
     num_columns = len(labels) if len(labels) <= 4 else math.ceil(len(labels) / 2)
     axes.legend(handles, labels, loc="center", ncols=num_columns, frameon=False, fontsize=9)
 
 
-def show_image(axes, image, title):
+def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
+    """Draw an (h, w, 3) image, one unit of the axes a pixel."""
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -242,13 +262,13 @@ def show_image(axes, image, title):
     axes.set_title(title, fontsize=9)
 
 
-def dimmed(image):
-    """In grey and darker, as a ground for maps."""
+def dimmed(image: np.ndarray) -> np.ndarray:
+    """An (h, w, 3) uint8 image in grey and darker, as a ground for maps."""
     grey = np.asarray(Image.fromarray(image).convert("L"))
     return np.repeat((0.55 * grey).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def overlay_map(axes, weights):
+def overlay_map(axes: Axes, weights: np.ndarray) -> None:
     """Draw (h, w) weights from 0 to 1 over an image of h x w pixels."""
     height, width = weights.shape
     colors = colormaps["inferno"](weights)
@@ -258,7 +278,8 @@ def overlay_map(axes, weights):
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def draw_box(axes, detection, linewidth=2):
+def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None:
+    """The box in its class's colour."""
     x0, y0, x1, y1 = detection.box
     color = class_color(detection.class_index)
     axes.add_patch(
@@ -274,7 +295,8 @@ def draw_box(axes, detection, linewidth=2):
     )
 
 
-def draw_centre(axes, detection, markersize=11):
+def draw_centre(axes: Axes, detection: DetectionMaps, markersize: float = 11) -> None:
+    """A plus at the predicted centre, which the heads share."""
     axes.plot(
         *detection.centre,
         "+",
@@ -285,7 +307,7 @@ def draw_centre(axes, detection, markersize=11):
     )
 
 
-def number_heads(axes, centres):
+def number_heads(axes: Axes, centres: np.ndarray) -> None:
     """Numbered dots at (H', 2) positions; none if the heads share theirs."""
     for head, (x, y) in enumerate(centres if len(centres) > 1 else ()):
         axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
@@ -301,7 +323,7 @@ def number_heads(axes, centres):
         )
 
 
-def _draw_head_centre(axes, detection, scale, head):
+def _draw_head_centre(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:
     """Marked the more clearly, the more the query reads from that scale."""
     weight = detection.scale_weights[scale] if len(detection.strides) > 1 else 1.0
     axes.plot(

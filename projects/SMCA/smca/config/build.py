@@ -12,11 +12,10 @@ __all__ = ["build", "build_model", "dataset_names"]
 
 
 def build(section: DictConfig, name: str) -> Any:
-    """
-    Instantiate a part of the config.
+    """Instantiate a part of a LazyConfig.
 
     Args:
-        section: of a LazyConfig.
+        section: what to instantiate.
         name: of the section, for the message.
 
     Raises:
@@ -32,16 +31,23 @@ def build(section: DictConfig, name: str) -> Any:
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The config's model, on its device."""
+    """The config's model, on the device that ``train.device`` names.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
     return build(cfg.model, "model").to(cfg.train.device)
 
 
 def dataset_names(cfg: DictConfig, split: str) -> List[str]:
-    """Names of data sets in Detectron2's catalog, as far as the config says them: none where a
-    function makes them, of files that need not be here.
+    """Names of the config's data sets in Detectron2's catalog.
 
     Args:
+        cfg: a LazyConfig.
         split: "train" or "test".
+
+    Returns:
+        The names; none where the config calls a function for them, whose files need not be here.
     """
     names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=None)
     if isinstance(names, DictConfig):

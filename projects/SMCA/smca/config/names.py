@@ -25,12 +25,10 @@ def list_configs() -> List[str]:
 
 
 def get_config_file(name: str) -> str:
-    """
+    """The path of a config's file, in the repository or in the installed package.
+
     Args:
         name: of a config, with or without ``.py``.
-
-    Returns:
-        Path of the file, in the repository or in the installed package.
 
     Raises:
         ConfigError: there is no such config.
@@ -46,12 +44,10 @@ def get_config_file(name: str) -> str:
 
 
 def get_config(name: str) -> DictConfig:
-    """
+    """The LazyConfig of that name.
+
     Args:
         name: of a config, with or without ``.py``.
-
-    Returns:
-        The LazyConfig.
 
     Raises:
         ConfigError: there is no such config.

@@ -1,3 +1,8 @@
+"""Data sets, reading and augmenting their images, and the training loader.
+
+Importing this registers the embedded data set.
+"""
+
 from .coco import class_names, num_classes, register_coco, require_dataset
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import random
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,26 +20,32 @@ __all__ = ["build_train_loader", "set_start_batch"]
 
 logger = logging.getLogger(__name__)
 
+Mapper = Callable[[Dict[str, Any]], Dict[str, Any]]
+
 # Keep the random numbers of the shuffling apart from those of the augmentation.
 _SHUFFLE, _AUGMENT = 0, 1
 
 
-class _EndlessBatches(Sampler):
-    """
-    Batches of (position, index) pairs from an endless stream: one shuffled pass over the data
-    set after the other, each shuffled by (seed, pass). Positions count from the start of the
-    stream; of each global batch, rank r takes positions r, r + world size, ...
+class _EndlessBatches(Sampler[List[Tuple[int, int]]]):
+    """Batches of (position, index) pairs from an endless stream.
+
+    The stream is one shuffled pass over the data set after the other, each shuffled by (seed,
+    pass). Positions count from its start; of each global batch, rank r takes positions r,
+    r + world size, ...
+
+    Args:
+        size: items in the data set. batch_size: of this rank.
+        seed: not negative. rank, world_size: of this process.
     """
 
-    def __init__(self, size, batch_size, seed, rank, world_size):
-        """`batch_size` is that of this rank."""
+    def __init__(self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.start_batch = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
         position = self.start_batch * self.batch_size * self.world_size + self.rank
-        shuffled_epoch, order = None, None
+        shuffled_epoch, order = -1, np.empty(0, dtype=np.int64)
         while True:
             batch = []
             for _ in range(self.batch_size):
@@ -52,11 +59,9 @@ class _EndlessBatches(Sampler):
 
 
 @contextlib.contextmanager
-def _random_state_from(seed):
-    """
-    Seed `random`, `numpy.random` and `torch` on the CPU inside the block, and put their
-    states back after it. (`torch.manual_seed` would reset the GPUs' states as well.)
-    """
+def _random_state_from(seed: int) -> Iterator[None]:
+    """Seed `random`, `numpy.random` and `torch` on the CPU inside the block, and put their states
+    back after it. (`torch.manual_seed` would reset the GPUs' states as well.)"""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -69,43 +74,49 @@ def _random_state_from(seed):
             np.random.set_state(numpy_state)
 
 
-class _SeededMapDataset(Dataset):
+class _SeededMapDataset(Dataset[Dict[str, Any]]):
     """Applies `mapper` with random numbers that depend on the position in the stream only."""
 
-    def __init__(self, dataset, mapper, seed):
+    def __init__(self, dataset: Sequence[Dict[str, Any]], mapper: Mapper, seed: int):
         self.dataset, self.mapper, self.seed = dataset, mapper, seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position_and_index):
+    def __getitem__(self, position_and_index: Tuple[int, int]) -> Dict[str, Any]:
         position, index = position_and_index
         sequence = np.random.SeedSequence((self.seed, _AUGMENT, position))
         with _random_state_from(int(sequence.generate_state(1)[0])):
             return self.mapper(self.dataset[index])
 
 
-def build_train_loader(dataset, *, mapper, total_batch_size, num_workers=0, seed=0, **kwargs):
-    """
-    An endless loader of training batches.
+def build_train_loader(
+    dataset: Sequence[Dict[str, Any]],
+    *,
+    mapper: Mapper,
+    total_batch_size: int,
+    num_workers: int = 0,
+    seed: Optional[int] = 0,
+    **kwargs: Any,
+) -> DataLoader:
+    """An endless loader of training batches.
 
     What batch number n of a process holds, to the last bit, depends on the seed, the rank, the
     number of processes and n only; not on `num_workers`, nor on the batch it was started at
-    (:func:`set_start_batch`). All processes together see every image once a pass. Neither
+    (`set_start_batch`). All processes together see every image once a pass. Neither
     building nor iterating the loader draws from the global random states.
 
     Args:
-        dataset (list[dict]): in Detectron2's format. May be smaller than a batch.
-        mapper (callable): from a dataset dict to a sample. May draw from `random`,
-            `numpy.random` and `torch`.
-        total_batch_size (int): images of all processes together.
-        num_workers (int): worker processes; 0 loads in this one.
-        seed (int or None): None or a negative number draws a new one, the same in all
-            processes; such a run cannot be repeated or resumed exactly.
+        dataset: in Detectron2's format. May be smaller than a batch.
+        mapper: from a dataset dict to a sample. May draw from `random`, `numpy.random` and `torch`.
+        total_batch_size: images of all processes together.
+        num_workers: worker processes; 0 loads in this one.
+        seed: None or a negative number draws a new one, the same in all processes; such a run
+            cannot be repeated or resumed exactly.
         kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``pin_memory``.
 
     Returns:
-        torch.utils.data.DataLoader: yields list[dict].
+        A loader that yields lists of samples.
 
     Raises:
         DatasetError: the data set is empty.
@@ -127,7 +138,11 @@ def build_train_loader(dataset, *, mapper, total_batch_size, num_workers=0, seed
         # Serialised into one buffer, which forked workers share without copying it.
         dataset = DatasetFromList(dataset, copy=False)
     batches = _EndlessBatches(
-        len(dataset), total_batch_size // world_size, seed, comm.get_rank(), world_size
+        size=len(dataset),
+        batch_size=total_batch_size // world_size,
+        seed=seed,
+        rank=comm.get_rank(),
+        world_size=world_size,
     )
     return DataLoader(
         _SeededMapDataset(dataset, mapper, seed),
@@ -140,23 +155,23 @@ def build_train_loader(dataset, *, mapper, total_batch_size, num_workers=0, seed
     )
 
 
-def set_start_batch(loader, num_batches):
-    """
-    Make the next ``iter(loader)`` begin with batch number `num_batches`, counted from 0.
+def set_start_batch(loader: DataLoader, num_batches: int) -> None:
+    """Make the next ``iter(loader)`` begin with batch number `num_batches`, counted from 0.
 
     Args:
-        loader (DataLoader): from :func:`build_train_loader`.
-        num_batches (int): how many batches this process has consumed already.
+        loader: from `build_train_loader`.
+        num_batches: how many batches this process has consumed already.
 
     Raises:
         TypeError: the loader is of another kind and cannot start in the middle.
         ValueError: `num_batches` is negative.
     """
-    if not isinstance(getattr(loader, "batch_sampler", None), _EndlessBatches):
+    batches = getattr(loader, "batch_sampler", None)
+    if not isinstance(batches, _EndlessBatches):
         raise TypeError(
             f"A {type(loader).__name__} cannot start in the middle of its data: build "
             "dataloader.train with smca.data.build_train_loader."
         )
     if num_batches < 0:
         raise ValueError(f"num_batches must not be negative, but is {num_batches}.")
-    loader.batch_sampler.start_batch = num_batches
+    batches.start_batch = num_batches

@@ -2,15 +2,20 @@
 
 import contextlib
 import copy
+import os
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from .errors import DatasetError
+
+PathLike = Union[str, "os.PathLike[str]"]
 
 __all__ = ["DetrDatasetMapper", "check_image", "detr_augmentations", "read_image"]
 
@@ -29,7 +34,7 @@ _SIDE_SWAPPING_TRANSPOSES = {_EXIF_TRANSPOSES[orientation] for orientation in (5
 
 
 @contextlib.contextmanager
-def _open_image(path):
+def _open_image(path: PathLike) -> Iterator[Image.Image]:
     """Open `path` with Pillow; whatever goes wrong inside becomes a DatasetError naming it."""
     try:
         with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
@@ -48,19 +53,19 @@ def _open_image(path):
         ) from error
 
 
-def _exif_transpose(image):
-    """The `PIL.Image.Transpose` that turns `image` upright, or None if it already is."""
+def _exif_transpose(image: Image.Image) -> Optional[Image.Transpose]:
+    """What turns `image` upright, or None if it already is."""
     try:
-        return _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION))
+        return _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a malformed EXIF block says nothing about the orientation
         return None
 
 
-def _matching_transpose(image, path, height, width):
-    """
-    How to turn `image` so that it is height x width pixels: upright where that fits, as stored
-    where only that does.
-    """
+def _matching_transpose(
+    image: Image.Image, path: PathLike, height: Optional[int], width: Optional[int]
+) -> Optional[Image.Transpose]:
+    """How to turn `image` so that it is height x width pixels: upright where that fits, as stored
+    where only that does."""
     transpose = _exif_transpose(image)
     stored = (image.height, image.width)
     upright = stored[::-1] if transpose in _SIDE_SWAPPING_TRANSPOSES else stored
@@ -74,9 +79,8 @@ def _matching_transpose(image, path, height, width):
     )
 
 
-def _to_8_bit(pixels):
-    """
-    Grey levels of more than 8 bits to uint8, without clipping.
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Grey levels of more than 8 bits to uint8, without clipping.
 
     Unsigned 16-bit levels keep their fixed range (65535 becomes 255), and so do wider
     integers that fit 8 or 16 bits. Anything else, floats too, is stretched from its own least
@@ -92,8 +96,8 @@ def _to_8_bit(pixels):
     return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
-def _to_rgb(image):
-    """A `PIL.Image` of any mode in RGB; transparency is dropped, as Detectron2 does."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB; transparency is dropped, as Detectron2 does."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     elif image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
@@ -101,19 +105,20 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def read_image(path, height=None, width=None):
-    """
-    Read an image of any mode that Pillow knows (grey, palette, RGBA, CMYK, 1, 16 or 32 bits).
+def read_image(
+    path: PathLike, height: Optional[int] = None, width: Optional[int] = None
+) -> np.ndarray:
+    """Read an image of any mode that Pillow knows (grey, palette, RGBA, CMYK, 1, 16 or 32 bits).
 
     EXIF orientation is applied, unless only the stored orientation has the expected size:
     annotation tools disagree on which of the two they mean.
 
     Args:
-        path (str or path-like): image file.
-        height, width (int or None): expected size in pixels; None accepts any size.
+        path: of the image file.
+        height, width: expected size in pixels; None accepts any size.
 
     Returns:
-        np.ndarray: uint8, (height, width, 3), RGB.
+        (height, width, 3) uint8, RGB.
 
     Raises:
         DatasetError: the file is missing, cannot be decoded, or has another size.
@@ -126,12 +131,15 @@ def read_image(path, height=None, width=None):
         return np.asarray(image)
 
 
-def check_image(path, height, width):
-    """
-    Decode an image and compare its size, in either EXIF orientation, with the expected one.
+def check_image(path: PathLike, height: int, width: int) -> None:
+    """Decode an image and compare its size, in either EXIF orientation, with the expected one.
+
+    Args:
+        path: of the image file.
+        height, width: expected size in pixels.
 
     Raises:
-        DatasetError: as :func:`read_image`.
+        DatasetError: as `read_image`.
     """
     with _open_image(path) as image:
         _matching_transpose(image, path, height, width)
@@ -143,10 +151,11 @@ def check_image(path, height, width):
 class _ResizeShortSide(T.ResizeShortestEdge):
     """Detectron2's, but a very long and thin image keeps at least one pixel a side."""
 
-    def __init__(self, short_sides, max_size):
+    def __init__(self, short_sides: Sequence[int], max_size: int):
         super().__init__(short_sides, max_size, sample_style="choice")
 
-    def get_transform(self, image):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Of an (H, W, 3) image; no transform where it has the size already."""
         transform = super().get_transform(image)
         if not isinstance(transform, T.ResizeTransform):
             return transform
@@ -156,51 +165,49 @@ class _ResizeShortSide(T.ResizeShortestEdge):
 
 
 def detr_augmentations(
-    short_sides=(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
-    max_size=1333,
+    short_sides: Union[int, Sequence[int]] = tuple(range(480, 801, 32)),
+    max_size: int = 1333,
     *,
-    flip=True,
-    crop_range=None,
-    crop_short_sides=(400, 500, 600),
-):
-    """
-    One branch of DETR's augmentation: flip, [resize, crop,] resize. All sizes in pixels.
+    flip: bool = True,
+    crop_range: Optional[Tuple[int, int]] = None,
+    crop_short_sides: Union[int, Sequence[int]] = (400, 500, 600),
+) -> List[T.Augmentation]:
+    """One branch of DETR's augmentation: flip, [resize, crop,] resize. All sizes in pixels.
 
     In training, `DetrDatasetMapper` takes the branch without the crop and the one with it
     (on COCO ``crop_range=(384, 600)``) with equal chances. In evaluation it takes
     ``detr_augmentations(800, flip=False)``.
 
     Args:
-        short_sides (int or sequence of int): the short side becomes one of these.
-        max_size (int): the long side becomes no longer than this, whatever the short one.
-        flip (bool): flip horizontally with probability 1/2.
-        crop_range ((int, int) or None): least and greatest side of the crop. An image smaller
-            than that is cropped to between its own side and its own side.
-        crop_short_sides (int or sequence of int): sizes of the short side before the crop.
+        short_sides: the short side becomes one of these.
+        max_size: the long side becomes no longer than this, whatever the short one.
+        flip: flip horizontally with probability 1/2.
+        crop_range: least and greatest side of the crop; of an image smaller than that, the whole
+            side is kept. None: no crop.
+        crop_short_sides: the short side before the crop becomes one of these.
 
     Returns:
-        list[detectron2.data.transforms.Augmentation]
+        The augmentations, in the order in which they are applied.
     """
-
     augmentations = [T.RandomFlip()] if flip else []
     if crop_range is not None:
-        crop_short_sides = _as_list(crop_short_sides)
+        crop_short_sides = _choices(crop_short_sides)
         # The recipe sets no limit to the long side here. This one is out of reach of
         # photographs; it keeps 1 x 10000 pixels from being enlarged to gigabytes.
         max_size_before_crop = 16 * max(crop_short_sides)
         augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
         augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
-    augmentations.append(_ResizeShortSide(_as_list(short_sides), max_size))
+    augmentations.append(_ResizeShortSide(_choices(short_sides), max_size))
     return augmentations
 
 
-def _as_list(sizes):
+def _choices(sizes: Union[int, Sequence[int]]) -> List[int]:
+    """The sizes to draw from."""
     return [sizes] if isinstance(sizes, int) else list(sizes)
 
 
 class DetrDatasetMapper:
-    """
-    Maps a dataset dict in Detectron2's format to the model's input.
+    """Maps a dataset dict in Detectron2's format to the model's input.
 
     The result keeps the dict's keys (``file_name``, ``image_id``, ...) except ``annotations``,
     and has
@@ -208,20 +215,25 @@ class DetrDatasetMapper:
       - ``height``, ``width``: the original size in pixels;
       - in training ``instances``: ``gt_boxes`` (XYXY in pixels of the augmented image, clipped
         to it) and ``gt_classes``. Crowds are left out, and boxes that a crop emptied.
+
+    Args:
+        is_train: whether to return ``instances``.
+        augmentations: applied in this order.
+        augmentations_with_crop: if given, applied instead of `augmentations` with probability 1/2
+            (in training).
+        image_format: "RGB" or "BGR", the order of the channels of ``image``.
+
+    Raises:
+        ValueError: unknown `image_format`, or a second list of augmentations in evaluation.
     """
 
-    def __init__(self, is_train, augmentations, augmentations_with_crop=None, image_format="RGB"):
-        """
-        Args:
-            is_train (bool): whether to return ``instances``.
-            augmentations (list[Augmentation]): applied in this order.
-            augmentations_with_crop (list[Augmentation] or None): if given, applied instead of
-                `augmentations` with probability 1/2 (in training).
-            image_format (str): "RGB" or "BGR", the order of the channels of ``image``.
-
-        Raises:
-            ValueError: unknown `image_format`, or a second list of augmentations in evaluation.
-        """
+    def __init__(
+        self,
+        is_train: bool,
+        augmentations: Sequence[T.Augmentation],
+        augmentations_with_crop: Optional[Sequence[T.Augmentation]] = None,
+        image_format: str = "RGB",
+    ):
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', not {image_format!r}.")
         if augmentations_with_crop is not None and not is_train:
@@ -233,10 +245,11 @@ class DetrDatasetMapper:
         self.branches = [T.AugmentationList(list(branch)) for branch in branches]
         self.image_format = image_format
 
-    def __call__(self, dataset_dict):
-        """
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        """Read and augment the image of a dataset dict, which stays as it is.
+
         Raises:
-            DatasetError: see :func:`read_image`.
+            DatasetError: see `read_image`.
         """
         result = copy.deepcopy(dataset_dict)
         annotations = result.pop("annotations", [])
@@ -253,13 +266,15 @@ class DetrDatasetMapper:
             result["instances"] = _to_instances(annotations, transforms, image.shape[:2])
         return result
 
-    def _draw_branch(self):
+    def _draw_branch(self) -> T.AugmentationList:
         if len(self.branches) == 1:
             return self.branches[0]
         return self.branches[np.random.randint(len(self.branches))]
 
 
-def _to_instances(annotations, transforms, image_size):
+def _to_instances(
+    annotations: List[Dict[str, Any]], transforms: T.TransformList, image_size: Tuple[int, int]
+) -> Instances:
     """Boxes and classes of the annotations that are no crowds and still have an area."""
     transformed = [
         detection_utils.transform_instance_annotations(

@@ -1,5 +1,4 @@
-"""
-The embedded data set: textured shapes on noisy, cluttered backgrounds, drawn by this file.
+"""The embedded data set: textured shapes on noisy, cluttered backgrounds, drawn by this file.
 
 It is small enough to train on without a GPU and still a detection problem: three classes, one
 to six objects an image, up to 100 pixels long, rotated, stretched and overlapping. Each class has a
@@ -10,6 +9,8 @@ import functools
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -43,26 +44,34 @@ _SUPERSAMPLING = 3
 
 @dataclass
 class Scene:
-    """
-    image: uint8 (H, W, 3), RGB.
-    masks: list of bool (H, W), the visible pixels of each object.
-    classes: list of int, indices into SHAPE_CLASSES.
+    """A picture and what is on it.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        masks: for each object (H, W) bool, its visible pixels.
+        classes: for each object the index in SHAPE_CLASSES.
     """
 
     image: np.ndarray
-    masks: list
-    classes: list
+    masks: List[np.ndarray]
+    classes: List[int]
 
 
-def register_shapes(num_train=2000, num_val=200, seed=0, prefix="smca_shapes"):
-    """
-    Register ``{prefix}_train`` and ``{prefix}_val`` in Detectron2's catalogs.
+def register_shapes(
+    num_train: int = 2000, num_val: int = 200, seed: int = 0, prefix: str = "smca_shapes"
+) -> Tuple[str, str]:
+    """Register ``{prefix}_train`` and ``{prefix}_val`` in Detectron2's catalogs.
 
     The files are made when the data set is first used (``DatasetCatalog.get`` or
     ``smca.data.require_dataset``), in the cache folder, and kept there.
 
+    Args:
+        num_train, num_val: images of the two splits.
+        seed: of the pictures, not negative.
+        prefix: of the names.
+
     Returns:
-        (str, str): the two names.
+        The two names.
 
     Raises:
         AssertionError: a name is registered already.
@@ -85,39 +94,41 @@ def register_shapes(num_train=2000, num_val=200, seed=0, prefix="smca_shapes"):
             make_files=make_files,
         )
         names.append(name)
-    return tuple(names)
+    return names[0], names[1]
 
 
-def _make_and_load(make_files, json_file, image_root, name):
+def _make_and_load(
+    make_files: Callable[[], None], json_file: str, image_root: str, name: str
+) -> List[Dict[str, Any]]:
     make_files()
     return load_coco_json(json_file, image_root, name)
 
 
-def write_shapes(folder, num_train=2000, num_val=200, seed=0):
-    """
-    Write the data set: JPEG images in ``train/`` and ``val/``, annotations in COCO's format in
+def write_shapes(folder: Path, num_train: int = 2000, num_val: int = 200, seed: int = 0) -> None:
+    """Write the data set: JPEG images in ``train/`` and ``val/``, annotations in COCO's format in
     ``train.json`` and ``val.json``.
 
     Image i of a split depends on the seed, the split and i only. Boxes are tight around an
     object's visible pixels; ``area`` is their number.
 
     Args:
-        folder (pathlib.Path): created; must not exist.
+        folder: created; must not exist.
+        num_train, num_val, seed: as in `register_shapes`.
     """
     for split_index, (split, num_images) in enumerate(zip(_SPLITS, (num_train, num_val))):
         (folder / split).mkdir(parents=True)
-        images, annotations = [], []
+        images: List[Dict[str, Any]] = []
+        annotations: List[Dict[str, Any]] = []
         for i in range(num_images):
             scene = draw_scene(np.random.default_rng((seed, split_index, i)))
             height, width = scene.image.shape[:2]
-            image = {"id": i + 1, "file_name": f"{i:06d}.jpg", "height": height, "width": width}
-            images.append(image)
-            file = folder / split / image["file_name"]
-            Image.fromarray(scene.image).save(file, quality=95, subsampling=0)
+            name = f"{i:06d}.jpg"
+            images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
+            Image.fromarray(scene.image).save(folder / split / name, quality=95, subsampling=0)
             for mask, class_index in zip(scene.masks, scene.classes):
                 annotation = {
                     "id": len(annotations) + 1,
-                    "image_id": image["id"],
+                    "image_id": i + 1,
                     "category_id": class_index + 1,
                     "bbox": _box_of(mask),
                     "area": int(mask.sum()),
@@ -133,25 +144,26 @@ def write_shapes(folder, num_train=2000, num_val=200, seed=0):
         (folder / f"{split}.json").write_text(json.dumps(coco))
 
 
-def _box_of(mask):
+def _box_of(mask: np.ndarray) -> List[int]:
     """Tight box [x, y, width, height] around the True pixels of a mask, in pixels."""
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
 
 
-def draw_scene(rng):
-    """
-    Draw one picture.
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """Draw one picture.
 
     Args:
-        rng (np.random.Generator): all randomness comes from here.
+        rng: all randomness comes from here.
 
     Returns:
-        Scene: with at least one object.
+        A scene with at least one object.
     """
     height, width = rng.integers(_IMAGE_SIDES[0], _IMAGE_SIDES[1], size=2, endpoint=True)
     canvas = _background(rng, height, width)
-    masks, full_areas, classes = [], [], []
+    masks: List[np.ndarray] = []
+    full_areas: List[float] = []
+    classes: List[int] = []
     num_objects = rng.integers(*_NUM_OBJECTS, endpoint=True)
     for _ in range(8 * num_objects):  # attempts: some places are taken
         if len(masks) == num_objects:
@@ -170,26 +182,26 @@ def draw_scene(rng):
     return Scene(np.asarray(image), masks, classes)
 
 
-def _is_visible_enough(mask, full_area):
+def _is_visible_enough(mask: np.ndarray, full_area: float) -> bool:
     if mask.sum() < max(_MIN_VISIBLE_FRACTION * full_area, 1):
         return False
     return min(_box_of(mask)[2:]) >= _MIN_BOX_SIDE
 
 
-def _background(rng, height, width):
-    """Float (H, W, 3): a colour gradient, noise of several scales, and clutter strokes."""
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float: a colour gradient, coarse and fine noise, and clutter strokes."""
     direction = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:height, :width]
     ramp = math.cos(direction) * x / width + math.sin(direction) * y / height
     ramp = (ramp - ramp.min()) / np.ptp(ramp)
     first, second = rng.uniform(30, 225, (2, 3))
     canvas = first + (second - first) * ramp[..., None]
-    canvas += _multi_scale_noise(rng, height, width, rng.uniform(8, 28))
+    canvas += _noise(rng, height, width, rng.uniform(8, 28))
     return _strokes(rng, np.clip(canvas, 0, 255))
 
 
-def _multi_scale_noise(rng, height, width, amplitude):
-    """Float (H, W, 3): random grids of 4 to 64 cells a side, enlarged; finer ones are weaker."""
+def _noise(rng: np.random.Generator, height: int, width: int, amplitude: float) -> np.ndarray:
+    """(H, W, 3) float: random grids of 4 to 64 cells a side, enlarged; finer ones are weaker."""
     noise = np.zeros((height, width, 3))
     tint = rng.uniform(0.2, 1.0, 3)  # the channels vary together, but not equally
     for cells in (4, 8, 16, 32, 64):
@@ -199,7 +211,7 @@ def _multi_scale_noise(rng, height, width, amplitude):
     return noise
 
 
-def _strokes(rng, canvas):
+def _strokes(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     """Lines, arcs and blotches that are no objects, half transparent."""
     image = Image.fromarray(canvas.astype(np.uint8))
     clutter = image.copy()
@@ -223,10 +235,13 @@ def _strokes(rng, canvas):
     return np.asarray(Image.blend(image, clutter, rng.uniform(0.4, 0.9))).astype(np.float64)
 
 
-def _random_shape(rng, name, height, width):
-    """
+def _random_shape(
+    rng: np.random.Generator, name: str, height: int, width: int
+) -> Tuple[np.ndarray, float, np.ndarray]:
+    """Draw a shape of the class `name` somewhere on an image of height x width pixels.
+
     Returns:
-        alpha: float (H, W) in 0..1, how much of each pixel the shape covers.
+        alpha: (H, W) float in [0, 1], how much of each pixel the shape covers.
         full_area: its area in pixels, with what lies beyond the image's border.
         outline: the same as alpha, for the inside of the shape's border.
     """
@@ -236,15 +251,15 @@ def _random_shape(rng, name, height, width):
     angle = math.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     corners = corners @ rotation
-    center = rng.uniform(0.08, 0.92, 2) * (width, height)
+    centre = rng.uniform(0.08, 0.92, 2) * (width, height)
     border = max(1.0, 0.06 * length)  # pixels
     inner = corners * max(0.0, 1 - 2 * border / (length * aspect_ratio))
-    alpha = _coverage(corners + center, height, width)
-    return alpha, _polygon_area(corners), alpha - _coverage(inner + center, height, width)
+    alpha = _coverage(corners + centre, height, width)
+    return alpha, _polygon_area(corners), alpha - _coverage(inner + centre, height, width)
 
 
-def _unit_polygon(rng, name):
-    """Corners (N, 2) of a shape inside [-1, 1] x [-1, 1]."""
+def _unit_polygon(rng: np.random.Generator, name: str) -> np.ndarray:
+    """(N, 2) corners of a shape inside [-1, 1] x [-1, 1]."""
     if name == "ellipse":
         angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -253,53 +268,60 @@ def _unit_polygon(rng, name):
     return np.array([(-1.0, 1.0), (1.0, 1.0), (rng.uniform(-0.5, 0.5), -1.0)])
 
 
-def _coverage(corners, height, width):
-    """Float (H, W): the share of each pixel inside the polygon, by supersampling."""
-    scale = _SUPERSAMPLING
-    fine = Image.new("L", (int(width) * scale, int(height) * scale))
+def _coverage(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) float: the share of each pixel inside the polygon, by supersampling."""
+    factor = _SUPERSAMPLING
+    fine = Image.new("L", (int(width) * factor, int(height) * factor))
     # Pillow's coordinates are pixel centres.
-    ImageDraw.Draw(fine).polygon([tuple(point) for point in corners * scale - 0.5], fill=255)
-    return np.asarray(fine.reduce(scale)) / 255.0
+    ImageDraw.Draw(fine).polygon([tuple(point) for point in corners * factor - 0.5], fill=255)
+    return np.asarray(fine.reduce(factor)) / 255.0
 
 
-def _polygon_area(corners):
+def _polygon_area(corners: np.ndarray) -> float:
     x, y = corners.T
     return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 
 
-def _random_texture(rng, class_index):
+def _random_texture(rng: np.random.Generator, class_index: int) -> str:
     if rng.random() < _TYPICAL_TEXTURE_SHARE:
         return _TEXTURES[class_index]
     return str(rng.choice(_TEXTURES))
 
 
-def _paint(rng, canvas, alpha, outline, texture):
-    """Blend a textured, perhaps outlined, slightly transparent shape into the canvas."""
+def _paint(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    alpha: np.ndarray,
+    outline: np.ndarray,
+    texture: str,
+) -> None:
+    """Blend a textured, perhaps outlined, slightly transparent shape into the canvas, in place."""
     covered = canvas[alpha > 0.5].mean(axis=0)
     color = _contrasting_color(rng, covered)
-    fill = color + _texture(rng, texture, *alpha.shape)
+    fill = color + _texture(rng, texture, alpha.shape[0], alpha.shape[1])
     if rng.random() < 0.5:
         edge_color = color * rng.uniform(0.3, 0.7) if rng.random() < 0.5 else (color + 255) / 2
         fill = fill + outline[..., None] * (edge_color - fill)
     canvas += (alpha * rng.uniform(0.85, 1.0))[..., None] * (fill - canvas)
 
 
-def _contrasting_color(rng, covered):
+def _contrasting_color(rng: np.random.Generator, covered: np.ndarray) -> np.ndarray:
+    """(3,) RGB that differs from the `covered` colour about as much as one of _CONTRASTS."""
     contrast = rng.uniform(*_CONTRASTS)
     candidates = rng.uniform(0, 255, (64, 3))
     distances = np.linalg.norm(candidates - covered, axis=1)
     return candidates[np.abs(distances - contrast).argmin()]
 
 
-def _texture(rng, name, height, width):
-    """Float (H, W, 3), about 0: the pattern that is added to a shape's colour."""
+def _texture(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
+    """(H, W, 3 or 1) float, about 0: the pattern that is added to a shape's colour."""
     amplitude = rng.uniform(10, 30)
     y, x = np.mgrid[:height, :width]
     angle, period = rng.uniform(0, math.pi), rng.uniform(5, 12)
     along = math.cos(angle) * x + math.sin(angle) * y
     across = math.cos(angle) * y - math.sin(angle) * x
     if name == "noise":
-        return _multi_scale_noise(rng, height, width, amplitude)
+        return _noise(rng, height, width, amplitude)
     if name == "plain":
         pattern = np.zeros((height, width))
     elif name == "ramp":

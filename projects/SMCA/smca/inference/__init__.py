@@ -1,4 +1,4 @@
-"""A trained detector as a function of images."""
+"""A trained detector as a function of an image."""
 
 from .predictor import Predictor, load_predictor, load_test_dataset
 

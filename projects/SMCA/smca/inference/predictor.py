@@ -3,17 +3,21 @@
 import os
 import re
 from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import yaml
-from detectron2.config import get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model as build_yacs_model
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
+from torch import nn
 
+from smca.analysis.detections import class_name
 from smca.checkpoint import SMCACheckpointer
 from smca.config import (
     add_smca_config,
@@ -29,31 +33,37 @@ from smca.errors import ConfigError
 
 __all__ = ["Predictor", "load_predictor", "load_test_dataset"]
 
+Config = Union[DictConfig, CfgNode]
+
+# Model, test augmentations, channel order, names of the test data.
+_Built = Tuple[nn.Module, Sequence[T.Augmentation], str, List[str]]
+
 # Sections that only yacs configs have, at the beginning of a line.
 _YACS_SECTION = re.compile(r"^(_BASE_|MODEL|INPUT|DATASETS|SOLVER|VERSION)\s*:", re.MULTILINE)
 
 
 class Predictor:
-    """
-    Detects objects in one image at a time.
+    """Detects objects in one image at a time.
 
-    Attributes:
-        model (nn.Module): in evaluation mode.
-        class_names (list[str]): may be empty, if nothing says them.
-        category_ids (dict[int, int]): from class index to the id in the data set's JSON; empty
-            where the data set is not known, whose ids are then the indices.
+    Args:
+        model: follows Detectron2's contract; put in evaluation mode, used on the device that it
+            is on.
+        augmentations: of the image, as in evaluation.
+        image_format: "RGB" or "BGR", the order of channels that the model takes.
+        class_names: may be empty, if nothing says them.
+        category_ids: from class index to the id in the data set's JSON; empty where the data set
+            is not known, whose ids are then the indices.
     """
 
     def __init__(
-        self, model, augmentations=(), image_format="RGB", class_names=(), category_ids=None
+        self,
+        model: nn.Module,
+        augmentations: Sequence[T.Augmentation] = (),
+        *,
+        image_format: str = "RGB",
+        class_names: Sequence[str] = (),
+        category_ids: Optional[Mapping[int, int]] = None,
     ):
-        """
-        Args:
-            model (nn.Module): follows Detectron2's contract; used on the device that it is on.
-            augmentations (sequence of Augmentation): of the image, as in evaluation.
-            image_format (str): "RGB" or "BGR", the order of channels that the model takes.
-            class_names (sequence of str), category_ids (dict): see the attributes.
-        """
         self.model = model.eval()
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
@@ -61,13 +71,14 @@ class Predictor:
         self.category_ids = dict(category_ids or {})
 
     @torch.no_grad()
-    def __call__(self, image):
-        """
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Detect objects.
+
         Args:
-            image (np.ndarray): uint8 (height, width, 3), RGB, as of `smca.data.read_image`.
+            image: (height, width, 3) uint8, RGB, as of `smca.data.read_image`.
 
         Returns:
-            Instances: on the CPU, with ``pred_boxes`` in pixels of `image`, best first.
+            Detections on the CPU, with ``pred_boxes`` in pixels of `image`, best first.
         """
         height, width = image.shape[:2]
         aug_input = T.AugInput(image if self.image_format == "RGB" else image[:, :, ::-1])
@@ -76,29 +87,35 @@ class Predictor:
         inputs = {"image": pixels, "height": height, "width": width}
         return self.model([inputs])[0]["instances"].to("cpu")
 
-    def class_name(self, index):
-        """The name of a class, or its index in words if it has none."""
-        return self.class_names[index] if index < len(self.class_names) else str(index)
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its index if it has none."""
+        return class_name(self.class_names, index)
 
 
-def load_predictor(config_file=None, weights=None, overrides=(), device=None):
-    """
+def load_predictor(
+    config_file: Optional[str] = None,
+    weights: Optional[str] = None,
+    overrides: Sequence[str] = (),
+    device: Optional[str] = None,
+) -> Tuple[Predictor, Config]:
+    """Build a config's model and load its trained weights.
+
     Args:
-        config_file (str or None): LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the
-            ``config.yaml`` that training wrote beside the weights, else the config of that name
-            that comes with this package, with the overrides of the training.
-        weights (str or None): a detector's checkpoint; None: the one that the config names.
-        overrides (list[str]): ``key=value``; of a yacs config ``KEY VALUE`` pairs.
-        device (str or None): "auto", "cpu", "cuda", ...; None: as the config says.
+        config_file: LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the ``config.yaml``
+            that training wrote beside the weights, else the config of that name that comes with
+            this package, with the overrides of the training.
+        weights: a detector's checkpoint; None: the one that the config names.
+        overrides: ``key=value``; of a yacs config ``KEY VALUE`` pairs.
+        device: "auto", "cpu", "cuda", ...; None: as the config says.
 
     Returns:
-        (Predictor, DictConfig or CfgNode): and the config, overrides included.
+        The predictor, and the config, overrides included.
 
     Raises:
         UserError: a file is missing, is of another kind, or does not fit the others.
     """
     provenance = _provenance(weights)
-    trained_with = []
+    trained_with: List[str] = []
     if not config_file:
         config_file, trained_with = _find_config(weights, provenance)
     cfg = _load_any_config(config_file, [*trained_with, *overrides])
@@ -110,16 +127,21 @@ def load_predictor(config_file=None, weights=None, overrides=(), device=None):
     model, augmentations, image_format, datasets = build(cfg, device, provenance)
     SMCACheckpointer(model, need_detector=True).load(weights)
     class_names, category_ids = _classes(provenance, datasets)
-    return Predictor(model, augmentations, image_format, class_names, category_ids), cfg
+    predictor = Predictor(
+        model,
+        augmentations,
+        image_format=image_format,
+        class_names=class_names,
+        category_ids=category_ids,
+    )
+    return predictor, cfg
 
 
-def load_test_dataset(cfg):
-    """
+def load_test_dataset(cfg: Config) -> List[Dict[str, Any]]:
+    """A config's test data in Detectron2's format.
+
     Args:
-        cfg (DictConfig or CfgNode): as of :func:`load_predictor`.
-
-    Returns:
-        list[dict]: its test data in Detectron2's format.
+        cfg: as of `load_predictor`.
 
     Raises:
         DatasetError: they are not there.
@@ -133,9 +155,9 @@ def load_test_dataset(cfg):
     return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
 
 
-def _provenance(weights):
-    """What the checkpoint says about itself; nothing if it is of another origin or unreadable,
-    which loading it into the model will tell better."""
+def _provenance(weights: Optional[str]) -> Dict[str, Any]:
+    """What the checkpoint says about itself; nothing if it is of another origin or cannot be read,
+    of which loading it into the model gives a better error."""
     try:
         path = PathManager.get_local_path(weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -144,7 +166,7 @@ def _provenance(weights):
         return {}
 
 
-def _find_config(weights, provenance):
+def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:
     """The config that a checkpoint belongs to, and the overrides that it was trained with."""
     if not weights:
         raise ConfigError("No model given: add --config-file, --weights or both.")
@@ -165,7 +187,7 @@ def _find_config(weights, provenance):
     )
 
 
-def _load_any_config(config_file, overrides):
+def _load_any_config(config_file: str, overrides: Sequence[str]) -> Config:
     if config_file.endswith((".yaml", ".yml")) and PathManager.isfile(config_file):
         with PathManager.open(config_file) as file:
             if _YACS_SECTION.search(file.read()):
@@ -173,7 +195,7 @@ def _load_any_config(config_file, overrides):
     return load_config(config_file, list(overrides))
 
 
-def _load_yacs_config(config_file, overrides):
+def _load_yacs_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     add_smca_config(cfg)
     try:
@@ -185,8 +207,10 @@ def _load_yacs_config(config_file, overrides):
     return cfg
 
 
-def _build_from_lazy(cfg, device, provenance):
-    """The model on its device, test augmentations, channel order and names of the test data."""
+def _build_from_lazy(
+    cfg: DictConfig, device: Optional[str], provenance: Mapping[str, Any]
+) -> _Built:
+    """The model on its device, and what else of the config a predictor needs."""
     if isinstance(cfg.model.get("num_classes"), DictConfig) and provenance.get("class_names"):
         # A function counts the classes in the training data, which need not be here.
         cfg.model.num_classes = len(provenance["class_names"])
@@ -197,8 +221,8 @@ def _build_from_lazy(cfg, device, provenance):
     return build_model(cfg), augmentations, image_format, dataset_names(cfg, "test")
 
 
-def _build_from_yacs(cfg, device, provenance):
-    """See :func:`_build_from_lazy`."""
+def _build_from_yacs(cfg: CfgNode, device: Optional[str], provenance: Mapping[str, Any]) -> _Built:
+    """As `_build_from_lazy`."""
     cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
     augmentation = T.ResizeShortestEdge(
         [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
@@ -207,7 +231,9 @@ def _build_from_yacs(cfg, device, provenance):
     return model, [augmentation], cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
 
 
-def _classes(provenance, datasets):
+def _classes(
+    provenance: Mapping[str, Any], datasets: Sequence[str]
+) -> Tuple[List[str], Dict[int, int]]:
     """Class names, of the checkpoint if it says them, else of the data set; category ids of the
     data set if it has the same classes."""
     names = list(provenance.get("class_names") or [])

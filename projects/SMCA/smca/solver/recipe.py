@@ -1,16 +1,22 @@
 """DETR's training recipe in Detectron2's terms: learning rates of the parts, and their schedule."""
 
-from typing import Callable, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+__all__ = ["COCO_TRAIN_IMAGES", "backbone_lr_factor", "step_schedule"]
 
 COCO_TRAIN_IMAGES = 118287
 
 
 def backbone_lr_factor(factor: float) -> Callable[[str], float]:
-    """For ``get_default_optimizer_params(lr_factor_func=...)``: the backbone learns at `factor`
-    times the learning rate of the rest."""
+    """The backbone learns at `factor` times the learning rate of the rest.
+
+    Returns:
+        From a parameter's name to its factor, for
+        ``get_default_optimizer_params(lr_factor_func=...)``.
+    """
 
     def lr_factor(parameter_name: str) -> float:
         return factor if parameter_name.startswith("backbone.") else 1.0
@@ -20,8 +26,12 @@ def backbone_lr_factor(factor: float) -> Callable[[str], float]:
 
 def step_schedule(
     epochs: int, drop_epoch: int, batch_size: int, num_images: int = COCO_TRAIN_IMAGES
-) -> Tuple[int, dict]:
+) -> Tuple[int, Dict[str, Any]]:
     """Iterations of a training of `epochs` whose rate is divided by 10 after `drop_epoch` epochs.
+
+    Args:
+        batch_size: images of an iteration, in all processes together.
+        num_images: of an epoch.
 
     Returns:
         ``train.max_iter`` and ``lr_multiplier`` of a LazyConfig.
