@@ -1,6 +1,5 @@
 """Decoder, and encoder and decoder together, against the reference."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -214,7 +213,7 @@ def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, sprea
     decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
     scales = make_scales([16, 32, 64])
     dirty = [
-        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
+        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
     ]
     assert_close(
         decode(decoder, encoder(dirty)).hidden, decode(decoder, encoder(scales)).hidden
@@ -234,8 +233,7 @@ def test_an_image_gives_the_same_alone_and_padded_in_a_batch(modulation, spread)
         cells = cells[:height, :width].flatten()
         assert not scale.padding_mask[1, cells].any()
         alone.append(
-            replace(
-                scale,
+            scale._replace(
                 tokens=scale.tokens[1:, cells],
                 position=scale.position[1:, cells],
                 padding_mask=None,
@@ -258,8 +256,7 @@ def test_each_image_has_its_own_scale_weights():
     decoder = randomize(make_decoder(2, 2, scale_selection=True))
     scales = make_scales([16, 32], [(96, 128)] * 2)
     swapped = [
-        replace(
-            s,
+        s._replace(
             tokens=s.tokens.flip(0),
             position=s.position.flip(0),
             padding_mask=s.padding_mask.flip(0),

@@ -1,10 +1,11 @@
 """Attention encoder and convolutional encoder against the reference."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
 from modeling_cases import (
@@ -22,6 +23,7 @@ from modeling_cases import (
 )
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.scales import Scale
 
 D, H, FFN = 32, 4, 48
 
@@ -69,7 +71,7 @@ def test_attention_encoder_equals_the_reference(strides, pattern):
 
 def test_pattern_decides_which_scales_meet():
     scales = make_scales([16, 32])
-    changed = [scales[0], replace(scales[1], tokens=scales[1].tokens + 1)]
+    changed = [scales[0], scales[1]._replace(tokens=scales[1].tokens + 1)]
     for pattern, meets in (("II", False), ("M", True), ("IM", True)):
         encoder = randomize(attention_encoder(pattern))
         fine, fine_changed = encoder(scales)[0].tokens, encoder(changed)[0].tokens
@@ -94,7 +96,7 @@ def test_scales_share_the_weights_of_a_layer():
 def test_no_mask_equals_a_mask_without_padding():
     encoder = randomize(attention_encoder("IM"))
     scales = make_scales([16, 32], [(96, 128)] * 2)
-    without = [replace(scale, padding_mask=None) for scale in scales]
+    without = [scale._replace(padding_mask=None) for scale in scales]
     for masked, unmasked in zip(encoder(scales), encoder(without)):
         assert_close(unmasked.tokens, masked.tokens, 1e-5)
 
@@ -104,7 +106,7 @@ def test_what_padding_holds_does_not_reach_the_attention_encoder(garbage):
     encoder = randomize(attention_encoder("IMI"))
     scales = make_scales([16, 32, 64])
     dirty = [
-        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
+        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
     ]
     clean_output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
     dirty_output = valid_cells([scale.tokens for scale in encoder(dirty)], scales)
@@ -228,6 +230,33 @@ def test_checkpointing_keeps_less_and_changes_nothing(name, dropout):
     for expected, value in zip(outputs + gradients, same_outputs + same_gradients):
         assert_close(value, expected, 1e-6)
     assert kept_with_checkpointing < kept / 2
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_checkpointing_keeps_the_random_state_of_a_gpu(name, monkeypatch):
+    # Else the second pass would drop other elements than the first. No GPU is needed: its tensors
+    # have no data here.
+    devices = []
+
+    def device(index):
+        devices.append(index)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(8))
+    make, strides = ENCODERS[name]
+    with FakeTensorMode(), torch.device("cuda:0"):
+        encoder = make(dropout=0.3).train()
+        scales = [
+            Scale(torch.ones(2, 4**n, D), torch.ones(2, 4**n, D), None, (2**n, 2**n), stride)
+            for n, stride in zip((4, 3, 2, 1), strides)
+        ]
+        encoder(scales)
+        assert not devices
+        encoder.checkpointing = True
+        encoder(scales)
+    assert len(devices) >= len(encoder.layers) and set(devices) == {0}
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -1,6 +1,5 @@
 """The detector around encoder and decoder: scales, heads, losses, detections."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -387,7 +386,7 @@ def test_what_the_features_hold_under_padding_does_not_reach_the_predictions():
     scales = model.scales(model.preprocess(make_inputs()))
     sizes = torch.tensor([[w, h] for h, w in IMAGE_SIZES], dtype=torch.float32)
     dirty = [
-        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], 50.0)) for s in scales
+        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], 50.0)) for s in scales
     ]
     outputs = []
     for given in (scales, dirty):

@@ -4,7 +4,6 @@ Depthwise convolutions mix the cells of a scale and of its neighbours in place o
 They do not know the padding mask: what lies under padding does reach the valid cells near it.
 """
 
-from dataclasses import replace
 from typing import List
 
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ class ConvEncoderLayer(nn.Module):
 
     def _finish(self, scale: Scale, mixed: Tensor) -> Scale:
         update = self.dropout(pointwise(self.conv_out, as_tokens(mixed)))
-        return replace(scale, tokens=self.ffn(self.norm(scale.tokens + update)))
+        return scale._replace(tokens=self.ffn(self.norm(scale.tokens + update)))
 
 
 class ConvEncoder(nn.Module):
@@ -133,5 +132,5 @@ class ConvEncoder(nn.Module):
         if self.reduce is not None:
             finest = scales[0]
             tokens = as_tokens(self.reduce(finest.as_map(finest.tokens)))
-            scales = [replace(scales[1], tokens=tokens), *scales[1:]]
+            scales = [scales[1]._replace(tokens=tokens), *scales[1:]]
         return scales

@@ -1,6 +1,5 @@
 """Intra-scale and multi-scale self-attention encoder (SMCA, section 3.4)."""
 
-from dataclasses import replace
 from functools import partial
 from typing import List, Optional
 
@@ -89,4 +88,4 @@ class TransformerEncoder(nn.Module):
             else:
                 joined = run(torch.cat(tokens, dim=1), joined_position, joined_mask)
                 tokens = list(joined.split(num_cells, dim=1))
-        return [replace(scale, tokens=t) for scale, t in zip(scales, tokens)]
+        return [scale._replace(tokens=t) for scale, t in zip(scales, tokens)]

@@ -6,8 +6,7 @@ True on padding.
 """
 
 import math
-from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,11 @@ from torch import Tensor
 Size = Tuple[int, int]  # (height, width)
 
 
-@dataclass
-class Scale:
+class Scale(NamedTuple):
     """One scale of a batch, its cells as tokens in row-major order.
+
+    A tuple, so that torch finds the tensors in it wherever it looks through a function's arguments
+    (activation checkpointing does, for the devices whose random numbers it has to restore).
 
     Attributes:
         tokens: (B, S, d) features.
