@@ -20,7 +20,6 @@ from smca.modeling.criterion import SetCriterion
 from smca.modeling.decoder import Decoder
 from smca.modeling.detector import SMCA, Predictions
 from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.matcher import HungarianMatcher
 
 D, H, FFN, Q, C = 32, 4, 48, 7, 5
 MODELS = ["single scale", "multi scale", "conv"]
@@ -50,12 +49,14 @@ def make_model(
         dropout=dropout,
     )
     return SMCA(
-        backbone=build_resnet(18, features, "GN", 0, num_blocks=(1, 1, 1, 1)),
+        backbone=build_resnet(
+            depth=18, out_features=features, norm="GN", freeze_at=0, num_blocks=(1, 1, 1, 1)
+        ),
         in_features=features,
         num_extra_scales=num_extra_scales,
         encoder=encoder,
         decoder=decoder,
-        criterion=SetCriterion(HungarianMatcher()),
+        criterion=SetCriterion(),
         num_classes=C,
         num_queries=Q,
         embed_dim=D,
@@ -102,8 +103,7 @@ def make_inputs(num_objects=None, image_sizes=None):
             count = num_objects[i]
             corner = torch.rand(count, 2, generator=generator) * 0.5
             size = torch.rand(count, 2, generator=generator) * 0.4 + 0.1
-            scale = torch.tensor([width, height] * 2)
-            boxes = torch.cat([corner, corner + size], 1) * scale
+            boxes = torch.cat([corner, corner + size], 1) * torch.tensor([width, height] * 2)
             instances = Instances((height, width))
             instances.gt_boxes = Boxes(boxes)
             instances.gt_classes = torch.randint(0, C, (count,), generator=generator)

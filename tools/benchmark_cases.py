@@ -19,7 +19,7 @@ from analyze_model import analyze
 from smca.data import draw_scene
 from smca.engine import Trainer, load_config
 from smca.engine.trainer import AMP_DTYPES
-from smca.modeling import HungarianMatcher, SetCriterion
+from smca.modeling import SetCriterion
 from smca.modeling.attention import attend_modulated
 from smca.modeling.matcher import Targets
 from smca.modeling.modulation import Gaussians, cell_channels, query_channels
@@ -133,12 +133,12 @@ def random_predictions(options, num_images=16, num_objects=20):
 
 
 def build_matcher(options):
-    matcher, predictions = HungarianMatcher(), random_predictions(options)
+    matcher, predictions = SetCriterion().matcher, random_predictions(options)
     return lambda: matcher(*predictions)
 
 
 def build_criterion(options):
-    criterion = SetCriterion(HungarianMatcher())
+    criterion = SetCriterion()
     logits, boxes, targets = random_predictions(options)
     inputs = [logits.requires_grad_(), boxes.requires_grad_()]
     if options.compile:

@@ -20,7 +20,8 @@ from torchvision.ops import box_convert
 
 from smca.data import read_image
 from smca.errors import UserError
-from smca.modeling.matcher import HungarianMatcher, Targets
+from smca.modeling.criterion import SetCriterion
+from smca.modeling.matcher import Targets
 from smca.recorder import Recorder
 from smca.visualization import (
     DPI,
@@ -223,7 +224,7 @@ def _match(predictor, item, layer):
     height, width = truth.image_size
     boxes = truth.gt_boxes.tensor / torch.tensor([width, height] * 2)
     targets = Targets(truth.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
-    matcher = model.criterion.matcher if model.criterion else HungarianMatcher()
+    matcher = (model.criterion or SetCriterion()).matcher
     logits = logits.cpu()
     matching = matcher(logits, boxes_cxcywh.cpu(), [targets])
     truth = truth[matching.targets]
