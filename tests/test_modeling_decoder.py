@@ -23,6 +23,7 @@ from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.modulation import MODULATIONS, SPREADS
 
 D, H, FFN, Q = 32, 4, 48, 5
+SIZES = dict(embed_dim=D, num_heads=H, ffn_dim=FFN, dropout=0.0)
 
 # (modulation, spread); without modulation the spread has no meaning.
 MODES = [(m, s) for m in MODULATIONS for s in SPREADS if m != "none"] + [("none", "independent")]
@@ -209,7 +210,7 @@ def test_unknown_mode_is_an_error_that_names_it(key, value):
 
 @pytest.mark.parametrize("modulation, spread", MODES)
 def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, spread, garbage=1e4):
-    encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
+    encoder = randomize(TransformerEncoder(pattern="IMI", **SIZES))
     decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
     scales = make_scales([16, 32, 64])
     dirty = [
@@ -222,7 +223,7 @@ def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, sprea
 
 @pytest.mark.parametrize("modulation, spread", MODES)
 def test_an_image_gives_the_same_alone_and_padded_in_a_batch(modulation, spread):
-    encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
+    encoder = randomize(TransformerEncoder(pattern="IMI", **SIZES))
     decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
     batch = make_scales([16, 32, 64])
     small = IMAGE_SIZES[1]

@@ -28,13 +28,16 @@ from smca.modeling.scales import Scale
 D, H, FFN = 32, 4, 48
 
 
-def attention_encoder(pattern, dropout=0.0):
-    return TransformerEncoder(pattern, D, H, FFN, dropout)
+def attention_encoder(pattern, dropout=0.0, num_heads=H):
+    return TransformerEncoder(
+        pattern=pattern, embed_dim=D, num_heads=num_heads, ffn_dim=FFN, dropout=dropout
+    )
 
 
 def conv_encoder(dropout=0.0, **settings):
     defaults = dict(num_layers=2, kernel_size=3, share_cross_scale=False, pointwise=True)
-    return ConvEncoder(**{**defaults, **settings}, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+    defaults.update(num_scales=4, reduce_finest=True, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+    return ConvEncoder(**{**defaults, **settings})
 
 
 ENCODERS = {
@@ -121,7 +124,7 @@ def test_unknown_letter_in_the_pattern_is_an_error(pattern):
 
 
 def test_attention_encoder_builds_no_full_map():
-    encoder = randomize(TransformerEncoder("IM", D, 8, FFN, 0.0))
+    encoder = randomize(attention_encoder("IM", num_heads=8))
     scales, _ = with_leaves(make_scales([16, 32], [(352, 320), (300, 200)]))
     num_cells = sum(scale.tokens.shape[1] for scale in scales)
     with LargestTensor() as largest:
@@ -175,6 +178,18 @@ def test_conv_encoder_serves_other_numbers_of_scales():
     assert [scale.stride for scale in output] == [16, 32, 64]
     for scale, wanted in zip(output, expected):
         assert_close(scale.tokens, reference.to_tokens(wanted))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(kernel_size=4), "kernel_size=4 must be odd"),
+        (dict(num_scales=1), "reduce_finest=True needs at least two scales"),
+    ],
+)
+def test_a_conv_encoder_that_cannot_be_is_an_error(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        conv_encoder(**settings)
 
 
 # ------------------------------------------------------------------------------------------ both

@@ -13,6 +13,7 @@ from modeling_cases import (
     official_state_dict,
     randomize,
 )
+from smca.errors import UserError
 from smca.modeling import dropout as dropout_module
 from smca.modeling.backbone import build_resnet
 from smca.modeling.conv_encoder import ConvEncoder
@@ -34,7 +35,8 @@ def make_model(
     features = features.get(kind, ["res3", "res4", "res5"])
     num_extra_scales = 0 if kind == "single scale" else 1
     if kind == "conv":
-        arguments = dict(num_layers=2, kernel_size=3, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+        arguments = dict(num_layers=2, kernel_size=3, num_scales=4, reduce_finest=True)
+        arguments.update(embed_dim=D, ffn_dim=FFN, dropout=dropout)
         encoder = ConvEncoder(**{**arguments, **encoder_settings})
     else:
         arguments = dict(pattern=PATTERNS[kind], embed_dim=D, num_heads=H, ffn_dim=FFN)
@@ -48,19 +50,19 @@ def make_model(
         ffn_dim=FFN,
         dropout=dropout,
     )
+    defaults = dict(in_features=features, num_classes=C, num_queries=Q, embed_dim=D)
+    defaults["criterion"] = SetCriterion()
+    settings = {**defaults, **settings}
     return SMCA(
         backbone=build_resnet(
             depth=18, out_features=features, norm="GN", freeze_at=0, num_blocks=(1, 1, 1, 1)
         ),
-        in_features=features,
         num_extra_scales=num_extra_scales,
         encoder=encoder,
         decoder=decoder,
-        criterion=SetCriterion(),
-        num_classes=C,
-        num_queries=Q,
-        embed_dim=D,
         dropout=dropout,
+        pixel_mean=(123.675, 116.28, 103.53),
+        pixel_std=(58.395, 57.12, 57.375),
         **settings,
     )
 
@@ -262,6 +264,30 @@ def test_dropout_is_on_in_training_and_off_in_eval():
     assert first["loss_ce"] != second["loss_ce"]
     scores = [model.eval()(inputs)[0]["instances"].scores for _ in range(2)]
     assert torch.equal(*scores)
+
+
+def test_training_without_a_criterion_is_an_error_and_detection_is_not():
+    model = make_model(criterion=None)
+    with pytest.raises(UserError, match="criterion=None.*SetCriterion"):
+        model.train()(make_inputs([1, 1]))
+    assert len(model.eval()(make_inputs())) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(max_detections=0), "max_detections=0 must be at least 1"),
+        (dict(num_classes=0), "num_classes=0 must be at least 1"),
+        (dict(num_queries=-1), "num_queries=-1 must be at least 1"),
+        (dict(embed_dim=30), "embed_dim=30 must be a multiple of 4"),
+        (dict(in_features=["res5"]), "in_features and num_extra_scales give 2 scales, .*made for 3.*num_scales=2"),
+        (dict(in_features=["res3", "res5"]), r"in_features names \['res3'\].*out_features"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_an_error_that_names_the_argument(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_model(**settings)
 
 
 # ------------------------------------------------------------------------------------ detections

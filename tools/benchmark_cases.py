@@ -192,7 +192,7 @@ def build_inference(options, config, size):
     model = build_model(options, load_config(config, options.overrides)).eval()
     images = random_images(1, size)
     if options.compile:
-        model.compile()
+        model.compile_parts()
     return without_gradients(options, lambda: model(images))
 
 
@@ -211,7 +211,7 @@ def build_train_step(options, config, size):
     )
     trainer.iter, trainer.storage = 0, EventStorage()
     if options.compile:
-        model.compile()
+        model.compile_parts()
     return trainer.run_step
 
 

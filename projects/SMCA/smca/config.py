@@ -5,9 +5,19 @@ main settings. Nothing is defined twice."""
 
 from typing import Any, Dict, Iterator, Tuple
 
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode, configurable, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import OmegaConf
 
+from . import modeling
 from .errors import ConfigError
+
+# Of the encoder and the decoder, from the settings that decide it.
+OmegaConf.register_new_resolver(
+    "smca.num_scales",
+    lambda in_features, num_extra_scales: len(in_features) + num_extra_scales,
+    replace=True,
+)
 
 # Settings of `model` that a yacs config can replace under MODEL.SMCA; None leaves them as they
 # are in the LazyConfig.
@@ -73,3 +83,16 @@ def model_arguments(cfg: CfgNode) -> Dict[str, Any]:
             )
         node[name] = value
     return {name: instantiate(value) for name, value in model.items() if name != "_target_"}
+
+
+@META_ARCH_REGISTRY.register()
+class SMCA(modeling.SMCA):
+    """The meta-architecture ``SMCA`` of yacs configs: the model, built from ``cfg.MODEL.SMCA``."""
+
+    @configurable
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        return model_arguments(cfg)
