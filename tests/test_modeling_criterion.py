@@ -228,7 +228,9 @@ def test_training_stops_in_every_process_where_one_predicts_nan(tmp_path):
     context = mp.get_context("fork")
     queue = context.Queue()
     processes = [
-        context.Process(target=error_of_process, args=(rank, tmp_path / "store", queue), daemon=True)
+        context.Process(
+            target=error_of_process, args=(rank, tmp_path / "store", queue), daemon=True
+        )
         for rank in range(2)
     ]
     for process in processes:

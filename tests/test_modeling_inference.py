@@ -280,7 +280,10 @@ def test_training_without_a_criterion_is_an_error_and_detection_is_not():
         (dict(num_classes=0), "num_classes=0 must be at least 1"),
         (dict(num_queries=-1), "num_queries=-1 must be at least 1"),
         (dict(embed_dim=30), "embed_dim=30 must be a multiple of 4"),
-        (dict(in_features=["res5"]), "in_features and num_extra_scales give 2 scales, .*made for 3.*num_scales=2"),
+        (
+            dict(in_features=["res5"]),
+            "in_features and num_extra_scales give 2 scales, .*made for 3.*num_scales=2",
+        ),
         (dict(in_features=["res3", "res5"]), r"in_features names \['res3'\].*out_features"),
     ],
     ids=str,

@@ -1,8 +1,8 @@
 """Generalised IoU of boxes that broadcast; the rest of box arithmetic is torchvision's.
 
-torchvision's GIoU loss picks elements with a Boolean mask, for which the host has to wait for a GPU,
-and its pairwise GIoU takes no batches in version 0.21. This one serves the matcher (every query with
-every object) and the loss (matched pairs) alike.
+torchvision's GIoU loss picks elements with a Boolean mask, for which the host has to wait for a
+GPU, and its pairwise GIoU takes no batches in version 0.21. This one serves the matcher (every
+query with every object) and the loss (matched pairs) alike.
 """
 
 import torch

@@ -73,9 +73,7 @@ class ConvEncoderLayer(nn.Module):
             mixed[fine] = mixed[fine] + F.interpolate(
                 up(maps[coarse]), size=maps[fine].shape[-2:], mode="bilinear", align_corners=True
             )
-        return [
-            self._finish(scale, feature_map) for scale, feature_map in zip(scales, mixed)
-        ]
+        return [self._finish(scale, feature_map) for scale, feature_map in zip(scales, mixed)]
 
     def _finish(self, scale: Scale, mixed: Tensor) -> Scale:
         update = self.dropout(as_tokens(self.conv_out(mixed)))

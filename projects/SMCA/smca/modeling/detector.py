@@ -4,6 +4,7 @@ import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -58,7 +59,7 @@ class SMCA(nn.Module):
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: Backbone,
         in_features: Sequence[str],
         num_extra_scales: int,
         encoder: nn.Module,
@@ -147,17 +148,18 @@ class SMCA(nn.Module):
         Raises:
             UserError: in training without a criterion.
         """
-        if self.training and self.criterion is None:
+        images = self.preprocess(batched_inputs)
+        if not self.training:
+            predictions = self.predict(self.decode(images))
+            return self.inference(predictions, batched_inputs, images.image_sizes)
+        if self.criterion is None:
             raise UserError(
                 "The model has criterion=None and cannot be trained: build it with a SetCriterion, "
                 "or call eval() for detections."
             )
-        images = self.preprocess(batched_inputs)
         predictions = self.predict(self.decode(images))
-        if self.training:
-            targets = [self._targets(x["instances"]) for x in batched_inputs]
-            return self.criterion(*predictions, targets)
-        return self.inference(predictions, batched_inputs, images.image_sizes)
+        targets = [self._targets(x["instances"]) for x in batched_inputs]
+        return self.criterion(*predictions, targets)
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         """Images normalised, then padded at the right and bottom with zeros: (B, 3, H, W)."""
