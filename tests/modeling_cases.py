@@ -1,7 +1,6 @@
 """Small inputs and checks that the tests of the model's parts share."""
 
 import re
-from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,7 +167,7 @@ def with_leaves(scales):
         inputs[f"position{i}"] = scale.position
     inputs = leaves(inputs)
     scales = [
-        replace(scale, tokens=inputs[f"tokens{i}"], position=inputs[f"position{i}"])
+        scale._replace(tokens=inputs[f"tokens{i}"], position=inputs[f"position{i}"])
         for i, scale in enumerate(scales)
     ]
     return scales, inputs

@@ -60,7 +60,7 @@ def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, 
     batches = make_batches(6, 1)
     with torch.no_grad():
         expected = [model(batch)[0]["instances"] for batch in batches]
-        model.compile(backend="eager")
+        model.compile_parts(backend="eager")
         for batch, wanted in zip(batches, expected):
             result = model(batch)[0]["instances"]
             torch.testing.assert_close(result.scores, wanted.scores)
@@ -71,7 +71,7 @@ def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, 
 
 def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
     model = make_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
-    model.compile(backend="eager")
+    model.compile_parts(backend="eager")
     for batch in make_batches(5, 2):
         model.zero_grad()
         sum(model(batch).values()).backward()

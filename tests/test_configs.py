@@ -6,11 +6,12 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
-from detectron2.modeling import SwinTransformer, ViT, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, SwinTransformer, ViT, build_model
 
 from smca import add_smca_config
 from smca.config import load_config
 from smca.errors import ConfigError
+from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [
@@ -116,6 +117,33 @@ def test_a_vit_backbone_works():
     assert len(detect(model)) == 7
 
 
+def test_the_number_of_scales_follows_from_the_features():
+    cfg = load("smca_conv_r50_50ep", "model.in_features=[res4,res5]", "model.num_extra_scales=3")
+    assert cfg.model.encoder.num_scales == cfg.model.decoder.num_scales == 5
+    model = build_without_memory(cfg)
+    assert model.encoder.num_scales == model.decoder.num_scales == len(model.scale_embed.weight)
+
+
+def test_weights_of_losses_and_matching_can_be_set_in_one_place():
+    settings = dict(class_weight=1.0, box_weight=2.5, giou_weight=3.0, alpha=0.5, gamma=1.5)
+    overrides = [f"model.criterion.{name}={value}" for name, value in settings.items()]
+    criterion = build_without_memory(load("smca_r50_50ep", *overrides)).criterion
+    for part in (criterion, criterion.matcher):
+        assert {name: getattr(part, name) for name in settings} == settings
+
+
+def test_a_config_that_spells_the_matcher_out_still_builds():
+    # As config.yaml of earlier versions does.
+    weights = dict(class_weight=2.0, box_weight=5.0, giou_weight=2.0, alpha=0.25, gamma=2.0)
+    cfg = load("smca_r50_50ep")
+    cfg.model.criterion = L(SetCriterion)(matcher=L(HungarianMatcher)(**weights), **weights)
+    assert isinstance(build_without_memory(cfg).criterion.matcher, HungarianMatcher)
+
+
+def test_importing_the_package_registers_the_meta_architecture():
+    assert issubclass(META_ARCH_REGISTRY.get("SMCA"), SMCA)
+
+
 def yacs_config(name):
     cfg = get_cfg()
     add_smca_config(cfg)
@@ -155,12 +183,13 @@ def test_yacs_setting_that_the_model_lacks_is_named():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.encoder.pattern=IXI", "pattern='IXI'.*letters I"),
+        ("model.encoder.pattern=IXI", "^pattern='IXI'.*letters I"),
         ("model.decoder.spread=wide", "spread='wide'.*independent"),
         ("model.decoder.modulation=heads", "modulation='heads'.*multi_head"),
         ("model.decoder.beta=0", "beta=0.*positive"),
-        ("model.decoder.num_scales=2", "give 3 scales.*made for 2.*num_scales=3"),
-        ("model.backbone.depth=51", "depth=51.*one of"),
+        ("model.decoder.num_scales=2", "^in_features .*give 3 scales.*made for 2.*num_scales=3"),
+        ("model.backbone.depth=51", "^depth=51.*one of"),
+        ("model.max_detections=0", "^max_detections=0"),
         ("model.embed_dim=30", "embed_dim=30.*num_heads=8"),
         ("model.num_queries=0", "num_queries=0"),
     ],

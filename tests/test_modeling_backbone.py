@@ -10,6 +10,12 @@ from torch import nn
 from smca.modeling.backbone import FrozenNormConv2d, build_resnet, fold_frozen_norms
 
 
+def resnet(depth=18, norm="FrozenBN", freeze_at=2, **settings):
+    return build_resnet(
+        depth=depth, out_features=["res5"], norm=norm, freeze_at=freeze_at, **settings
+    )
+
+
 def randomize_norms(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for norm in module.modules():
@@ -55,38 +61,51 @@ def test_a_folded_convolution_equals_convolution_norm_activation(bias, activatio
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_folded_resnet_equals_the_plain_one(depth):
     torch.manual_seed(0)
-    plain = randomize_norms(build_resnet(depth, num_blocks=[1, 1, 1, 1])).train()
+    plain = randomize_norms(resnet(depth, num_blocks=[1, 1, 1, 1])).train()
     folded = fold_frozen_norms(copy.deepcopy(plain))
     assert folded.state_dict().keys() == plain.state_dict().keys()
     assert_same(folded, plain, torch.randn(1, 3, 64, 96))
 
 
 def test_every_norm_of_a_resnet_is_folded():
-    resnet = fold_frozen_norms(build_resnet(50))
-    norms = sum(isinstance(m, FrozenBatchNorm2d) for m in resnet.modules())
-    assert norms == sum(isinstance(m, FrozenNormConv2d) for m in resnet.modules()) == 53
+    modules = list(fold_frozen_norms(resnet(50)).modules())
+    norms = sum(isinstance(m, FrozenBatchNorm2d) for m in modules)
+    assert norms == sum(isinstance(m, FrozenNormConv2d) for m in modules) == 53
 
 
 def test_a_norm_loaded_later_counts():
-    resnet = fold_frozen_norms(build_resnet(18, num_blocks=[1, 1, 1, 1])).eval()
-    other = randomize_norms(copy.deepcopy(resnet))
+    model = fold_frozen_norms(resnet(num_blocks=[1, 1, 1, 1])).eval()
+    other = randomize_norms(copy.deepcopy(model))
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        before, expected = resnet(image)["res5"], other(image)["res5"]
-        resnet.load_state_dict(other.state_dict())
+        before, expected = model(image)["res5"], other(image)["res5"]
+        model.load_state_dict(other.state_dict())
         assert not torch.allclose(before, expected)
-        assert torch.equal(resnet(image)["res5"], expected)
+        assert torch.equal(model(image)["res5"], expected)
 
 
 @pytest.mark.parametrize("norm", ["GN", "BN"])
 def test_norms_that_learn_are_left_alone(norm):
-    resnet = fold_frozen_norms(build_resnet(18, norm=norm, freeze_at=0))
-    assert not any(isinstance(m, FrozenNormConv2d) for m in resnet.modules())
+    model = fold_frozen_norms(resnet(norm=norm, freeze_at=0))
+    assert not any(isinstance(m, FrozenNormConv2d) for m in model.modules())
+
+
+def test_a_norm_that_learns_put_in_later_is_the_one_that_runs():
+    torch.manual_seed(0)
+    plain = randomize_norms(Conv2d(6, 8, 3, norm=FrozenBatchNorm2d(8), activation=torch.relu))
+    folded = fold_frozen_norms(copy.deepcopy(plain))
+    plain.norm, folded.norm = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    image = torch.randn(2, 6, 9, 11)
+    assert_same(folded, plain, image)  # the batch's statistics, and gradients of the norm
+    assert torch.equal(folded.norm.running_mean, plain.norm.running_mean)
+    assert folded.norm.running_mean.any()
+    plain.norm = folded.norm = None
+    assert torch.equal(folded(image), plain(image))
 
 
 def test_half_precision_stays_half_precision():
-    resnet = fold_frozen_norms(build_resnet(18, num_blocks=[1, 1, 1, 1]))
+    model = fold_frozen_norms(resnet(num_blocks=[1, 1, 1, 1]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = resnet(torch.randn(1, 3, 64, 64))["res5"]
+        features = model(torch.randn(1, 3, 64, 64))["res5"]
     assert features.dtype == torch.bfloat16
     assert features.isfinite().all()

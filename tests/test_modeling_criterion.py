@@ -1,5 +1,7 @@
 """Losses against loops over images and matched pairs."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,14 +16,12 @@ from modeling_cases import (
     make_targets,
     random_predictions,
 )
+from smca.engine.trainer import Trainer
+from smca.errors import NonFiniteError
 from smca.modeling.criterion import SetCriterion
-from smca.modeling.matcher import HungarianMatcher, Targets
+from smca.modeling.matcher import Targets
 
 C, Q = 6, 5
-
-
-def make_criterion(**settings):
-    return SetCriterion(HungarianMatcher(), **settings)
 
 
 def random_inputs(num_layers, num_objects, num_queries=Q, seed=0):
@@ -55,7 +55,7 @@ def reference_losses(inputs, targets):
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_losses_equal_the_reference(num_layers, num_objects):
     inputs, targets = random_inputs(num_layers, num_objects)
-    losses = make_criterion()(*inputs.values(), targets)
+    losses = SetCriterion()(*inputs.values(), targets)
     expected = reference_losses(inputs, targets)
     assert set(losses) == set(expected)
     for name, value in expected.items():
@@ -69,32 +69,63 @@ def test_names_number_all_layers_but_the_last():
     inputs, targets = random_inputs(3, [1, 2])
     kinds = ("loss_ce", "loss_bbox", "loss_giou")
     names = {kind + suffix for kind in kinds for suffix in ("", "_0", "_1")}
-    assert set(make_criterion()(*inputs.values(), targets)) == names
+    assert set(SetCriterion()(*inputs.values(), targets)) == names
 
 
 @pytest.mark.parametrize("kind", ["ce", "bbox", "giou"])
 def test_each_loss_has_its_weight(kind):
     weight = {"ce": "class_weight", "bbox": "box_weight", "giou": "giou_weight"}[kind]
     inputs, targets = random_inputs(2, [2, 1])
-    plain = make_criterion()(*inputs.values(), targets)
-    heavy = make_criterion(**{weight: 7.0})(*inputs.values(), targets)
+    plain = SetCriterion()(*inputs.values(), targets)
+    heavy = SetCriterion(**{weight: 7.0}, matcher=SetCriterion().matcher)(*inputs.values(), targets)
     for name in plain:
         factor = 7 / reference.LOSS_WEIGHTS[f"loss_{kind}"] if f"_{kind}" in name else 1.0
         assert_close(heavy[name], plain[name] * factor, 1e-5)
 
 
+def test_matching_has_the_weights_of_the_losses():
+    weights = dict(class_weight=1.5, box_weight=3.0, giou_weight=0.5, alpha=0.4, gamma=1.0)
+    criterion = SetCriterion(**weights)
+    assert {name: getattr(criterion, name) for name in weights} == weights
+    assert {name: getattr(criterion.matcher, name) for name in weights} == weights
+
+
+def test_another_matcher_is_used_and_weights_for_it_alone_are_an_error():
+    inputs, targets = random_inputs(1, [2])
+    matcher = SetCriterion().matcher
+    matcher.register_forward_hook(lambda *_: matched.append(True))
+    matched = []
+    SetCriterion(matcher=matcher)(*inputs.values(), targets)
+    assert matched
+    with pytest.raises(ValueError, match="matcher must be a module.*class_weight"):
+        SetCriterion(matcher={"class_weight": 3.0})
+
+
+@pytest.mark.parametrize("num_objects", [[2, 1], [0, 2], [0, 0]], ids=str)
+@pytest.mark.parametrize("which", ["logits", "boxes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_prediction_that_is_not_finite_makes_the_losses_so(which, value, num_objects):
+    # Of a query that no object wants, in the first layer and image.
+    inputs, targets = random_inputs(2, num_objects, num_queries=9)
+    inputs["logits"].data[0, 0, 8] = -30.0
+    inputs[which].data[0, 0, 8, 3] = value
+    losses = SetCriterion()(*inputs.values(), targets)
+    assert not sum(losses[f"loss_{kind}_0"] for kind in ("ce", "bbox", "giou")).isfinite()
+    assert all(losses[f"loss_{kind}"].isfinite() for kind in ("ce", "bbox", "giou"))
+
+
 def test_layers_are_matched_each_by_itself():
     inputs, targets = random_inputs(2, [2])
     flipped = [x.flip(0) for x in inputs.values()]
-    losses = make_criterion()(*inputs.values(), targets)
-    swapped = make_criterion()(*flipped, targets)
+    losses = SetCriterion()(*inputs.values(), targets)
+    swapped = SetCriterion()(*flipped, targets)
     for kind in ("ce", "bbox", "giou"):
         assert_close(swapped[f"loss_{kind}_0"], losses[f"loss_{kind}"], 1e-6)
 
 
 def test_batch_without_objects_still_reaches_the_boxes():
     inputs, targets = random_inputs(2, [0, 0])
-    losses = make_criterion()(*inputs.values(), targets)
+    losses = SetCriterion()(*inputs.values(), targets)
     sum(losses.values()).backward()
     assert losses["loss_ce"] > 0
     assert losses["loss_bbox"] == losses["loss_giou"] == 0
@@ -107,7 +138,7 @@ def test_perfect_predictions_cost_almost_nothing():
     logits = torch.full((1, 1, 3, C), -20.0)
     for query, label in enumerate(target.labels):
         logits[0, 0, query, label] = 20.0
-    losses = make_criterion()(logits, target.boxes_cxcywh[None, None], [target])
+    losses = SetCriterion()(logits, target.boxes_cxcywh[None, None], [target])
     assert all(abs(value) < 1e-4 for value in losses.values())
 
 
@@ -115,7 +146,7 @@ def test_losses_of_certain_and_empty_predictions_are_finite():
     inputs, targets = random_inputs(1, [2, 1])
     inputs["logits"].data.sign_().mul_(300)
     inputs["boxes"].data[..., 2:] = 0
-    total = sum(make_criterion()(*inputs.values(), targets).values())
+    total = sum(SetCriterion()(*inputs.values(), targets).values())
     total.backward()
     assert total.isfinite()
     assert inputs["logits"].grad.isfinite().all() and inputs["boxes"].grad.isfinite().all()
@@ -125,7 +156,7 @@ def test_half_precision_logits_give_float32_losses():
     inputs, targets = random_inputs(2, [2, 1])
     rounded = leaves({"logits": inputs["logits"].bfloat16().float(), "boxes": inputs["boxes"]})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = make_criterion()(rounded["logits"].bfloat16(), rounded["boxes"], targets)
+        losses = SetCriterion()(rounded["logits"].bfloat16(), rounded["boxes"], targets)
     for name, value in reference_losses(rounded, targets).items():
         assert losses[name].dtype == torch.float32
         assert_close(losses[name], value, 1e-5)
@@ -135,7 +166,7 @@ def losses_of_process(rank, store, num_objects, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(num_objects))
     inputs, targets = random_inputs(1, [num_objects[rank]])
-    losses = make_criterion()(*inputs.values(), targets)
+    losses = SetCriterion()(*inputs.values(), targets)
     queue.put((rank, {name: value.item() for name, value in losses.items()}))
     dist.barrier()
     dist.destroy_process_group()
@@ -165,11 +196,57 @@ def test_number_of_objects_is_averaged_over_the_processes(tmp_path):
             assert abs(results[rank][name] - value.item() * max(count, 1) / 2) < 1e-4
 
 
+class Predictor(torch.nn.Module):
+    """Predicts what it is given, plus a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+        self.criterion = SetCriterion()
+
+    def forward(self, batch):
+        logits, boxes, targets = batch
+        return self.criterion(logits + self.shift, boxes + self.shift, targets)
+
+
+def error_of_process(rank, store, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    logits, boxes = random_predictions(1, 1, Q, C)
+    if rank == 1:
+        logits[0, 0, 0, 0] = float("nan")
+    model = torch.nn.parallel.DistributedDataParallel(Predictor())
+    batches = itertools.repeat((logits, boxes, make_targets([2], C)))
+    trainer = Trainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        trainer.train(0, 1)
+    except NonFiniteError as error:
+        queue.put((rank, str(error)))
+
+
+def test_training_stops_in_every_process_where_one_predicts_nan(tmp_path):
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(
+            target=error_of_process, args=(rank, tmp_path / "store", queue), daemon=True
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    errors = dict(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    assert sorted(errors) == [0, 1]
+    assert all("loss became nan" in error for error in errors.values())
+
+
 def test_labels_out_of_order_and_repeated_classes():
     inputs, _ = random_inputs(1, [3])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4], [0.7, 0.2, 0.3, 0.1]])
     targets = [Targets(torch.tensor([5, 0, 5]), boxes)]
-    losses = make_criterion()(*inputs.values(), targets)
+    losses = SetCriterion()(*inputs.values(), targets)
     for name, value in reference_losses(inputs, targets).items():
         assert_close(losses[name], value, 1e-5)
 
@@ -200,8 +277,8 @@ def test_losses_take_one_transfer_to_the_host(num_layers, num_objects, monkeypat
 
         monkeypatch.setattr(torch.Tensor, name, method)
     with HostReads() as reads:
-        losses = make_criterion()(*inputs.values(), targets)
+        losses = SetCriterion()(*inputs.values(), targets)
     assert sum(losses.values()).requires_grad
-    # What the host reads of the copy (is it finite, the numbers for SciPy) waits for nothing.
+    # What the host reads of the copy (the numbers for SciPy) waits for nothing.
     assert transfers == ["cpu", "numpy"]
-    assert reads.count == 1
+    assert reads.count == 0

@@ -1,7 +1,5 @@
 """Decoder, and encoder and decoder together, against the reference."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -24,6 +22,7 @@ from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.modulation import MODULATIONS, SPREADS
 
 D, H, FFN, Q = 32, 4, 48, 5
+SIZES = dict(embed_dim=D, num_heads=H, ffn_dim=FFN, dropout=0.0)
 
 # (modulation, spread); without modulation the spread has no meaning.
 MODES = [(m, s) for m in MODULATIONS for s in SPREADS if m != "none"] + [("none", "independent")]
@@ -210,18 +209,18 @@ def test_unknown_mode_is_an_error_that_names_it(key, value):
 
 @pytest.mark.parametrize("modulation, spread", MODES)
 def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, spread, garbage=1e4):
-    encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
+    encoder = randomize(TransformerEncoder(pattern="IMI", **SIZES))
     decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
     scales = make_scales([16, 32, 64])
     dirty = [
-        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
+        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
     ]
     assert_close(decode(decoder, encoder(dirty)).hidden, decode(decoder, encoder(scales)).hidden)
 
 
 @pytest.mark.parametrize("modulation, spread", MODES)
 def test_an_image_gives_the_same_alone_and_padded_in_a_batch(modulation, spread):
-    encoder = randomize(TransformerEncoder("IMI", D, H, FFN, 0.0))
+    encoder = randomize(TransformerEncoder(pattern="IMI", **SIZES))
     decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
     batch = make_scales([16, 32, 64])
     small = IMAGE_SIZES[1]
@@ -232,8 +231,7 @@ def test_an_image_gives_the_same_alone_and_padded_in_a_batch(modulation, spread)
         cells = cells[:height, :width].flatten()
         assert not scale.padding_mask[1, cells].any()
         alone.append(
-            replace(
-                scale,
+            scale._replace(
                 tokens=scale.tokens[1:, cells],
                 position=scale.position[1:, cells],
                 padding_mask=None,
@@ -256,8 +254,7 @@ def test_each_image_has_its_own_scale_weights():
     decoder = randomize(make_decoder(2, 2, scale_selection=True))
     scales = make_scales([16, 32], [(96, 128)] * 2)
     swapped = [
-        replace(
-            s,
+        s._replace(
             tokens=s.tokens.flip(0),
             position=s.position.flip(0),
             padding_mask=s.padding_mask.flip(0),

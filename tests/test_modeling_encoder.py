@@ -1,10 +1,11 @@
 """Attention encoder and convolutional encoder against the reference."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
 from modeling_cases import (
@@ -22,17 +23,21 @@ from modeling_cases import (
 )
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.scales import Scale
 
 D, H, FFN = 32, 4, 48
 
 
-def attention_encoder(pattern, dropout=0.0):
-    return TransformerEncoder(pattern, D, H, FFN, dropout)
+def attention_encoder(pattern, dropout=0.0, num_heads=H):
+    return TransformerEncoder(
+        pattern=pattern, embed_dim=D, num_heads=num_heads, ffn_dim=FFN, dropout=dropout
+    )
 
 
 def conv_encoder(dropout=0.0, **settings):
     defaults = dict(num_layers=2, kernel_size=3, share_cross_scale=False, pointwise=True)
-    return ConvEncoder(**{**defaults, **settings}, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+    defaults.update(num_scales=4, reduce_finest=True, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+    return ConvEncoder(**{**defaults, **settings})
 
 
 ENCODERS = {
@@ -69,7 +74,7 @@ def test_attention_encoder_equals_the_reference(strides, pattern):
 
 def test_pattern_decides_which_scales_meet():
     scales = make_scales([16, 32])
-    changed = [scales[0], replace(scales[1], tokens=scales[1].tokens + 1)]
+    changed = [scales[0], scales[1]._replace(tokens=scales[1].tokens + 1)]
     for pattern, meets in (("II", False), ("M", True), ("IM", True)):
         encoder = randomize(attention_encoder(pattern))
         fine, fine_changed = encoder(scales)[0].tokens, encoder(changed)[0].tokens
@@ -94,7 +99,7 @@ def test_scales_share_the_weights_of_a_layer():
 def test_no_mask_equals_a_mask_without_padding():
     encoder = randomize(attention_encoder("IM"))
     scales = make_scales([16, 32], [(96, 128)] * 2)
-    without = [replace(scale, padding_mask=None) for scale in scales]
+    without = [scale._replace(padding_mask=None) for scale in scales]
     for masked, unmasked in zip(encoder(scales), encoder(without)):
         assert_close(unmasked.tokens, masked.tokens, 1e-5)
 
@@ -104,7 +109,7 @@ def test_what_padding_holds_does_not_reach_the_attention_encoder(garbage):
     encoder = randomize(attention_encoder("IMI"))
     scales = make_scales([16, 32, 64])
     dirty = [
-        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
+        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
     ]
     clean_output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
     dirty_output = valid_cells([scale.tokens for scale in encoder(dirty)], scales)
@@ -119,7 +124,7 @@ def test_unknown_letter_in_the_pattern_is_an_error(pattern):
 
 
 def test_attention_encoder_builds_no_full_map():
-    encoder = randomize(TransformerEncoder("IM", D, 8, FFN, 0.0))
+    encoder = randomize(attention_encoder("IM", num_heads=8))
     scales, _ = with_leaves(make_scales([16, 32], [(352, 320), (300, 200)]))
     num_cells = sum(scale.tokens.shape[1] for scale in scales)
     with LargestTensor() as largest:
@@ -175,6 +180,18 @@ def test_conv_encoder_serves_other_numbers_of_scales():
         assert_close(scale.tokens, reference.to_tokens(wanted))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(kernel_size=4), "kernel_size=4 must be odd"),
+        (dict(num_scales=1), "reduce_finest=True needs at least two scales"),
+    ],
+)
+def test_a_conv_encoder_that_cannot_be_is_an_error(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        conv_encoder(**settings)
+
+
 # ------------------------------------------------------------------------------------------ both
 
 
@@ -228,6 +245,33 @@ def test_checkpointing_keeps_less_and_changes_nothing(name, dropout):
     for expected, value in zip(outputs + gradients, same_outputs + same_gradients):
         assert_close(value, expected, 1e-6)
     assert kept_with_checkpointing < kept / 2
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_checkpointing_keeps_the_random_state_of_a_gpu(name, monkeypatch):
+    # Else the second pass would drop other elements than the first. No GPU is needed: its tensors
+    # have no data here.
+    devices = []
+
+    def device(index):
+        devices.append(index)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(8))
+    make, strides = ENCODERS[name]
+    with FakeTensorMode(), torch.device("cuda:0"):
+        encoder = make(dropout=0.3).train()
+        scales = [
+            Scale(torch.ones(2, 4**n, D), torch.ones(2, 4**n, D), None, (2**n, 2**n), stride)
+            for n, stride in zip((4, 3, 2, 1), strides)
+        ]
+        encoder(scales)
+        assert not devices
+        encoder.checkpointing = True
+        encoder(scales)
+    assert len(devices) >= len(encoder.layers) and set(devices) == {0}
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -1,7 +1,5 @@
 """The detector around encoder and decoder: scales, heads, losses, detections."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -14,6 +12,7 @@ from modeling_cases import (
     official_state_dict,
     randomize,
 )
+from smca.errors import UserError
 from smca.modeling import dropout as dropout_module
 from smca.modeling.backbone import build_resnet
 from smca.modeling.conv_encoder import ConvEncoder
@@ -21,7 +20,6 @@ from smca.modeling.criterion import SetCriterion
 from smca.modeling.decoder import Decoder
 from smca.modeling.detector import SMCA, Predictions
 from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.matcher import HungarianMatcher
 
 D, H, FFN, Q, C = 32, 4, 48, 7, 5
 MODELS = ["single scale", "multi scale", "conv"]
@@ -36,7 +34,8 @@ def make_model(
     features = features.get(kind, ["res3", "res4", "res5"])
     num_extra_scales = 0 if kind == "single scale" else 1
     if kind == "conv":
-        arguments = dict(num_layers=2, kernel_size=3, embed_dim=D, ffn_dim=FFN, dropout=dropout)
+        arguments = dict(num_layers=2, kernel_size=3, num_scales=4, reduce_finest=True)
+        arguments.update(embed_dim=D, ffn_dim=FFN, dropout=dropout)
         encoder = ConvEncoder(**{**arguments, **encoder_settings})
     else:
         arguments = dict(pattern=PATTERNS[kind], embed_dim=D, num_heads=H, ffn_dim=FFN)
@@ -50,17 +49,19 @@ def make_model(
         ffn_dim=FFN,
         dropout=dropout,
     )
+    defaults = dict(in_features=features, num_classes=C, num_queries=Q, embed_dim=D)
+    defaults["criterion"] = SetCriterion()
+    settings = {**defaults, **settings}
     return SMCA(
-        backbone=build_resnet(18, features, "GN", 0, num_blocks=(1, 1, 1, 1)),
-        in_features=features,
+        backbone=build_resnet(
+            depth=18, out_features=features, norm="GN", freeze_at=0, num_blocks=(1, 1, 1, 1)
+        ),
         num_extra_scales=num_extra_scales,
         encoder=encoder,
         decoder=decoder,
-        criterion=SetCriterion(HungarianMatcher()),
-        num_classes=C,
-        num_queries=Q,
-        embed_dim=D,
         dropout=dropout,
+        pixel_mean=(123.675, 116.28, 103.53),
+        pixel_std=(58.395, 57.12, 57.375),
         **settings,
     )
 
@@ -103,8 +104,7 @@ def make_inputs(num_objects=None, image_sizes=None):
             count = num_objects[i]
             corner = torch.rand(count, 2, generator=generator) * 0.5
             size = torch.rand(count, 2, generator=generator) * 0.4 + 0.1
-            scale = torch.tensor([width, height] * 2)
-            boxes = torch.cat([corner, corner + size], 1) * scale
+            boxes = torch.cat([corner, corner + size], 1) * torch.tensor([width, height] * 2)
             instances = Instances((height, width))
             instances.gt_boxes = Boxes(boxes)
             instances.gt_classes = torch.randint(0, C, (count,), generator=generator)
@@ -265,6 +265,33 @@ def test_dropout_is_on_in_training_and_off_in_eval():
     assert torch.equal(*scores)
 
 
+def test_training_without_a_criterion_is_an_error_and_detection_is_not():
+    model = make_model(criterion=None)
+    with pytest.raises(UserError, match="criterion=None.*SetCriterion"):
+        model.train()(make_inputs([1, 1]))
+    assert len(model.eval()(make_inputs())) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(max_detections=0), "max_detections=0 must be at least 1"),
+        (dict(num_classes=0), "num_classes=0 must be at least 1"),
+        (dict(num_queries=-1), "num_queries=-1 must be at least 1"),
+        (dict(embed_dim=30), "embed_dim=30 must be a multiple of 4"),
+        (
+            dict(in_features=["res5"]),
+            "in_features and num_extra_scales give 2 scales, .*made for 3.*num_scales=2",
+        ),
+        (dict(in_features=["res3", "res5"]), r"in_features names \['res3'\].*out_features"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_an_error_that_names_the_argument(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_model(**settings)
+
+
 # ------------------------------------------------------------------------------------ detections
 
 
@@ -387,7 +414,7 @@ def test_what_the_features_hold_under_padding_does_not_reach_the_predictions():
     scales = model.scales(model.preprocess(make_inputs()))
     sizes = torch.tensor([[w, h] for h, w in IMAGE_SIZES], dtype=torch.float32)
     dirty = [
-        replace(s, tokens=s.tokens.masked_fill(s.padding_mask[..., None], 50.0)) for s in scales
+        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], 50.0)) for s in scales
     ]
     outputs = []
     for given in (scales, dirty):

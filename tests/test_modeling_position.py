@@ -28,33 +28,39 @@ def cell_mask(height, width, *valid_sizes):
     ids=["whole", "padded", "one cell", "one row"],
 )
 def test_equals_the_reference(mask, num_features):
-    encoding = SinePositionEncoding(num_features)(mask)
+    encoding = SinePositionEncoding(2 * num_features)(mask)
     expected = reference.sine_position_encoding(mask, num_features)
     assert encoding.dtype == torch.float32
     torch.testing.assert_close(encoding, expected, atol=1e-5, rtol=0)
 
 
 def test_is_finite_where_an_image_has_no_valid_cell():
-    encoding = SinePositionEncoding(16)(cell_mask(3, 4, (3, 4), (0, 0)))
+    encoding = SinePositionEncoding(32)(cell_mask(3, 4, (3, 4), (0, 0)))
     assert encoding.isfinite().all()
 
 
 def test_of_valid_cells_does_not_depend_on_the_padding():
-    alone = SinePositionEncoding(16)(cell_mask(4, 5, (4, 5)))
-    padded = SinePositionEncoding(16)(cell_mask(7, 9, (4, 5)))
+    alone = SinePositionEncoding(32)(cell_mask(4, 5, (4, 5)))
+    padded = SinePositionEncoding(32)(cell_mask(7, 9, (4, 5)))
     torch.testing.assert_close(padded[:, :, :4, :5], alone)
 
 
 def test_half_precision_does_not_change_it():
     mask = cell_mask(6, 8, (6, 8), (4, 5))
-    encode = SinePositionEncoding(16)
+    encode = SinePositionEncoding(32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         encoding = encode(mask)
     torch.testing.assert_close(encoding, encode(mask))
 
 
+@pytest.mark.parametrize("embed_dim", [6, 30, 33])
+def test_a_width_that_cannot_be_split_is_an_error(embed_dim):
+    with pytest.raises(ValueError, match=f"embed_dim={embed_dim} must be a multiple of 4"):
+        SinePositionEncoding(embed_dim)
+
+
 def test_has_no_parameters():
-    assert not list(SinePositionEncoding(16).parameters())
+    assert not list(SinePositionEncoding(32).parameters())
 
 
 CPU = torch.device("cpu")

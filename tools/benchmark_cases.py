@@ -33,7 +33,7 @@ from analyze_model import analyze
 from smca.config import AMP_DTYPES, load_config
 from smca.data import draw_scene
 from smca.engine import Trainer
-from smca.modeling import SMCA, HungarianMatcher, SetCriterion
+from smca.modeling import SMCA, SetCriterion
 from smca.modeling.attention import attend_modulated
 from smca.modeling.matcher import Targets
 from smca.modeling.modulation import Gaussians, cell_channels, query_channels
@@ -164,13 +164,13 @@ def random_predictions(
 
 def build_matcher(options: Options) -> Run:
     """The matching of 16 images in 6 decoder layers."""
-    matcher, predictions = HungarianMatcher(), random_predictions(options)
+    matcher, predictions = SetCriterion().matcher, random_predictions(options)
     return lambda: matcher(*predictions)
 
 
 def build_criterion(options: Options) -> Run:
     """Losses of 16 images, matching included, and their gradients."""
-    criterion = SetCriterion(HungarianMatcher())
+    criterion = SetCriterion()
     logits, boxes, targets = random_predictions(options)
     inputs = [logits.requires_grad_(), boxes.requires_grad_()]
     if options.compile:
@@ -230,7 +230,7 @@ def build_inference(options: Options, config: str, size: Size) -> Run:
     model = build_model(options, load_config(config, options.overrides)).eval()
     images = random_images(1, size)
     if options.compile:
-        model.compile()
+        model.compile_parts()
     return without_gradients(options, lambda: model(images))
 
 
@@ -249,7 +249,7 @@ def build_train_step(options: Options, config: str, size: Size) -> Run:
     )
     trainer.iter, trainer.storage = 0, EventStorage()
     if options.compile:
-        model.compile()
+        model.compile_parts()
     return trainer.run_step
 
 

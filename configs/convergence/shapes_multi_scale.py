@@ -6,7 +6,6 @@ model.backbone.num_blocks = [1, 1, 1]
 model.in_features = ["res3", "res4"]
 model.num_extra_scales = 1
 model.encoder.pattern = "IIMII"
-model.decoder.num_scales = 3
 # With several scales a map's radius starts at sqrt(16 beta stride) pixels: 8 pixels at stride 8,
 # as in the demo.
 model.decoder.beta = 0.5

@@ -2,14 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from smca.modeling import (
-    SMCA,
-    Decoder,
-    HungarianMatcher,
-    SetCriterion,
-    TransformerEncoder,
-    build_resnet,
-)
+from smca.modeling import SMCA, Decoder, SetCriterion, TransformerEncoder, build_resnet
 
 model = L(SMCA)(
     backbone=L(build_resnet)(
@@ -35,22 +28,13 @@ model = L(SMCA)(
         spread="independent",
         beta=8.0,
         scale_selection=True,
-        num_scales=3,
+        num_scales="${smca.num_scales:${..in_features},${..num_extra_scales}}",
         embed_dim="${..embed_dim}",
         num_heads=8,
         ffn_dim=1024,
         dropout="${..dropout}",
     ),
-    criterion=L(SetCriterion)(
-        matcher=L(HungarianMatcher)(
-            class_weight=2.0, box_weight=5.0, giou_weight=2.0, alpha=0.25, gamma=2.0
-        ),
-        class_weight=2.0,
-        box_weight=5.0,
-        giou_weight=2.0,
-        alpha=0.25,
-        gamma=2.0,
-    ),
+    criterion=L(SetCriterion)(),
     num_classes=80,
     num_queries=300,
     embed_dim=256,

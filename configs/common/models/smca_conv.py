@@ -13,11 +13,10 @@ model.encoder = L(ConvEncoder)(
     kernel_size=7,
     share_cross_scale=True,
     pointwise=True,
-    num_scales=4,
+    num_scales="${smca.num_scales:${..in_features},${..num_extra_scales}}",
     reduce_finest=True,
     embed_dim="${..embed_dim}",
     ffn_dim=1024,
     dropout="${..dropout}",
     checkpointing=False,
 )
-model.decoder.num_scales = 4

@@ -7,4 +7,3 @@ model.num_extra_scales = 0
 model.encoder.pattern = "IIIIII"
 model.encoder.ffn_dim = 2048
 model.decoder.ffn_dim = 2048
-model.decoder.num_scales = 1

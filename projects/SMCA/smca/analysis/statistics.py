@@ -25,7 +25,8 @@ from smca.analysis.weight_maps import DetectionMaps, maps_of
 from smca.data import read_image
 from smca.errors import UserError
 from smca.modeling import SMCA
-from smca.modeling.matcher import HungarianMatcher, Targets
+from smca.modeling.criterion import SetCriterion
+from smca.modeling.matcher import Targets
 
 __all__ = [
     "ModulationStatistics",
@@ -217,7 +218,7 @@ def _match(
     height, width = truth.image_size
     boxes = truth.gt_boxes.tensor / torch.tensor([width, height] * 2)
     targets = Targets(truth.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
-    matcher = model.criterion.matcher if model.criterion else HungarianMatcher()
+    matcher = (model.criterion or SetCriterion()).matcher
     logits = logits.cpu()
     matching = matcher(logits, boxes_cxcywh.cpu(), [targets])
     truth = truth[matching.targets]

@@ -1,5 +1,6 @@
 """Configs: loading LazyConfigs with overrides, what they build, and the yacs way to them."""
 
+from . import resolvers  # noqa: F401
 from .build import build, build_model, dataset_names
 from .lazy import load_config
 from .names import get_config, get_config_file, list_configs

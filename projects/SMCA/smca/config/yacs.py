@@ -5,8 +5,10 @@ main settings. Nothing is defined twice."""
 
 from typing import Any, Dict, Iterator, Tuple
 
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode, configurable, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
 
+from smca import modeling
 from smca.config.names import get_config
 from smca.errors import ConfigError
 
@@ -72,3 +74,16 @@ def model_arguments(cfg: CfgNode) -> Dict[str, Any]:
             )
         node[name] = value
     return {name: instantiate(value) for name, value in model.items() if name != "_target_"}
+
+
+@META_ARCH_REGISTRY.register()
+class SMCA(modeling.SMCA):
+    """The meta-architecture ``SMCA`` of yacs configs: the model, built from ``cfg.MODEL.SMCA``."""
+
+    @configurable
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        return model_arguments(cfg)

@@ -216,7 +216,7 @@ def _build_trainer(cfg, model, train_loader):
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     if train.compile:
-        model.compile()
+        model.compile_parts()
     ddp = OmegaConf.to_container(train.ddp, resolve=True)
     is_cuda = torch.device(train.device).type == "cuda"
     return Trainer(

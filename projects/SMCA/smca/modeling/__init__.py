@@ -1,4 +1,4 @@
-"""The model, one concept a file. Importing this registers the meta-architecture ``SMCA``."""
+"""The model, one concept a file."""
 
 from .backbone import build_resnet
 from .conv_encoder import ConvEncoder

@@ -1,27 +1,29 @@
 """DETR's ResNets, put together from Detectron2's blocks, and faster frozen batch norm."""
 
-from typing import Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
-# Blocks in each stage.
-_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# Blocks in each stage, by depth.
+_NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 def build_resnet(
-    depth: int = 50,
-    out_features: Sequence[str] = ("res5",),
-    norm: str = "FrozenBN",
-    freeze_at: int = 2,
+    *,
+    depth: int,
+    out_features: Sequence[str],
+    norm: str,
+    freeze_at: int,
     dilated_res5: bool = False,
     num_blocks: Optional[Sequence[int]] = None,
 ) -> ResNet:
     """A ResNet as torchvision's weights want it: the stride is in the 3x3 convolution.
 
-    Detectron2's `build_resnet_backbone` gives the same from a yacs config.
+    Detectron2's `ResNet.make_default_stages` can neither dilate the last stage alone nor make
+    smaller networks; its `build_resnet_backbone` wants a yacs config.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -34,18 +36,18 @@ def build_resnet(
     Raises:
         ValueError: for another depth, or a dilated ResNet of basic blocks.
     """
-    if depth not in _STAGES:
-        raise ValueError(f"model.backbone.depth={depth} must be one of {sorted(_STAGES)}.")
+    if depth not in _NUM_BLOCKS:
+        raise ValueError(f"depth={depth} must be one of {sorted(_NUM_BLOCKS)}.")
     bottleneck = depth >= 50
     if dilated_res5 and not bottleneck:
-        raise ValueError("model.backbone.dilated_res5 needs depth 50 or 101.")
+        raise ValueError("dilated_res5=True needs depth 50 or 101.")
     stages, in_channels = [], 64
-    for index, blocks in enumerate(num_blocks or _STAGES[depth]):
+    for index, blocks in enumerate(num_blocks or _NUM_BLOCKS[depth]):
         width = 64 * 2**index
         out_channels = 4 * width if bottleneck else width
         dilated = dilated_res5 and index == 3
         stride = 1 if index == 0 or dilated else 2
-        kwargs = {}
+        kwargs: Dict[str, Any] = {}
         if bottleneck:
             kwargs = dict(bottleneck_channels=width, stride_in_1x1=False)
             if dilated:
@@ -72,16 +74,19 @@ class FrozenNormConv2d(Conv2d):
 
     norm(conv(x)) = s (w * x) + b - s m = (s w) * x + (b - s m), with s = weight / sqrt(variance +
     eps). Folding costs a pass over the weights and saves two over the much larger output, in
-    training too. Parameters, buffers and their names stay as they are.
+    training too. Parameters, buffers and their names stay as they are. With another norm in place
+    of the frozen one it is Detectron2's convolution again.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, c', h', w')"""
         norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = self.weight * scale[:, None, None, None]
+        if not isinstance(norm, FrozenBatchNorm2d):
+            return super().forward(x)
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = self.weight * factor[:, None, None, None]
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        x = self._conv_forward(x, weight, norm.bias - mean * scale)
+        x = self._conv_forward(x, weight, norm.bias - mean * factor)
         return x if self.activation is None else self.activation(x)
 
 

@@ -1,8 +1,8 @@
-"""Box arithmetic that torchvision and fvcore lack: a GIoU that broadcasts.
+"""Generalised IoU of boxes that broadcast; the rest of box arithmetic is torchvision's.
 
-Conversions come from torchvision (``box_convert``). Its GIoU is either pairwise or a loss that
-indexes with a Boolean mask, which makes a GPU wait for the host; this one serves the matcher
-(every query with every target) and the loss (matched pairs) alike.
+torchvision's GIoU loss picks elements with a Boolean mask, for which the host has to wait for a
+GPU, and its pairwise GIoU takes no batches in version 0.21. This one serves the matcher (every
+query with every object) and the loss (matched pairs) alike.
 """
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 
 
 def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes that broadcast.
+    """Generalised IoU (Rezatofighi et al., CVPR 2019).
 
     Args:
-        boxes1_xyxy, boxes2_xyxy: (..., 4) corners (x0, y0, x1, y1) in any one unit, x1 >= x0 and
-            y1 >= y0. The leading dimensions broadcast: (N, 1, 4) with (M, 4) gives all pairs.
+        boxes1_xyxy: (..., 4) corners (x0, y0, x1, y1) in any one unit, x1 >= x0 and y1 >= y0.
+        boxes2_xyxy: (..., 4) likewise. The leading dimensions broadcast: (N, 1, 4) with (M, 4)
+            gives all pairs.
 
     Returns:
-        (...) in [-1, 1]; 0 / 0 (two empty boxes at one point) counts as 0.
+        (...) in [-1, 1]; a ratio of two areas of 0 (both boxes empty) counts as 0.
     """
     x0, y0, x1, y1 = boxes1_xyxy.unbind(-1)
     u0, v0, u1, v1 = boxes2_xyxy.unbind(-1)
@@ -26,7 +27,7 @@ def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     intersection = width * height
     union = (x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - intersection
     hull = (torch.max(x1, u1) - torch.min(x0, u0)) * (torch.max(y1, v1) - torch.min(y0, v0))
-    # Only an empty union or hull is touched: float32's smallest normal number is added to nothing
-    # larger without being rounded away.
-    tiny = torch.finfo(union.dtype).tiny
-    return intersection / (union + tiny) - (hull - union) / (hull + tiny)
+    # The smallest float that is not 0: it keeps 0 / 0 from being NaN and, next to any area of a
+    # real box, is lost in rounding.
+    eps = torch.finfo(union.dtype).tiny
+    return intersection / (union + eps) - (hull - union) / (hull + eps)

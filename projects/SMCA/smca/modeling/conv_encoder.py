@@ -4,7 +4,6 @@ Depthwise convolutions mix the cells of a scale and of its neighbours in place o
 They do not know the padding mask: what lies under padding does reach the valid cells near it.
 """
 
-from dataclasses import replace
 from typing import List
 
 import torch.nn.functional as F
@@ -16,31 +15,29 @@ from .scales import Scale, as_tokens
 
 
 def depthwise(embed_dim: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """Convolution of each channel by itself, to ceil(h / stride) x ceil(w / stride) cells."""
     return nn.Conv2d(
         embed_dim, embed_dim, kernel_size, stride, padding=kernel_size // 2, groups=embed_dim
     )
-
-
-def pointwise(convolution: nn.Module, tokens: Tensor) -> Tensor:
-    """A 1x1 convolution (or an identity) on (B, S, d) tokens: a matrix product, whatever the memory
-    format."""
-    if isinstance(convolution, nn.Identity):
-        return tokens
-    return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
 
 class ConvEncoderLayer(nn.Module):
     """Convolutions within and between neighbouring scales, then the FFN; post-norm.
 
     Args:
-        num_scales: L. kernel_size: k of all depthwise convolutions, odd.
+        embed_dim: d.
+        num_scales: L.
+        kernel_size: k of all depthwise convolutions, odd.
         share_cross_scale: one downward and one upward convolution for all pairs of scales, not
             one for each pair.
         pointwise: the two 1x1 convolutions around the depthwise ones, shared by the scales.
+        ffn_dim: width of the feed-forward block.
+        dropout: of the convolutions' and the feed-forward block's result.
     """
 
     def __init__(
         self,
+        *,
         embed_dim: int,
         num_scales: int,
         kernel_size: int,
@@ -50,9 +47,8 @@ class ConvEncoderLayer(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        num_cross = 1 if share_cross_scale else num_scales - 1
-        if num_scales == 1:
-            num_cross = 0
+        num_pairs = num_scales - 1
+        num_cross = min(num_pairs, 1) if share_cross_scale else num_pairs
         self.conv_in = nn.Conv2d(embed_dim, embed_dim, 1) if pointwise else nn.Identity()
         self.intra = nn.ModuleList(depthwise(embed_dim, kernel_size) for _ in range(num_scales))
         self.down = nn.ModuleList(depthwise(embed_dim, kernel_size, 2) for _ in range(num_cross))
@@ -63,25 +59,25 @@ class ConvEncoderLayer(nn.Module):
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
+        """The scales with this layer's tokens."""
         maps = [
-            intra(scale.as_map(pointwise(self.conv_in, scale.tokens + scale.position)))
+            intra(self.conv_in(scale.as_map(scale.tokens + scale.position)))
             for intra, scale in zip(self.intra, scales)
         ]
         mixed = list(maps)
         for fine in range(len(maps) - 1):
             coarse = fine + 1
-            # A shared convolution is the last one for every pair.
-            index = min(fine, len(self.down) - 1)
-            down, up = self.down[index], self.up[index]
+            pair = 0 if len(self.down) == 1 else fine
+            down, up = self.down[pair], self.up[pair]
             mixed[coarse] = mixed[coarse] + down(maps[fine])
             mixed[fine] = mixed[fine] + F.interpolate(
                 up(maps[coarse]), size=maps[fine].shape[-2:], mode="bilinear", align_corners=True
             )
-        return [self._finish(scale, m) for scale, m in zip(scales, mixed)]
+        return [self._finish(scale, feature_map) for scale, feature_map in zip(scales, mixed)]
 
     def _finish(self, scale: Scale, mixed: Tensor) -> Scale:
-        update = self.dropout(pointwise(self.conv_out, as_tokens(mixed)))
-        return replace(scale, tokens=self.ffn(self.norm(scale.tokens + update)))
+        update = self.dropout(as_tokens(self.conv_out(mixed)))
+        return scale._replace(tokens=self.ffn(self.norm(scale.tokens + update)))
 
 
 class ConvEncoder(nn.Module):
@@ -89,37 +85,52 @@ class ConvEncoder(nn.Module):
 
     Args:
         num_layers: 6 in the released logs, 5 in the released file.
-        kernel_size: 7 in the logs, 5 in the file. share_cross_scale, pointwise: see the layer.
+        kernel_size: 7 in the logs, 5 in the file; odd.
+        share_cross_scale: one convolution for all pairs of scales, see `ConvEncoderLayer`.
+        pointwise: the two 1x1 convolutions of a layer.
         num_scales: L, fine to coarse; each scale has twice the stride of the one before.
         reduce_finest: before the decoder, the finest map goes through a 3x3 stride-2 convolution
             and takes over the position, mask and stride of the second scale (strides 8, 16, 32, 64
             become 16, 16, 32, 64).
+        embed_dim: d.
+        ffn_dim: width of the feed-forward block.
+        dropout: of each block's result.
         checkpointing: as in `TransformerEncoder`.
+
+    Raises:
+        ValueError: for an even kernel size, or one scale that should be reduced.
     """
 
     def __init__(
         self,
-        num_layers: int = 6,
-        kernel_size: int = 7,
+        *,
+        num_layers: int,
+        kernel_size: int,
+        num_scales: int,
+        reduce_finest: bool,
+        embed_dim: int,
+        ffn_dim: int,
+        dropout: float,
         share_cross_scale: bool = True,
         pointwise: bool = True,
-        num_scales: int = 4,
-        reduce_finest: bool = True,
-        embed_dim: int = 256,
-        ffn_dim: int = 1024,
-        dropout: float = 0.1,
         checkpointing: bool = False,
     ):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"model.encoder.kernel_size={kernel_size} must be odd.")
+            raise ValueError(f"kernel_size={kernel_size} must be odd.")
         if reduce_finest and num_scales < 2:
-            raise ValueError("model.encoder.reduce_finest needs at least two scales.")
+            raise ValueError("reduce_finest=True needs at least two scales.")
         self.num_scales = num_scales
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             ConvEncoderLayer(
-                embed_dim, num_scales, kernel_size, share_cross_scale, pointwise, ffn_dim, dropout
+                embed_dim=embed_dim,
+                num_scales=num_scales,
+                kernel_size=kernel_size,
+                share_cross_scale=share_cross_scale,
+                pointwise=pointwise,
+                ffn_dim=ffn_dim,
+                dropout=dropout,
             )
             for _ in range(num_layers)
         )
@@ -127,11 +138,17 @@ class ConvEncoder(nn.Module):
         self.reduce = nn.Conv2d(embed_dim, embed_dim, 3, 2, padding=1) if reduce_finest else None
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
-        """The scales with encoded tokens, the finest reduced if so set."""
+        """
+        Args:
+            scales: the L scales, fine to coarse.
+
+        Returns:
+            As many scales with encoded tokens, the finest reduced if so set.
+        """
         for layer in self.layers:
             scales = run_layer(layer, self.checkpointing and self.training, scales)
         if self.reduce is not None:
             finest = scales[0]
             tokens = as_tokens(self.reduce(finest.as_map(finest.tokens)))
-            scales = [replace(scales[1], tokens=tokens), *scales[1:]]
+            scales = [scales[1]._replace(tokens=tokens), *scales[1:]]
         return scales

@@ -1,24 +1,23 @@
 """The meta-architecture: ResNet features -> scales -> encoder -> decoder -> classes and boxes."""
 
 import math
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ..errors import UserError
 from .attention import float32_region
 from .backbone import fold_frozen_norms
-from .criterion import SetCriterion
 from .decoder import DecoderOutput
 from .layers import mlp
 from .matcher import Targets
 from .neck import ScaleProjection
 from .position_encoding import SinePositionEncoding
-from .scales import Scale, as_tokens, padding_masks
+from .scales import Scale, Size, as_tokens, padding_masks
 
 
 class Predictions(NamedTuple):
@@ -32,7 +31,6 @@ class Predictions(NamedTuple):
     boxes_cxcywh: Tensor
 
 
-@META_ARCH_REGISTRY.register()
 class SMCA(nn.Module):
     """DETR with spatially modulated co-attention (SMCA, ICCV 2021), single- or multi-scale.
 
@@ -45,29 +43,35 @@ class SMCA(nn.Module):
         encoder: a `TransformerEncoder` or `ConvEncoder`.
         decoder: a `Decoder`.
         criterion: gives the losses in training; None for inference only.
-        num_classes: C. num_queries: Q. embed_dim: d, the same in all parts.
+        num_classes: C.
+        num_queries: Q.
+        embed_dim: d, the same in all parts.
         dropout: the one rate that encoder and decoder were built with (their configs refer to it).
         max_detections: detections returned for each image; None: as many as queries (DETR).
-        pixel_mean, pixel_std: of the channels of the input image, RGB, 0 to 255.
+        pixel_mean: of the channels of the input image, RGB, 0 to 255.
+        pixel_std: likewise.
+
+    Raises:
+        ValueError: for a number that is too small, a width that is no multiple of 4, features that
+            the backbone does not give, or parts made for another number of scales.
     """
 
-    @configurable
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: Backbone,
         in_features: Sequence[str],
-        num_extra_scales: int = 0,
+        num_extra_scales: int,
         encoder: nn.Module,
         decoder: nn.Module,
-        criterion: Optional[SetCriterion] = None,
-        num_classes: int = 80,
-        num_queries: int = 300,
-        embed_dim: int = 256,
-        dropout: float = 0.1,
+        criterion: Optional[nn.Module] = None,
+        num_classes: int,
+        num_queries: int,
+        embed_dim: int,
+        dropout: float,
         max_detections: Optional[int] = None,
-        pixel_mean: Tuple[float, float, float] = (123.675, 116.28, 103.53),
-        pixel_std: Tuple[float, float, float] = (58.395, 57.12, 57.375),
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
     ):
         super().__init__()
         num_scales = len(in_features) + num_extra_scales
@@ -75,14 +79,16 @@ class SMCA(nn.Module):
             expected = getattr(part, "num_scales", num_scales)
             if expected != num_scales:
                 raise ValueError(
-                    f"model.in_features and model.num_extra_scales give {num_scales} scales, but "
-                    f"the {name} is made for {expected}: set model.{name}.num_scales={num_scales}."
+                    f"in_features and num_extra_scales give {num_scales} scales, but the {name} "
+                    f"is made for {expected}: build it with num_scales={num_scales}."
                 )
-        if num_classes < 1 or num_queries < 1:
-            raise ValueError(
-                f"model.num_classes={num_classes} and model.num_queries={num_queries} must be at "
-                "least 1."
-            )
+        for name, value in (
+            ("num_classes", num_classes),
+            ("num_queries", num_queries),
+            ("max_detections", max_detections),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
         self.backbone = fold_frozen_norms(backbone)
         self.neck = ScaleProjection(
             backbone.output_shape(), in_features, num_extra_scales, embed_dim
@@ -92,9 +98,9 @@ class SMCA(nn.Module):
         self.criterion = criterion
         self.num_classes = num_classes
         self.dropout = dropout
-        self.max_detections = max_detections or num_queries
+        self.max_detections = num_queries if max_detections is None else max_detections
 
-        self.position_encoding = SinePositionEncoding(embed_dim // 2)
+        self.position_encoding = SinePositionEncoding(embed_dim)
         self.scale_embed = nn.Embedding(num_scales, embed_dim) if num_scales > 1 else None
         self.query_embed = nn.Embedding(num_queries, embed_dim)
         self.class_embed = nn.Linear(embed_dim, num_classes)
@@ -102,29 +108,32 @@ class SMCA(nn.Module):
         # Every query starts at a foreground probability of 0.01 (focal loss, section 4.1).
         nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
 
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
         # Convolutions are faster so, and their results are tokens without a copy.
         self.to(memory_format=torch.channels_last)
 
-    @classmethod
-    def from_config(cls, cfg) -> Dict:
-        """Constructor arguments from a yacs config, see `smca.config.add_smca_config`."""
-        from ..config.yacs import model_arguments
-
-        return model_arguments(cfg)
-
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def compile(self, **kwargs) -> None:
-        """Compile backbone, encoder and decoder in place with ``torch.compile`` and its arguments,
-        for images of any size. What is left works on lists of images and on the host."""
+    def compile_parts(self, **kwargs: Any) -> None:
+        """Compile backbone, encoder and decoder in place, for images of any size.
+
+        What is left works on lists of images and on the host: `compile`, which takes all of it, is
+        slower.
+
+        Args:
+            kwargs: of ``torch.compile``.
+        """
         for part in (self.backbone, self.encoder, self.decoder):
             part.compile(**{"dynamic": True, **kwargs})
 
-    def forward(self, batched_inputs: List[Dict]):
+    def forward(
+        self, batched_inputs: List[Dict[str, Any]]
+    ) -> Union[Dict[str, Tensor], List[Dict[str, Instances]]]:
         """
         Args:
             batched_inputs: one dict an image: ``image``, (3, height, width) RGB, 0 to 255; in
@@ -135,16 +144,25 @@ class SMCA(nn.Module):
             In training a dict of weighted losses, whose sum is the objective. Else a list of
             ``{"instances": Instances}`` with ``pred_boxes`` (in pixels of height and width),
             ``scores``, ``pred_classes`` and ``query_indices``, best first.
+
+        Raises:
+            UserError: in training without a criterion.
         """
         images = self.preprocess(batched_inputs)
+        if not self.training:
+            predictions = self.predict(self.decode(images))
+            return self.inference(predictions, batched_inputs, images.image_sizes)
+        if self.criterion is None:
+            raise UserError(
+                "The model has criterion=None and cannot be trained: build it with a SetCriterion, "
+                "or call eval() for detections."
+            )
         predictions = self.predict(self.decode(images))
-        if self.training:
-            targets = [self._targets(x["instances"]) for x in batched_inputs]
-            return self.criterion(*predictions, targets)
-        return self.inference(predictions, batched_inputs, images.image_sizes)
+        targets = [self._targets(x["instances"]) for x in batched_inputs]
+        return self.criterion(*predictions, targets)
 
-    def preprocess(self, batched_inputs: List[Dict]) -> ImageList:
-        """Images normalised, then padded at the right and bottom with zeros."""
+    def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+        """Images normalised, then padded at the right and bottom with zeros: (B, 3, H, W)."""
         images = [
             (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
             for x in batched_inputs
@@ -160,7 +178,7 @@ class SMCA(nn.Module):
         """The encoder's input: features, positions and padding masks, from fine to coarse."""
         maps = self.neck(self.backbone(images.tensor))
         padded_size = tuple(images.tensor.shape[-2:])
-        sizes = [tuple(feature_map.shape[-2:]) for feature_map in maps]
+        sizes: List[Size] = [tuple(feature_map.shape[-2:]) for feature_map in maps]
         masks = padding_masks(images.image_sizes, padded_size, sizes, self.device)
         scales = []
         for index, (size, mask) in enumerate(zip(sizes, masks)):
@@ -193,22 +211,34 @@ class SMCA(nn.Module):
             return Predictions(logits, boxes.sigmoid())
 
     def inference(
-        self, predictions: Predictions, batched_inputs: List[Dict], image_sizes: List[Tuple]
-    ) -> List[Dict]:
+        self,
+        predictions: Predictions,
+        batched_inputs: List[Dict[str, Any]],
+        image_sizes: Sequence[Tuple[int, int]],
+    ) -> List[Dict[str, Instances]]:
         """The best of all Q * C pairs of query and class, boxes scaled to the original image.
 
         Several detections may come from one query; there is no non-maximum suppression, and
-        boxes are not clipped to the image (DETR)."""
+        boxes are not clipped to the image (DETR).
+
+        Args:
+            predictions: of the last layer at least.
+            batched_inputs: as in `forward`.
+            image_sizes: (height, width) of each image, where the item does not say another.
+
+        Returns:
+            As `forward` in evaluation.
+        """
         scores = predictions.logits[-1].sigmoid().flatten(1)
         scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         queries, classes = indices // self.num_classes, indices % self.num_classes
         boxes = box_convert(predictions.boxes_cxcywh[-1], "cxcywh", "xyxy")
         results = []
-        for image, (item, size) in enumerate(zip(batched_inputs, image_sizes)):
-            height, width = item.get("height", size[0]), item.get("width", size[1])
-            scale = boxes.new_tensor([width, height, width, height])
+        for image, (item, (own_height, own_width)) in enumerate(zip(batched_inputs, image_sizes)):
+            height, width = item.get("height", own_height), item.get("width", own_width)
+            size = boxes.new_tensor([width, height, width, height])
             instances = Instances((height, width))
-            instances.pred_boxes = Boxes(boxes[image, queries[image]] * scale)
+            instances.pred_boxes = Boxes(boxes[image, queries[image]] * size)
             instances.scores = scores[image]
             instances.pred_classes = classes[image]
             instances.query_indices = queries[image]

@@ -1,6 +1,5 @@
 """Intra-scale and multi-scale self-attention encoder (SMCA, section 3.4)."""
 
-from dataclasses import replace
 from functools import partial
 from typing import List, Optional
 
@@ -28,7 +27,9 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         """
         Args:
-            tokens, position: (B, S, d). padding_mask: (B, S) bool, True on padding, or None.
+            tokens: (B, S, d).
+            position: (B, S, d), added to queries and keys.
+            padding_mask: (B, S) bool, True on padding; None where nothing is.
 
         Returns:
             (B, S, d)
@@ -46,25 +47,31 @@ class TransformerEncoder(nn.Module):
 
     Args:
         pattern: a letter for each layer, in order; the paper's best is "IIMII".
-        embed_dim: d. num_heads: H. ffn_dim: width of the feed-forward block. dropout: of attention
-            weights and of each block's result.
+        embed_dim: d.
+        num_heads: H.
+        ffn_dim: width of the feed-forward block.
+        dropout: of attention weights and of each block's result.
         checkpointing: in training, keep only each layer's input and compute the layer again in the
             backward pass: less memory for more time.
+
+    Raises:
+        ValueError: for another letter in `pattern`.
     """
 
     def __init__(
         self,
-        pattern: str = "IIMII",
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        ffn_dim: int = 1024,
-        dropout: float = 0.1,
+        *,
+        pattern: str,
+        embed_dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
         checkpointing: bool = False,
     ):
         super().__init__()
         if set(pattern) - set("IM"):
             raise ValueError(
-                f"model.encoder.pattern={pattern!r} may only hold the letters I (intra-scale) and "
+                f"pattern={pattern!r} may only hold the letters I (intra-scale) and "
                 "M (multi-scale), one for each layer, for instance 'IIMII'."
             )
         self.pattern = pattern
@@ -75,7 +82,13 @@ class TransformerEncoder(nn.Module):
         xavier_uniform(self)
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
-        """The scales with encoded tokens, in the same order."""
+        """
+        Args:
+            scales: fine to coarse.
+
+        Returns:
+            The scales with encoded tokens, in the same order.
+        """
         joined_position = torch.cat([scale.position for scale in scales], dim=1)
         joined_mask = join_padding_masks(scales)
         num_cells = [scale.tokens.shape[1] for scale in scales]
@@ -89,4 +102,4 @@ class TransformerEncoder(nn.Module):
             else:
                 joined = run(torch.cat(tokens, dim=1), joined_position, joined_mask)
                 tokens = list(joined.split(num_cells, dim=1))
-        return [replace(scale, tokens=t) for scale, t in zip(scales, tokens)]
+        return [scale._replace(tokens=t) for scale, t in zip(scales, tokens)]

@@ -1,6 +1,8 @@
 """What encoder, decoder and heads share: the feed-forward block, a small MLP, initialisation,
 activation checkpointing."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
@@ -38,7 +40,9 @@ def xavier_uniform(module: nn.Module) -> None:
             nn.init.xavier_uniform_(parameter)
 
 
-def run_layer(layer: nn.Module, checkpointing: bool, *args):
+def run_layer(layer: nn.Module, checkpointing: bool, *args: Any) -> Any:
     """``layer(*args)``; with checkpointing its activations are not kept but computed again, with
-    the same dropout, in the backward pass."""
+    the same dropout, in the backward pass.
+
+    Every tensor has to be an argument, or in a list, tuple or dict that is one."""
     return checkpoint(layer, *args, use_reentrant=False) if checkpointing else layer(*args)

@@ -1,6 +1,6 @@
 """Hungarian matching of predictions and objects, for all decoder layers at once."""
 
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -37,15 +37,23 @@ class HungarianMatcher(nn.Module):
 
     p the predicted probability of the object's class. Where an image has more objects than
     queries, the objects of greatest cost stay unmatched.
+
+    Args:
+        class_weight: of the class cost.
+        box_weight: of the L1 distance of the boxes.
+        giou_weight: of the generalised IoU.
+        alpha: of the focal loss, whose change by a match is the class cost.
+        gamma: of the focal loss.
     """
 
     def __init__(
         self,
-        class_weight: float = 2.0,
-        box_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        *,
+        class_weight: float,
+        box_weight: float,
+        giou_weight: float,
+        alpha: float,
+        gamma: float,
     ):
         super().__init__()
         self.class_weight = class_weight
@@ -61,18 +69,17 @@ class HungarianMatcher(nn.Module):
             boxes_cxcywh: (N, B, Q, 4) relative to the image.
             targets: of the B images.
 
-        Raises:
-            FloatingPointError: if a logit is NaN or a box is not finite.
+        Returns:
+            For every layer the pairs of each image, as many as it has objects or queries,
+            whichever is less; also for predictions that are not finite, which come last.
         """
         # The only transfer from the device: every layer and image together.
-        cost = self.cost(logits, boxes_cxcywh, targets).cpu()
-        if not cost.isfinite().all():
-            raise FloatingPointError(
-                "The model's predictions are not finite: training has diverged. Resume from the "
-                "last checkpoint with a lower optimizer.lr, or with train.amp.enabled=False."
-            )
-        cost = cost.numpy()
-        pairs, first_target = [], 0
+        costs = self.cost(logits, boxes_cxcywh, targets).cpu()
+        # SciPy refuses NaN. To raise here would leave the other processes of a training waiting
+        # for this one: the losses say it to all of them.
+        cost = costs.nan_to_num(nan=torch.finfo(costs.dtype).max).numpy()
+        pairs: List[Tuple[int, int, int, int]] = []
+        first_target = 0
         for image, target in enumerate(targets):
             count = len(target.labels)
             for layer in range(len(cost)):
@@ -86,8 +93,14 @@ class HungarianMatcher(nn.Module):
         return Matching(*indices.to(logits.device, non_blocking=True))
 
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: List[Targets]) -> Tensor:
-        """(N, B, Q, T) with T the largest number of objects of an image; an image's columns beyond
-        its own objects mean nothing."""
+        """
+        Args:
+            As in `forward`.
+
+        Returns:
+            (N, B, Q, T) with T the largest number of objects of an image; an image's columns
+            beyond its own objects mean nothing.
+        """
         labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
         target_boxes = nn.utils.rnn.pad_sequence(
             [t.boxes_cxcywh for t in targets], batch_first=True

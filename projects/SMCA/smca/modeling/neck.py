@@ -15,21 +15,24 @@ class ScaleProjection(nn.Module):
         num_extra_scales: how many coarser scales to add: the first from the last feature, each
             further one from the one before.
         embed_dim: d.
+
+    Raises:
+        ValueError: for features that the backbone does not give.
     """
 
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
         in_features: Sequence[str],
-        num_extra_scales: int = 0,
-        embed_dim: int = 256,
+        num_extra_scales: int,
+        embed_dim: int,
     ):
         super().__init__()
         missing = [name for name in in_features if name not in input_shape]
         if missing:
             raise ValueError(
-                f"model.in_features names {missing}, but the backbone gives "
-                f"{list(input_shape)}: add them to model.backbone.out_features."
+                f"in_features names {missing}, but the backbone gives {list(input_shape)}: add "
+                "them to the backbone's out_features."
             )
         self.in_features = list(in_features)
         shapes = [input_shape[name] for name in in_features]
@@ -45,7 +48,13 @@ class ScaleProjection(nn.Module):
             channels = embed_dim
 
     def forward(self, features: Dict[str, Tensor]) -> List[Tensor]:
-        """(B, d, h, w) maps from fine to coarse, of ``self.strides`` pixels a cell."""
+        """
+        Args:
+            features: the backbone's output, (B, c, h, w) by name.
+
+        Returns:
+            (B, d, h, w) maps from fine to coarse, of ``self.strides`` pixels a cell.
+        """
         inputs = [features[name] for name in self.in_features]
         maps = [self.projections[name](x) for name, x in zip(self.in_features, inputs)]
         coarsest = inputs[-1]

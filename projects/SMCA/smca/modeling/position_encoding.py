@@ -13,13 +13,18 @@ class SinePositionEncoding(nn.Module):
     (0, 2 pi], so that an image's encoding does not depend on how the batch was padded.
 
     Args:
-        num_features: features for y, and as many for x; half the model's width.
+        embed_dim: d: half of it for y, half for x, each half sines and cosines.
         temperature: base of the geometric series of wave lengths.
+
+    Raises:
+        ValueError: if embed_dim is no multiple of 4.
     """
 
-    def __init__(self, num_features: int = 128, temperature: float = 10000.0):
+    def __init__(self, embed_dim: int, temperature: float = 10000.0):
         super().__init__()
-        self.num_features = num_features
+        if embed_dim % 4:
+            raise ValueError(f"embed_dim={embed_dim} must be a multiple of 4.")
+        self.num_features = embed_dim // 2
         self.temperature = temperature
 
     def forward(self, padding_mask: Tensor) -> Tensor:
@@ -28,7 +33,7 @@ class SinePositionEncoding(nn.Module):
             padding_mask: (B, h, w) bool, True on padding.
 
         Returns:
-            (B, 2 * num_features, h, w) float32: the features of y, then those of x.
+            (B, d, h, w) float32: the features of y, then those of x.
         """
         valid = (~padding_mask).float()
         rows, columns = valid.cumsum(1), valid.cumsum(2)
@@ -41,5 +46,6 @@ class SinePositionEncoding(nn.Module):
 
     @staticmethod
     def _waves(angle: Tensor, wave_length: Tensor) -> Tensor:
+        """(B, h, w) and (F,) -> (B, F, h, w), sine and cosine by turns."""
         phase = angle[:, None] / wave_length[:, None, None]
         return torch.stack([phase[:, 0::2].sin(), phase[:, 1::2].cos()], dim=2).flatten(1, 2)

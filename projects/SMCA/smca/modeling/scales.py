@@ -6,8 +6,7 @@ True on padding.
 """
 
 import math
-from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,11 @@ from torch import Tensor
 Size = Tuple[int, int]  # (height, width)
 
 
-@dataclass
-class Scale:
+class Scale(NamedTuple):
     """One scale of a batch, its cells as tokens in row-major order.
+
+    A tuple, so that torch finds the tensors in it wherever it looks through a function's arguments
+    (activation checkpointing does, for the devices whose random numbers it has to restore).
 
     Attributes:
         tokens: (B, S, d) features.
@@ -46,8 +47,8 @@ def as_tokens(feature_map: Tensor) -> Tensor:
 
 def join_padding_masks(scales: Sequence[Scale]) -> Optional[Tensor]:
     """The padding masks of all scales as one (B, S), or None if nothing is padded."""
-    masks = [scale.padding_mask for scale in scales]
-    return None if masks[0] is None else torch.cat(masks, dim=1)
+    masks = [scale.padding_mask for scale in scales if scale.padding_mask is not None]
+    return torch.cat(masks, dim=1) if masks else None
 
 
 def padding_masks(
@@ -61,6 +62,7 @@ def padding_masks(
         image_sizes: (height, width) of each image in pixels, before the batch was padded.
         padded_size: (H, W) of the batch in pixels.
         sizes: (h, w) of each scale in cells.
+        device: of the result.
 
     Returns:
         (B, h, w) bool for each scale, True on padding; None for all if no cell of any is padding.
