@@ -1,16 +1,18 @@
 """Every config is whole, makes the published model, and can be built both ways."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import get_cfg, instantiate
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import SwinTransformer, ViT, build_model
+from omegaconf import OmegaConf
 
 from engine_cases import write_dataset
 from smca import add_smca_config
-from smca.config import load_config
+from smca.config import get_config, load_config, quoted
 from smca.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -56,6 +58,53 @@ def detect(model, height=64, width=96):
 @pytest.mark.parametrize("name", FILES)
 def test_config_builds_its_model(name):
     assert trainable_parameters(build_without_memory(load(name))) > 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_output_goes_to_a_folder_with_the_configs_name(name):
+    path = str(CONFIGS / f"{name}.py")
+    assert load_config(path).train.output_dir == f"output/{name}"
+    assert get_config(name).train.output_dir == f"output/{name}"
+    assert LazyConfig.load(path).train.output_dir == "output"
+    assert load_config(path, ["train.output_dir=output"]).train.output_dir == "output"
+
+
+def test_output_of_a_config_elsewhere_goes_to_a_folder_with_its_name(tmp_path):
+    shutil.copytree(CONFIGS / "common", tmp_path / "common")
+    path = tmp_path / "mine.py"
+    source = (CONFIGS / "smca_shapes.py").read_text()
+    path.write_text(source)
+    assert load_config(str(path)).train.output_dir == "output/mine"
+    path.write_text(source + "train.output_dir = 'here'\n")
+    assert load_config(str(path)).train.output_dir == "here"
+
+
+def test_a_config_that_training_wrote_keeps_its_output_folder(tmp_path):
+    cfg = load("smca_shapes", "train.output_dir=output")
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    assert load_config(str(tmp_path / "config.yaml")).train.output_dir == "output"
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("no_modulation", "detr_r50_50ep"),
+        ("multi_head", "smca_single_scale_r50_50ep"),
+        ("multi_scale_IIMII", "smca_r50_50ep"),
+    ],
+)
+def test_an_ablation_that_is_a_main_config_differs_in_its_folder_alone(alias, name):
+    ablation, main = get_config(f"ablations/{alias}"), get_config(name)
+    ablation.train.output_dir = main.train.output_dir
+    assert ablation == main
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", 'Größe "a", b=1', "C:\\data\\new\\", "\\\\server\\x", "a\\", "it's", "[1", ""]
+)
+def test_a_quoted_override_is_taken_as_it_is(text):
+    cfg = load("smca_shapes", f"train.init_checkpoint={quoted(text)}")
+    assert OmegaConf.to_container(cfg.train, resolve=False)["init_checkpoint"] == text
 
 
 @pytest.mark.parametrize("name", NEEDS_DATA)

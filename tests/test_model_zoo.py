@@ -9,6 +9,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from smca import model_zoo
+from smca.config import load_config
 from smca.errors import CheckpointError, ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -19,7 +20,7 @@ NAME = "smca_single_scale_r50_50ep"
 def test_config_is_found_by_name(name):
     path = CONFIGS / f"{name.removesuffix('.py')}.py"
     config = model_zoo.get_config(name)
-    assert config == LazyConfig.load(str(path))
+    assert config == load_config(str(path))
     assert model_zoo.get_config_file(name) == str(path)
 
 
@@ -41,7 +42,7 @@ def test_every_config_that_is_listed_loads(name):
     "name, nearest", [("smca_r50_5ep", "smca_r50_50ep"), ("SMCA/smca_r50_108ep", "smca_r50_108ep")]
 )
 def test_unknown_name_is_an_error_with_the_nearest(name, nearest):
-    with pytest.raises(ConfigError, match=f"no config {name}; did you mean {nearest}"):
+    with pytest.raises(ConfigError, match=f"no config {name}, did you mean {nearest}"):
         model_zoo.get_config(name)
 
 

@@ -31,7 +31,6 @@ finished runs stay as they are. A report (.json) in place of the study is drawn 
 
 import argparse
 import difflib
-import json
 import os
 import signal
 import subprocess
@@ -43,7 +42,7 @@ import torch
 import yaml
 
 from convergence_study import Study, Training, make_report, read_report, write_report
-from smca.config import load_config
+from smca.config import load_config, quoted
 from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,9 +155,7 @@ def read_study(path, output_dir=None, opts=()):
         config_file = os.path.normpath(os.path.join(os.path.dirname(path), spec["config"]))
         for seed in spec.get("seeds") or content.get("seeds") or [0]:
             folder = os.path.join(output_dir, run_name, f"seed{seed}")
-            # The override grammar takes it as it is, whatever is in it.
-            quoted = json.dumps(folder, ensure_ascii=False)
-            place = [f"train.seed={seed}", f"train.output_dir={quoted}"]
+            place = [f"train.seed={seed}", f"train.output_dir={quoted(folder)}"]
             trainings.append(
                 Training(
                     name=run_name,

@@ -20,7 +20,7 @@ from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
 from smca.analysis import write_pictures
-from smca.config import load_config
+from smca.config import load_config, quoted
 from smca.engine import main
 from smca.errors import exit_code
 from smca.inference import load_predictor, load_test_dataset
@@ -49,7 +49,7 @@ def run(args):
         str: what there is to tell at the end.
     """
     start = time.perf_counter()
-    overrides = args.opts + [f"train.output_dir={_quoted(args.output_dir)}"]
+    overrides = args.opts + [f"train.output_dir={quoted(args.output_dir)}"]
     cfg = load_config(args.config_file, overrides)
     run_dir = args.output_dir
     if cfg.train.fast_dev_run:  # which is kept apart from the real run
@@ -70,11 +70,6 @@ def run(args):
     files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures]
     times = (trained - start, time.perf_counter() - start)
     return _summary(args.config_file, results, files, *times)
-
-
-def _quoted(text):
-    """A value that the override grammar takes for a text, whatever is in it."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _tell_state(run_dir, weights, restart):

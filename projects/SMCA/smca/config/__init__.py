@@ -1,7 +1,7 @@
 """Configs: loading LazyConfigs with overrides, what they build, and the yacs way to them."""
 
 from .build import build, build_model, dataset_names
-from .lazy import load_config
+from .lazy import load_config, quoted
 from .names import get_config, get_config_file, list_configs
 from .train import AMP_DTYPES, resolve_device
 from .yacs import add_smca_config
@@ -16,5 +16,6 @@ __all__ = [
     "get_config_file",
     "list_configs",
     "load_config",
+    "quoted",
     "resolve_device",
 ]
