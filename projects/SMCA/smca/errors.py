@@ -39,15 +39,15 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f": there are {', '.join(known)}." if len(known) <= _MAX_LISTED else "."
 
 
-def exit_code(command: Callable[..., Optional[int]], *args: Any) -> Optional[int]:
+def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
     """
     Run a command line's work.
 
     Returns:
-        What `command` returns, or 1 after a :class:`UserError`, which is printed.
+        What `command` returns (0 for None), or 1 after a :class:`UserError`, which is printed.
     """
     try:
-        return command(*args)
+        return command(*args) or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -144,7 +144,7 @@ class _ResizeShortSide(T.ResizeShortestEdge):
     """Detectron2's, but a very long and thin image keeps at least one pixel a side."""
 
     def __init__(self, short_sides, max_size):
-        super().__init__(short_sides, max_size, sample_style="choice")
+        super().__init__(np.atleast_1d(short_sides).tolist(), max_size, sample_style="choice")
 
     def get_transform(self, image):
         transform = super().get_transform(image)
@@ -184,18 +184,13 @@ def detr_augmentations(
 
     augmentations = [T.RandomFlip()] if flip else []
     if crop_range is not None:
-        crop_short_sides = _as_list(crop_short_sides)
         # The recipe sets no limit to the long side here. This one is out of reach of
         # photographs; it keeps 1 x 10000 pixels from being enlarged to gigabytes.
-        max_size_before_crop = 16 * max(crop_short_sides)
+        max_size_before_crop = 16 * int(np.max(crop_short_sides))
         augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
         augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
-    augmentations.append(_ResizeShortSide(_as_list(short_sides), max_size))
+    augmentations.append(_ResizeShortSide(short_sides, max_size))
     return augmentations
-
-
-def _as_list(sizes):
-    return [sizes] if isinstance(sizes, int) else list(sizes)
 
 
 class DetrDatasetMapper:
