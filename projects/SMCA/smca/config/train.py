@@ -1,12 +1,15 @@
 """The ``train`` section of a config: which values its keys may have, and the device it names."""
 
+from typing import Any, Mapping
+
 import torch
 from omegaconf import DictConfig
 
 from smca.config.schema import (
+    SECTION,
     TRUE_OR_FALSE,
     Kind,
-    check_section,
+    check_value,
     number,
     or_null,
     text,
@@ -18,6 +21,7 @@ __all__ = ["AMP_DTYPES", "check_train", "resolve_device"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+# Of each key what its value may be; there may be other keys.
 _TRAIN = {
     "output_dir": Kind("the path of a folder", lambda v: isinstance(v, str) and v != ""),
     "init_checkpoint": Kind("a path, a URL or ''", lambda v: v is None or isinstance(v, str)),
@@ -53,7 +57,19 @@ def check_train(train: DictConfig) -> None:
     Raises:
         ConfigError: a key is absent, or its value is not possible.
     """
-    check_section(train, _TRAIN, "train.", if_absent="start from configs/common/train.py")
+    _check(train, _TRAIN, "train")
+
+
+def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
+    for key, kind in kinds.items():
+        full_name = f"{name}.{key}"
+        if key not in section:
+            raise ConfigError(f"The config lacks {full_name}: start from configs/common/train.py.")
+        if isinstance(kind, Kind):
+            check_value(full_name, section[key], kind)
+        else:
+            check_value(full_name, section[key], SECTION)
+            _check(section[key], kind, full_name)
 
 
 def resolve_device(name: str) -> torch.device:
