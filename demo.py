@@ -20,7 +20,7 @@ from pathlib import Path
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from smca.analysis import class_name, draw_instances
+from smca.analysis import draw_instances
 from smca.data import read_image
 from smca.data.errors import DatasetError
 from smca.errors import UserError, exit_code
@@ -255,7 +255,7 @@ def to_coco(detections, predictor, **image):
         {
             **image,
             "category_id": predictor.category_ids.get(index, index),
-            "category_name": class_name(predictor.class_names, index),
+            "category_name": predictor.class_name(index),
             "bbox": box,
             "score": score,
         }

@@ -12,13 +12,11 @@ attention, which fvcore does not know.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Sequence, Tuple
 
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
-from omegaconf import DictConfig
 from tabulate import tabulate
 
 from smca.config import load_config
@@ -36,14 +34,14 @@ PUBLISHED = {
 }
 
 
-def attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+def attention_flops(inputs, outputs) -> int:
     """Multiply-adds of q k^T and of its softmax times v."""
     query, key, value = (get_shape(x) for x in inputs[:3])
     batch, heads, num_queries, width = query
     return batch * heads * num_queries * key[2] * (width + value[3])
 
 
-def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
+def analyze(cfg, height: int, width: int):
     """(trainable parameters, all parameters, multiply-adds of one image)"""
     model = instantiate(cfg.model).eval()
     image = torch.zeros(3, height, width, dtype=torch.uint8)
@@ -54,7 +52,7 @@ def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
     return trainable, parameter_count(model)[""], sum(flops.by_operator().values())
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

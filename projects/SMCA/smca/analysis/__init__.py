@@ -1,13 +1,7 @@
 """Looking into a model and a training: pictures of detections, weight maps, curves, statistics."""
 
 from .curves import draw_curves, read_metrics
-from .detections import (
-    class_name,
-    draw_contact_sheet,
-    draw_instances,
-    draw_truth_and_detections,
-    truth_of,
-)
+from .detections import draw_contact_sheet, draw_instances, draw_truth_and_detections, truth_of
 from .pictures import evenly, write_pictures
 from .recorder import LayerRecord, NoModulationError, Recorder
 from .statistics import ModulationStatistics, collect, collect_examples, summarize
@@ -20,7 +14,6 @@ __all__ = [
     "ModulationStatistics",
     "NoModulationError",
     "Recorder",
-    "class_name",
     "collect",
     "collect_examples",
     "draw_contact_sheet",

@@ -1,7 +1,6 @@
 """Pictures of detections: boxes with class and score, beside the truth, many on a sheet."""
 
 import math
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -125,8 +124,7 @@ def aspect(image):
     return min(max(image.shape[0] / image.shape[1], 0.2), 2.0)
 
 
-def class_name(class_names: Sequence[str], index: int) -> str:
-    """The name of a class, or its index in words if it has none."""
+def class_name(class_names, index):
     return class_names[index] if index < len(class_names) else str(index)
 
 

@@ -76,6 +76,10 @@ class Predictor:
         inputs = {"image": pixels, "height": height, "width": width}
         return self.model([inputs])[0]["instances"].to("cpu")
 
+    def class_name(self, index):
+        """The name of a class, or its index in words if it has none."""
+        return self.class_names[index] if index < len(self.class_names) else str(index)
+
 
 def load_predictor(config_file=None, weights=None, overrides=(), device=None):
     """
