@@ -1,7 +1,10 @@
 """Configs by name and trained weights."""
 
+import functools
 import hashlib
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -127,6 +130,23 @@ def test_file_that_cannot_be_downloaded_is_an_error(published):
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be downloaded"):
         model_zoo.get(NAME, trained=True, device="cpu")
+
+
+def test_weights_are_downloaded_once(published, tmp_path, monkeypatch):
+    path, expected = published
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("localhost", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    entry = json.loads(model_zoo._REGISTRY.read_text())[NAME]
+    entry["url"] = f"http://localhost:{server.server_port}/{path.name}"
+    model_zoo._REGISTRY.write_text(json.dumps({NAME: entry}))
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    model_zoo.get(NAME, trained=True, device="cpu")
+    server.shutdown()
+    server.server_close()
+    model = model_zoo.get(NAME, trained=True, device="cpu")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_registry_names_configs_and_has_their_sha256():
