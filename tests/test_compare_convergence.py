@@ -335,18 +335,22 @@ def test_a_run_that_has_not_begun_has_no_evaluations(training):
 
 def test_time_is_that_of_the_training_steps_on_a_machine_that_does_nothing_else(training):
     times = [0.1, *(60.0 for _ in range(9)), 0.2]
-    write_metrics(training, [{"iteration": i, "time": t} for i, t in enumerate(times)])
-    assert training.seconds([0, 2, 3, 10]) == pytest.approx([0, 0.4, 0.6, 2.0])
+    rows = [{"iteration": i, "time": t} for i, t in enumerate(times)]
+    for row, ap in zip((rows[1], rows[2], rows[5]), (1.0, 2.0, 3.0)):
+        row.update({"bbox/AP": ap, "bbox/AP50": ap})
+    write_metrics(training, rows)
+    seconds = {iteration: spent for iteration, spent, _, _ in training.evaluations()}
+    assert seconds == pytest.approx({2: 0.4, 3: 0.6, 6: 1.2})
 
 
 def test_runs_too_short_for_times_have_none(training):
     write_metrics(training, [{"iteration": 1, "bbox/AP": 1.0, "bbox/AP50": 2.0}])
-    assert training.seconds([2]) == [None]
+    assert [seconds for _, seconds, _, _ in training.evaluations()] == [None]
 
 
 def test_ap_without_any_detection_is_zero(training):
     write_metrics(training, [{"iteration": 2, "bbox/AP": math.nan, "bbox/AP50": math.nan}])
-    assert training.evaluations() == [(3, 0.0, 0.0)]
+    assert training.evaluations() == [(3, None, 0.0, 0.0)]
 
 
 def test_the_last_evaluation_makes_a_run_finished(training):

@@ -155,7 +155,7 @@ def launch(training: Training, jobs: int = 1) -> subprocess.Popen:
 
 def _print_evaluations(training: Training, num_printed: int) -> int:
     evaluations = training.evaluations()
-    for iteration, ap, ap50 in evaluations[num_printed:]:
+    for iteration, _, ap, ap50 in evaluations[num_printed:]:
         of = f"{iteration} of {training.max_iter} steps"
         print(f"{training}: {of}, AP {ap:.1f}, AP50 {ap50:.1f}", flush=True)
     return len(evaluations)

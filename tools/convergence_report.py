@@ -140,7 +140,7 @@ def make_table(rows: pd.DataFrame, names: Sequence[str], target_ap: Optional[flo
     has_target = target_ap is not None and target_ap >= _MIN_TARGET_AP
     falls_short = target_ap is None or last < target_ap
     counts_last = falls_short and last >= _MIN_TARGET_AP
-    if has_target:
+    if target_ap is not None and has_target:
         table = table.assign(**_to_reach(target_ap, means))
     parts = [_markdown(table)]
     if counts_last:

@@ -3,13 +3,22 @@ What ``tools/compare_convergence.py`` trains: a study, read from YAML, and of ea
 what it has reached after how many steps and seconds.
 """
 
-import math
 import os
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Collection,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 import pandas as pd
@@ -81,39 +90,36 @@ class Training:
             LazyConfig.save(self.cfg, file)
             return _read_settings(file)
 
-    def evaluations(self) -> List[Tuple[int, float, float]]:
-        """Rows of (iteration, AP, AP50) in %; iterations are those completed."""
-        metrics = self._metrics()
-        # Detectron2 numbers an evaluation like the last iteration, the final one like the next.
-        rows = zip(*metrics.get("bbox/AP", ([], [])), metrics.get("bbox/AP50", ([], []))[1])
-        return [(min(i + 1, self.max_iter), _or_zero(ap), _or_zero(ap50)) for i, ap, ap50 in rows]
-
-    def seconds(self, iterations: Iterable[int]) -> List[Optional[float]]:
+    def evaluations(self) -> List[Tuple[int, Optional[float], float, float]]:
         """
-        Time in training steps up to each of `iterations`, without evaluations, checkpoints and
-        starting up: of the times of a step that the training logged, the one that nine tenths
-        exceed, so that what else the machine did meanwhile does not count. None if there are none
-        (the first two steps have no times).
+        Rows of (iterations completed, seconds, AP, AP50), AP in %. Seconds are in training steps,
+        without evaluations, checkpoints and starting up: of the times of a step that were logged,
+        the one that nine tenths exceed, so that what else the machine did meanwhile does not
+        count. They are None if no times were (the first two steps have none).
         """
-        _, step_seconds = self._metrics().get("time", ([], []))
-        if not step_seconds:
-            return [None for _ in iterations]
-        seconds_per_step = float(np.quantile(step_seconds, 0.1))
-        return [round(iteration * seconds_per_step, 2) for iteration in iterations]
-
-    def _metrics(self) -> Mapping[str, Tuple[List[int], List[float]]]:
         try:
-            return read_metrics(os.path.join(self.folder, "metrics.json"))
+            metrics = read_metrics(os.path.join(self.folder, "metrics.json"))
         except UserError:  # it has not begun
-            return {}
+            return []
+        if "bbox/AP" not in metrics:
+            return []
+        numbers, ap = metrics["bbox/AP"]
+        # Detectron2 numbers an evaluation like the last iteration, the final one like the next.
+        iterations = [min(number + 1, self.max_iter) for number in numbers]
+        times = metrics.get("time", ([], []))[1]
+        pace = float(np.quantile(times, 0.1)) if times else None
+        seconds = [None if pace is None else round(i * pace, 2) for i in iterations]
+        # AP is nan where a model detects nothing at all.
+        scores = np.nan_to_num([ap, metrics["bbox/AP50"][1]]).round(3).tolist()
+        return list(zip(iterations, seconds, *scores))
 
     def is_finished(self) -> bool:
-        last = [iteration for iteration, _, _ in self.evaluations()[-1:]]
-        return last == [self.max_iter] or self.has_stopped_early()
+        iterations = [row[0] for row in self.evaluations()]
+        return self.max_iter in iterations or self.has_stopped_early()
 
     def has_stopped_early(self) -> bool:
-        target = math.inf if self.stop_at_ap is None else self.stop_at_ap
-        return any(ap >= target for _, ap, _ in self.evaluations())
+        target = self.stop_at_ap
+        return target is not None and any(ap >= target for _, _, ap, _ in self.evaluations())
 
     def check_folder(self) -> None:
         """
@@ -201,11 +207,9 @@ def make_report(study: Study) -> Report:
     num_parameters = {name: _num_parameters(cfg) for name, cfg in cfgs.items()}
     runs = []
     for training in study.trainings:
-        reached = training.evaluations()
-        seconds = training.seconds([row[0] for row in reached])
         rows = [
-            [iteration, round(iteration / iterations_per_epoch, 3), spent, ap, ap50]
-            for (iteration, ap, ap50), spent in zip(reached, seconds)
+            [iteration, round(iteration / iterations_per_epoch, 3), *reached]
+            for iteration, *reached in training.evaluations()
         ]
         runs.append(
             {
@@ -308,8 +312,3 @@ def _read_settings(file: str) -> Dict[str, Any]:
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> List[str]:
     return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
-
-
-def _or_zero(value: float) -> float:
-    """Detectron2's AP is nan where a model detects nothing at all."""
-    return 0.0 if math.isnan(value) else round(value, 3)

@@ -55,7 +55,7 @@ def quoted(text: str) -> str:
 
 def _missing_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Keys whose value is "???". (OmegaConf's own search fails on references to such keys.)"""
-    for name in node.keys():
+    for name in map(str, node.keys()):
         if OmegaConf.is_missing(node, name):
             yield prefix + name
         elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
