@@ -60,13 +60,16 @@ def test_config_builds_its_model(name):
     assert trainable_parameters(build_without_memory(load(name))) > 0
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sorted(ALL_FILES))
 def test_output_goes_to_a_folder_with_the_configs_name(name):
-    path = str(CONFIGS / f"{name}.py")
-    assert load_config(path).train.output_dir == f"output/{name}"
     assert get_config(name).train.output_dir == f"output/{name}"
-    assert LazyConfig.load(path).train.output_dir == "output"
+
+
+def test_output_goes_where_an_override_says():
+    path = str(CONFIGS / "ablations" / "head_shared.py")
+    assert load_config(path).train.output_dir == "output/ablations/head_shared"
     assert load_config(path, ["train.output_dir=output"]).train.output_dir == "output"
+    assert LazyConfig.load(path).train.output_dir == "output"
 
 
 def test_output_of_a_config_elsewhere_goes_to_a_folder_with_its_name(tmp_path):
@@ -243,6 +246,12 @@ def test_every_yacs_config_names_a_lazy_config():
     assert names and set(names) <= set(FILES)
     for name in names:
         assert yacs_config(name).MODEL.SMCA.CONFIG == name
+
+
+def test_a_lazy_config_without_a_yacs_file_needs_only_its_name():
+    cfg = yacs_config("Base-SMCA")
+    cfg.MODEL.SMCA.CONFIG = "ablations/multi_scale_III"
+    assert build_model(cfg).encoder.pattern == "III"
 
 
 def test_yacs_setting_that_the_model_lacks_is_named():
