@@ -146,8 +146,7 @@ def make_table(rows: pd.DataFrame, names: Sequence[str], target_ap: Optional[flo
     if counts_last:
         parts.append(_markdown(table[["run"]].assign(**_to_reach(last, means))))
     elif falls_short:
-        why = "too little to count the steps to it"
-        parts.append(f"{names[0]} stays at AP {last:.2f}: {why}.")
+        parts.append(f"{names[0]} stays at AP {last:.2f}: too little to count the steps to it.")
     if has_target or counts_last:
         parts.append(f"The ratios are of {names[0]}'s steps and time to the run's.")
     return "\n\n".join(parts)
@@ -231,9 +230,8 @@ def draw(rows: pd.DataFrame, names: Sequence[str]) -> Figure:
         means, lows, highs = by_step.mean(numeric_only=True), by_step.min(), by_step.max()
         for axes_row, metric in zip(grid, ("AP", "AP50")):
             for axes, x in zip(axes_row, (means.index, means["epoch"], means["seconds"] / 60)):
-                color = f"C{index}"
+                color, band = f"C{index}", (lows[metric], highs[metric])
                 axes.plot(x, means[metric], "o-", color=color, markersize=3, label=name)
-                band = lows[metric], highs[metric]
                 axes.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
     for axes in grid.flat:
         axes.grid(alpha=0.3)

@@ -38,14 +38,8 @@ __all__ = ["Study", "Training", "make_report", "read_study", "select"]
 
 # Keys of a study and of a run in it, and what their values may be.
 _AP = number("a number, an AP in %")
-_STUDY = {
-    "seeds": LIST,
-    "overrides": LIST,
-    "target_ap": _AP,
-    "runs": SECTION,
-    "comparisons": SECTION,
-}
-_RUN = {"config": text(), "overrides": LIST, "seeds": LIST, "stop_at_ap": _AP}
+_STUDY = dict(seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION, comparisons=SECTION)
+_RUN = dict(config=text(), overrides=LIST, seeds=LIST, stop_at_ap=_AP)
 # What the study itself sets, for every training.
 _PLACE = ("train.seed", "train.output_dir")
 # Settings that the runs of a study must have in common: the data and when to evaluate.
@@ -172,19 +166,17 @@ def read_study(path: str, output_dir: Optional[str] = None, opts: Sequence[str] 
     for name, spec in content["runs"].items():
         own = spec.get("overrides", [])
         config_file = os.path.normpath(os.path.join(os.path.dirname(path), spec["config"]))
-        for text_ in [*shared, *own, *opts]:
-            key = text_.lstrip("+").split("=")[0]
+        for override in [*shared, *own, *opts]:
+            key = override.lstrip("+").split("=")[0]
             if key in _PLACE:
                 raise UserError(f"{key} cannot be overridden: it follows from seeds and --output.")
         for seed in spec.get("seeds") or content.get("seeds") or [0]:
             folder = os.path.join(output_dir, name, f"seed{seed}")
             place = [f"train.seed={seed}", f"train.output_dir={quoted(folder)}"]
             overrides = (*shared, *own, *opts, *place)
+            about = (name, seed, folder, config_file, tuple(own), overrides)
             cfg = load_config(config_file, overrides)
-            stop = spec.get("stop_at_ap")
-            trainings.append(
-                Training(name, seed, folder, config_file, tuple(own), overrides, stop, cfg)
-            )
+            trainings.append(Training(*about, spec.get("stop_at_ap"), cfg))
     _check_same_budget(trainings)
     trainings.sort(key=lambda training: training.seed)  # stable: runs keep their order
     comparisons = content.get("comparisons", {"all": list(content["runs"])})
@@ -211,18 +203,17 @@ def make_report(study: Study) -> Report:
             [iteration, round(iteration / iterations_per_epoch, 3), *reached]
             for iteration, *reached in training.evaluations()
         ]
-        runs.append(
-            {
-                "name": training.name,
-                "config": _display_path(training.config_file),
-                "overrides": list(training.own_overrides),
-                "seed": training.seed,
-                "num_parameters": num_parameters[training.name],
-                "max_iter": training.max_iter,
-                "evaluations": rows,
-                "final": dict(zip(COLUMNS, rows[-1])) if training.is_finished() else None,
-            }
-        )
+        run = {
+            "name": training.name,
+            "config": _display_path(training.config_file),
+            "overrides": list(training.own_overrides),
+            "seed": training.seed,
+            "num_parameters": num_parameters[training.name],
+            "max_iter": training.max_iter,
+            "evaluations": rows,
+            "final": dict(zip(COLUMNS, rows[-1])) if training.is_finished() else None,
+        }
+        runs.append(run)
     return {
         "study": study.name,
         # Without those that say where the data lie here.
@@ -287,7 +278,7 @@ def _check_names(names: Iterable[str], known: Collection[str], where: str) -> No
 
 def _check_same_budget(trainings: Sequence[Training]) -> None:
     first = trainings[0]
-    for training in trainings:
+    for training in {training.name: training for training in trainings}.values():
         train = training.cfg.train
         if train.eval_period < train.log_period:
             # Detectron2 logs the last of several evaluations only.
