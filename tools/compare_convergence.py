@@ -40,9 +40,15 @@ from typing import Dict, Optional, Sequence, Set
 
 import torch
 
-from convergence_report import read_report, write_report
-from convergence_study import Training, make_report, read_study, select
 from smca.errors import UserError, exit_code
+
+try:
+    from convergence_report import read_report, write_report  # says what to do without pandas
+    from convergence_study import Training, make_report, read_study, select
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"Error: {error}")
 
 ROOT = Path(__file__).resolve().parents[1]
 _POLL_SECONDS = 2.0
