@@ -55,4 +55,3 @@ lr_multiplier = L(WarmupParamScheduler)(
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
 train.max_iter = 10000
 train.eval_period = train.checkpointer.period = 1000
-train.output_dir = "output/custom_coco"

@@ -2,5 +2,3 @@
 
 from .common.models.detr import model
 from .smca_single_scale_r50_50ep import dataloader, lr_multiplier, optimizer, train
-
-train.output_dir = "output/detr_r50_50ep"

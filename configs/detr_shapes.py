@@ -3,4 +3,3 @@
 from .smca_shapes import dataloader, lr_multiplier, model, optimizer, train
 
 model.decoder.modulation = "none"
-train.output_dir = "output/detr_shapes"

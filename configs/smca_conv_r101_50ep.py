@@ -7,4 +7,3 @@ from .smca_conv_r50_50ep import dataloader, lr_multiplier, model, optimizer, tra
 model.backbone.depth = 101
 model.encoder.share_cross_scale = False
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-101.pkl"
-train.output_dir = "output/smca_conv_r101_50ep"

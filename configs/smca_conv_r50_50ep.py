@@ -4,5 +4,3 @@ Six layers, kernel 7, one downward and one upward convolution for all pairs of s
 
 from .common.models.smca_conv import model
 from .smca_r50_50ep import dataloader, lr_multiplier, optimizer, train
-
-train.output_dir = "output/smca_conv_r50_50ep"

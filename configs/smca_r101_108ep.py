@@ -4,4 +4,3 @@ from .smca_r50_108ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.depth = 101
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-101.pkl"
-train.output_dir = "output/smca_r101_108ep"

@@ -8,7 +8,6 @@ from .common.optimizer import optimizer
 from .common.train import train
 
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
-train.output_dir = "output/smca_r50_50ep"
 dataloader.train.total_batch_size = 8
 train.max_iter, lr_multiplier = step_schedule(epochs=50, drop_epoch=40, batch_size=8)
 train.eval_period = train.checkpointer.period = train.max_iter // 50  # every epoch

@@ -42,4 +42,3 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 train.max_iter = 2700
 train.eval_period = train.checkpointer.period = 540
-train.output_dir = "output/smca_shapes"

@@ -4,5 +4,4 @@ from smca.solver import step_schedule
 
 from .smca_single_scale_r50_50ep import dataloader, model, optimizer, train
 
-train.output_dir = "output/smca_single_scale_r50_108ep"
 train.max_iter, lr_multiplier = step_schedule(epochs=108, drop_epoch=80, batch_size=16)

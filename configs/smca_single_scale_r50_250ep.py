@@ -6,5 +6,4 @@ from smca.solver import step_schedule
 
 from .smca_single_scale_r50_50ep import dataloader, model, optimizer, train
 
-train.output_dir = "output/smca_single_scale_r50_250ep"
 train.max_iter, lr_multiplier = step_schedule(epochs=250, drop_epoch=200, batch_size=16)

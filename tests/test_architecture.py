@@ -1,6 +1,5 @@
 """docs/architecture.md against the package: names that exist, files that are there, imports."""
 
-import ast
 import importlib
 import operator
 import re
@@ -8,6 +7,7 @@ import re
 import pytest
 
 from demo_cases import ROOT
+from test_structure import IMPORTS, room_of
 
 DOCUMENT = ROOT / "docs" / "architecture.md"
 PACKAGE = ROOT / "projects" / "SMCA" / "smca"
@@ -26,42 +26,6 @@ def module_name(path):
         if path.is_relative_to(folder):
             return ".".join([package, *path.relative_to(folder).with_suffix("").parts])
     raise AssertionError(f"{path} is no file of the package.")
-
-
-def imports(source, package):
-    """
-    Args:
-        source: of a module. package: the parts of its package's name, for relative imports.
-
-    Yields:
-        The name of an imported module or of something in it, and whether that is done at the top of
-        the file.
-    """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else []
-            base = [*base, *filter(None, [node.module])]
-            names = [".".join([*base, alias.name]) for alias in node.names]
-        else:
-            continue
-        for name in names:
-            yield name, node.col_offset == 0
-
-
-def imported_rooms(room):
-    """The (room, whether at the top) that the files of a room import."""
-    folder = ROOT / "configs" if room == "configs" else PACKAGE / room
-    files = folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]
-    found = set()
-    for file in files:
-        package = module_name(file).split(".")[:-1]
-        for name, at_top in imports(file.read_text(encoding="utf-8"), package):
-            first, _, rest = name.partition(".")
-            if first == "smca":
-                found.add((rest.split(".")[0], at_top))
-    return {(other, at_top) for other, at_top in found if other not in (room, "version", "")}
 
 
 @pytest.mark.parametrize("text, target, names", ROWS)
@@ -88,31 +52,7 @@ def test_every_room_has_its_paragraph():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_what_the_document_allows(room):
-    allowed = ROOMS[room].split("May import:")[1]
-    assert {other for other, _ in imported_rooms(room)} <= set(re.findall(r"`(\w+)`", allowed))
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_at_the_top_of_its_files_only_rooms_above_it(room):
-    names = list(ROOMS)
-    above = set(names[: names.index(room)])
-    assert {other for other, at_top in imported_rooms(room) if at_top} <= above
-
-
-def test_imports_are_seen_wherever_they_stand():
-    source = """
-import torch, smca.data
-from smca import engine
-from .scales import Scale
-def f():
-    from ..config.yacs import g
-    from .. import errors
-"""
-    assert dict(imports(source, ["smca", "modeling"])) == {
-        "torch": True,
-        "smca.data": True,
-        "smca.engine": True,
-        "smca.modeling.scales.Scale": True,
-        "smca.config.yacs.g": False,
-        "smca.errors": False,
-    }
+    modules = [module for module in IMPORTS if f"{module}.".startswith(f"smca.{room}.")]
+    named = {other for module in modules for other in IMPORTS[module]}
+    rooms = {room_of(other) for other in named if other != "smca"} - {room, "version"}
+    assert rooms <= set(re.findall(r"`(\w+)`", ROOMS[room].split("May import:")[1]))

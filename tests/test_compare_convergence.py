@@ -15,7 +15,8 @@ from detectron2.engine import default_argument_parser
 from detectron2.structures import Boxes, Instances
 
 import compare_convergence as tool
-import convergence_study as convergence
+import convergence_report as convergence
+from convergence_study import make_report
 from engine_cases import TinyDetector, write_config, write_dataset
 from smca import engine
 from smca.engine import Trainer
@@ -289,9 +290,9 @@ def test_a_run_stops_at_its_ap(tmp_path, monkeypatch):
     study = tool.read_study(path, str(tmp_path / "out"))
     row = {"iteration": 2, "bbox/AP": 20.5, "bbox/AP50": 30.0}
     monkeypatch.setattr(tool, "launch", lambda training, jobs: sleeper(training, [row]))
-    assert tool.train(study.trainings, 1, on_progress=lambda: None) == {}
+    assert tool.train(study.trainings, 1) == {}
     assert study.trainings[0].is_finished() and has_saved(study.trainings[0])
-    assert convergence.make_report(study)["runs"][0]["final"]["iteration"] == 3
+    assert make_report(study)["runs"][0]["final"]["iteration"] == 3
 
 
 def test_processes_end_with_the_script(tmp_path, monkeypatch):
@@ -308,7 +309,7 @@ def test_processes_end_with_the_script(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "launch", launch)
     monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tool.train(study.trainings, 2, on_progress=lambda: None)
+        tool.train(study.trainings, 2)
     assert [process.returncode for process in processes] == [1, 1]
     assert all(map(has_saved, study.trainings[:2]))
 
@@ -334,18 +335,22 @@ def test_a_run_that_has_not_begun_has_no_evaluations(training):
 
 def test_time_is_that_of_the_training_steps_on_a_machine_that_does_nothing_else(training):
     times = [0.1, *(60.0 for _ in range(9)), 0.2]
-    write_metrics(training, [{"iteration": i, "time": t} for i, t in enumerate(times)])
-    assert training.seconds([0, 2, 3, 10]) == pytest.approx([0, 0.4, 0.6, 2.0])
+    rows = [{"iteration": i, "time": t} for i, t in enumerate(times)]
+    for row, ap in zip((rows[1], rows[2], rows[5]), (1.0, 2.0, 3.0)):
+        row.update({"bbox/AP": ap, "bbox/AP50": ap})
+    write_metrics(training, rows)
+    seconds = {iteration: spent for iteration, spent, _, _ in training.evaluations()}
+    assert seconds == pytest.approx({2: 0.4, 3: 0.6, 6: 1.2})
 
 
 def test_runs_too_short_for_times_have_none(training):
     write_metrics(training, [{"iteration": 1, "bbox/AP": 1.0, "bbox/AP50": 2.0}])
-    assert training.seconds([2]) == [None]
+    assert [seconds for _, seconds, _, _ in training.evaluations()] == [None]
 
 
 def test_ap_without_any_detection_is_zero(training):
     write_metrics(training, [{"iteration": 2, "bbox/AP": math.nan, "bbox/AP50": math.nan}])
-    assert training.evaluations() == [[3, 0.0, 0.0]]
+    assert training.evaluations() == [(3, None, 0.0, 0.0)]
 
 
 def test_the_last_evaluation_makes_a_run_finished(training):
@@ -377,8 +382,11 @@ REPORT = {
 }
 
 
-def curves(report=REPORT):
-    return [convergence.Curve.of(report, name) for name in ("DETR", "SMCA")]
+NAMES = ["DETR", "SMCA"]
+
+
+def table_of(report=REPORT, names=NAMES, target_ap=None):
+    return convergence.make_table(convergence.evaluations(report), names, target_ap)
 
 
 def cells(table, row):
@@ -393,18 +401,18 @@ def cells(table, row):
 
 
 def test_table_has_mean_and_range_over_seeds():
-    row = cells(convergence.make_table(curves()), "SMCA")
+    row = cells(table_of(), "SMCA")
     assert row["seeds"] == "2" and row["parameters"] == "1.23M" and row["steps"] == "300"
     assert row["AP"] == "25.0 (20.0 to 30.0)"
     assert row["AP50"] == "55.0 (50.0 to 60.0)"
     assert row["AP, half"] == "15.0 (10.0 to 20.0)"  # 200 of 400 steps
     assert row["AP50, half"] == "35.0 (30.0 to 40.0)"
     assert row["s/step"] == "0.700"
-    assert cells(convergence.make_table(curves()), "DETR")["AP"] == "10.0"
+    assert cells(table_of(), "DETR")["AP"] == "10.0"
 
 
 def test_table_has_the_steps_and_time_to_the_baselines_ap():
-    table = convergence.make_table(curves())
+    table = table_of()
     baseline, row = cells(table, "DETR"), cells(table, "SMCA")
     # The mean over the seeds rises from 0.5 at step 100 to 15 at step 200.
     steps = 100 + 100 * (10 - 0.5) / (15 - 0.5)
@@ -417,7 +425,7 @@ def test_table_has_the_steps_and_time_to_the_baselines_ap():
 
 
 def test_a_baseline_that_does_not_reach_the_ap_gives_a_bound():
-    table, to_detr, note = convergence.make_table(curves(), target_ap=15).split("\n\n")
+    table, to_detr, note = table_of(target_ap=15).split("\n\n")
     assert cells(table, "DETR")["steps to AP 15.0"] == "-"
     assert cells(table, "DETR")["steps ratio"] == "-"
     assert cells(table, "SMCA")["steps to AP 15.0"] == "200"
@@ -429,7 +437,7 @@ def test_a_baseline_that_does_not_reach_the_ap_gives_a_bound():
 
 
 def test_a_baseline_that_reaches_the_ap_is_not_counted_further():
-    table = convergence.make_table(curves(), target_ap=5)
+    table = table_of(target_ap=5)
     assert cells(table, "DETR")["steps to AP 5.0"] == "200"
     assert cells(table, "SMCA")["steps ratio"] == f"{200 / (100 + 100 * 4.5 / 14.5):.1f}"
     assert "AP 10.0" not in table
@@ -437,11 +445,11 @@ def test_a_baseline_that_reaches_the_ap_is_not_counted_further():
 
 def test_no_steps_are_counted_to_an_ap_near_zero():
     report = {**REPORT, "runs": [run_record("DETR", 0, [0, 0, 0.4], [0, 0, 1])]}
-    table = convergence.make_table([convergence.Curve.of(report, "DETR")])
+    table = table_of(report, ["DETR"])
     assert "steps to" not in table.splitlines()[0]
     assert "steps to AP" not in table
     assert "DETR stays at AP 0.40" in table
-    assert "steps to AP" not in convergence.make_table(curves(), target_ap=0.9)
+    assert "steps to AP" not in table_of(target_ap=0.9)
 
 
 @pytest.mark.parametrize(
@@ -459,16 +467,20 @@ def test_a_comparison_without_its_baseline_is_left_out(tmp_path):
     assert "## main" not in (tmp_path / "made.md").read_text()
 
 
-def test_a_curve_has_the_evaluations_that_all_its_seeds_have():
+def test_only_evaluations_that_all_seeds_have_are_compared():
     runs = [run_record("SMCA", 0, [1, 2, 3], [1, 2, 3]), run_record("SMCA", 1, [3, 4], [5, 6])]
     runs.append(run_record("SMCA", 2, [], []))  # not begun
-    curve = convergence.Curve.of({"runs": runs}, "SMCA")
-    assert curve.iterations.tolist() == [100, 200]
-    assert curve.ap.tolist() == [[1, 2], [3, 4]]
+    rows = convergence.evaluations({"runs": runs})
+    assert rows[["seed", "iteration", "AP"]].values.tolist() == [
+        [0, 100, 1],
+        [0, 200, 2],
+        [1, 100, 3],
+        [1, 200, 4],
+    ]
 
 
 def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
-    figure = convergence.draw(curves())
+    figure = convergence.draw(convergence.evaluations(REPORT), NAMES)
     axes = figure.get_axes()
     assert [x.get_xlabel() for x in axes[3:]] == ["steps", "epochs", "minutes of training"]
     lines = [x.get_lines()[1] for x in axes]
@@ -497,13 +509,16 @@ def error_of(capsys, *args):
     "changes, words",
     [
         ({"seed": [0]}, "unknown key seed, did you mean seeds?"),
-        ({"seeds": 2}, "tiny.yaml: seeds has to be a list, not 2"),
+        ({"seeds": 2}, "tiny.yaml: seeds has to be a list, it cannot be 2"),
         ({"runs": {}}, "is no study: add runs"),
         ({"runs": {"wide": "config.py"}}, "run wide has no config"),
         ({"runs": {"wide": {**WIDE, "override": []}}}, "did you mean overrides?"),
         ({"runs": {"wide": {**WIDE, "stop_at_ap": "a"}}}, "stop_at_ap has to be a number"),
         ({"runs": {"wide": {"config": "nowhere.py"}}}, "nowhere.py does not exist"),
-        ({"comparisons": {"main": "wide"}}, "comparisons: main has to be a list, not 'wide'"),
+        (
+            {"comparisons": {"main": "wide"}},
+            "comparisons: main has to be a list, it cannot be 'wide'",
+        ),
         ({"comparisons": {"main": ["wde"]}}, "no run wde in .*did you mean wide?"),
         ({"overrides": ["train.max_itr=5"]}, "did you mean train.max_iter?"),
         ({"overrides": ["train.seed=5"]}, "train.seed cannot be overridden"),
@@ -556,6 +571,16 @@ def test_a_file_that_is_missing_or_of_another_kind_is_named(tmp_path, capsys, su
 def test_a_report_cannot_be_trained(finished, capsys):
     text = error_of(capsys, finished[1] / "tiny.json", "--runs", "wide")
     assert "give the study's YAML file" in text
+
+
+def test_without_pandas_it_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "pandas.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "compare_convergence.py"), "x"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: Studies need pandas: run")
+    assert "Traceback" not in result.stderr
 
 
 # The studies of this repository
@@ -625,7 +650,7 @@ def test_number_of_classes_follows_the_data(studies):
 
 
 def test_where_the_data_lie_is_not_in_the_report(studies):
-    assert "data." not in json.dumps(convergence.make_report(studies["blood_cells"])["overrides"])
+    assert "data." not in json.dumps(make_report(studies["blood_cells"])["overrides"])
 
 
 def test_unusable_yaml_is_one_sentence(tmp_path):

@@ -173,6 +173,12 @@ def test_yacs_and_lazy_config_make_the_same_model(name, settings):
     assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
 
 
+def test_a_lazy_config_without_a_yacs_file_needs_only_its_name():
+    cfg = yacs_config("Base-SMCA")
+    cfg.MODEL.SMCA.CONFIG = "ablations/multi_scale_III"
+    assert build_model(cfg).encoder.pattern == "III"
+
+
 def test_yacs_setting_that_the_model_lacks_is_named():
     cfg = yacs_config("smca_r50_50ep")
     cfg.MODEL.SMCA.ENCODER.KERNEL_SIZE = 5

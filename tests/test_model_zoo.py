@@ -1,7 +1,10 @@
 """Configs by name and trained weights."""
 
+import functools
 import hashlib
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from smca import model_zoo
+from smca.config import load_config
 from smca.errors import CheckpointError, ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -19,7 +23,7 @@ NAME = "smca_single_scale_r50_50ep"
 def test_config_is_found_by_name(name):
     path = CONFIGS / f"{name.removesuffix('.py')}.py"
     config = model_zoo.get_config(name)
-    assert config == LazyConfig.load(str(path))
+    assert config == load_config(str(path))
     assert model_zoo.get_config_file(name) == str(path)
 
 
@@ -35,7 +39,7 @@ def test_all_configs_are_listed():
     "name, nearest", [("smca_r50_5ep", "smca_r50_50ep"), ("SMCA/smca_r50_108ep", "smca_r50_108ep")]
 )
 def test_unknown_name_is_an_error_with_the_nearest(name, nearest):
-    with pytest.raises(ConfigError, match=f"no config {name}; did you mean {nearest}"):
+    with pytest.raises(ConfigError, match=f"no config {name}, did you mean {nearest}"):
         model_zoo.get_config(name)
 
 
@@ -120,6 +124,23 @@ def test_file_that_cannot_be_downloaded_is_an_error(published):
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be downloaded"):
         model_zoo.get(NAME, trained=True, device="cpu")
+
+
+def test_weights_are_downloaded_once(published, tmp_path, monkeypatch):
+    path, expected = published
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("localhost", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    entry = json.loads(model_zoo._REGISTRY.read_text())[NAME]
+    entry["url"] = f"http://localhost:{server.server_port}/{path.name}"
+    model_zoo._REGISTRY.write_text(json.dumps({NAME: entry}))
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    model_zoo.get(NAME, trained=True, device="cpu")
+    server.shutdown()
+    server.server_close()
+    model = model_zoo.get(NAME, trained=True, device="cpu")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_registry_names_configs_and_has_their_sha256():

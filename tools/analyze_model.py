@@ -10,6 +10,7 @@ attention, which fvcore does not know.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, List, Sequence, Tuple
 
@@ -21,6 +22,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from smca.config import load_config
+from smca.errors import exit_code
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Published parameters (M) and GFLOPs.
@@ -84,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -1,44 +1,51 @@
 """
-How fast trainings learn: what each has reached after how many steps, epochs and minutes, and a
-report that compares them: JSON, a table and pictures. ``tools/compare_convergence.py`` trains.
+What ``tools/compare_convergence.py`` trains: a study, read from YAML, and of each of its trainings
+what it has reached after how many steps and seconds.
 """
 
-import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import (
+    Any,
+    Collection,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
+import pandas as pd
 import smca.configs
 import torch
+import yaml
 from detectron2.config import LazyConfig, instantiate
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from tabulate import tabulate
 
+from convergence_report import COLUMNS, Report, read_file
 from smca.analysis import read_metrics
-from smca.errors import UserError
+from smca.config import load_config, quoted
+from smca.config.schema import LIST, SECTION, Kind, check_value, number, text
+from smca.errors import UserError, did_you_mean
 
-__all__ = [
-    "Curve",
-    "Study",
-    "Training",
-    "draw",
-    "make_report",
-    "make_table",
-    "reach",
-    "read_report",
-    "write_report",
-]
+__all__ = ["Study", "Training", "make_report", "read_study", "select"]
 
-_MIN_TARGET_AP = 1.0  # %; steps to less than this compare noise
+# Keys of a study and of a run in it, and what their values may be.
+_AP = number("a number, an AP in %")
+_STUDY = dict(seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION, comparisons=SECTION)
+_RUN = dict(config=text(), overrides=LIST, seeds=LIST, stop_at_ap=_AP)
+# What the study itself sets, for every training.
+_PLACE = ("train.seed", "train.output_dir")
+# Settings that the runs of a study must have in common: the data and when to evaluate.
+_SHARED_SETTINGS = ("data.", "dataloader.", "train.eval_period")
 # What config.yaml says of the place, of the machine and of what is kept: nothing that is learnt.
 _LOCAL_SETTINGS = ("train.output_dir", "train.device", "train.checkpointer.")
-_COLUMNS = ("iteration", "epoch", "seconds", "AP", "AP50")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +69,7 @@ class Training:
     stop_at_ap: Optional[float]
     cfg: DictConfig
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
     @property
@@ -77,41 +84,38 @@ class Training:
             LazyConfig.save(self.cfg, file)
             return _read_settings(file)
 
-    def evaluations(self) -> List[List[float]]:
-        """Rows of (iteration, AP, AP50) in %; iterations are those completed."""
-        metrics = self._metrics()
-        # Detectron2 numbers an evaluation like the last iteration, the final one like the next.
-        rows = zip(*metrics.get("bbox/AP", ([], [])), metrics.get("bbox/AP50", ([], []))[1])
-        return [[min(i + 1, self.max_iter), _or_zero(ap), _or_zero(ap50)] for i, ap, ap50 in rows]
-
-    def seconds(self, iterations) -> List[Optional[float]]:
+    def evaluations(self) -> List[Tuple[int, Optional[float], float, float]]:
         """
-        Time in training steps up to each of `iterations`, without evaluations, checkpoints and
-        starting up: of the times of a step that the training logged, the one that nine tenths
-        exceed, so that what else the machine did meanwhile does not count. None if there are none
-        (the first two steps have no times).
+        Rows of (iterations completed, seconds, AP, AP50), AP in %. Seconds are in training steps,
+        without evaluations, checkpoints and starting up: of the times of a step that were logged,
+        the one that nine tenths exceed, so that what else the machine did meanwhile does not
+        count. They are None if no times were (the first two steps have none).
         """
-        _, step_seconds = self._metrics().get("time", ([], []))
-        if not step_seconds:
-            return [None] * len(iterations)
-        seconds_per_step = float(np.quantile(step_seconds, 0.1))
-        return [round(iteration * seconds_per_step, 2) for iteration in iterations]
-
-    def _metrics(self):
         try:
-            return read_metrics(os.path.join(self.folder, "metrics.json"))
+            metrics = read_metrics(os.path.join(self.folder, "metrics.json"))
         except UserError:  # it has not begun
-            return {}
+            return []
+        if "bbox/AP" not in metrics:
+            return []
+        numbers, ap = metrics["bbox/AP"]
+        # Detectron2 numbers an evaluation like the last iteration, the final one like the next.
+        iterations = [min(number + 1, self.max_iter) for number in numbers]
+        times = metrics.get("time", ([], []))[1]
+        pace = float(np.quantile(times, 0.1)) if times else None
+        seconds = [None if pace is None else round(i * pace, 2) for i in iterations]
+        # AP is nan where a model detects nothing at all.
+        scores = np.nan_to_num([ap, metrics["bbox/AP50"][1]]).round(3).tolist()
+        return list(zip(iterations, seconds, *scores))
 
     def is_finished(self) -> bool:
-        last = [iteration for iteration, _, _ in self.evaluations()[-1:]]
-        return last == [self.max_iter] or self.has_stopped_early()
+        iterations = [row[0] for row in self.evaluations()]
+        return self.max_iter in iterations or self.has_stopped_early()
 
     def has_stopped_early(self) -> bool:
-        target = math.inf if self.stop_at_ap is None else self.stop_at_ap
-        return any(ap >= target for _, ap, _ in self.evaluations())
+        target = self.stop_at_ap
+        return target is not None and any(ap >= target for _, _, ap, _ in self.evaluations())
 
-    def check_folder(self):
+    def check_folder(self) -> None:
         """
         Raises:
             UserError: the folder holds a training with other settings.
@@ -119,8 +123,8 @@ class Training:
         file = os.path.join(self.folder, "config.yaml")
         here = self.settings
         there = _read_settings(file) if os.path.isfile(file) else here
-        for key in [*there, *here]:
-            if not key.startswith(_LOCAL_SETTINGS) and there.get(key) != here.get(key):
+        for key in _differing(there, here):
+            if not key.startswith(_LOCAL_SETTINGS):
                 raise UserError(
                     f"{self.folder} holds a training with other settings ({key} is "
                     f"{there.get(key)} there, {here.get(key)} now): remove it, or choose another "
@@ -133,6 +137,7 @@ class Study:
     """
     Attributes:
         overrides: those of all runs. target_ap: in %, or None.
+        trainings: all runs with the first seed, then all with the next, and so on.
         comparisons: names of runs by the name of the comparison, the baseline first.
     """
 
@@ -144,28 +149,46 @@ class Study:
     comparisons: Dict[str, List[str]]
 
 
-def _read_settings(file):
-    """{"train.seed": 0, ...}; references to other keys stay as they are."""
-    return _flat(OmegaConf.to_container(LazyConfig.load(file), resolve=False))
+def read_study(path: str, output_dir: Optional[str] = None, opts: Sequence[str] = ()) -> Study:
+    """
+    Args:
+        path: a YAML file as described in compare_convergence.py.
+        output_dir: for the trainings.
+        opts: further overrides of all runs, which win over the study's.
+
+    Raises:
+        UserError: names the file and the key that cannot be used.
+    """
+    content = _read_yaml(path)
+    output_dir = output_dir or os.path.join("output", "convergence", Path(path).stem)
+    shared = content.get("overrides", [])
+    trainings = []
+    for name, spec in content["runs"].items():
+        own = spec.get("overrides", [])
+        config_file = os.path.normpath(os.path.join(os.path.dirname(path), spec["config"]))
+        for override in [*shared, *own, *opts]:
+            key = override.lstrip("+").split("=")[0]
+            if key in _PLACE:
+                raise UserError(f"{key} cannot be overridden: it follows from seeds and --output.")
+        for seed in spec.get("seeds") or content.get("seeds") or [0]:
+            folder = os.path.join(output_dir, name, f"seed{seed}")
+            place = [f"train.seed={seed}", f"train.output_dir={quoted(folder)}"]
+            overrides = (*shared, *own, *opts, *place)
+            about = (name, seed, folder, config_file, tuple(own), overrides)
+            cfg = load_config(config_file, overrides)
+            trainings.append(Training(*about, spec.get("stop_at_ap"), cfg))
+    _check_same_budget(trainings)
+    trainings.sort(key=lambda training: training.seed)  # stable: runs keep their order
+    comparisons = content.get("comparisons", {"all": list(content["runs"])})
+    overrides = (*shared, *opts)
+    target_ap = content.get("target_ap")
+    return Study(Path(path).stem, output_dir, overrides, target_ap, trainings, comparisons)
 
 
-def _flat(section, prefix=""):
-    values = {}
-    for name, value in section.items():
-        if isinstance(value, dict) and value:
-            values.update(_flat(value, f"{prefix}{name}."))
-        else:
-            values[f"{prefix}{name}"] = value
-    return values
-
-
-# The report: plain data from which table and pictures are made
-
-
-def make_report(study):
+def make_report(study: Study) -> Report:
     """
     Returns:
-        dict: the study and, of each training, what it is and its evaluations.
+        The study and, of each training, what it is and its evaluations; plain data.
 
     Raises:
         UserError: the data are missing.
@@ -176,24 +199,21 @@ def make_report(study):
     num_parameters = {name: _num_parameters(cfg) for name, cfg in cfgs.items()}
     runs = []
     for training in study.trainings:
-        evaluations = training.evaluations()
-        seconds = training.seconds([row[0] for row in evaluations])
         rows = [
-            [iteration, round(iteration / iterations_per_epoch, 3), spent, ap, ap50]
-            for (iteration, ap, ap50), spent in zip(evaluations, seconds)
+            [iteration, round(iteration / iterations_per_epoch, 3), *reached]
+            for iteration, *reached in training.evaluations()
         ]
-        runs.append(
-            {
-                "name": training.name,
-                "config": _display_path(training.config_file),
-                "overrides": list(training.own_overrides),
-                "seed": training.seed,
-                "num_parameters": num_parameters[training.name],
-                "max_iter": training.max_iter,
-                "evaluations": rows,
-                "final": dict(zip(_COLUMNS, rows[-1])) if training.is_finished() else None,
-            }
-        )
+        run = {
+            "name": training.name,
+            "config": _display_path(training.config_file),
+            "overrides": list(training.own_overrides),
+            "seed": training.seed,
+            "num_parameters": num_parameters[training.name],
+            "max_iter": training.max_iter,
+            "evaluations": rows,
+            "final": dict(zip(COLUMNS, rows[-1])) if training.is_finished() else None,
+        }
+        runs.append(run)
     return {
         "study": study.name,
         # Without those that say where the data lie here.
@@ -201,259 +221,85 @@ def make_report(study):
         "target_ap": study.target_ap,
         "comparisons": study.comparisons,
         "iterations_per_epoch": iterations_per_epoch,
-        "evaluation_columns": list(_COLUMNS),
+        "evaluation_columns": list(COLUMNS),
         "runs": runs,
     }
 
 
-def _num_parameters(cfg):
+def _num_parameters(cfg: DictConfig) -> int:
     with torch.device("meta"):
         model = instantiate(cfg.model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _display_path(path):
+def _display_path(path: str) -> str:
     """Without the place of the repository; of other files the name alone."""
-    path, root = Path(path).resolve(), Path(smca.configs.__file__).resolve().parents[1]
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    file, root = Path(path).resolve(), Path(smca.configs.__file__).resolve().parents[1]
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
 
 
-def _or_zero(value):
-    """Detectron2's AP is nan where a model detects nothing at all."""
-    return 0.0 if math.isnan(value) else round(value, 3)
+def select(trainings: List[Training], names: Optional[Sequence[str]]) -> List[Training]:
+    """The trainings of the runs with these names, or all if `names` is None."""
+    if names is None:
+        return trainings
+    _check_names(names, {training.name for training in trainings}, "the study")
+    return [training for training in trainings if training.name in names]
 
 
-def read_report(path):
-    """
-    Raises:
-        UserError: it is missing or no report.
-    """
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"The report {path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON file ({error}).") from error
-    if not isinstance(report, dict) or "evaluation_columns" not in report:
-        raise UserError(f"{path} is no report of a study.")
-    return report
+def _read_yaml(path: str) -> Dict[str, Any]:
+    """The content of a study, with values of the right kinds; names of runs are texts."""
+    content = read_file(path, yaml.safe_load, "YAML")
+    if not isinstance(content, dict) or not content.get("runs"):
+        raise UserError(f"{path} is no study: add runs: {{NAME: {{config: FILE}}}}.")
+    _check_section(content, _STUDY, path)
+    content["runs"] = {str(name): spec for name, spec in content["runs"].items()}
+    for name, spec in content["runs"].items():
+        if not isinstance(spec, dict) or "config" not in spec:
+            raise UserError(f"{path}, run {name} has no config: add config: FILE.")
+        _check_section(spec, _RUN, f"{path}, run {name}")
+    for name, run_names in content.get("comparisons", {}).items():
+        check_value(f"{path}, comparisons: {name}", run_names, LIST)
+        _check_names(run_names, content["runs"], path)
+    return content
 
 
-def write_report(report, folder):
-    """
-    Write STUDY.json, STUDY.md, and for each comparison STUDY_COMPARISON.png, from the report
-    alone. A comparison whose baseline has not been trained is left out.
-
-    Returns:
-        list[str]: their paths.
-    """
-    os.makedirs(folder or ".", exist_ok=True)
-    start = os.path.join(folder, report["study"])
-    paths = [f"{start}.json", f"{start}.md"]
-    Path(paths[0]).write_text(_to_json(report))
-    sections = [f"# Convergence: {report['study']}"]
-    for name, run_names in report["comparisons"].items():
-        baseline, *others = [Curve.of(report, run_name) for run_name in run_names]
-        if baseline is None:  # there is nothing to compare with yet
-            continue
-        curves = [baseline, *filter(None, others)]
-        paths.append(f"{start}_{name}.png")
-        draw(curves).savefig(paths[-1])
-        picture = f"![AP over steps, epochs and time]({os.path.basename(paths[-1])})"
-        sections += [f"## {name}", make_table(curves, report["target_ap"]), picture]
-    sections.append(_describe_runs(report))
-    Path(paths[1]).write_text("\n\n".join(sections) + "\n")
-    return paths
+def _check_section(section: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
+    for key, value in section.items():
+        if key not in kinds:
+            raise UserError(f"{where} has the unknown key {key}{did_you_mean(str(key), kinds)}")
+        check_value(f"{where}: {key}", value, kinds[key])
 
 
-def _to_json(report):
-    """One run a line."""
-    head = json.dumps({**report, "runs": []}, indent=1)
-    runs = ",\n".join(json.dumps(run) for run in report["runs"])
-    return head.replace('"runs": []', f'"runs": [\n{runs}\n]') + "\n"
+def _check_names(names: Iterable[str], known: Collection[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"There is no run {name} in {where}{did_you_mean(str(name), known)}")
 
 
-def _describe_runs(report):
-    lines = ["## Runs", ""]
-    for name, run in {run["name"]: run for run in report["runs"]}.items():
-        lines.append(f"- {name}: `{' '.join([run['config'], *run['overrides']])}`")
-    if report["overrides"]:
-        lines += ["", f"All runs: `{' '.join(report['overrides'])}`."]
-    return "\n".join(lines)
+def _check_same_budget(trainings: Sequence[Training]) -> None:
+    first = trainings[0]
+    for training in {training.name: training for training in trainings}.values():
+        train = training.cfg.train
+        if train.eval_period < train.log_period:
+            # Detectron2 logs the last of several evaluations only.
+            raise UserError(
+                f"The run {training.name} has train.eval_period={train.eval_period}: make it at "
+                f"least train.log_period={train.log_period}."
+            )
+        one, other = first.settings, training.settings
+        for key in _differing(one, other):
+            if key.startswith(_SHARED_SETTINGS):
+                raise UserError(
+                    f"The runs {first.name} and {training.name} cannot be compared: {key} is "
+                    f"{one.get(key)} and {other.get(key)}; make it the same."
+                )
 
 
-@dataclass(frozen=True)
-class Curve:
-    """
-    The evaluations of a run that all its seeds have.
-
-    Attributes:
-        max_iter: the budget in steps.
-        iterations, epochs: (E,), of E evaluations.
-        seconds, ap, ap50: (seeds, E), of training and in %.
-    """
-
-    name: str
-    num_parameters: int
-    max_iter: int
-    iterations: np.ndarray
-    epochs: np.ndarray
-    seconds: np.ndarray
-    ap: np.ndarray
-    ap50: np.ndarray
-
-    @classmethod
-    def of(cls, report, name):
-        """The run of this name, or None if no seed has been evaluated; seeds that have not been
-        are left out."""
-        runs = [run for run in report["runs"] if run["name"] == name and run["evaluations"]]
-        if not runs:
-            return None
-        seeds = [{row[0]: row for row in run["evaluations"]} for run in runs]
-        common = sorted(set.intersection(*map(set, seeds)))  # they are evaluated at equal steps
-        rows = np.array([[rows[i] for i in common] for rows in seeds], dtype=float)
-        iterations, epochs = rows[0, :, 0], rows[0, :, 1]
-        about = (name, runs[0]["num_parameters"], runs[0]["max_iter"])
-        return cls(*about, iterations, epochs, *rows[:, :, 2:].transpose(2, 0, 1))
+def _read_settings(file: str) -> Dict[str, Any]:
+    """{"train.seed": 0, ...}; references to other keys stay as they are."""
+    content = OmegaConf.to_container(LazyConfig.load(file), resolve=False)
+    return pd.json_normalize(content).to_dict("records")[0]
 
 
-# Table
-
-
-def make_table(curves, target_ap=None):
-    """
-    Means over the seeds, lowest and highest in brackets. Half is the last evaluation within half
-    of the run's steps. The steps to an AP are those of the mean over the seeds, linear between
-    evaluations; an AP that the first evaluation has is counted there.
-
-    Args:
-        curves (list[Curve]): the first is the baseline.
-        target_ap (float or None): in %. If the baseline does not reach it, or it is None, the
-            steps to the baseline's last AP are counted, too.
-
-    Returns:
-        str: Markdown.
-    """
-    baseline = curves[0]
-    last = baseline.ap.mean(0)[-1]
-    columns = {
-        "run": [curve.name for curve in curves],
-        "parameters": [f"{curve.num_parameters / 1e6:.2f}M" for curve in curves],
-        "seeds": [str(len(curve.ap)) for curve in curves],
-        "steps": [f"{curve.iterations[-1]:.0f}" for curve in curves],
-        "AP": [_mean_and_range(curve.ap[:, -1]) for curve in curves],
-        "AP50": [_mean_and_range(curve.ap50[:, -1]) for curve in curves],
-        "AP, half": [_at_half(curve, curve.ap) for curve in curves],
-        "AP50, half": [_at_half(curve, curve.ap50) for curve in curves],
-        "s/step": [_number(c.seconds[:, -1].mean() / c.iterations[-1], 3) for c in curves],
-    }
-    has_target = target_ap is not None and target_ap >= _MIN_TARGET_AP
-    falls_short = target_ap is None or last < target_ap
-    counts_last = falls_short and last >= _MIN_TARGET_AP
-    if has_target:
-        columns.update(_to_reach(target_ap, curves))
-    parts = [_markdown(columns)]
-    if counts_last:
-        parts.append(_markdown({"run": columns["run"], **_to_reach(last, curves)}))
-    elif falls_short:
-        why = "too little to count the steps to it"
-        parts.append(f"{baseline.name} stays at AP {last:.2f}: {why}.")
-    if has_target or counts_last:
-        parts.append(f"The ratios are of {baseline.name}'s steps and time to the run's.")
-    return "\n\n".join(parts)
-
-
-def _markdown(columns):
-    rows = list(zip(*columns.values()))
-    return tabulate(rows, headers=list(columns), tablefmt="github", disable_numparse=True)
-
-
-def _to_reach(target, curves):
-    """Columns with the steps and minutes to an AP."""
-    steps = [(reach(c.iterations, c.ap.mean(0), target), c.iterations[-1]) for c in curves]
-    minutes = [c.seconds.mean(0) / 60 for c in curves]
-    minutes = [(reach(m, c.ap.mean(0), target), m[-1]) for m, c in zip(minutes, curves)]
-    return {
-        f"steps to AP {target:.1f}": [_number(reached, 0) for reached, _ in steps],
-        "steps ratio": _ratios(steps),
-        f"minutes to AP {target:.1f}": [_number(reached, 1) for reached, _ in minutes],
-        "time ratio": _ratios(minutes),
-    }
-
-
-def reach(x, ap, target):
-    """
-    Args:
-        x, ap (np.ndarray): (E,) each. target (float): of ap.
-
-    Returns:
-        float or None: x where `ap` first is `target`, None if it never is.
-    """
-    above = np.flatnonzero(ap >= target)
-    if not len(above):
-        return None
-    first = above[0]
-    before = max(first - 1, 0)
-    return float(np.interp(target, ap[[before, first]], x[[before, first]]))
-
-
-def _ratios(reached_and_last):
-    """Of the first, the baseline, to each; a bound if the baseline ends before it is there."""
-    baseline, last = reached_and_last[0]
-    ratios = []
-    for reached, _ in reached_and_last:
-        if not reached or not math.isfinite(reached):
-            ratios.append("-")
-        elif baseline is None:
-            ratios.append(f"> {last / reached:.1f}")
-        else:
-            ratios.append(f"{baseline / reached:.1f}")
-    return ratios
-
-
-def _at_half(curve, values):
-    within = np.flatnonzero(curve.iterations <= curve.max_iter / 2)
-    return _mean_and_range(values[:, within[-1]]) if len(within) else "-"
-
-
-def _mean_and_range(values):
-    text = _number(values.mean(), 1)
-    return text if len(values) == 1 else f"{text} ({values.min():.1f} to {values.max():.1f})"
-
-
-def _number(value, digits):
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-# Picture
-
-
-def draw(curves):
-    """
-    AP and AP50 over steps, epochs and minutes: means over the seeds, from lowest to highest.
-
-    Returns:
-        matplotlib.figure.Figure
-    """
-    figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
-    grid = figure.subplots(2, 3, sharex="col", sharey="row")
-    for index, curve in enumerate(curves):
-        minutes = curve.seconds.mean(0) / 60
-        for row, values in zip(grid, (curve.ap, curve.ap50)):
-            for axes, x in zip(row, (curve.iterations, curve.epochs, minutes)):
-                color = f"C{index}"
-                axes.plot(x, values.mean(0), "o-", color=color, markersize=3, label=curve.name)
-                low, high = values.min(0), values.max(0)
-                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-    for row, name in zip(grid, ("AP (%)", "AP50 (%)")):
-        row[0].set_ylabel(name)
-    for axes, name in zip(grid[1], ("steps", "epochs", "minutes of training")):
-        axes.set_xlabel(name)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
-    return figure
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> List[str]:
+    return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]

@@ -14,10 +14,10 @@ import argparse
 import sys
 
 from smca.checkpoint.conversion import CLASS_CHOICES, convert_file
-from smca.errors import UserError
+from smca.errors import exit_code
 
 
-def parse_args():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,16 +30,12 @@ def parse_args():
         help="coco80: the outputs of COCO's 80 classes, in Detectron2's order (default); "
         "keep: all outputs, which are COCO's category ids",
     )
-    return parser.parse_args()
+    return parser
 
 
-def main():
-    args = parse_args()
-    try:
-        conversion = convert_file(args.input, args.output, args.classes)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+def main() -> None:
+    args = get_parser().parse_args()
+    conversion = convert_file(args.input, args.output, args.classes)
     print(f"{args.input} is {conversion.description}.")
     for note in conversion.notes:
         print(note)
@@ -50,8 +46,7 @@ def main():
         config = f"--config-file configs/{conversion.config}.py"
         weights = f"train.init_checkpoint={args.output}"
         print("Use it with", " ".join([config, weights, *conversion.overrides]))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

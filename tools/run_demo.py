@@ -9,7 +9,6 @@ A run that was stopped goes on, and one that is finished is only evaluated and d
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -21,7 +20,7 @@ from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
 from smca.analysis import write_pictures
-from smca.config import load_config
+from smca.config import load_config, quoted
 from smca.engine import main
 from smca.errors import exit_code
 from smca.inference import load_predictor, load_test_dataset
@@ -48,9 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> str:
     """The command's work; gives what there is to tell at the end."""
     start = time.perf_counter()
-    # In quotes, so that the override's grammar takes any path for a text.
-    quoted = json.dumps(args.output_dir, ensure_ascii=False)
-    overrides = args.opts + [f"train.output_dir={quoted}"]
+    overrides = args.opts + [f"train.output_dir={quoted(args.output_dir)}"]
     cfg = load_config(args.config_file, overrides)
     run_dir = args.output_dir
     if cfg.train.fast_dev_run:  # which is kept apart from the real run

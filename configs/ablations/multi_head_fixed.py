@@ -3,4 +3,3 @@
 from ..smca_single_scale_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.decoder.spread = "fixed"
-train.output_dir = "output/ablations/multi_head_fixed"

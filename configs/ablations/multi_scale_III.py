@@ -3,4 +3,3 @@
 from ..smca_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.encoder.pattern = "III"
-train.output_dir = "output/ablations/multi_scale_III"

@@ -3,4 +3,3 @@
 from ..smca_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
 
 model.decoder.scale_selection = False
-train.output_dir = "output/ablations/multi_scale_no_selection"

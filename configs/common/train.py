@@ -1,6 +1,8 @@
 """What the training script reads from a config, beside model, data, optimizer and schedule."""
 
 train = dict(
+    # Where a config leaves it, it becomes output/NAME after the config's file when it is loaded:
+    # output/smca_r50_50ep, output/ablations/head_shared.
     output_dir="output",
     # Weights to start from: a detector, or a backbone (a path, URL or "detectron2://...").
     # "" starts from scratch.

@@ -8,4 +8,3 @@ from .coco_single_scale import data, dataloader, lr_multiplier, optimizer, train
 from .shapes_conv import model
 
 model.num_classes = L(num_classes)(json_file="${data.train_json}")
-train.output_dir = "output/convergence/coco_conv"

@@ -14,4 +14,3 @@ dataloader.train.mapper.augmentations_with_crop = None
 dataloader.test.mapper.augmentations.update(short_sides=160, max_size=256)
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
-train.output_dir = "output/convergence/coco_single_scale"

@@ -17,4 +17,3 @@ model.encoder = L(ConvEncoder)(
     ffn_dim="${..decoder.ffn_dim}",
     dropout="${..dropout}",
 )
-train.output_dir = "output/convergence/shapes_conv"

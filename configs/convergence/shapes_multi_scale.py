@@ -11,4 +11,3 @@ model.encoder.pattern = "IIMII"
 model.decoder.beta = 0.5
 # Five layers of attention from scratch do not bear the demo's rate.
 optimizer.lr = 2e-4
-train.output_dir = "output/convergence/shapes_multi_scale"

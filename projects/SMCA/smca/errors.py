@@ -1,4 +1,10 @@
+"""Errors that the user can put right, and what their messages have in common."""
+
+import difflib
 import sys
+from typing import Any, Callable, Collection, Optional
+
+_MAX_LISTED = 40  # names in a message
 
 
 class UserError(ValueError):
@@ -20,15 +26,28 @@ class NonFiniteError(UserError, FloatingPointError):
     """The loss or the gradient became nan or infinite."""
 
 
-def exit_code(command, *args):
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a sentence that says that there is no `name`.
+
+    Returns:
+        ``", did you mean NEAREST?"``, or if none is near ``": there are A, B."``, or if those are
+        too many ``"."``.
+    """
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if nearest:
+        return f", did you mean {nearest[0]}?"
+    return f": there are {', '.join(known)}." if len(known) <= _MAX_LISTED else "."
+
+
+def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
     """
     Run a command line's work.
 
     Returns:
-        int: what `command` returns, or 1 after a :class:`UserError`, which is printed.
+        What `command` returns (0 for None), or 1 after a :class:`UserError`, which is printed.
     """
     try:
-        return command(*args)
+        return command(*args) or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,7 @@
 
 from . import resolvers  # noqa: F401
 from .build import build, build_model, dataset_names
-from .lazy import load_config
+from .lazy import load_config, quoted
 from .names import get_config, get_config_file, list_configs
 from .train import AMP_DTYPES, resolve_device
 from .yacs import add_smca_config
@@ -17,5 +17,6 @@ __all__ = [
     "get_config_file",
     "list_configs",
     "load_config",
+    "quoted",
     "resolve_device",
 ]

@@ -1,36 +1,36 @@
 """Loading a LazyConfig: overrides with their checks, and what is missing."""
 
-import difflib
 import inspect
-import numbers
+from typing import Any, Iterator, List, Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from smca.config.names import load_file
+from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
 from smca.config.train import check_train
-from smca.errors import ConfigError
+from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "quoted"]
 
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
-def load_config(config_file, overrides=()):
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     A LazyConfig with overrides, checked.
 
     Args:
-        config_file (str): path of a .py or .yaml LazyConfig.
-        overrides (list[str]): ``key=value``, in hydra's syntax. The key has to be in the config,
-            or be an argument of what the config calls there; ``+key=value`` adds any other.
-
-    Returns:
-        DictConfig
+        config_file: path of a .py or .yaml LazyConfig. Where a .py file leaves
+            ``train.output_dir`` at its default, it becomes ``output/NAME``.
+        overrides: ``key=value``, in hydra's syntax. The key has to be in the config, or be an
+            argument of what the config calls there; ``+key=value`` adds any other.
 
     Raises:
         ConfigError: names the file or the key, and the nearest valid key.
@@ -48,22 +48,27 @@ def load_config(config_file, overrides=()):
     return cfg
 
 
-def _missing_keys(node, prefix=""):
+def quoted(text: str) -> str:
+    """For the value of an override: the syntax takes it as it is, but for ``${...}``."""
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def _missing_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Keys whose value is "???". (OmegaConf's own search fails on references to such keys.)"""
-    for name in node.keys():
+    for name in map(str, node.keys()):
         if OmegaConf.is_missing(node, name):
             yield prefix + name
         elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
             yield from _missing_keys(node[name], f"{prefix}{name}.")
 
 
-def _load_file(config_file):
+def _load_file(config_file: str) -> DictConfig:
     if not config_file:
         raise ConfigError("No config given: add --config-file with a file from configs/.")
     if not PathManager.isfile(config_file):
         raise ConfigError(f"The config file {config_file} does not exist.")
     try:
-        cfg = LazyConfig.load(config_file)
+        cfg = load_file(config_file)
     except (SyntaxError, ImportError) as error:
         raise ConfigError(f"{config_file} cannot be loaded: {error.__cause__ or error}") from error
     except ValueError as error:
@@ -77,7 +82,7 @@ def _load_file(config_file):
     return cfg
 
 
-def _apply_override(cfg, text):
+def _apply_override(cfg: DictConfig, text: str) -> None:
     if text.startswith("-"):
         raise ConfigError(f"Option {text} has to stand before the first key=value.")
     try:
@@ -98,7 +103,7 @@ def _apply_override(cfg, text):
         raise ConfigError(f"Override {text!r} is not possible: {error.args[0]}") from error
 
 
-def _check_override(cfg, key, value):
+def _check_override(cfg: DictConfig, key: str, value: Any) -> None:
     """Raise if `key` is unknown or `value` of another kind than the one it replaces."""
     if isinstance(value, dict):
         for name, item in value.items():
@@ -108,16 +113,16 @@ def _check_override(cfg, key, value):
     node = cfg
     for parent in parents:
         if parent not in _names(node):
-            raise ConfigError(_unknown_key_message(cfg, key))
+            raise _unknown_key(cfg, key)
         node = _child(node, parent)
         if node is None:  # a key without a value takes anything
             return
     if name not in _names(node):
-        raise ConfigError(_unknown_key_message(cfg, key))
+        raise _unknown_key(cfg, key)
     _check_kind(key, _child(node, name), value)
 
 
-def _child(node, name):
+def _child(node: Any, name: str) -> Any:
     if isinstance(node, DictConfig) and name in node.keys():
         return OmegaConf.select(node, name, throw_on_resolution_failure=False)
     if isinstance(node, ListConfig) and name.isdigit() and int(name) < len(node):
@@ -125,7 +130,7 @@ def _child(node, name):
     return None
 
 
-def _names(node):
+def _names(node: Any) -> List[str]:
     """Keys that may be set in a node: those it has, and arguments of what it calls."""
     if isinstance(node, ListConfig):
         return [str(index) for index in range(len(node))]
@@ -144,7 +149,7 @@ def _names(node):
     return names
 
 
-def _all_keys(node, prefix=""):
+def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:
     for name in _names(node):
         yield prefix + name
         child = _child(node, name)
@@ -152,23 +157,17 @@ def _all_keys(node, prefix=""):
             yield from _all_keys(child, f"{prefix}{name}.")
 
 
-def _unknown_key_message(cfg, key):
-    nearest = difflib.get_close_matches(key, set(_all_keys(cfg)), n=1, cutoff=0.5)
-    hint = f", did you mean {nearest[0]}?" if nearest else "."
-    return f"The config has no key {key}{hint}"
+def _unknown_key(cfg: DictConfig, key: str) -> ConfigError:
+    return ConfigError(f"The config has no key {key}{did_you_mean(key, set(_all_keys(cfg)))}")
 
 
-def _check_kind(key, old, new):
+def _check_kind(key: str, old: Any, new: Any) -> None:
     if new is None or old is None or (isinstance(new, str) and "${" in new):
         return
     if isinstance(old, bool):
-        fits, kind = isinstance(new, bool), "true or false"
-    elif isinstance(old, numbers.Number):
-        fits = not isinstance(new, (str, bool))
-        kind = "a number"
+        check_value(key, new, TRUE_OR_FALSE)
+    elif isinstance(old, (int, float)) and isinstance(new, (str, bool)):
+        check_value(key, new, NUMBER)
     elif isinstance(old, DictConfig):
-        fits, kind = False, f"a section with keys of its own ({', '.join(map(str, old.keys()))})"
-    else:
-        return
-    if not fits:
-        raise ConfigError(f"{key} is {kind}, it cannot be {new!r}.")
+        keys = ", ".join(map(str, old.keys()))
+        check_value(key, new, Kind(f"a section with keys of its own ({keys})", lambda _: False))

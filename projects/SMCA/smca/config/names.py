@@ -1,6 +1,5 @@
 """The configs that come with this package, by name."""
 
-import difflib
 from pathlib import Path
 from typing import List
 
@@ -8,9 +7,12 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
 import smca.configs
-from smca.errors import ConfigError
+from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["get_config", "get_config_file", "list_configs"]
+__all__ = ["get_config", "get_config_file", "list_configs", "load_file"]
+
+# Of configs/common/train.py.
+_DEFAULT_OUTPUT_DIR = "output"
 
 
 def list_configs() -> List[str]:
@@ -36,9 +38,7 @@ def get_config_file(name: str) -> str:
     name = name.removesuffix(".py")
     known = list_configs()
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}."
-        raise ConfigError(f"There is no config {name}; {hint}")
+        raise ConfigError(f"There is no config {name}{did_you_mean(name, known)}")
     candidates = [Path(folder, f"{name}.py") for folder in smca.configs.__path__]
     return str(next(path for path in candidates if path.is_file()))
 
@@ -52,4 +52,26 @@ def get_config(name: str) -> DictConfig:
     Raises:
         ConfigError: there is no such config.
     """
-    return LazyConfig.load(get_config_file(name))
+    return load_file(get_config_file(name))
+
+
+def load_file(config_file: str) -> DictConfig:
+    """
+    ``LazyConfig.load``, and ``train.output_dir`` after the config's name where a .py file leaves
+    it at its default: ``output/smca_r50_50ep``, ``output/ablations/head_shared``.
+    """
+    cfg = LazyConfig.load(config_file)
+    # A .yaml file is one that training wrote, with the folder that it was told.
+    if config_file.endswith(".py") and "train" in cfg:
+        if cfg.train.get("output_dir") == _DEFAULT_OUTPUT_DIR:
+            cfg.train.output_dir = f"{_DEFAULT_OUTPUT_DIR}/{_name(config_file)}"
+    return cfg
+
+
+def _name(config_file: str) -> str:
+    """Of one of this package's configs as in :func:`list_configs`, of others the file's."""
+    path = Path(config_file).resolve().with_suffix("")
+    for folder in smca.configs.__path__:
+        if path.is_relative_to(Path(folder).resolve()):
+            return path.relative_to(Path(folder).resolve()).as_posix()
+    return path.name

@@ -1,78 +1,84 @@
 """The ``train`` section of a config: which values its keys may have, and the device it names."""
 
-import torch
-from omegaconf import OmegaConf
+from typing import Any, Mapping
 
+import torch
+from omegaconf import DictConfig
+
+from smca.config.schema import (
+    SECTION,
+    TRUE_OR_FALSE,
+    Kind,
+    check_value,
+    number,
+    or_null,
+    text,
+    whole_number,
+)
 from smca.errors import ConfigError
 
 __all__ = ["AMP_DTYPES", "check_train", "resolve_device"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def _is_int(value, low):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_bool(value):
-    return isinstance(value, bool)
-
-
-_TRAIN_RULES = {
-    "output_dir": (lambda v: isinstance(v, str) and v, "the path of a folder"),
-    "init_checkpoint": (lambda v: v is None or isinstance(v, str), "a path, a URL or ''"),
-    "max_iter": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
-    "device": (lambda v: isinstance(v, str), "auto, cpu, cuda or another device of PyTorch"),
-    "seed": (lambda v: _is_int(v, -(2**63)), "a whole number"),
-    "amp.enabled": (_is_bool, "true or false"),
-    "amp.dtype": (lambda v: v in AMP_DTYPES, " or ".join(AMP_DTYPES)),
-    "accumulate": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
-    "clip_grad_norm": (
-        lambda v: v is None or (_is_number(v) and v >= 0),
-        "a number of at least 0, or null",
-    ),
-    "model_ema.enabled": (_is_bool, "true or false"),
-    "model_ema.decay": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "compile": (_is_bool, "true or false"),
-    "checkpointer.period": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
-    "checkpointer.max_to_keep": (
-        lambda v: v is None or _is_int(v, 1),
-        "a whole number of at least 1, or null",
-    ),
-    "best_metric": (lambda v: isinstance(v, str), "the name of a metric, such as bbox/AP"),
-    "eval_period": (lambda v: _is_int(v, 0), "a whole number of at least 0"),
-    "log_period": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
-    "fast_dev_run": (_is_bool, "true or false"),
+# Of each key what its value may be; there may be other keys.
+_TRAIN = {
+    "output_dir": Kind("the path of a folder", lambda v: isinstance(v, str) and v != ""),
+    "init_checkpoint": Kind("a path, a URL or ''", lambda v: v is None or isinstance(v, str)),
+    "max_iter": whole_number(least=1),
+    "device": text("auto, cpu, cuda or another device of PyTorch"),
+    "seed": whole_number(),
+    "amp": {
+        "enabled": TRUE_OR_FALSE,
+        "dtype": Kind(" or ".join(AMP_DTYPES), lambda v: v in list(AMP_DTYPES)),
+    },
+    "accumulate": whole_number(least=1),
+    "clip_grad_norm": or_null(number("a number of at least 0", least=0)),
+    "model_ema": {
+        "enabled": TRUE_OR_FALSE,
+        "decay": number("a number in [0, 1)", least=0, below=1),
+    },
+    "compile": TRUE_OR_FALSE,
+    "checkpointer": {
+        "period": whole_number(least=1),
+        "max_to_keep": or_null(whole_number(least=1)),
+    },
+    "best_metric": text("the name of a metric, such as bbox/AP"),
+    "eval_period": whole_number(least=0),
+    "log_period": whole_number(least=1),
+    "fast_dev_run": TRUE_OR_FALSE,
 }
 
 
-def check_train(train):
+def check_train(train: DictConfig) -> None:
     """
     Check the values of the config's ``train`` section.
 
     Raises:
         ConfigError: a key is absent, or its value is not possible.
     """
-    absent = object()
-    for key, (is_valid, kind) in _TRAIN_RULES.items():
-        value = OmegaConf.select(train, key, default=absent)
-        if value is absent:
-            raise ConfigError(f"The config lacks train.{key}: start from configs/common/train.py.")
-        if not is_valid(value):
-            raise ConfigError(f"train.{key} has to be {kind}, it cannot be {value!r}.")
+    _check(train, _TRAIN, "train")
 
 
-def resolve_device(name):
+def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
+    for key, kind in kinds.items():
+        full_name = f"{name}.{key}"
+        if key not in section:
+            raise ConfigError(f"The config lacks {full_name}: start from configs/common/train.py.")
+        if isinstance(kind, Kind):
+            check_value(full_name, section[key], kind)
+        else:
+            check_value(full_name, section[key], SECTION)
+            _check(section[key], kind, full_name)
+
+
+def resolve_device(name: str) -> torch.device:
     """
     Args:
-        name (str): "auto" or a PyTorch device.
+        name: "auto" or a PyTorch device.
 
     Returns:
-        torch.device: of this process; for "auto", a GPU if there is one, else the CPU.
+        The device of this process; for "auto", a GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such device.

@@ -151,8 +151,8 @@ def check_image(path: PathLike, height: int, width: int) -> None:
 class _ResizeShortSide(T.ResizeShortestEdge):
     """Detectron2's, but a very long and thin image keeps at least one pixel a side."""
 
-    def __init__(self, short_sides: Sequence[int], max_size: int):
-        super().__init__(short_sides, max_size, sample_style="choice")
+    def __init__(self, short_sides: Union[int, Sequence[int]], max_size: int):
+        super().__init__(np.atleast_1d(short_sides).tolist(), max_size, sample_style="choice")
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """Of an (H, W, 3) image; no transform where it has the size already."""
@@ -191,19 +191,13 @@ def detr_augmentations(
     """
     augmentations = [T.RandomFlip()] if flip else []
     if crop_range is not None:
-        crop_short_sides = _choices(crop_short_sides)
         # The recipe sets no limit to the long side here. This one is out of reach of
         # photographs; it keeps 1 x 10000 pixels from being enlarged to gigabytes.
-        max_size_before_crop = 16 * max(crop_short_sides)
+        max_size_before_crop = 16 * int(np.max(crop_short_sides))
         augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
         augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
-    augmentations.append(_ResizeShortSide(_choices(short_sides), max_size))
+    augmentations.append(_ResizeShortSide(short_sides, max_size))
     return augmentations
-
-
-def _choices(sizes: Union[int, Sequence[int]]) -> List[int]:
-    """The sizes to draw from."""
-    return [sizes] if isinstance(sizes, int) else list(sizes)
 
 
 class DetrDatasetMapper:

@@ -1,0 +1,128 @@
+"""The package's rooms: imports run one way, files stay small."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, Iterator, Set
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
+# From the ground up. A room may import from those before its row, and from itself.
+ROWS = [
+    {"errors", "version"},
+    {"modeling", "data", "solver"},
+    {"configs"},
+    {"config"},
+    {"checkpoint"},
+    {"model_zoo", "analysis"},
+    {"inference"},
+    {"engine"},
+]
+FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
+MAX_LINES = 400
+
+
+def module_files() -> Dict[str, Path]:
+    """Of each module of the package its file; a package has its own name."""
+    files = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            files[".".join(parts).removesuffix(".__init__")] = path
+    return files
+
+
+FILES = module_files()
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Modules of the package that a module names in its imports, wherever these stand."""
+    path = FILES[module]
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: 1 - node.level or None] if node.level else []
+            source = ".".join([*start, *filter(None, [node.module])])
+            # "from package import name" is of a module or of what a module holds.
+            named = [f"{source}.{alias.name}" for alias in node.names]
+            names = [name if name in FILES else source for name in named]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "smca")
+
+
+IMPORTS: Dict[str, Set[str]] = {module: set(imports_of(module)) for module in FILES}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize(
+    "module, text, expected",
+    [
+        ("smca.data.coco", "from .cache import x", {"smca.data.cache"}),
+        ("smca.data.coco", "from . import cache", {"smca.data.cache"}),
+        ("smca.data.coco", "from .. import errors", {"smca.errors"}),
+        ("smca.data", "from .cache import x", {"smca.data.cache"}),
+        ("smca.data.coco", "def f():\n    from ..config.yacs import x", {"smca.config.yacs"}),
+        ("smca.data.coco", "import smca.config.yacs as y", {"smca.config.yacs"}),
+        ("smca.data.coco", "from smca import engine, errors", {"smca.engine", "smca.errors"}),
+        ("smca.data.coco", "from smca.errors import UserError\nimport os", {"smca.errors"}),
+        ("smca.configs.a.b", "from ..common.train import t", {"smca.configs.common.train"}),
+    ],
+)
+def test_imports_are_found(tmp_path, monkeypatch, module, text, expected):
+    path = tmp_path / ("__init__.py" if module == "smca.data" else "module.py")
+    path.write_text(text)
+    monkeypatch.setitem(FILES, module, path)
+    assert set(imports_of(module)) == expected
+
+
+def test_every_import_is_of_a_module_that_exists():
+    assert {name for names in IMPORTS.values() for name in names} <= set(FILES)
+
+
+def test_no_room_imports_from_one_above_it_or_beside_it():
+    upward = [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        if module != "smca"
+        for name in names
+        if name == "smca"
+        or (room_of(name) != room_of(module) and FLOOR[room_of(name)] >= FLOOR[room_of(module)])
+    ]
+    assert upward == []
+
+
+def test_the_package_itself_imports_no_room_above_the_configs_loading():
+    assert {room_of(name) for name in IMPORTS["smca"]} <= {"data", "modeling", "config", "version"}
+
+
+def test_imports_have_no_circle():
+    graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the circle
+
+
+def test_neither_a_config_nor_a_predictor_needs_the_trainer():
+    code = (
+        "import sys\n"
+        "import smca.analysis, smca.inference, smca.model_zoo\n"
+        "from smca.config import load_config\n"
+        "load_config(sys.argv[1])\n"
+        "print([name for name in sys.modules if name.startswith('smca.engine')])\n"
+    )
+    config = str(ROOT / "configs" / "smca_shapes.py")
+    command = [sys.executable, "-W", "ignore", "-c", code, config]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_no_file_is_too_long(module):
+    assert len(FILES[module].read_text().splitlines()) <= MAX_LINES
