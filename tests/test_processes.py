@@ -228,7 +228,8 @@ def test_two_processes_have_the_weights_of_one_with_the_whole_batch(objects, not
     assert max(moved) > 1e-3
     for key in ("model", "model_ema"):
         for name, value in alone[key].items():
-            torch.testing.assert_close(both[key][name], value, atol=1e-6, rtol=1e-5, msg=lambda m: name+m)
+            actual = both[key][name]
+            torch.testing.assert_close(actual, value, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_processes_draw_different_dropout(notes):
