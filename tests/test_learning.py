@@ -21,7 +21,8 @@ from smca.engine import main
 COLOURS = [(230, 60, 40), (40, 90, 230)]
 # [x, y, width, height] in pixels, and the category.
 OBJECTS = [([6, 6, 18, 22], 1), ([32, 10, 26, 14], 2), ([28, 34, 18, 22], 1)]
-NUM_STEPS = 250
+# DETR needs more; after 150 steps it is at 75 AP, and all others at 100.
+NUM_STEPS = {"detr": 300, "smca_single_scale": 200, "smca": 200, "smca_conv": 200}
 
 
 def arguments(*args):
@@ -51,7 +52,7 @@ def datasets(folder):
     return [f"+dataloader.{split}.dataset.names={register}" for split in ("train", "test")]
 
 
-@pytest.mark.parametrize("base", ["detr", "smca_single_scale", "smca", "smca_conv"])
+@pytest.mark.parametrize("base", NUM_STEPS)
 def test_an_image_is_learnt_by_heart(tmp_path, base):
     write_image(tmp_path)
     overrides = [
@@ -73,7 +74,7 @@ def test_an_image_is_learnt_by_heart(tmp_path, base):
         "+lr_multiplier._target_=fvcore.common.param_scheduler.CosineParamScheduler",
         "+lr_multiplier.start_value=1.0",
         "+lr_multiplier.end_value=0.01",
-        f"train.max_iter={NUM_STEPS}",
+        f"train.max_iter={NUM_STEPS[base]}",
         "train.eval_period=0",
         "train.log_period=1000",
         "train.checkpointer.period=1000",
