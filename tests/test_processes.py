@@ -1,0 +1,292 @@
+"""SMCA in two processes does what it does in one: training, resuming and evaluation. To start them
+takes seconds, so it is done once, and tests read what they left."""
+
+import json
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
+
+import smca.engine.launch
+from demo_cases import write_config
+from engine_cases import write_dataset
+from smca.engine import Trainer, main, run
+
+# Objects of the images. Any two have as many as there are processes: the losses are divided by the
+# number of objects of a process on average, but at least by 1, and so differ for fewer.
+TRAIN_OBJECTS, VAL_OBJECTS = [3, 2, 0, 2], [1, 2, 0, 1, 3]
+NUM_ITERS, ACCUMULATE = 4, 2
+
+
+def arguments(*args):
+    return default_argument_parser().parse_args([str(arg) for arg in args])
+
+
+def write_images(folder, num_objects):
+    """Images of one size (padding would differ between one process and two)."""
+    folder.mkdir()
+    write_dataset(folder, num_images=len(num_objects))
+    file = folder / "truth.json"
+    data = json.loads(file.read_text())
+    one_each, data["annotations"] = data["annotations"], []
+    for annotation, count in zip(one_each, num_objects):
+        for n in range(count):
+            box = [annotation["bbox"][0] + 3 * n, 4 + n, 16 - 3 * n, 9 + 2 * n]
+            new = {"id": len(data["annotations"]) + 1, "bbox": box, "area": box[2] * box[3]}
+            data["annotations"].append({**annotation, **new})
+    file.write_text(json.dumps(data))
+
+
+def dataset(split, folder):
+    """An override that registers a data set in each process."""
+    register = f"{{_target_: smca.data.register_coco, json_file: {folder}/truth.json, "
+    return f"+dataloader.{split}.dataset.names={register}image_root: {folder}}}"
+
+
+class Case(NamedTuple):
+    """A config with its overrides, and folders of runs."""
+
+    folder: str
+    command: list
+
+    def arguments(self, output, *overrides, flags=()):
+        output = f"train.output_dir={self.folder / output}"
+        return arguments(*flags, *self.command, output, *overrides)
+
+    def losses(self, output):
+        lines = (self.folder / output / "metrics.json").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if "total_loss" in row]
+
+    def final(self, output):
+        return torch.load(self.folder / output / "model_final.pth", weights_only=True)
+
+    def detections(self, output):
+        return json.loads((self.folder / output / "coco_instances_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_images(folder / "train", TRAIN_OBJECTS)
+    write_images(folder / "val", VAL_OBJECTS)
+    write_images(folder / "single", [2])
+    config = write_config(folder)
+    overrides = [
+        dataset("train", folder / "train"),
+        dataset("test", folder / "val"),
+        "model.num_classes=2",
+        "model.encoder.pattern=IM",
+        "model.dropout=0",
+        "dataloader.train.mapper.augmentations.short_sides=[32]",
+        "dataloader.train.mapper.augmentations_with_crop=null",
+        "dataloader.test.mapper.augmentations.short_sides=32",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        # Adam's first steps have the size of the rate however small a gradient is, so they would
+        # enlarge its rounding.
+        "optimizer._target_=torch.optim.SGD",
+        "optimizer.fused=False",
+        "optimizer.lr=0.2",
+        "+lr_multiplier._target_=fvcore.common.param_scheduler.LinearParamScheduler",
+        "+lr_multiplier.start_value=1.0",
+        "+lr_multiplier.end_value=0.5",
+        f"train.max_iter={NUM_ITERS}",
+        f"train.accumulate={ACCUMULATE}",
+        "train.eval_period=0",
+        "train.log_period=1",
+        "train.checkpointer.period=2",
+        "train.model_ema={enabled: true, decay: 0.6}",
+    ]
+    return Case(folder, ["--config-file", config, *overrides])
+
+
+@pytest.fixture(scope="module")
+def objects(case):
+    """
+    Trains in one process, to ``alone``.
+
+    Returns:
+        list of int: how many objects the images of the training's batches had.
+    """
+    forward_backward, counts = Trainer._forward_backward, []
+
+    def count(self, data, micro_batch):
+        counts.append([len(x["instances"]) for x in data])
+        return forward_backward(self, data, micro_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_forward_backward", count)
+        main(case.arguments("alone"))
+    return counts
+
+
+@pytest.fixture(scope="module")
+def notes(case):
+    """
+    The same training in two processes, to ``two``. They stay for more: they go on from its middle
+    (to ``resumed``), evaluate its weights (to ``evaluated``), and train with dropout on a single
+    image (to ``dropout``).
+
+    Returns:
+        list of dict: what each process noted.
+    """
+
+    def launch_for_more(worker, *args, **kwargs):
+        kwargs["args"] = (worker, *kwargs["args"], case)
+        launch(_work, *args, **kwargs)
+
+    # A file, since a free port may be taken by another test before it is used.
+    rendezvous = f"file://{case.folder / 'rendezvous'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smca.engine.launch, "launch", launch_for_more)
+        assert run(case.arguments("two", flags=["--num-gpus", 2, "--dist-url", rendezvous])) == 0
+    return [torch.load(case.folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+
+
+def _work(worker, args, case):
+    """In each process."""
+    worker(args)
+    resume_in_the_middle(case)
+    results = main(evaluation_arguments(case, "evaluated"))
+    notes = {"results": results, **train_with_dropout(case)}
+    torch.save(notes, case.folder / f"rank{comm.get_rank()}.pth")
+
+
+def resume_in_the_middle(case):
+    if comm.is_main_process():
+        resumed = case.folder / "resumed"
+        resumed.mkdir()
+        shutil.copy(case.folder / "two" / "model_0000001.pth", resumed)
+        (resumed / "last_checkpoint").write_text("model_0000001.pth")
+    comm.synchronize()
+    main(case.arguments("resumed", flags=["--resume"]))
+
+
+def train_with_dropout(case):
+    """On a single image, which both processes see in the same way."""
+    forward_backward, notes = Trainer._forward_backward, {"losses": []}
+
+    def watch(self, data, micro_batch):
+        losses = forward_backward(self, data, micro_batch)
+        notes["losses"].append({name: loss.item() for name, loss in losses.items()})
+        notes["broadcast_buffers"] = self.model.broadcast_buffers
+        notes["find_unused_parameters"] = self.model.find_unused_parameters
+        notes["comm_hook"] = self.model._get_ddp_logging_data().get("comm_hook")
+        return losses
+
+    Trainer._forward_backward = watch
+    ddp = "{broadcast_buffers: true, find_unused_parameters: true, fp16_compression: true}"
+    main(
+        case.arguments(
+            "dropout",
+            dataset("train", case.folder / "single"),
+            "dataloader.train.mapper.augmentations.flip=false",
+            "model.dropout=0.3",
+            f"train.ddp={ddp}",
+            "train.max_iter=3",
+        )
+    )
+    return notes
+
+
+def evaluation_arguments(case, output):
+    weights = f"train.init_checkpoint={case.folder}/two/model_final.pth"
+    to_file = f"+dataloader.evaluator.output_dir={case.folder / output}"
+    return case.arguments(output, weights, to_file, flags=["--eval-only"])
+
+
+# Training
+
+
+def test_processes_without_objects_and_with_them_are_among_what_is_compared(objects):
+    # Of a batch's two images, each process has one.
+    assert len(objects) == NUM_ITERS * ACCUMULATE
+    assert {(True, False), (False, True), (True, True)} <= {(a > 0, b > 0) for a, b in objects}
+
+
+def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, notes, case):
+    alone, both = case.losses("alone"), case.losses("two")
+    assert len(alone) == len(both) == NUM_ITERS
+    for expected, actual in zip(alone, both):
+        names = [name for name in expected if "loss" in name or name == "grad_norm"]
+        assert len(names) == 8
+        for name in names:
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_have_the_weights_of_one_with_the_whole_batch(objects, notes, case):
+    alone, both = case.final("alone"), case.final("two")
+    assert (alone["trainer"]["world_size"], both["trainer"]["world_size"]) == (1, 2)
+    # They have moved a thousand times as far.
+    start = torch.load(case.folder / "alone" / "model_0000001.pth", weights_only=True)["model"]
+    moved = [(alone["model"][name] - start[name]).abs().max() for name in start]
+    assert max(moved) > 1e-3
+    for key in ("model", "model_ema"):
+        for name, value in alone[key].items():
+            actual = both[key][name]
+            torch.testing.assert_close(actual, value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_processes_draw_different_dropout(notes):
+    # The single image is the same in both.
+    for first, second in zip(notes[0]["losses"], notes[1]["losses"]):
+        assert first["loss_ce"] != second["loss_ce"]
+
+
+def test_logged_losses_are_the_means_of_the_processes(notes, case):
+    rows = case.losses("dropout")
+    assert len(rows) == 3
+    for name in notes[0]["losses"][0]:
+        values = [[batch[name] for batch in note["losses"]] for note in notes]
+        means = np.reshape(values, (2, 3, ACCUMULATE)).mean((0, 2))
+        # A line has the median of the last 20 iterations.
+        expected = [np.median(means[: n + 1]) for n in range(3)]
+        assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ddp_has_the_settings_of_the_config(notes):
+    for note in notes:
+        assert note["broadcast_buffers"] and note["find_unused_parameters"]
+        assert "fp16_compress" in note["comm_hook"]
+
+
+# Resuming
+
+
+def test_a_resumed_run_of_two_processes_ends_with_the_bits_of_an_unbroken_one(notes, case):
+    unbroken, resumed = case.final("two"), case.final("resumed")
+    assert resumed["trainer"]["iteration"] == NUM_ITERS - 1
+    assert len(case.losses("resumed")) == NUM_ITERS - 2
+    for key in ("model", "model_ema"):
+        for name, value in unbroken[key].items():
+            assert torch.equal(resumed[key][name], value), name
+
+
+# Evaluation
+
+
+def test_two_processes_evaluate_like_one(notes, case):
+    results = main(evaluation_arguments(case, "evaluated alone"))
+    assert results.keys() == {"bbox", "ema/bbox"} == notes[0]["results"].keys()
+    assert notes[1]["results"] == {}
+    for task, metrics in results.items():
+        assert notes[0]["results"][task] == pytest.approx(metrics, nan_ok=True, abs=1e-3)
+
+    expected, actual = case.detections("evaluated alone"), case.detections("evaluated")
+    # Every image once, with as many detections as queries.
+    assert [x["image_id"] for x in expected] == [n for n in range(1, 6) for _ in range(6)]
+    assert len(actual) == len(expected)
+    for wanted in expected:
+        assert sum(is_same(wanted, found) for found in actual) == 1
+
+
+def is_same(a, b):
+    """Whether two detections, of files whose order may differ among equal scores, are the same."""
+    if (a["image_id"], a["category_id"]) != (b["image_id"], b["category_id"]):
+        return False
+    return np.allclose([*a["bbox"], a["score"]], [*b["bbox"], b["score"]], atol=1e-4, rtol=0)

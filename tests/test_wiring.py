@@ -1,0 +1,441 @@
+"""What a config says is what the trainer does, the checkpoints hold and the log tells: one small
+run from a config file in which no value is the default, and short ones beside it."""
+
+import json
+import math
+import signal
+from typing import Dict, List, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import get_event_storage
+
+from engine_cases import TinyDetector, write_config, write_dataset
+from smca.engine import Trainer, main
+
+
+class Batch(NamedTuple):
+    """What a model met in one batch of the training."""
+
+    files: List[str]
+    weights: Dict[str, torch.Tensor]
+    random: torch.Tensor
+    dtype: torch.dtype  # that convolutions compute in
+    losses: Dict[str, float]
+
+
+class WatchedDetector(TinyDetector):
+    """Keeps what it meets in each batch of the training."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.batches = []
+
+    def forward(self, batch):
+        if not self.training:
+            return super().forward(batch)
+        weights = {name: p.detach().clone() for name, p in self.named_parameters()}
+        random, dtypes = torch.rand(4), []
+        watch = self.backbone["stem"].register_forward_hook(
+            lambda module, args, output: dtypes.append(output.dtype)
+        )
+        losses = super().forward(batch)
+        watch.remove()
+        values = {name: loss.item() for name, loss in losses.items()}
+        files = [x["file_name"] for x in batch]
+        self.batches.append(Batch(files, weights, random, dtypes[0], values))
+        return losses
+
+
+class ScriptedEvaluator(DatasetEvaluator):
+    """`peak` is highest at iteration 5, AP grows; the others tell what was evaluated."""
+
+    def __init__(self, dataset_name):
+        self.dataset_name = dataset_name
+
+    def reset(self):
+        self.scores = []
+
+    def process(self, inputs, outputs):
+        self.scores += [x["instances"].scores[0].item() for x in outputs]
+
+    def evaluate(self):
+        iteration = get_event_storage().iter
+        result = {"AP": iteration, "peak": 50 - abs(iteration - 5), "score": np.mean(self.scores)}
+        result["images"] = len(self.scores)
+        result["images_of_the_evaluator"] = len(DatasetCatalog.get(self.dataset_name))
+        return {"bbox": result}
+
+
+class InterruptedSGD(torch.optim.SGD):
+    """Ctrl-C or SIGTERM comes during one of its steps."""
+
+    def __init__(self, params, lr, number, step):
+        super().__init__(params, lr)
+        self.number, self.countdown = number, step
+
+    def step(self, closure=None):
+        if self.countdown == 0:
+            signal.raise_signal(self.number)
+        self.countdown -= 1
+        return super().step(closure)
+
+
+def target(cls):
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+class Run(NamedTuple):
+    folder: str
+    trainer: Trainer
+    results: dict
+
+    @property
+    def batches(self):
+        return self.trainer.model.batches
+
+    def checkpoint(self, name):
+        return torch.load(self.folder / name, weights_only=True)
+
+    def metrics(self, key):
+        """{iteration: value} as far as metrics.json has it."""
+        rows = map(json.loads, (self.folder / "metrics.json").read_text().splitlines())
+        return {row["iteration"]: row[key] for row in rows if key in row}
+
+
+def drive(folder, *overrides, steps=True, error=None, **changes):
+    """
+    Train a `WatchedDetector` in `folder` from a config file.
+
+    Args:
+        overrides: of the command line. changes: of the file's ``train``.
+        steps: False: all is built, and nothing trained.
+        error: what is raised, if anything.
+    """
+    config = write_config(folder, **changes)
+    overrides = [f"model._target_={target(WatchedDetector)}", *overrides]
+    args = default_argument_parser().parse_args(["--config-file", config, *overrides])
+    trainers, results, train = [], None, Trainer.train
+
+    def watched_train(self, *positions):
+        trainers.append(self)
+        return train(self, *positions) if steps else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", watched_train)
+        if error is None:
+            results = main(args)
+        else:
+            with pytest.raises(error):
+                main(args)
+    return Run(folder / "run", trainers[0], results)
+
+
+def averaged(weights, decay):
+    """The moving average of a list of weights, which starts with the first."""
+    average = weights[0]
+    for each in weights[1:]:
+        average = {k: decay * average[k] + (1 - decay) * each[k] for k in average}
+    return average
+
+
+def assert_same_weights(actual, expected):
+    """The expected ones, which may be some of the actual."""
+    assert expected
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+LR, CLIP, DECAY, NUM_ITERS, ACCUMULATE = 0.5, 0.01, 0.7, 9, 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, which tests only read."""
+    folder = tmp_path_factory.mktemp("wiring")
+    validation = folder / "validation"
+    validation.mkdir()
+    write_dataset(validation, num_images=3)
+    name = f"wiring:{validation}"
+    register_coco_instances(name, {}, f"{validation}/truth.json", str(validation))
+    torch.manual_seed(123)
+    start = folder / "start.pth"
+    torch.save({"model": TinyDetector().state_dict()}, start)
+    return drive(
+        folder,
+        "dataloader.train.total_batch_size=2",
+        f"dataloader.test.dataset.names={name}",
+        f"dataloader.evaluator._target_={target(ScriptedEvaluator)}",
+        f"dataloader.evaluator.dataset_name={name}",
+        "optimizer._target_=torch.optim.SGD",
+        f"optimizer.lr={LR}",
+        f"lr_multiplier.milestones=[4,{NUM_ITERS}]",
+        init_checkpoint=str(start),
+        max_iter=NUM_ITERS,
+        seed=7,
+        amp=dict(enabled=True, dtype="bf16"),
+        accumulate=ACCUMULATE,
+        clip_grad_norm=CLIP,
+        model_ema=dict(enabled=True, decay=DECAY),
+        checkpointer=dict(period=2, max_to_keep=2),
+        best_metric="bbox/peak",
+        eval_period=3,
+        log_period=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(run):
+    """Before the first iteration, and after each."""
+    before = [batch.weights for batch in run.batches[::ACCUMULATE]]
+    final = run.checkpoint("model_final.pth")["model"]
+    return before + [{name: final[name] for name in before[0]}]
+
+
+# Training
+
+
+def test_it_starts_from_the_weights_of_init_checkpoint(run, weights):
+    start = torch.load(run.folder.parent / "start.pth", weights_only=True)["model"]
+    for name, value in weights[0].items():
+        assert torch.equal(value, start[name]), name
+
+
+def test_an_iteration_takes_accumulate_batches_of_total_batch_size_images(run, weights):
+    assert len(run.batches) == NUM_ITERS * ACCUMULATE
+    assert all(len(batch.files) == 2 for batch in run.batches)
+    for n, batch in enumerate(run.batches):
+        assert_same_weights(batch.weights, weights[n // ACCUMULATE])
+
+
+def test_updates_have_the_length_of_the_clipped_gradient_times_the_scheduled_rate(run, weights):
+    lengths = []
+    for before, after in zip(weights, weights[1:]):
+        change = [(after[name] - before[name]).flatten() for name in before]
+        lengths.append(torch.cat(change).norm().item())
+    assert min(run.metrics("grad_norm").values()) > 2 * CLIP
+    # The rate drops after 4 of 9 iterations.
+    expected = [LR * CLIP] * 4 + [0.1 * LR * CLIP] * 5
+    assert lengths == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_average_of_the_weights_has_the_decay_of_the_config(run, weights):
+    state = run.checkpoint("model_final.pth")
+    assert_same_weights(state["model_ema"], averaged(weights[1:], DECAY))
+    state = run.checkpoint("model_0000007.pth")
+    assert_same_weights(state["model_ema"], averaged(weights[1:9], DECAY))
+
+
+# Evaluation
+
+
+def test_the_test_data_are_evaluated_by_an_evaluator_that_knows_them(run):
+    assert run.results["bbox"]["images"] == 3
+    assert run.results["bbox"]["images_of_the_evaluator"] == 3
+
+
+def test_the_weights_and_their_average_are_evaluated(run):
+    state = run.checkpoint("model_final.pth")
+    for task, key in (("bbox", "model"), ("ema/bbox", "model_ema")):
+        model = TinyDetector().eval()
+        model.load_state_dict(state[key])
+        names = DatasetCatalog.get(f"wiring:{run.folder.parent}/validation")
+        images = [x["file_name"] for x in names]
+        assert run.results[task]["score"] == pytest.approx(mean_score(model, images), abs=1e-6)
+    assert run.results["bbox"]["score"] != run.results["ema/bbox"]["score"]
+
+
+def mean_score(model, files):
+    from detectron2.data.detection_utils import read_image
+
+    scores = []
+    for file in files:
+        image = torch.from_numpy(read_image(file, "RGB").copy()).permute(2, 0, 1)
+        with torch.no_grad():
+            result = model([{"image": image, "height": 32, "width": 32}])
+        scores.append(result[0]["instances"].scores[0].item())
+    return sum(scores) / len(scores)
+
+
+def test_it_is_evaluated_every_eval_period_and_at_the_end(run):
+    # The evaluation after the training counts as one iteration later.
+    assert run.trainer.storage.history("bbox/AP").values() == [(2, 2), (5, 5), (9, 9)]
+
+
+# What is written
+
+
+def test_the_output_folder_is_the_configs(run):
+    present = {path.name for path in run.folder.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.json", "last_checkpoint"} <= present
+
+
+def test_checkpoints_come_every_period_and_the_last_ones_are_kept(run):
+    present = {path.name for path in run.folder.glob("*.pth")}
+    expected = {"model_0000005.pth", "model_0000007.pth", "model_best.pth", "model_final.pth"}
+    assert present == expected
+    for iteration in (5, 7):
+        state = run.checkpoint(f"model_{iteration:07d}.pth")
+        assert state["trainer"]["iteration"] == iteration
+
+
+def test_the_best_checkpoint_is_that_of_the_best_metric(run, weights):
+    best = run.checkpoint("model_best.pth")
+    assert best["best"] == {"metric": "bbox/peak", "value": 50, "iteration": 5}
+    assert_same_weights(best["model"], weights[6])
+
+
+def test_the_log_has_a_line_every_log_period_and_the_last(run):
+    assert list(run.metrics("total_loss")) == [3, 7, 8]
+    lines = (run.folder / "log.txt").read_text().splitlines()
+    progress = [line.split(" iter: ")[1].split()[0] for line in lines if " iter: " in line]
+    assert progress == ["3", "7", "8"]
+
+
+@pytest.mark.parametrize("name", ["loss_ce", "loss_bbox"])
+def test_logged_losses_are_the_means_of_an_iterations_batches(run, name):
+    values = [batch.losses[name] for batch in run.batches]
+    means = np.reshape(values, (NUM_ITERS, ACCUMULATE)).mean(1)
+    # A line has the median of the last 20 iterations.
+    expected = {n: np.median(means[: n + 1]) for n in (3, 7, 8)}
+    assert run.metrics(name) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_checkpoint_knows_what_a_resumed_run_has_to_repeat(run):
+    state = run.checkpoint("model_final.pth")["trainer"]
+    assert state["seed"] == 7 and state["accumulate"] == ACCUMULATE
+    assert state["total_batch_size"] == 2 and state["world_size"] == 1
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize(
+    "enabled, name, dtype",
+    [
+        (True, "bf16", torch.bfloat16),
+        (True, "fp16", torch.float16),
+        (False, "fp16", torch.float32),
+    ],
+)
+def test_the_model_computes_in_the_type_of_the_config(tmp_path, enabled, name, dtype):
+    amp = dict(enabled=enabled, dtype=name)
+    done = drive(tmp_path, max_iter=2, eval_period=0, amp=amp)
+    assert [batch.dtype for batch in done.batches] == [dtype] * 2
+    # Only float16 scales the loss.
+    has_scale = bool(done.checkpoint("model_final.pth")["trainer"]["grad_scaler"])
+    assert has_scale == (dtype == torch.float16)
+
+
+def test_the_long_run_computes_in_bfloat16(run):
+    assert {batch.dtype for batch in run.batches} == {torch.bfloat16}
+
+
+# Everything random
+
+
+def test_the_seed_decides_weights_dropout_and_data(tmp_path):
+    runs = []
+    for n, seed in enumerate([5, 5, 6]):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        runs.append(drive(folder, max_iter=2, eval_period=0, seed=seed))
+    first, again, other = ([run.batches[0], run.batches[1]] for run in runs)
+
+    def names(batches):
+        return [[file.rsplit("/", 1)[1] for file in batch.files] for batch in batches]
+
+    for a, b, c in zip(first, again, other):
+        assert torch.equal(a.random, b.random)
+        assert not torch.equal(a.random, c.random)
+        assert all(torch.equal(a.weights[key], b.weights[key]) for key in a.weights)
+        assert not torch.equal(a.weights["class_embed.weight"], c.weights["class_embed.weight"])
+        assert a.losses == b.losses
+    assert names(first) == names(again) != names(other)
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_runs_checkpoint_is_that_of_a_whole_iteration(tmp_path, number):
+    done = drive(
+        tmp_path,
+        f"optimizer._target_={target(InterruptedSGD)}",
+        "optimizer.lr=0.1",
+        f"+optimizer.number={int(number)}",
+        "+optimizer.step=2",
+        "lr_multiplier.milestones=[3,5]",
+        error=(KeyboardInterrupt, SystemExit),
+        max_iter=5,
+        eval_period=0,
+        checkpointer=dict(period=100, max_to_keep=1),
+        model_ema=dict(enabled=True, decay=DECAY),
+    )
+    state = done.checkpoint((done.folder / "last_checkpoint").read_text())
+    assert state["trainer"]["iteration"] == 2
+    # The update that had begun is in the weights, in their average and in the schedule.
+    seen = [batch.weights for batch in done.batches]
+    final = {name: state["model"][name] for name in seen[0]}
+    assert not torch.equal(final["class_embed.weight"], seen[2]["class_embed.weight"])
+    assert_same_weights(state["model_ema"], averaged([*seen[1:], final], DECAY))
+    assert state["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 3
+    assert state["trainer"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01)
+
+
+# Settings that are read before the first step
+
+
+def built(folder, *overrides, **changes):
+    return drive(folder, *overrides, steps=False, **changes).trainer
+
+
+def test_the_model_is_on_the_device_of_the_config(tmp_path):
+    trainer = built(tmp_path, device="meta")
+    assert {p.device.type for p in trainer.model.parameters()} == {"meta"}
+    assert trainer.device.type == "meta"
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_model_is_compiled_if_the_config_says_so(tmp_path, compile):
+    model = built(tmp_path, compile=compile).model
+    assert (model._compiled_call_impl is not None) == compile
+
+
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_cudnn_is_told_whether_to_benchmark(tmp_path, monkeypatch, benchmark):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not benchmark)
+    built(tmp_path, cudnn_benchmark=benchmark)
+    assert torch.backends.cudnn.benchmark == benchmark
+
+
+@pytest.mark.parametrize("clip", [None, 0])
+def test_gradients_are_not_clipped_without_a_largest_norm(tmp_path, clip):
+    assert built(tmp_path, clip_grad_norm=clip).clip_grad_norm == math.inf
+
+
+def test_there_is_no_average_of_the_weights_unless_the_config_says_so(tmp_path):
+    done = drive(tmp_path, max_iter=1, model_ema=dict(enabled=False, decay=0.9))
+    assert "model_ema" not in done.checkpoint("model_final.pth")
+    assert list(done.results) == ["bbox"]
+
+
+def test_the_parts_of_the_model_learn_at_the_rates_of_the_config(tmp_path):
+    factor = "smca.solver.backbone_lr_factor"
+    trainer = built(
+        tmp_path,
+        "optimizer.lr=0.2",
+        f"+optimizer.params.lr_factor_func._target_={factor}",
+        "+optimizer.params.lr_factor_func.factor=0.1",
+    )
+    rates = {
+        id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in trainer.model.named_parameters():
+        expected = 0.02 if name.startswith("backbone.") else 0.2
+        assert rates[id(parameter)] == pytest.approx(expected), name
