@@ -18,10 +18,10 @@ from modeling_cases import (
     weighted_sum,
     with_leaves,
 )
-from smca.modeling import attention
+from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.modulation import MODULATIONS, SPREADS
+from smca.modeling.weight_map import MODULATIONS, SPREADS
 
 D, H, FFN, Q = 32, 4, 48, 5
 
@@ -296,10 +296,19 @@ def test_dropout_is_on_in_training_and_off_in_eval():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_decoder_builds_no_full_map(modulation, spread, dropout, monkeypatch):
     # Where no fused kernel serves, rows are computed in blocks of so many logits.
-    monkeypatch.setattr(attention, "_MAX_LOGITS", 1 << 16)
+    monkeypatch.setattr(kernels, "_MAX_LOGITS", 1 << 16)
     sizes = [(320, 384), (200, 300)]
     num_queries = 100
-    decoder = Decoder(1, modulation, spread, 8.0, True, 2, D, 8, FFN, dropout)
+    decoder = Decoder(
+        num_layers=1,
+        modulation=modulation,
+        spread=spread,
+        num_scales=2,
+        embed_dim=D,
+        num_heads=8,
+        ffn_dim=FFN,
+        dropout=dropout,
+    )
     scales, _ = with_leaves(make_scales([16, 32], sizes))
     with LargestTensor() as largest:
         output = decoder(scales, query_position(num_queries), pixel_sizes(sizes))
@@ -318,7 +327,9 @@ def test_initial_values(modulation, spread):
         if "norm" in name:
             assert (value == (1 if name.endswith("weight") else 0)).all(), name
         elif "spread" in name:
-            assert (value == (0 if name.endswith("weight") else 1)).all(), name
+            start = [1.0, 1.0, 0.0] if spread == "rotated" else [1.0]
+            expected = torch.tensor(start).repeat(value.shape[0] // len(start))
+            assert torch.equal(value, 0 * value if name.endswith("weight") else expected), name
         elif "attention" in name and name.endswith("bias"):
             assert not value.any(), name
         elif name.endswith("bias"):

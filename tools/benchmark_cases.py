@@ -20,12 +20,13 @@ from smca.data import draw_scene
 from smca.engine import Trainer, load_config
 from smca.engine.trainer import AMP_DTYPES
 from smca.modeling import HungarianMatcher, SetCriterion
-from smca.modeling.attention import attend_modulated
+from smca.modeling.kernels import attend
 from smca.modeling.matcher import Targets
-from smca.modeling.modulation import Gaussians, cell_channels, query_channels
+from smca.modeling.weight_map import Gaussian
 
 # Ends the name of a slow reference's measurement.
 REFERENCE = ", reference"
+BETA = 8.0  # divides the squared distances
 
 
 @dataclass
@@ -49,23 +50,19 @@ class Job:
 # ---- Co-attention
 
 
-def slow_co_attention(query, key, value, gaussians, size):
+def slow_co_attention(query, key, value, centres, spreads, size):
     """The reference, as the official code has it: the squared distances of all cells from all
     centres, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
     y, x = (torch.arange(n, device=query.device) for n in size)
     cells = torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1)
-    centres, precisions = (
-        g[:, :, 0].transpose(1, 2)[..., None, :] for g in (gaussians.centres, gaussians.precisions)
-    )
-    log_weights = -((cells - centres).square() * precisions).sum(-1)
+    precisions = spreads.square()[..., None, :] / BETA
+    log_weights = -((cells - centres[..., None, :]).square() * precisions).sum(-1)
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + log_weights
     return logits.softmax(-1).to(value.dtype) @ value
 
 
-def fast_co_attention(query, key, value, gaussians, size):
-    queries = query_channels(gaussians, 0, size, query.shape[-1], query.dtype)
-    cells = cell_channels(size, query.dtype, query.device)
-    return attend_modulated(query, key, value, queries, cells)
+def fast_co_attention(query, key, value, centres, spreads, size):
+    return attend(query, key, value, weight_map=Gaussian(centres, spreads, 1 / BETA, size))
 
 
 def build_co_attention(options, cells, num_queries, reference=False, backward=False):
@@ -75,19 +72,19 @@ def build_co_attention(options, cells, num_queries, reference=False, backward=Fa
     num_cells = cells[0] * cells[1]
     tokens = [torch.randn(batch, heads, n, head_dim, **factory) for n in (num_queries, num_cells)]
     tokens.append(torch.randn_like(tokens[1]))
-    shape = (batch, num_queries, 1, heads, 2)
+    shape = (batch, heads, num_queries, 2)
     centres = torch.rand(shape, device=options.device) * torch.tensor(
         cells[::-1], device=options.device
     )
-    precisions = (0.5 + torch.rand(shape, device=options.device)).square() / 8
-    inputs = [x.requires_grad_(backward) for x in (*tokens, centres, precisions)]
+    spreads = 0.5 + torch.rand(shape, device=options.device)
+    inputs = [x.requires_grad_(backward) for x in (*tokens, centres, spreads)]
     attention = slow_co_attention if reference else fast_co_attention
     if options.compile:
         attention = torch.compile(attention)
     output_gradient = torch.randn_like(tokens[0])
 
     def run():
-        output = attention(*inputs[:3], Gaussians(*inputs[3:]), cells)
+        output = attention(*inputs, cells)
         if backward:
             torch.autograd.grad(output, inputs, output_gradient)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import model_zoo
 from .errors import CheckpointError
 from .modeling import build_resnet
-from .modeling.modulation import SPREADS
+from .modeling.weight_map import SPREADS
 from .version import __version__
 
 __all__ = ["CLASS_CHOICES", "Conversion", "convert", "convert_file", "official_name"]
@@ -331,8 +331,8 @@ def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
         return "fixed"
     # The layers have to agree; one that does not is found later.
     key, num_outputs = min(outputs.items())
-    for spread, count in SPREADS.items():
-        if count * num_gaussians == num_outputs:
+    for spread in _OFFICIAL_SPREADS:
+        if len(SPREADS[spread].initial_spreads) * num_gaussians == num_outputs:
             return spread
     raise CheckpointError(f"has {num_outputs} outputs in {key}, which fits no kind of spread.")
 

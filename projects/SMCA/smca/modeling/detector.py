@@ -10,7 +10,6 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .attention import float32_region
 from .backbone import fold_frozen_norms
 from .criterion import SetCriterion
 from .decoder import DecoderOutput
@@ -19,6 +18,7 @@ from .matcher import Targets
 from .neck import ScaleProjection
 from .position_encoding import SinePositionEncoding
 from .scales import Scale, as_tokens, padding_masks
+from .weight_map import float32_region
 
 
 class Predictions(NamedTuple):
