@@ -211,6 +211,59 @@ def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
     assert_same_gradients(maps, expected, used(inputs, spread), tolerance)
 
 
+@pytest.mark.parametrize("spread", SPREADS)
+def test_no_weight_is_more_than_one(spread):
+    inputs = random_gaussians((6, 8), spread)
+    with torch.no_grad():
+        inputs["spreads"].sub_(1)  # of both signs
+    assert make_map(*inputs.values(), spread, (6, 8)).log_weights().max() <= 0
+
+
+@pytest.mark.parametrize("value", [64.0, 1000.0, 65504.0])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
+@pytest.mark.parametrize("spread", [name for name in SPREADS if name != "fixed"])
+def test_the_narrowest_map_reads_the_cell_at_its_centre(spread, dtype, value):
+    size, cells = (100, 168), torch.tensor([[0, 0], [167, 99], [84, 50], [3, 98]])
+    centres = (cells + torch.tensor([0.2, -0.1]))[None, :, None].requires_grad_()
+    spreads = torch.full((1, 4, 1, NUM_SPREADS[spread]), value)
+    if spread == "rotated":
+        spreads[..., 2] = 0
+    spreads.requires_grad_()
+    query, key = (torch.zeros(1, 1, n, D, dtype=dtype) for n in (4, size[0] * size[1]))
+    memory = random_tensor(*key.shape).to(dtype)
+    out = attend(query, key, memory, weight_map=make_map(centres, spreads, spread, size))
+    expected = memory[:, :, cells[:, 1] * size[1] + cells[:, 0]]
+    assert_close(out, expected, 1e-2 if dtype == torch.bfloat16 else 2e-3)
+    gradients = torch.autograd.grad(out.float().sum(), [centres, spreads])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_in_float16_no_map_is_nan_wherever_its_centre_is(spread):
+    size, centres = (25, 42), torch.tensor([[65504.0, 0.0], [-65504.0, 65504.0]])[None, :, None]
+    query, key = (torch.zeros(1, 1, n, D, dtype=torch.float16) for n in (2, 25 * 42))
+    for value in (1e-4, 1.0, 65504.0):
+        spreads = torch.full((1, 2, 1, NUM_SPREADS[spread]), value)
+        out = attend(query, key, key + 1, weight_map=make_map(centres, spreads, spread, size))
+        assert_close(out.float(), torch.ones(1, 1, 2, D), 1e-2)
+
+
+@pytest.mark.parametrize("spread", CHANNEL_SPREADS[1:])
+def test_an_image_gives_the_same_beside_one_with_narrow_maps(spread):
+    size = (25, 42)
+    inputs = random_gaussians(size, spread)
+    with torch.no_grad():
+        inputs["spreads"][1] *= 30
+    tokens = [random_tensor(B, n, D, seed=n) for n in (Q, 1050, 1051)]
+    tokens[2] = tokens[2][:, 1:]
+    both = make_map(*inputs.values(), spread, size)
+    alone = make_map(*(x[:1] for x in inputs.values()), spread, size)
+    # The neighbour takes more channels.
+    assert channels_of(both)[1].shape[1] == 2 * channels_of(alone)[1].shape[1]
+    expected = modulated_attention(*(x[:1] for x in tokens), alone)
+    assert_close(modulated_attention(*tokens, both)[:1], expected, 1e-5)
+
+
 # --------------------------------------------------------------------- modulated attention itself
 
 

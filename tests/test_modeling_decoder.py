@@ -21,7 +21,7 @@ from modeling_cases import (
 from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.weight_map import MODULATIONS, SPREADS
+from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMap
 
 D, H, FFN, Q = 32, 4, 48, 5
 
@@ -197,6 +197,38 @@ def test_later_layers_look_around_the_first_layers_centre():
     moved = decode(decoder, [scale], image_sizes=[(48, 64)] * 2)
     assert torch.equal(output.reference, moved.reference)
     assert not torch.allclose(output.hidden[1], moved.hidden[1])
+
+
+class Disc(WeightMap):
+    """exp(-d^4): all that a shape has to say."""
+
+    initial_spreads = (1.0,)
+
+    def log_weights_at(self, dx, dy):
+        (a,) = self.spreads[..., None, None, :].unbind(-1)
+        return -((self.factor * (dx**2 + dy**2)) ** 2) * a**2
+
+
+@pytest.mark.parametrize("modulation", ["multi_head", "head_shared"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_shape_is_a_class_and_a_name(modulation, dropout, monkeypatch):
+    monkeypatch.setitem(SPREADS, "disc", Disc)
+    decoder = make_decoder(2, 2, dropout, modulation=modulation, spread="disc")
+    weighted_sum([decode(decoder, make_scales([16, 32])).hidden]).backward()
+    for layer in decoder.layers:
+        assert layer.modulation.spread.weight.grad.any()
+        assert layer.modulation.spread.weight.shape[0] == 2 * layer.modulation.num_heads
+
+
+@pytest.mark.parametrize("spread", ["covariance", "rotated", "laplacian"])
+def test_every_shape_compiles(spread):
+    decoder = randomize(make_decoder(2, 2, spread=spread))
+    scales = make_scales([16, 32])
+    expected = decode(decoder, scales).hidden
+    torch._dynamo.reset()
+    decoder.compile(backend="eager", dynamic=True)
+    assert_close(decode(decoder, scales).hidden, expected)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("key, value", [("modulation", "sometimes"), ("spread", "wide")])

@@ -165,7 +165,7 @@ def fit_channels(
         # A map too narrow for the type to hold becomes wider, around the same centre; there it
         # is still less than a cell.
         largest = query.detach().abs().amax(dim=-1, keepdim=True)
-        query = query * (torch.finfo(dtype).max / 2 / largest).clamp(max=1)
+        query = query * (torch.finfo(dtype).max / largest).clamp(max=1)
         # Each of the query's three pieces meets each of the cell's two; only the long numbers have
         # a second piece.
         pieces, (high, low) = _pieces(query, dtype, 3), _pieces(cells, dtype, 2)

@@ -137,10 +137,10 @@ class Gaussian(WeightMap):
         # cells, but it keeps the logits small, and with them the rounding of the gradients.
         c_x, c_y = self._centres_from_middle()
         p_x, p_y = self.precisions.unbind(-1)
-        shared = (p_x * c_x.square() + p_y * c_y.square()) / 16  # float16 ends at 65504
+        shared = (p_x * c_x.square() + p_y * c_y.square()) / 64  # float16 ends at 65504
         query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared]
         x, y = self._cells_from_middle()
-        cells = [x * x, x, y * y, y, torch.full_like(x, 16)]
+        cells = [x * x, x, y * y, y, torch.full_like(x, 64)]
         return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=(0, 2))
 
     # Counted from the middle cell, coordinates and their products are small whole numbers.
@@ -207,10 +207,10 @@ class RotatedGaussian(Gaussian):
         p_xy = self.factor * a_x * a_xy
         c_x, c_y = self._centres_from_middle()
         slope_x, slope_y = p_xx * c_x + p_xy * c_y, p_xy * c_x + p_yy * c_y
-        shared = (slope_x * c_x + slope_y * c_y) / 16
+        shared = (slope_x * c_x + slope_y * c_y) / 64
         query = [-p_xx, 2 * slope_x, -p_yy, 2 * slope_y, -2 * p_xy, -shared]
         x, y = self._cells_from_middle()
-        cells = [x * x, x, y * y, y, x * y, torch.full_like(x, 16)]
+        cells = [x * x, x, y * y, y, x * y, torch.full_like(x, 64)]
         return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=(0, 2, 4))
 
 
