@@ -1,4 +1,4 @@
-"""The weight maps in another project: the module needs PyTorch alone; Hugging Face's DETR with it."""
+"""The weight maps in another project: they need PyTorch alone, and fit Hugging Face's DETR."""
 
 import ast
 import importlib.util

@@ -69,8 +69,8 @@ def make_batch(rng: np.random.Generator, batch_size: int = 4) -> Dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="DETR without weight maps")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--period", type=int, default=100, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--period", type=int, default=50, help="steps between evaluations")
     parser.add_argument("--spread", default="independent", help="the maps' shape")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)

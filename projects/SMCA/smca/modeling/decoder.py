@@ -109,6 +109,7 @@ class DecoderLayer(nn.Module):
             with float32_region(layer_input):
                 if self.centre is not None:
                     reference = self.centre(layer_input)
+                assert reference is not None  # the first layer predicts it
                 centre = reference.sigmoid() * image_sizes
             weight_maps = self.modulation(layer_input, centre, memory.scales)
         if self.scale_weight is not None:

@@ -121,7 +121,7 @@ class WeightMap(ABC):
 class Gaussian(WeightMap):
     """-(a_x^2 dx^2 + a_y^2 dy^2): the paper's map, with a spread for each axis."""
 
-    initial_spreads = (1.0, 1.0)
+    initial_spreads: ClassVar[Tuple[float, ...]] = (1.0, 1.0)
 
     @property
     def precisions(self) -> Tensor:
