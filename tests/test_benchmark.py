@@ -15,7 +15,6 @@ from demo_cases import ROOT, write_config
 from modeling_cases import assert_same_gradients, leaves
 from smca.config import load_config
 from smca.errors import ConfigError, UserError
-from smca.modeling.modulation import Gaussians
 
 FIELDS = {"name", "config", "size", "overrides", "dtype", "compiled", "device", "threads", "torch"}
 FIELDS |= {"median_s", "times_s", "peak_bytes", "extra_bytes"}
@@ -117,14 +116,12 @@ def test_both_co_attentions_compute_the_same(cases):
             "query": torch.randn(2, 8, 5, 32),
             "key": torch.randn(2, 8, 24, 32),
             "value": torch.randn(2, 8, 24, 32),
-            "centres": 6 * torch.rand(2, 5, 1, 8, 2),
-            "precisions": torch.rand(2, 5, 1, 8, 2),
+            "centres": 6 * torch.rand(2, 8, 5, 2),
+            "spreads": 2 * torch.rand(2, 8, 5, 2),
         }
     )
-    *tokens, centres, precisions = inputs.values()
-    gaussians = Gaussians(centres, precisions)
-    slow = cases.slow_co_attention(*tokens, gaussians, (4, 6))
-    fast = cases.fast_co_attention(*tokens, gaussians, (4, 6))
+    slow = cases.slow_co_attention(*inputs.values(), (4, 6))
+    fast = cases.fast_co_attention(*inputs.values(), (4, 6))
     assert torch.allclose(slow, fast, atol=1e-5)
     assert_same_gradients(fast, slow, inputs)
 

@@ -15,31 +15,25 @@ from modeling_cases import (
     make_scales,
     randomize,
 )
-from smca.modeling import attention as attention_module
-from smca.modeling.attention import (
-    CoAttention,
-    MultiheadAttention,
-    attend_in_pieces,
-    attend_modulated,
-)
-from smca.modeling.modulation import (
-    MODULATIONS,
-    SPREADS,
-    Gaussians,
-    SpatialModulation,
-    cell_channels,
-    modulations,
-)
-from smca.modeling.scales import Scale
+from smca.modeling import kernels
+from smca.modeling.attention import CoAttention, MultiheadAttention
+from smca.modeling.kernels import attend, fit_channels
+from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMapPredictor
 
 D, H, Q, B = 32, 4, 5, 2
 MODULATED = [name for name in MODULATIONS if name != "none"]
 HALF_TYPES = [torch.bfloat16, torch.float16]
 # What rounding of the inputs and of the result costs any attention, of the largest value.
 ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-# Covariance has too many terms for channels.
-CHANNEL_SPREADS = [name for name in SPREADS if name != "covariance"]
-NUM_SPREADS = {"fixed": 0, "single": 1, "independent": 2, "covariance": 3}
+CHANNEL_SPREADS = ["fixed", "single", "independent", "rotated"]
+NUM_SPREADS = {
+    "fixed": 0,
+    "single": 1,
+    "independent": 2,
+    "covariance": 3,
+    "rotated": 3,
+    "laplacian": 2,
+}
 
 
 def random_tensor(*shape, seed=0):
@@ -56,35 +50,26 @@ def random_gaussians(size, spread, num_queries=Q, num_heads=H, seed=0):
     return leaves({"centres": centres, "spreads": spreads})
 
 
-def as_gaussians(centres, spreads, spread, beta=8.0, factor=1.0):
-    """The package's form of one scale's centres (B, Q, H, 2) and spreads (B, Q, H, n)."""
-    if spread == "fixed":
-        squares = torch.ones_like(centres)
-    elif spread == "single":
-        squares = (spreads**2).repeat(1, 1, 1, 2)
-    else:
-        squares = spreads**2
-    return Gaussians(centres[:, :, None], (squares * factor / beta)[:, :, None])
+def make_map(centres, spreads, spread, size, beta=8.0, factor=1.0):
+    """The package's map of one scale of (h, w) cells, of centres (B, Q, H, 2) and spreads
+    (B, Q, H, n)."""
+    return SPREADS[spread](centres.transpose(1, 2), spreads.transpose(1, 2), factor / beta, size)
 
 
-def modulate(centres, spreads, spread, size, head_dim=D // H, dtype=torch.float32):
-    """What modulates one scale of (h, w) cells, in the form that `CoAttention` takes."""
-    scale = Scale(tokens=None, position=None, padding_mask=None, size=size, stride=32)
-    gaussians = as_gaussians(centres, spreads, spread)
-    cells = cell_channels(size, dtype, torch.device("cpu"))
-    (modulation,) = modulations(gaussians, [scale], [cells], head_dim)
-    return modulation
+def logit_factor(dtype):
+    """What the attention kernel multiplies logits with, the channels' products among them."""
+    return (D // H) ** -0.5 if dtype in HALF_TYPES else 1.0
 
 
-def modulated_attention(query, key, value, modulation, mask=None, dropout=0.0):
-    """(B, N, D) tokens, already projected, to (B, Q, D), on either of the two ways."""
+def channels_of(weight_map, dtype=torch.float32):
+    """Of the queries and of the cells, as the attention kernel meets them."""
+    return fit_channels(weight_map.channels(), dtype, logit_factor(dtype))
+
+
+def modulated_attention(query, key, value, weight_map, mask=None, dropout=0.0):
+    """(B, N, D) tokens, already projected, to (B, Q, D)."""
     heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in (query, key, value)]
-    if callable(modulation[0]):
-        scale = (D // H) ** -0.5
-        output = attend_in_pieces(*heads, mask, dropout, scale, *modulation)
-    else:
-        output = attend_modulated(*heads, *modulation, mask, dropout)
-    return output.transpose(1, 2).flatten(2)
+    return attend(*heads, mask, dropout, weight_map).transpose(1, 2).flatten(2)
 
 
 def used(inputs, spread):
@@ -156,8 +141,7 @@ def test_attention_dropout_keeps_the_mean():
 def test_log_weights_equal_the_reference(spread):
     inputs = random_gaussians((6, 8), spread)
     expected = reference.log_weights(6, 8, *inputs.values(), spread, beta=8.0, factor=0.5)
-    gaussians = as_gaussians(*inputs.values(), spread, factor=0.5)
-    maps = gaussians.log_weights(0, (6, 8)).transpose(1, 2).flatten(3)
+    maps = make_map(*inputs.values(), spread, (6, 8), factor=0.5).log_weights().flatten(3)
     assert_close(maps, expected)
     assert_same_gradients(maps, expected, used(inputs, spread))
 
@@ -186,8 +170,7 @@ def far_case(size, spread):
 
 def dot_products(query, cells):
     """Log-weights that channels give, their products added in float32."""
-    cells = cells[:, : query.shape[-1]]
-    return query.float() @ cells.float().T * attention_module.kernel_scale(D // H, query.dtype)
+    return query.float() @ cells.float().T * logit_factor(query.dtype)
 
 
 # Cells further down than this weigh nothing.
@@ -198,7 +181,7 @@ NEGLIGIBLE = -30
 @pytest.mark.parametrize("spread", CHANNEL_SPREADS)
 def test_channels_give_the_log_weights(spread, size):
     inputs = random_gaussians(size, spread)
-    maps = dot_products(*modulate(*inputs.values(), spread, size))
+    maps = dot_products(*channels_of(make_map(*inputs.values(), spread, size)))
     exact = {name: value.double() for name, value in inputs.items()}
     expected = reference.log_weights(*size, *exact.values(), spread)
     difference = (maps - expected).abs()
@@ -211,7 +194,7 @@ def test_channels_give_the_log_weights(spread, size):
 @pytest.mark.parametrize("spread", CHANNEL_SPREADS)
 def test_channels_are_exact_enough_up_to_the_border_of_large_maps(spread, dtype, size):
     inputs, expected = far_case(size, spread)
-    query, cells = modulate(*inputs.values(), spread, size, dtype=dtype)
+    query, cells = channels_of(make_map(*inputs.values(), spread, size), dtype)
     assert query.dtype == cells.dtype == dtype
     difference = (dot_products(query, cells) - expected).abs()
     assert difference[expected > NEGLIGIBLE].max() < 1e-2
@@ -224,11 +207,64 @@ def test_channels_are_exact_enough_up_to_the_border_of_large_maps(spread, dtype,
 def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
     size = (12, 20)
     inputs = random_gaussians(size, spread)
-    maps = dot_products(*modulate(*inputs.values(), spread, size, dtype=dtype))
+    maps = dot_products(*channels_of(make_map(*inputs.values(), spread, size), dtype))
     expected = reference.log_weights(*size, *inputs.values(), spread)
     # In half precision each query channel's gradient is rounded once.
     tolerance = {torch.bfloat16: 4e-2, torch.float16: 4e-3}.get(dtype, 1e-4)
     assert_same_gradients(maps, expected, used(inputs, spread), tolerance)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_no_weight_is_more_than_one(spread):
+    inputs = random_gaussians((6, 8), spread)
+    with torch.no_grad():
+        inputs["spreads"].sub_(1)  # of both signs
+    assert make_map(*inputs.values(), spread, (6, 8)).log_weights().max() <= 0
+
+
+@pytest.mark.parametrize("value", [64.0, 1000.0, 65504.0])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
+@pytest.mark.parametrize("spread", [name for name in SPREADS if name != "fixed"])
+def test_the_narrowest_map_reads_the_cell_at_its_centre(spread, dtype, value):
+    size, cells = (100, 168), torch.tensor([[0, 0], [167, 99], [84, 50], [3, 98]])
+    centres = (cells + torch.tensor([0.2, -0.1]))[None, :, None].requires_grad_()
+    spreads = torch.full((1, 4, 1, NUM_SPREADS[spread]), value)
+    if spread == "rotated":
+        spreads[..., 2] = 0
+    spreads.requires_grad_()
+    query, key = (torch.zeros(1, 1, n, D, dtype=dtype) for n in (4, size[0] * size[1]))
+    memory = random_tensor(*key.shape).to(dtype)
+    out = attend(query, key, memory, weight_map=make_map(centres, spreads, spread, size))
+    expected = memory[:, :, cells[:, 1] * size[1] + cells[:, 0]]
+    assert_close(out, expected, 1e-2 if dtype == torch.bfloat16 else 2e-3)
+    gradients = torch.autograd.grad(out.float().sum(), [centres, spreads])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_in_float16_no_map_is_nan_wherever_its_centre_is(spread):
+    size, centres = (25, 42), torch.tensor([[65504.0, 0.0], [-65504.0, 65504.0]])[None, :, None]
+    query, key = (torch.zeros(1, 1, n, D, dtype=torch.float16) for n in (2, 25 * 42))
+    for value in (1e-4, 1.0, 65504.0):
+        spreads = torch.full((1, 2, 1, NUM_SPREADS[spread]), value)
+        out = attend(query, key, key + 1, weight_map=make_map(centres, spreads, spread, size))
+        assert_close(out.float(), torch.ones(1, 1, 2, D), 1e-2)
+
+
+@pytest.mark.parametrize("spread", CHANNEL_SPREADS[1:])
+def test_an_image_gives_the_same_beside_one_with_narrow_maps(spread):
+    size = (25, 42)
+    inputs = random_gaussians(size, spread)
+    with torch.no_grad():
+        inputs["spreads"][1] *= 30
+    tokens = [random_tensor(B, n, D, seed=n) for n in (Q, 1050, 1051)]
+    tokens[2] = tokens[2][:, 1:]
+    both = make_map(*inputs.values(), spread, size)
+    alone = make_map(*(x[:1] for x in inputs.values()), spread, size)
+    # The neighbour takes more channels.
+    assert channels_of(both)[1].shape[1] == 2 * channels_of(alone)[1].shape[1]
+    expected = modulated_attention(*(x[:1] for x in tokens), alone)
+    assert_close(modulated_attention(*tokens, both)[:1], expected, 1e-5)
 
 
 # --------------------------------------------------------------------- modulated attention itself
@@ -242,7 +278,7 @@ def test_gradients_of_logits_of_any_size_are_right(size):
     exact = [x.detach().double().requires_grad_() for x in tokens]
     query, key, value = exact
     expected = (query @ key.transpose(-2, -1) / (D // H) ** 0.5).softmax(-1) @ value
-    output = attention_module.attend(*tokens)
+    output = attend(*tokens)
     weights = random_tensor(*expected.shape, seed=4)
     gradients = torch.autograd.grad((output * weights).sum(), tokens)
     wanted = torch.autograd.grad((expected * weights).sum(), exact)
@@ -267,8 +303,8 @@ def test_modulated_attention_equals_the_reference(spread, padded):
     tokens = [inputs[name] for name in ("query", "key", "value")]
     expected = reference.attend(*tokens, H, mask, maps)
 
-    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size)
-    output = modulated_attention(*tokens, modulation, mask)
+    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*tokens, weight_map, mask)
     assert_close(output, expected)
     assert_same_gradients(output, expected, used(inputs, spread))
 
@@ -285,8 +321,8 @@ def test_modulated_attention_is_right_for_any_spread_on_large_maps(spread, size)
     maps = reference.log_weights(*size, exact["centres"], exact["spreads"], spread)
     expected = reference.attend(*[exact[name] for name in shapes], H, None, maps)
 
-    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size)
-    output = modulated_attention(*[inputs[name] for name in shapes], modulation)
+    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*[inputs[name] for name in shapes], weight_map)
     assert_close(output.double(), expected, 1e-5)
     weights = random_tensor(*expected.shape, seed=4)
     names = list(used(inputs, spread))
@@ -317,8 +353,8 @@ def coco_sized_case(size, spread):
 @pytest.mark.parametrize("spread", SPREADS)
 def test_modulated_attention_equals_the_reference_on_coco_sized_maps(spread, size):
     inputs, expected = coco_sized_case(size, spread)
-    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size)
-    output = modulated_attention(*[inputs[n] for n in ("query", "key", "value")], modulation)
+    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*[inputs[n] for n in ("query", "key", "value")], weight_map)
     assert_close(output, expected)
     # Gradients of centre and spread are sums over squared coordinates, which cost the channels a
     # digit; covariance does without channels.
@@ -337,11 +373,11 @@ def test_half_precision_costs_modulated_attention_no_more_than_plain(spread, dty
     if spread is None:
         expected = reference.attend(*[x.float() for x in tokens], H)
         heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in tokens]
-        output = attention_module.attend(*heads, None, dropout).transpose(1, 2).flatten(2)
+        output = attend(*heads, None, dropout).transpose(1, 2).flatten(2)
     else:
         gaussian = (inputs["centres"], inputs["spreads"])
-        modulation = modulate(*gaussian, spread, size, dtype=dtype)
-        output = modulated_attention(*tokens, modulation, dropout=dropout)
+        weight_map = make_map(*gaussian, spread, size)
+        output = modulated_attention(*tokens, weight_map, dropout=dropout)
     assert output.dtype == dtype
     largest = expected.abs().max()
     assert (output.float() - expected).abs().max() < ROUNDING[dtype] * largest
@@ -353,8 +389,8 @@ def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding
     size = (25, 42)
     inputs, expected = coco_sized_case(size, spread)
     tokens = [inputs[name].to(dtype) for name in ("query", "key", "value")]
-    modulation = modulate(inputs["centres"], inputs["spreads"], spread, size, dtype=dtype)
-    output = modulated_attention(*tokens, modulation).float()
+    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    output = modulated_attention(*tokens, weight_map).float()
     leaf_inputs = used(inputs, spread)
     weights = random_tensor(*expected.shape, seed=4)
     gradients = [
@@ -376,9 +412,9 @@ def test_half_precision_drops_what_float32_drops(spread, dtype):
     outputs = []
     for current in (dtype, torch.float32):
         tokens = [inputs[name].to(current) for name in ("query", "key", "value")]
-        modulation = modulate(inputs["centres"], inputs["spreads"], spread, size, dtype=current)
+        weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
         torch.manual_seed(0)
-        outputs.append(modulated_attention(*tokens, modulation, dropout=0.3).float())
+        outputs.append(modulated_attention(*tokens, weight_map, dropout=0.3).float())
     largest = outputs[1].abs().max()
     assert (outputs[0] - outputs[1]).abs().max() < ROUNDING[dtype] * largest
     leaf_inputs = list(used(inputs, spread).values())
@@ -415,13 +451,13 @@ def test_co_attention_equals_the_reference(strides, spread, scale_selection):
     positions = [inputs[f"position{i}"] for i in range(len(scales))]
     masks = [scale.padding_mask for scale in scales]
     scale_weights = inputs["scale_logits"].softmax(-1) if scale_selection else None
-    maps, modulations = None, None
+    maps, weight_maps = None, None
     if spread is not None:
-        maps, modulations = [], []
+        maps, weight_maps = [], []
         for i, scale in enumerate(scales):
             gaussian = (inputs[f"centres{i}"], inputs[f"spreads{i}"])
             maps.append(reference.log_weights(*scale.size, *gaussian, spread))
-            modulations.append(modulate(*gaussian, spread, scale.size))
+            weight_maps.append(make_map(*gaussian, spread, scale.size))
     expected = reference.modulated_co_attention(
         weights, "attention", inputs["query"], memories, positions, masks, maps, scale_weights, H
     )
@@ -431,7 +467,7 @@ def test_co_attention_equals_the_reference(strides, spread, scale_selection):
         torch.cat(memories, 1),
         [scale.size[0] * scale.size[1] for scale in scales],
         masks,
-        modulations,
+        weight_maps,
         scale_weights,
     )
     assert_close(output, expected)
@@ -452,22 +488,33 @@ def test_what_padding_holds_does_not_reach_the_co_attention(modulated):
     for garbage in (0.0, 1e4):
         memory = torch.cat([scale.tokens for scale in scales], 1)
         memory = memory.masked_fill(torch.cat(masks, 1)[..., None], garbage)
-        modulations = None
+        weight_maps = None
         if modulated:
-            modulations = [
-                modulate(inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size)
+            weight_maps = [
+                make_map(inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size)
                 for i, scale in enumerate(scales)
             ]
         num_cells = [scale.size[0] * scale.size[1] for scale in scales]
-        outputs.append(attention(inputs["query"], memory, memory, num_cells, masks, modulations))
+        outputs.append(attention(inputs["query"], memory, memory, num_cells, masks, weight_maps))
     assert_close(*outputs)
 
 
 # ----------------------------------------------------------------- what a layer's queries predict
 
 
+def make_predictor(num_scales, modulation, spread, beta=8.0):
+    return WeightMapPredictor(
+        embed_dim=D,
+        num_heads=H,
+        num_scales=num_scales,
+        modulation=modulation,
+        spread=spread,
+        beta=beta,
+    )
+
+
 def modulation_state_dict(modulation, name):
-    """The official names of a SpatialModulation's parameters."""
+    """The official names of a WeightMapPredictor's parameters."""
     names = {"offset": "point2", "spread": "point3"}
     state_dict = {}
     for key, value in modulation.named_parameters():
@@ -481,8 +528,8 @@ def modulation_state_dict(modulation, name):
 @pytest.mark.parametrize(
     "strides", [[32], [8], [16, 32, 64], [16, 16, 32, 64]], ids=lambda strides: str(strides)
 )
-def test_spatial_modulation_equals_the_reference(strides, modulation, spread, beta=3.0):
-    module = randomize(SpatialModulation(D, H, len(strides), modulation, spread, beta))
+def test_weight_map_predictor_equals_the_reference(strides, modulation, spread, beta=3.0):
+    module = randomize(make_predictor(len(strides), modulation, spread, beta))
     scales = make_scales(strides)
     inputs = leaves({"o": random_tensor(B, Q, D), "r": random_tensor(B, Q, 2, seed=1)})
     state_dict = modulation_state_dict(module, "layer")
@@ -497,12 +544,10 @@ def test_spatial_modulation_equals_the_reference(strides, modulation, spread, be
         settings,
     )
     pixels = torch.tensor([[w, h] for h, w in IMAGE_SIZES], dtype=torch.float32)
-    gaussians = module(inputs["o"], inputs["r"].sigmoid() * pixels[:, None], scales)
-    maps = []
-    for i, scale in enumerate(scales):
-        shared_or_not = gaussians.log_weights(i, scale.size).transpose(1, 2).flatten(3)
-        maps.append(shared_or_not.expand(-1, H, -1, -1))
-        assert_close(maps[-1], expected[i])
+    weight_maps = module(inputs["o"], inputs["r"].sigmoid() * pixels[:, None], scales)
+    maps = [m.log_weights().flatten(3).expand(-1, H, -1, -1) for m in weight_maps]
+    for got, wanted in zip(maps, expected, strict=True):
+        assert_close(got, wanted)
     if modulation == "head_shared" and spread == "fixed":
         del inputs["o"]
     assert_same_gradients(maps, expected, {**inputs, **state_dict})
@@ -511,22 +556,27 @@ def test_spatial_modulation_equals_the_reference(strides, modulation, spread, be
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("modulation", MODULATED)
 def test_spread_starts_at_one_for_every_query(modulation, spread):
-    module = SpatialModulation(D, H, 3, modulation, spread, beta=8.0)
+    module = make_predictor(3, modulation, spread, beta=8.0)
     module.reset_parameters()
     scales = make_scales([16, 32, 64])
-    precisions = module(random_tensor(B, Q, D), random_tensor(B, Q, 2), scales).precisions
-    for i, factor in enumerate([0.5, 1.0, 2.0]):
-        assert_close(precisions[:, :, i], torch.full_like(precisions[:, :, i], factor / 8), 1e-6)
+    one = torch.ones(B, Q, 1, NUM_SPREADS[spread])
+    if spread == "rotated":
+        one[..., 2] = 0  # along the axes
+    weight_maps = module(random_tensor(B, Q, D), random_tensor(B, Q, 2), scales)
+    for weight_map, scale, factor in zip(weight_maps, scales, [0.5, 1.0, 2.0], strict=True):
+        centres = weight_map.centres.detach().transpose(1, 2)
+        spreads = one.expand(-1, -1, centres.shape[2], -1)
+        expected = reference.log_weights(*scale.size, centres, spreads, spread, 8.0, factor)
+        assert_close(weight_map.log_weights().flatten(3), expected, 1e-6)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("modulation", MODULATED)
-def test_spatial_modulation_has_no_unused_parameter(modulation, spread):
-    module = randomize(SpatialModulation(D, H, 3, modulation, spread))
+def test_weight_map_predictor_has_no_unused_parameter(modulation, spread):
+    module = randomize(make_predictor(3, modulation, spread))
     inputs = leaves({"o": random_tensor(B, Q, D), "centre": random_tensor(B, Q, 2)})
     scales = make_scales([16, 32, 64])
-    gaussians = module(*inputs.values(), scales)
-    sum(gaussians.log_weights(i, scale.size).sum() for i, scale in enumerate(scales)).backward()
+    sum(m.log_weights().sum() for m in module(*inputs.values(), scales)).backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
     heads = H if modulation == "multi_head" else 1
@@ -559,14 +609,14 @@ def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
             ]
             output = sum(m.sum() for m in maps)
         else:
-            modulations = None
+            weight_maps = None
             if spread is not None:
-                modulations = [
-                    modulate(*gaussian, spread, scale.size, D // num_heads)
+                weight_maps = [
+                    make_map(*gaussian, spread, scale.size)
                     for scale, gaussian in zip(scales, gaussians)
                 ]
             masks = [scale.padding_mask for scale in scales]
-            output = attention(query, memory, memory, num_cells, masks, modulations)
+            output = attention(query, memory, memory, num_cells, masks, weight_maps)
         output.sum().backward()
     return largest.num_elements, B * num_heads * num_queries * max(num_cells)
 
@@ -574,8 +624,8 @@ def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Where no fused kernel serves, rows are computed in blocks of so many logits."""
-    monkeypatch.setattr(attention_module, "_MAX_LOGITS", 1 << 16)
-    monkeypatch.setattr(attention_module, "_MIN_ROWS", 1)
+    monkeypatch.setattr(kernels, "_MAX_LOGITS", 1 << 16)
+    monkeypatch.setattr(kernels, "_MIN_QUERIES", 1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -607,10 +657,10 @@ def test_no_full_map_is_kept_for_the_backward_pass(spread, dropout, small_blocks
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        modulations = None
+        weight_maps = None
         if spread is not None:
-            modulations = [modulate(*inputs.values(), spread, size, D // num_heads)]
-        output = attention(query, memory, memory, [len(memory[0])], [mask], modulations)
+            weight_maps = [make_map(*inputs.values(), spread, size)]
+        output = attention(query, memory, memory, [len(memory[0])], [mask], weight_maps)
     assert output.requires_grad
     # 32-bit numbers.
     assert sum(kept.values()) < 4 * B * num_heads * num_queries * size[0] * size[1]
@@ -625,8 +675,8 @@ def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
     mask = make_scales([16])[0].padding_mask if padded else None
     outputs = []
     for max_logits in (1 << 22, block):
-        monkeypatch.setattr(attention_module, "_MAX_LOGITS", max_logits)
-        monkeypatch.setattr(attention_module, "_MIN_ROWS", 1)
+        monkeypatch.setattr(kernels, "_MAX_LOGITS", max_logits)
+        monkeypatch.setattr(kernels, "_MIN_QUERIES", 1)
         # As good as no dropout, but computed like it.
         monkeypatch.setattr(attention, "dropout", 1e-12)
         outputs.append(attention.train()(inputs["x"], inputs["x"], inputs["x"], mask))
@@ -637,11 +687,11 @@ def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
 
 
 def test_blocks_of_rows_drop_the_same_in_the_backward_pass(monkeypatch):
-    monkeypatch.setattr(attention_module, "_MAX_LOGITS", 1)
-    monkeypatch.setattr(attention_module, "_MIN_ROWS", 5)
+    monkeypatch.setattr(kernels, "_MAX_LOGITS", 1)
+    monkeypatch.setattr(kernels, "_MIN_QUERIES", 5)
     query, key, value = (random_tensor(B, H, n, 4, seed=n).requires_grad_() for n in (11, 48, 48))
     torch.manual_seed(0)
-    total = (attention_module.attend(query, key, value, dropout=0.5) * random_tensor(4)).sum()
+    total = (attend(query, key, value, dropout_p=0.5) * random_tensor(4)).sum()
     state = torch.get_rng_state()
     (gradient,) = torch.autograd.grad(total, value)
     # The output is linear in the values, with the weights that were not dropped.

@@ -16,10 +16,10 @@ from modeling_cases import (
     weighted_sum,
     with_leaves,
 )
-from smca.modeling import attention
+from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.modulation import MODULATIONS, SPREADS
+from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMap
 
 D, H, FFN, Q = 32, 4, 48, 5
 SIZES = dict(embed_dim=D, num_heads=H, ffn_dim=FFN, dropout=0.0)
@@ -198,6 +198,38 @@ def test_later_layers_look_around_the_first_layers_centre():
     assert not torch.allclose(output.hidden[1], moved.hidden[1])
 
 
+class Disc(WeightMap):
+    """exp(-d^4): all that a shape has to say."""
+
+    initial_spreads = (1.0,)
+
+    def log_weights_at(self, dx, dy):
+        (a,) = self.spreads[..., None, None, :].unbind(-1)
+        return -((self.factor * (dx**2 + dy**2)) ** 2) * a**2
+
+
+@pytest.mark.parametrize("modulation", ["multi_head", "head_shared"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_shape_is_a_class_and_a_name(modulation, dropout, monkeypatch):
+    monkeypatch.setitem(SPREADS, "disc", Disc)
+    decoder = make_decoder(2, 2, dropout, modulation=modulation, spread="disc")
+    weighted_sum([decode(decoder, make_scales([16, 32])).hidden]).backward()
+    for layer in decoder.layers:
+        assert layer.modulation.spread.weight.grad.any()
+        assert layer.modulation.spread.weight.shape[0] == 2 * layer.modulation.num_heads
+
+
+@pytest.mark.parametrize("spread", ["covariance", "rotated", "laplacian"])
+def test_every_shape_compiles(spread):
+    decoder = randomize(make_decoder(2, 2, spread=spread))
+    scales = make_scales([16, 32])
+    expected = decode(decoder, scales).hidden
+    torch._dynamo.reset()
+    decoder.compile(backend="eager", dynamic=True)
+    assert_close(decode(decoder, scales).hidden, expected)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("key, value", [("modulation", "sometimes"), ("spread", "wide")])
 def test_unknown_mode_is_an_error_that_names_it(key, value):
     with pytest.raises(ValueError, match=value):
@@ -291,10 +323,19 @@ def test_dropout_is_on_in_training_and_off_in_eval():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_decoder_builds_no_full_map(modulation, spread, dropout, monkeypatch):
     # Where no fused kernel serves, rows are computed in blocks of so many logits.
-    monkeypatch.setattr(attention, "_MAX_LOGITS", 1 << 16)
+    monkeypatch.setattr(kernels, "_MAX_LOGITS", 1 << 16)
     sizes = [(320, 384), (200, 300)]
     num_queries = 100
-    decoder = Decoder(1, modulation, spread, 8.0, True, 2, D, 8, FFN, dropout)
+    decoder = Decoder(
+        num_layers=1,
+        modulation=modulation,
+        spread=spread,
+        num_scales=2,
+        embed_dim=D,
+        num_heads=8,
+        ffn_dim=FFN,
+        dropout=dropout,
+    )
     scales, _ = with_leaves(make_scales([16, 32], sizes))
     with LargestTensor() as largest:
         output = decoder(scales, query_position(num_queries), pixel_sizes(sizes))
@@ -313,7 +354,9 @@ def test_initial_values(modulation, spread):
         if "norm" in name:
             assert (value == (1 if name.endswith("weight") else 0)).all(), name
         elif "spread" in name:
-            assert (value == (0 if name.endswith("weight") else 1)).all(), name
+            start = [1.0, 1.0, 0.0] if spread == "rotated" else [1.0]
+            expected = torch.tensor(start).repeat(value.shape[0] // len(start))
+            assert torch.equal(value, 0 * value if name.endswith("weight") else expected), name
         elif "attention" in name and name.endswith("bias"):
             assert not value.any(), name
         elif name.endswith("bias"):

@@ -26,15 +26,25 @@ from smca.analysis import (
 )
 from smca.errors import UserError, exit_code
 from smca.inference import Predictor
-from smca.modeling.modulation import Gaussians
+from smca.modeling.weight_map import SPREADS
 
 
-def make_record(head_centres, precisions, strides=(8,), scale_weights=None):
-    """Of one query on an input of 80 x 40 pixels; head_centres and precisions are (L, H', ...)."""
-    gaussians = Gaussians(*(torch.tensor(x)[None, None] for x in (head_centres, precisions)))
+def make_record(head_centres, precisions, strides=(8,), scale_weights=None, spread=None):
+    """Of one query on an input of 80 x 40 pixels; head_centres and precisions are (L, H', ...).
+    The spreads are the precisions' roots."""
+    spread = spread or ("covariance" if len(precisions[0][0]) == 3 else "independent")
+    weight_maps = [
+        SPREADS[spread](
+            centres=torch.tensor(centres)[None, :, None],
+            spreads=torch.tensor(p).sqrt()[None, :, None],
+            factor=1.0,
+            size=(5, 10),
+        )
+        for centres, p in zip(head_centres, precisions)
+    ]
     weights = None if scale_weights is None else torch.tensor(scale_weights)[None, None]
     centre, image_sizes = torch.tensor([[[40.0, 10.0]]]), torch.tensor([[80.0, 40.0]])
-    return LayerRecord(0, 1, gaussians, centre, list(strides), image_sizes, weights)
+    return LayerRecord(0, 1, weight_maps, centre, list(strides), image_sizes, weights)
 
 
 def statistics_of(record, size, box=(0.0, 0.0, 10.0, 10.0)):
@@ -70,13 +80,31 @@ def test_cells_of_the_models_input_become_pixels_of_the_original_image():
     assert statistics.scale_weights is None
 
 
-@pytest.mark.parametrize("precision", [[0.02, 0.005], [0.02, 0.005, 7.0]])
-def test_along_the_axes_a_map_has_fallen_to_exp_minus_half_at_its_radius(precision):
-    record = make_record([[[30.0, 20.0]]], [[precision]], strides=(1,))
-    rx, ry = statistics_of(record, size=(40, 80)).head_radii[0, 0]
-    log_weights = record.gaussians.log_weights(0, (40, 80))[0, 0, 0]
-    assert log_weights[20, 30 + round(float(rx))] == pytest.approx(-0.5)
-    assert log_weights[20 + round(float(ry)), 30] == pytest.approx(-0.5)
+@pytest.mark.parametrize(
+    "spread, precision, expected",
+    [
+        ("independent", [0.02, 0.005], (5, 10)),
+        ("covariance", [0.02, 0.005, 7.0], (5, 10)),
+        # (a_xy dy)^2 + (a_y dy)^2 = (0.0018 + 0.0032) dy^2
+        ("rotated", [0.02, 0.0032, 0.0018], (5, 10)),
+        ("laplacian", [0.01, 0.0025], (5, 10)),
+    ],
+)
+def test_along_the_axes_a_map_has_fallen_to_exp_minus_half_at_its_radius(
+    spread, precision, expected
+):
+    record = make_record([[[30.0, 20.0]]], [[precision]], strides=(1,), spread=spread)
+    rx, ry = (float(r) for r in statistics_of(record, size=(40, 80)).head_radii[0, 0])
+    assert (rx, ry) == pytest.approx(expected)
+    (weight_map,) = record.weight_maps
+    for x, y in ((30 + rx, 20), (30 - rx, 20), (30, 20 + ry), (30, 20 - ry)):
+        log_weight = weight_map.log_weights(torch.tensor([float(x)]), torch.tensor([float(y)]))
+        assert float(log_weight) == pytest.approx(-0.5, rel=1e-5)
+
+
+def test_a_map_that_never_falls_has_an_infinite_radius():
+    radii = statistics_of(make_record([[[3.0, 2.0]]], [[[0.0, 0.5]]]), size=(40, 80)).head_radii
+    assert radii[0, 0].tolist() == [math.inf, 8]
 
 
 def test_scales_count_by_their_weights():

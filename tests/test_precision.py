@@ -15,7 +15,7 @@ from modeling_cases import randomize
 from smca.config import load_config
 from smca.modeling import HungarianMatcher
 from smca.modeling.detector import Predictions
-from smca.modeling.modulation import Gaussians
+from smca.modeling.weight_map import WeightMap
 
 SMALL = ["model.embed_dim=32", "model.num_queries=12", "model.num_classes=5", "model.dropout=0"]
 SMALL += ["model.backbone.depth=18", "model.backbone.norm=GN", "model.encoder.ffn_dim=48"]
@@ -50,7 +50,7 @@ SIZES = [(96, 112), (64, 96)]
 
 class Outputs(NamedTuple):
     reference: torch.Tensor
-    gaussians: List[Gaussians]  # of the decoder's layers
+    weight_maps: List[WeightMap]  # of the decoder's layers and their scales
     predictions: Predictions
     losses: dict
     gradient: torch.Tensor
@@ -99,9 +99,9 @@ def autocast(dtype):
 @cache
 def run(name, dtype):
     exact = None if dtype is None else run(name, None).predictions
-    model, batch, gaussians = make_model(name), make_batch(), []
+    model, batch, weight_maps = make_model(name), make_batch(), []
     hooks = [
-        module.register_forward_hook(lambda module, args, output: gaussians.append(output))
+        module.register_forward_hook(lambda module, args, output: weight_maps.extend(output))
         for module in modulations(model)
     ]
     targets = [model._targets(x["instances"]) for x in batch]
@@ -120,7 +120,7 @@ def run(name, dtype):
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(1024 * sum(losses.values()), parameters)
     gradient = torch.cat([g.flatten() / 1024 for g in gradients])
-    return Outputs(decoded.reference, gaussians, predictions, losses, gradient)
+    return Outputs(decoded.reference, weight_maps, predictions, losses, gradient)
 
 
 def largest(a, b):
@@ -156,11 +156,12 @@ def test_the_gradient_points_where_that_of_float32_does(name, dtype):
 @every_modulated_case
 def test_heads_centres_and_spreads_are_within_a_few_roundings_of_float32(name, dtype):
     eps, half, exact = torch.finfo(dtype).eps, run(name, dtype), run(name, None)
-    assert len(half.gaussians) == len(exact.gaussians) == 3
-    for actual, expected in zip(half.gaussians, exact.gaussians):
+    num_maps = 3 * make_model(name).decoder.num_scales
+    assert len(half.weight_maps) == len(exact.weight_maps) == num_maps
+    for actual, expected in zip(half.weight_maps, exact.weight_maps):
         assert largest(actual.centres, expected.centres) < HEAD_CENTRE_CELLS * eps
-        spread, expected = actual.precisions.sqrt(), expected.precisions.sqrt()
-        torch.testing.assert_close(spread, expected, rtol=SPREAD * eps, atol=SPREAD * eps)
+        spreads, expected_spreads = actual.spreads.abs(), expected.spreads.abs()
+        torch.testing.assert_close(spreads, expected_spreads, rtol=SPREAD * eps, atol=SPREAD * eps)
 
 
 # What is between a hidden state and a coordinate adds no rounding of a half type
@@ -186,10 +187,10 @@ def test_heads_look_where_float32_says_of_the_same_queries(name, dtype):
     scales = model.encoder(model.scales(model.preprocess(make_batch())))
     for modulation in modulations(model):
         with autocast(dtype):
-            actual = modulation(queries, centre, scales)
-        expected = modulation(queries, centre, scales)
-        assert largest(actual.centres, expected.centres) < 1e-4
-        torch.testing.assert_close(actual.precisions, expected.precisions)
+            maps = modulation(queries, centre, scales)
+        for actual, expected in zip(maps, modulation(queries, centre, scales), strict=True):
+            assert largest(actual.centres, expected.centres) < 1e-4
+            torch.testing.assert_close(actual.spreads, expected.spreads)
 
 
 @every_type

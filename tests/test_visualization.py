@@ -7,6 +7,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from matplotlib.figure import Figure
 from PIL import Image
 
+import reference
 from demo_cases import CLASS_NAMES, make_image, make_model, write_config, write_image
 from smca.analysis import (
     NoModulationError,
@@ -22,6 +23,7 @@ from smca.analysis import (
 )
 from smca.errors import UserError
 from smca.inference import Predictor
+from smca.modeling.weight_map import SPREADS
 
 VARIANTS = {
     "several scales": ("smca", {}),
@@ -29,6 +31,8 @@ VARIANTS = {
     "head shared": ("smca", dict(modulation="head_shared")),
     "covariance": ("smca", dict(spread="covariance")),
     "fixed": ("smca_single_scale", dict(spread="fixed")),
+    "rotated": ("smca", dict(spread="rotated")),
+    "laplacian": ("smca", dict(spread="laplacian")),
     "no scale selection": ("smca", dict(scale_selection=False)),
 }
 
@@ -138,35 +142,38 @@ def record_call(module, call):
 def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
     image = make_image()  # 120 pixels wide, drawn 384 wide: 3.2 times as large
     layer = predictor.model.decoder.layers[1].modulation
-    (inputs, gaussians), (detection,) = record_call(
+    (inputs, weight_maps), (detection,) = record_call(
         layer, lambda: modulation_maps(predictor, image, layer=1)
     )
     assert detection.image.shape == (288, 384, 3)
-    query = detection.query
-    for index, scale in enumerate(inputs[2]):
-        for head in range(gaussians.centres.shape[3]):
-            center = gaussians.centres[0, query, index, head].tolist()
-            precision = gaussians.precisions[0, query, index, head].tolist()
-            for row, column in ((0, 0), (17, 301), (200, 45), (287, 383)):
-                dx2 = (column / 3.2 / scale.stride - center[0]) ** 2
-                dy2 = (row / 3.2 / scale.stride - center[1]) ** 2
-                exponent = precision[0] * dx2 + precision[1] * dy2
-                if len(precision) == 3:
-                    exponent += precision[2] * dx2 * dy2
-                weight = detection.maps[index, head, row, column]
-                assert weight == pytest.approx(np.exp(-exponent), abs=1e-5)
+    spread = {shape: name for name, shape in SPREADS.items()}[layer.shape]
+    for index, (scale, weight_map) in enumerate(zip(inputs[2], weight_maps, strict=True)):
+        # (1, 1, H', ...) of the detection's query
+        centres, spreads = (
+            x[:, :, detection.query, None].transpose(1, 2)
+            for x in (weight_map.centres, weight_map.spreads)
+        )
+        for row, column in ((0, 0), (17, 301), (200, 45), (287, 383)):
+            place = torch.tensor([column, row]) / 3.2 / scale.stride
+            factor = weight_map.factor * 8
+            # A map of one cell, which lies at that place.
+            expected = reference.log_weights(1, 1, centres - place, spreads, spread, 8.0, factor)
+            weights = detection.maps[index, :, row, column]
+            assert weights == pytest.approx(expected.exp()[0, :, 0, 0].numpy(), abs=1e-5)
 
 
 def test_each_map_is_greatest_at_its_heads_centre(predictor):
     (detection,) = modulation_maps(predictor, make_image())
     height, width = detection.image.shape[:2]
+    slack = 1 if predictor.model.decoder.layers[0].modulation.shape is SPREADS["rotated"] else 0.51
     num_inside = 0
     for centers, maps in zip(detection.head_centres, detection.maps):
         for (x, y), weights in zip(centers, maps):
             if 0 <= x <= width - 1 and 0 <= y <= height - 1:
                 num_inside += 1
                 row, column = np.unravel_index(weights.argmax(), weights.shape)
-                assert abs(row - y) <= 0.51 and abs(column - x) <= 0.51
+                # Of a slanted map a pixel that is not the nearest may be the greatest.
+                assert abs(row - y) <= slack and abs(column - x) <= slack
     assert num_inside
 
 
@@ -185,10 +192,10 @@ def test_maps_are_of_the_same_place_whatever_size_the_model_sees(multi_scale):
     model = multi_scale.model
     resized = Predictor(model, [T.Resize((192, 256))], class_names=CLASS_NAMES)
     image = make_image(96, 128)
-    (inputs, gaussians), (detection,) = record_call(
+    (inputs, weight_maps), (detection,) = record_call(
         model.decoder.layers[-1].modulation, lambda: modulation_maps(resized, image)
     )
-    in_model = gaussians.centres[0, detection.query, 0] * inputs[2][0].stride  # of 256 pixels
+    in_model = weight_maps[0].centres[0, :, detection.query] * inputs[2][0].stride  # of 256 pixels
     assert detection.head_centres[0] == pytest.approx(in_model.numpy() * 384 / 256, abs=1e-3)
 
 

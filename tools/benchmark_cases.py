@@ -34,9 +34,9 @@ from smca.config import AMP_DTYPES, load_config
 from smca.data import draw_scene
 from smca.engine import Trainer
 from smca.modeling import SMCA, SetCriterion
-from smca.modeling.attention import attend_modulated
+from smca.modeling.kernels import attend
 from smca.modeling.matcher import Targets
-from smca.modeling.modulation import Gaussians, cell_channels, query_channels
+from smca.modeling.weight_map import Gaussian
 
 Options = argparse.Namespace  # of tools/benchmark.py
 Size = Tuple[int, int]  # (height, width)
@@ -44,6 +44,7 @@ Run = Callable[[], Any]  # what is measured
 
 # Ends the name of a slow reference's measurement.
 REFERENCE = ", reference"
+BETA = 8.0  # divides the squared distances
 
 
 @dataclass
@@ -68,27 +69,23 @@ class Job:
 
 
 def slow_co_attention(
-    query: Tensor, key: Tensor, value: Tensor, gaussians: Gaussians, size: Size
+    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, spreads: Tensor, size: Size
 ) -> Tensor:
     """The reference, as the official code has it: the squared distances of all cells from all
     centres, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
     y, x = (torch.arange(n, device=query.device) for n in size)
     cells = torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1)
-    centres, precisions = (
-        g[:, :, 0].transpose(1, 2)[..., None, :] for g in (gaussians.centres, gaussians.precisions)
-    )
-    log_weights = -((cells - centres).square() * precisions).sum(-1)
+    precisions = spreads.square()[..., None, :] / BETA
+    log_weights = -((cells - centres[..., None, :]).square() * precisions).sum(-1)
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + log_weights
     return logits.softmax(-1).to(value.dtype) @ value
 
 
 def fast_co_attention(
-    query: Tensor, key: Tensor, value: Tensor, gaussians: Gaussians, size: Size
+    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, spreads: Tensor, size: Size
 ) -> Tensor:
     """What the decoder computes for one scale; arguments as of the reference."""
-    queries = query_channels(gaussians, 0, size, query.shape[-1], query.dtype)
-    cells = cell_channels(size, query.dtype, query.device)
-    return attend_modulated(query, key, value, queries, cells)
+    return attend(query, key, value, weight_map=Gaussian(centres, spreads, 1 / BETA, size))
 
 
 def build_co_attention(
@@ -102,18 +99,17 @@ def build_co_attention(
         for n in (num_queries, cells[0] * cells[1])
     ]
     tokens.append(torch.randn_like(tokens[1]))
-    shape = (batch, num_queries, 1, heads, 2)
+    shape = (batch, heads, num_queries, 2)
     centres = torch.rand(shape, device=device) * torch.tensor(cells[::-1], device=device)
-    precisions = (0.5 + torch.rand(shape, device=device)).square() / 8
-    inputs = [x.requires_grad_(backward) for x in (*tokens, centres, precisions)]
-    query, key, value = tokens
+    spreads = 0.5 + torch.rand(shape, device=device)
+    inputs = [x.requires_grad_(backward) for x in (*tokens, centres, spreads)]
     attention = slow_co_attention if reference else fast_co_attention
     if options.compile:
         attention = torch.compile(attention)
     output_gradient = torch.randn_like(tokens[0])
 
     def run() -> None:
-        output = attention(query, key, value, Gaussians(centres, precisions), cells)
+        output = attention(*inputs, cells)
         if backward:
             torch.autograd.grad(output, inputs, output_gradient)
 

@@ -1,7 +1,7 @@
 """What the layers of a modulated decoder compute in a call of the model: where its queries look."""
 
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,13 @@ from torch.utils.hooks import RemovableHandle
 
 from smca.errors import UserError
 from smca.modeling.decoder import DecoderOutput
-from smca.modeling.modulation import Gaussians
+from smca.modeling.weight_map import WeightMap
 
 __all__ = ["LayerRecord", "NoModulationError", "Recorder"]
 
 
 class NoModulationError(UserError):
-    """The model has no Gaussian maps."""
+    """The model has no weight maps."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class LayerRecord:
 
     Attributes:
         index, num_layers: of the decoder, counted from 0.
-        gaussians: in cells of the scales.
+        weight_maps: of each of the L scales, in its cells.
         centre: (B, Q, 2) predicted centre (x, y) in pixels of the model's input.
         strides: L pixels (of the model's input) a cell.
         image_sizes: (B, 2) width and height of the model's input without padding.
@@ -33,32 +33,56 @@ class LayerRecord:
 
     index: int
     num_layers: int
-    gaussians: Gaussians
+    weight_maps: Sequence[WeightMap]
     centre: Tensor
     strides: List[int]
     image_sizes: Tensor
     scale_weights: Optional[Tensor] = None
 
-    def in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tuple[Gaussians, Tensor]:
-        """The maps of some queries on an image of another size.
+    # Of queries (K,), indices, of the first image, in pixels of that image at `size`, (h, w):
 
-        Args:
-            queries: (K,) indices, of the first image.
-            size: (h, w) that this image is resized to.
+    def centres_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
+        """(K, 2) predicted centres (x, y), which the heads share."""
+        scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
+        return self.centre[0, queries].float() * scaling
 
-        Returns:
-            Gaussians of B = 1 and these queries, and their centres (K, 2), all in pixels of the
-            resized image.
-        """
-        centres = self.gaussians.centres[:1, queries].float()
-        precisions = self.gaussians.precisions[:1, queries].float()
-        scale = centres.new_tensor(size[::-1]) / self.image_sizes[0]
-        cell = centres.new_tensor(self.strides)[:, None] * scale  # (L, 2) pixels a cell
-        squared = cell.square()
-        divisors = [squared, squared.prod(dim=1, keepdim=True)]
-        divisor = torch.cat(divisors, dim=1)[:, None, : precisions.shape[-1]]
-        gaussians = Gaussians(centres * cell[:, None], precisions / divisor)
-        return gaussians, self.centre[0, queries].float() * scale
+    def head_centres_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
+        """(K, L, H', 2)"""
+        return self._stack(
+            weight_map.centres[0].transpose(0, 1) * cell
+            for weight_map, cell in self._maps_and_cells(queries, size)
+        )
+
+    def radii_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
+        """(K, L, H', 2) how far along x and y from a head's centre its log-weight is -1/2: the
+        standard deviation of a Gaussian."""
+        return self._stack(
+            radii(weight_map)[0].transpose(0, 1) * cell
+            for weight_map, cell in self._maps_and_cells(queries, size)
+        )
+
+    def maps(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
+        """(K, L, H', h, w) weights exp(log-weight); row i and column j are at y = i and x = j."""
+        x, y = (torch.arange(n, device=self.image_sizes.device) for n in size[::-1])
+        return self._stack(
+            weight_map.log_weights(x / cell[0], y / cell[1])[0].transpose(0, 1).exp()
+            for weight_map, cell in self._maps_and_cells(queries, size)
+        )
+
+    def _maps_and_cells(
+        self, queries: Tensor, size: Tuple[int, int]
+    ) -> Iterator[Tuple[WeightMap, Tensor]]:
+        """Each scale's map of these queries alone, B = 1, and its cells' (width, height)."""
+        scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
+        for weight_map, stride in zip(self.weight_maps, self.strides):
+            centres, spreads = (
+                x[:1, :, queries].float() for x in (weight_map.centres, weight_map.spreads)
+            )
+            yield replace(weight_map, centres=centres, spreads=spreads), stride * scaling
+
+    @staticmethod
+    def _stack(scales: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(scales), dim=1)
 
     def scale_shares(self, queries: Tensor) -> Tensor:
         """(K, L) scale weights of the first image; equal where the model does not select."""
@@ -85,7 +109,7 @@ class Recorder:
         if not getattr(decoder, "modulated", False):
             raise NoModulationError(
                 "This model has no spatial modulation (model.decoder.modulation=none, as in DETR), "
-                "so there are no Gaussian maps to draw."
+                "so there are no weight maps to draw."
             )
         self.decoded: DecoderOutput
         self._decoder = decoder
@@ -111,9 +135,9 @@ class Recorder:
         self._handles.append(self._decoder.register_forward_pre_hook(self._keep_sizes))
         self._handles.append(self._decoder.register_forward_hook(self._keep_output))
         for index, layer in enumerate(self._decoder.layers):
-            # In the order in which the layer computes them: the Gaussians begin its record.
+            # In the order in which the layer computes them: the maps begin its record.
             for module, keep in (
-                (layer.modulation, self._keep_gaussians),
+                (layer.modulation, self._keep_weight_maps),
                 (layer.scale_weight, self._keep_scale_weights),
             ):
                 if module is not None:
@@ -133,7 +157,9 @@ class Recorder:
     ) -> None:
         self.decoded = output
 
-    def _keep_gaussians(self, index: int, inputs: Tuple[Any, ...], output: Gaussians) -> None:
+    def _keep_weight_maps(
+        self, index: int, inputs: Tuple[Any, ...], output: List[WeightMap]
+    ) -> None:
         _, centre, scales = inputs
         strides = [scale.stride for scale in scales]
         place = (index, len(self._decoder.layers))
@@ -146,3 +172,22 @@ class Recorder:
 def _with_index(keep: Callable[..., None], index: int) -> Callable[..., None]:
     """A forward hook that calls `keep` with the layer's index in place of the module."""
     return lambda module, inputs, output: keep(index, inputs, output)
+
+
+def radii(weight_map: WeightMap) -> Tensor:
+    """(B, H', Q, 2) distances from the heads' centres along x and y, in cells, where log-weights
+    are -1/2; infinite where they never are. Found by bisection, so that any shape has them."""
+    zero = torch.zeros_like(weight_map.centres[..., :1, None], dtype=torch.float64)
+    exact = replace(
+        weight_map, centres=weight_map.centres.double(), spreads=weight_map.spreads.double()
+    )
+    found = []
+    for axis in (0, 1):
+        low, high = torch.full_like(zero, 1e-9), torch.full_like(zero, 1e9)
+        for _ in range(80):  # halves the ratio of the bounds
+            middle = (low * high).sqrt()
+            distances = (middle, zero) if axis == 0 else (zero, middle)
+            inside = exact.log_weights_at(*distances) > -0.5
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        found.append(torch.where(high < 1e9, high, torch.inf)[..., 0, 0])
+    return torch.stack(found, dim=-1).to(weight_map.centres.dtype)

@@ -45,16 +45,16 @@ SIZES = ("small", "medium", "large")  # thirds of the objects
 class ModulationStatistics:
     """True objects and where the queries matched to them look, in one decoder layer.
 
-    Where there are several scales, heads' centres and precisions are means over them, weighted
-    with the query's scale weights.
+    Where there are several scales, heads' centres and 1 / radius^2, of Gaussians the precision,
+    are means over them, weighted with the query's scale weights.
 
     Attributes:
         strides: L pixels (of the model's input) a cell.
         boxes: (M, 4) the objects' true boxes, XYXY in pixels.
         centres: (M, 2) predicted centres (x, y), the same for all heads, in pixels.
         head_centres: (M, H', 2) in pixels.
-        head_radii: (M, H', 2) 1 / sqrt(2 p) in pixels along x and y, the standard deviations of
-            the Gaussians with precisions p (with covariance along the axes through the centre).
+        head_radii: (M, H', 2) in pixels, how far along x and y from a head's centre its
+            log-weight is -1/2: the standard deviation of a Gaussian.
         scale_weights: (M, L), adding up to 1; None where the model does not select scales.
     """
 
@@ -76,16 +76,16 @@ class ModulationStatistics:
             queries: (M,) indices. boxes: (M, 4), XYXY in pixels.
             size: (height, width) of the image in pixels.
         """
-        gaussians, centres = record.in_pixels(queries, size)
         shares = record.scale_shares(queries)[..., None, None]  # (M, L, 1, 1)
-        precisions = (shares * gaussians.precisions[0, ..., :2]).sum(dim=1)
+        head_centres = record.head_centres_in_pixels(queries, size)
+        radii = record.radii_in_pixels(queries, size)
         selects = record.scale_weights is not None
         return cls(
             record.strides,
             boxes.cpu().numpy(),
-            centres.cpu().numpy(),
-            (shares * gaussians.centres[0]).sum(dim=1).cpu().numpy(),
-            (2 * precisions).rsqrt().cpu().numpy(),
+            record.centres_in_pixels(queries, size).cpu().numpy(),
+            (shares * head_centres).sum(dim=1).cpu().numpy(),
+            (shares * radii.pow(-2)).sum(dim=1).rsqrt().cpu().numpy(),
             record.scale_shares(queries).cpu().numpy() if selects else None,
         )
 

@@ -97,7 +97,7 @@ def _draw_radii(figure: SubFigure, steps: List[int], summaries: List[Summary]) -
         radii.axhline(_or_nan(sizes[-1].get("half_size")), color=color, linestyle=":")
     radii.plot([], [], ":", color="grey", label="half the box")
     radii.set_ylim(bottom=0)
-    radii.set_ylabel("radius of the map, 1 / sqrt(2 p)\n(pixels; median)")
+    radii.set_ylabel("radius of the map, log-weight -1/2\n(pixels; median)")
     _put_legend_above(radii)
     values = [_or_nan(s["radius_correlation"]) for s in summaries]
     correlation.plot(steps, values, "o-", color=_HEADS_COLOR, markersize=4)

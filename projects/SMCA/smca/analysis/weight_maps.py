@@ -129,13 +129,11 @@ def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> Lis
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     drawn = np.asarray(resize(image, size[1], size[0]))
     queries = instances.query_indices
-    gaussians, centres = record.in_pixels(queries, size)
-    maps = [gaussians.log_weights(scale, size)[0].exp() for scale in range(len(record.strides))]
     arrays = (
         instances.pred_boxes.tensor * torch.tensor([size[1] / width, size[0] / height] * 2),
-        centres,
-        gaussians.centres[0],
-        torch.stack(maps, dim=1),
+        record.centres_in_pixels(queries, size),
+        record.head_centres_in_pixels(queries, size),
+        record.maps(queries, size),
         record.scale_shares(queries),
     )
     names = ("box", "centre", "head_centres", "maps", "scale_weights")

@@ -5,11 +5,11 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .attention import CoAttention, MultiheadAttention, float32_region
-from .dropout import Dropout
+from .attention import CoAttention, MultiheadAttention
+from .kernels import Dropout
 from .layers import FeedForward, mlp, xavier_uniform
-from .modulation import MODULATIONS, SPREADS, SpatialModulation, cell_channels, modulations
 from .scales import Scale
+from .weight_map import MODULATIONS, SPREADS, WeightMapPredictor, float32_region
 
 
 class Memory(NamedTuple):
@@ -19,7 +19,6 @@ class Memory(NamedTuple):
     num_cells: List[int]  # of each scale
     key: Tensor  # (B, S, d) tokens with their positions
     value: Tensor  # (B, S, d) tokens
-    cells: List[Tensor]  # of each scale the modulation's channels; [] without
 
 
 class DecoderOutput(NamedTuple):
@@ -44,6 +43,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self,
+        *,
         embed_dim: int,
         num_heads: int,
         ffn_dim: int,
@@ -67,11 +67,16 @@ class DecoderLayer(nn.Module):
         # What a setting does not use does not exist.
         self.input_norm: Optional[nn.LayerNorm] = None
         self.centre: Optional[nn.Module] = None
-        self.modulation: Optional[SpatialModulation] = None
+        self.modulation: Optional[WeightMapPredictor] = None
         self.scale_weight: Optional[nn.Linear] = None
         if modulation != "none":
-            self.modulation = SpatialModulation(
-                embed_dim, num_heads, num_scales, modulation, spread, beta
+            self.modulation = WeightMapPredictor(
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                num_scales=num_scales,
+                modulation=modulation,
+                spread=spread,
+                beta=beta,
             )
             self.centre = mlp(embed_dim, 2) if predicts_centre else None
         if scale_selection and num_scales > 1:
@@ -98,14 +103,15 @@ class DecoderLayer(nn.Module):
             (B, Q, d) queries and (B, Q, 2) reference (None without modulation).
         """
         located = queries + query_position
-        gaussians = log_weights = scale_weights = None
+        weight_maps = scale_weights = None
         layer_input = located if self.input_norm is None else self.input_norm(located)
         if self.modulation is not None:
             with float32_region(layer_input):
                 if self.centre is not None:
                     reference = self.centre(layer_input)
+                assert reference is not None  # the first layer predicts it
                 centre = reference.sigmoid() * image_sizes
-            gaussians = self.modulation(layer_input, centre, memory.scales)
+            weight_maps = self.modulation(layer_input, centre, memory.scales)
         if self.scale_weight is not None:
             with float32_region(layer_input):
                 scale_weights = self.scale_weight(layer_input).softmax(dim=-1)
@@ -113,28 +119,17 @@ class DecoderLayer(nn.Module):
         attended = self.self_attention(located, located, queries)
         queries = self.norm1(queries + self.dropout1(attended))
 
-        if gaussians is not None:
-            head_dim = queries.shape[-1] // self.co_attention.num_heads
-            log_weights = modulations(gaussians, memory.scales, memory.cells, head_dim)
         attended = self.co_attention(
             queries + query_position,
             memory.key,
             memory.value,
             memory.num_cells,
             [scale.padding_mask for scale in memory.scales],
-            log_weights,
+            weight_maps,
             scale_weights,
         )
         queries = self.norm2(queries + self.dropout2(attended))
         return self.ffn(queries), reference
-
-
-def _matmul_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that matrix products of this tensor are computed in."""
-    device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return tensor.dtype
 
 
 class Decoder(nn.Module):
@@ -145,13 +140,14 @@ class Decoder(nn.Module):
             block. dropout: of attention weights and of each block's result.
         num_scales: L, how many scales the encoder gives.
         modulation: "multi_head" (SMCA), "head_shared" (the paper's first step) or "none" (DETR).
-        spread: "fixed", "single", "independent" or "covariance", see `SpatialModulation`.
+        spread: the maps' shape, one of `weight_map.SPREADS`.
         beta: divides the squared distances.
         scale_selection: each query weighs the scales; without, their results are simply added.
     """
 
     def __init__(
         self,
+        *,
         num_layers: int = 6,
         modulation: str = "multi_head",
         spread: str = "independent",
@@ -164,31 +160,29 @@ class Decoder(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        for key, value, known in (
+        for name, value, known in (
             ("modulation", modulation, MODULATIONS),
             ("spread", spread, tuple(SPREADS)),
         ):
             if value not in known:
-                raise ValueError(
-                    f"model.decoder.{key}={value!r} must be one of {', '.join(known)}."
-                )
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
         if beta <= 0:
-            raise ValueError(f"model.decoder.beta={beta} must be positive.")
+            raise ValueError(f"beta={beta} must be positive.")
         if num_layers < 1:
-            raise ValueError(f"model.decoder.num_layers={num_layers} must be at least 1.")
+            raise ValueError(f"num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales
         self.modulated = modulation != "none"
         self.layers = nn.ModuleList(
             DecoderLayer(
-                embed_dim,
-                num_heads,
-                ffn_dim,
-                dropout,
-                num_scales,
-                modulation,
-                spread,
-                beta,
-                scale_selection,
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                dropout=dropout,
+                num_scales=num_scales,
+                modulation=modulation,
+                spread=spread,
+                beta=beta,
+                scale_selection=scale_selection,
                 predicts_centre=index == 0,
             )
             for index in range(num_layers)
@@ -196,7 +190,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         xavier_uniform(self)
         for module in self.modules():
-            if isinstance(module, SpatialModulation):
+            if isinstance(module, WeightMapPredictor):
                 module.reset_parameters()
 
     def forward(
@@ -211,11 +205,7 @@ class Decoder(nn.Module):
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         num_cells = [scale.tokens.shape[1] for scale in scales]
-        cells = []
-        if self.modulated:
-            dtype = _matmul_dtype(tokens)
-            cells = [cell_channels(scale.size, dtype, tokens.device) for scale in scales]
-        memory = Memory(scales, num_cells, tokens + position, tokens, cells)
+        memory = Memory(scales, num_cells, tokens + position, tokens)
         queries = torch.zeros_like(query_position).expand(tokens.shape[0], -1, -1)
         reference, hidden = None, []
         for layer in self.layers:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..errors import UserError
-from .attention import float32_region
 from .backbone import fold_frozen_norms
 from .decoder import DecoderOutput
 from .layers import mlp
@@ -18,6 +17,7 @@ from .matcher import Targets
 from .neck import ScaleProjection
 from .position_encoding import SinePositionEncoding
 from .scales import Scale, Size, as_tokens, padding_masks
+from .weight_map import float32_region
 
 
 class Predictions(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smca.errors import CheckpointError
-from smca.modeling.modulation import SPREADS
+from smca.modeling.weight_map import SPREADS
 
 __all__ = ["find_detr", "find_smca", "has", "resnet_depth"]
 
@@ -101,8 +101,8 @@ def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
         return "fixed"
     # The layers have to agree; one that does not is found later.
     key, num_outputs = min(outputs.items())
-    for spread, count in SPREADS.items():
-        if count * num_gaussians == num_outputs:
+    for spread in _OFFICIAL_SPREADS:
+        if len(SPREADS[spread].initial_spreads) * num_gaussians == num_outputs:
             return spread
     raise CheckpointError(f"has {num_outputs} outputs in {key}, which fits no kind of spread.")
 

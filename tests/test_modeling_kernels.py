@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 
-from smca.modeling.dropout import Dropout, dropout, relu_dropout
+from smca.modeling.kernels import Dropout, dropout, relu_dropout
 
 FUNCTIONS = {"dropout": (dropout, lambda x: x), "relu_dropout": (relu_dropout, F.relu)}
 

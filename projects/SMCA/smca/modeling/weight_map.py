@@ -1,0 +1,334 @@
+"""Dynamic spatial weight maps (SMCA, sections 3.2 and 3.3): where each query's heads look.
+
+A query predicts for each of its heads a centre and a spread; the head's map says how much each cell
+of the image weighs. Attention adds the map's logarithm to its logits. The paper's log-weight of the
+cell at distance (dx, dy), in cells, from the head's centre is
+
+    -(a_x^2 dx^2 + a_y^2 dy^2) * factor,      factor = stride / 32 / beta,
+
+with the spread (a_x, a_y) multiplying the distance (the inverse of the paper's s); a model of one
+scale has the factor 1 / beta. Other shapes are further classes below: to add one, derive it from
+`WeightMap`, give it `log_weights_at` and enter it in `SPREADS`.
+
+This file needs PyTorch alone and can be copied into another project, see docs/plug_in.md.
+Shorthand: B images, Q queries, d channels, H heads, H' heads with a map of their own (H, or 1 if
+they share it), L scales.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import (
+    Any,
+    ClassVar,
+    ContextManager,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Type,
+)
+
+import torch
+from torch import Tensor, nn
+
+MODULATIONS = ("multi_head", "head_shared", "none")
+REFERENCE_STRIDE = 32
+
+
+def float32_region(tensor: Tensor) -> ContextManager[Any]:
+    """Context in which autocast is off: for coordinates, which half precision would round to
+    several pixels."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+# ---- The shapes
+
+
+class Channels(NamedTuple):
+    """Log-weights written as dot products of queries and cells, which any attention kernel adds to
+    its logits when the channels are appended to queries and keys. Up to a term that all cells of a
+    query share, which the softmax cancels.
+
+    Attributes:
+        query: (B, H', Q, k) float32.
+        cells: (h * w, k) float32, all whole numbers.
+        long: the channels whose whole numbers take more than 8 bits on large maps.
+    """
+
+    query: Tensor
+    cells: Tensor
+    long: Tuple[int, ...]
+
+
+@dataclass
+class WeightMap(ABC):
+    """The maps of all queries and heads on one scale.
+
+    A shape has to say what its log-weights are; with `channels`, where they are dot products, it
+    also takes the fast kernels.
+
+    Attributes:
+        centres: (B, H', Q, 2) heads' centres (x, y) in cells.
+        spreads: (B, H', Q, n), as many values as `initial_spreads` has, as the query predicts them.
+        factor: multiplies squared distances.
+        size: (h, w) in cells.
+    """
+
+    centres: Tensor
+    spreads: Tensor
+    factor: float
+    size: Tuple[int, int]
+
+    initial_spreads: ClassVar[Tuple[float, ...]]
+
+    @abstractmethod
+    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
+        """Log-weights at distances from the heads' centres, at most 0.
+
+        Args:
+            dx, dy: (B, H', Q, 1, w) and (B, H', Q, h, 1) in cells.
+
+        Returns:
+            (B, H', Q, h, w)
+        """
+
+    def log_weights(self, x: Optional[Tensor] = None, y: Optional[Tensor] = None) -> Tensor:
+        """(B, H', Q, h, w) log-weights of all cells, or of places x (w,) and y (h,) in cells."""
+        centres = self.centres
+        height, width = self.size
+        if x is None:
+            x = torch.arange(width, dtype=centres.dtype, device=centres.device)
+        if y is None:
+            y = torch.arange(height, dtype=centres.dtype, device=centres.device)
+        dx, dy = x - centres[..., 0:1], y - centres[..., 1:2]
+        return self.log_weights_at(dx[..., None, :], dy[..., :, None])
+
+    def channels(self) -> Optional[Channels]:
+        """The log-weights as dot products, or None."""
+        return None
+
+    def _spreads_of_cells(self) -> Tuple[Tensor, ...]:
+        """The n spread values, (B, H', Q, 1, 1) each."""
+        return self.spreads[..., None, None, :].unbind(-1)
+
+
+class Gaussian(WeightMap):
+    """-(a_x^2 dx^2 + a_y^2 dy^2): the paper's map, with a spread for each axis."""
+
+    initial_spreads: ClassVar[Tuple[float, ...]] = (1.0, 1.0)
+
+    @property
+    def precisions(self) -> Tensor:
+        """(B, H', Q, 2): what multiplies dx^2 and dy^2."""
+        return (self.factor * self.spreads.square()).expand_as(self.centres)
+
+    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
+        p_x, p_y = self.precisions[..., None, None, :].unbind(-1)
+        return -(p_x * dx.square() + p_y * dy.square())
+
+    def channels(self) -> Channels:
+        # -p (x - c)^2 = -p x^2 + 2 p c x - p c^2 for each axis. The last term is the same for all
+        # cells, but it keeps the logits small, and with them the rounding of the gradients.
+        c_x, c_y = self._centres_from_middle()
+        p_x, p_y = self.precisions.unbind(-1)
+        shared = (p_x * c_x.square() + p_y * c_y.square()) / 64  # float16 ends at 65504
+        query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared]
+        x, y = self._cells_from_middle()
+        cells = [x * x, x, y * y, y, torch.full_like(x, 64)]
+        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=(0, 2))
+
+    # Counted from the middle cell, coordinates and their products are small whole numbers.
+
+    def _centres_from_middle(self) -> Tuple[Tensor, Tensor]:
+        height, width = self.size
+        return self.centres[..., 0] - width // 2, self.centres[..., 1] - height // 2
+
+    def _cells_from_middle(self) -> Tuple[Tensor, Tensor]:
+        """x and y of all cells, (h * w,) each."""
+        height, width = self.size
+        device = self.centres.device
+        x = torch.arange(width, dtype=torch.float32, device=device) - width // 2
+        y = torch.arange(height, dtype=torch.float32, device=device) - height // 2
+        return x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()
+
+
+class SingleGaussian(Gaussian):
+    """-a^2 (dx^2 + dy^2): one spread for both axes."""
+
+    initial_spreads = (1.0,)
+
+
+class FixedGaussian(Gaussian):
+    """-(dx^2 + dy^2): no spread is predicted."""
+
+    initial_spreads = ()
+
+    @property
+    def precisions(self) -> Tensor:
+        return torch.full_like(self.centres, self.factor)
+
+
+class CovarianceGaussian(WeightMap):
+    """-(a_x^2 dx^2 + a_y^2 dy^2 + a_xy^2 dx^2 dy^2), the official code's "type4".
+
+    It has no channels: products grow with the fourth power of the distance, and the small
+    log-weights near the centre would be lost among them."""
+
+    initial_spreads = (1.0, 1.0, 1.0)
+
+    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
+        p_x, p_y, p_xy = (self.factor * a.square() for a in self._spreads_of_cells())
+        dx2, dy2 = dx.square(), dy.square()
+        return -(p_x * dx2 + p_y * dy2) - p_xy * dx2 * dy2
+
+
+class RotatedGaussian(Gaussian):
+    """-((a_x dx + a_xy dy)^2 + (a_y dy)^2): a Gaussian along any axes.
+
+    (a_x, a_xy; 0, a_y) is a Cholesky factor of its precision matrix, so that no prediction makes
+    that indefinite. It starts as the axis-aligned Gaussian: a_x = a_y = 1, a_xy = 0."""
+
+    initial_spreads = (1.0, 1.0, 0.0)
+
+    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
+        a_x, a_y, a_xy = self._spreads_of_cells()
+        return -self.factor * ((a_x * dx + a_xy * dy).square() + (a_y * dy).square())
+
+    def channels(self) -> Channels:
+        a_x, a_y, a_xy = self.spreads.unbind(-1)
+        p_xx = self.factor * a_x.square()
+        p_yy = self.factor * (a_xy.square() + a_y.square())
+        p_xy = self.factor * a_x * a_xy
+        c_x, c_y = self._centres_from_middle()
+        slope_x, slope_y = p_xx * c_x + p_xy * c_y, p_xy * c_x + p_yy * c_y
+        shared = (slope_x * c_x + slope_y * c_y) / 64
+        query = [-p_xx, 2 * slope_x, -p_yy, 2 * slope_y, -2 * p_xy, -shared]
+        x, y = self._cells_from_middle()
+        cells = [x * x, x, y * y, y, x * y, torch.full_like(x, 64)]
+        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=(0, 2, 4))
+
+
+class Laplacian(WeightMap):
+    """-(|a_x dx| + |a_y dy|): a sharper peak and longer tails. Along each axis it falls to 1 / e
+    where the Gaussian does, so the distance takes the root of the factor."""
+
+    initial_spreads = (1.0, 1.0)
+
+    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
+        a_x, a_y = self._spreads_of_cells()
+        return -(self.factor**0.5) * ((a_x * dx).abs() + (a_y * dy).abs())
+
+
+# What `model.decoder.spread` may be.
+SPREADS: Dict[str, Type[WeightMap]] = {
+    "fixed": FixedGaussian,
+    "single": SingleGaussian,
+    "independent": Gaussian,
+    "covariance": CovarianceGaussian,
+    "rotated": RotatedGaussian,
+    "laplacian": Laplacian,
+}
+
+
+# ---- What a query predicts
+
+
+class Grid(Protocol):
+    """One scale's cells, as `smca.modeling.scales.Scale` has them: (h, w) of `stride` pixels."""
+
+    @property
+    def size(self) -> Tuple[int, int]: ...
+
+    @property
+    def stride(self) -> int: ...
+
+
+class WeightMapPredictor(nn.Module):
+    """Predicts a decoder layer's weight maps from its queries.
+
+    Args:
+        embed_dim: d. num_heads: H. num_scales: L.
+        modulation: "multi_head": each head has an offset from the shared centre and a spread of
+            its own; "head_shared": all heads look around the centre with one spread.
+        spread: the shape, one of `SPREADS`.
+        beta: divides the squared distance; a larger one makes wider maps.
+
+    Raises:
+        ValueError: there is no such modulation or spread, or beta is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        num_scales: int = 1,
+        modulation: str = "multi_head",
+        spread: str = "independent",
+        beta: float = 8.0,
+    ):
+        super().__init__()
+        kinds = [kind for kind in MODULATIONS if kind != "none"]
+        for name, value, known in (("modulation", modulation, kinds), ("spread", spread, SPREADS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
+        if beta <= 0:
+            raise ValueError(f"beta={beta} must be positive.")
+        self.num_heads = num_heads if modulation == "multi_head" else 1
+        self.num_scales = num_scales
+        self.shape = SPREADS[spread]
+        self.beta = beta
+        # What a setting does not use does not exist.
+        self.offset: Optional[nn.Linear] = None
+        self.spread: Optional[nn.Linear] = None
+        if modulation == "multi_head":
+            self.offset = nn.Linear(embed_dim, num_scales * num_heads * 2)
+        num_spreads = len(self.shape.initial_spreads)
+        if num_spreads:
+            self.spread = nn.Linear(embed_dim, num_scales * self.num_heads * num_spreads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The spread starts the same for every query; the offsets keep their random start, so that
+        heads differ."""
+        if self.spread is not None:
+            initial = torch.tensor(self.shape.initial_spreads)
+            nn.init.zeros_(self.spread.weight)
+            with torch.no_grad():
+                self.spread.bias.copy_(initial.repeat(self.num_scales * self.num_heads))
+
+    def forward(self, queries: Tensor, centre: Tensor, grids: Sequence[Grid]) -> List[WeightMap]:
+        """
+        Args:
+            queries: (B, Q, d), the layer's normalised input.
+            centre: (B, Q, 2), (x, y) in pixels.
+            grids: the L scales.
+
+        Returns:
+            A map for each scale.
+        """
+        with float32_region(queries):
+            offsets, spreads = (
+                # (B, Q, L * H' * n) -> (L, B, H', Q, n)
+                None
+                if linear is None
+                else linear(queries)
+                .unflatten(2, (self.num_scales, self.num_heads, -1))
+                .permute(2, 0, 3, 1, 4)
+                for linear in (self.offset, self.spread)
+            )
+        maps = []
+        for index, grid in enumerate(grids):
+            centres = (centre / grid.stride)[:, None]
+            if offsets is not None:
+                centres = centres + offsets[index]
+            values = centres[..., :0] if spreads is None else spreads[index]
+            factor = (grid.stride / REFERENCE_STRIDE if len(grids) > 1 else 1.0) / self.beta
+            maps.append(self.shape(centres, values, factor, grid.size))
+        return maps
