@@ -16,12 +16,11 @@ from detectron2.structures import Boxes, Instances
 
 import compare_convergence as tool
 import convergence_study as convergence
-from engine_cases import TinyDetector, write_config, write_dataset
+from helpers import ROOT, TinyDetector, error_of, write_dataset, write_tiny_config
 from smca import engine
 from smca.engine import Trainer
 from smca.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 CONVERGENCE = ROOT / "configs" / "convergence"
 
 
@@ -36,7 +35,7 @@ WIDE = {"config": "config.py"}
 def write_study(folder, **changes):
     """Two runs of 6 steps, evaluated after 3 and 6, 2 steps an epoch; each with two seeds."""
     checkpointer = {"period": 100, "max_to_keep": 1}
-    config = write_config(folder, max_iter=6, eval_period=3, checkpointer=checkpointer)
+    config = write_tiny_config(folder, max_iter=6, eval_period=3, checkpointer=checkpointer)
     runs = {
         "wide": WIDE,
         "narrow": {"config": config, "overrides": ["model.width=4"]},
@@ -208,7 +207,7 @@ def test_a_process_goes_on_where_the_training_was_stopped(finished, tmp_path, mo
             InThisProcess(stopped)
     assert not stopped.is_finished()
 
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
     assert tool.main([path, "--output", str(out)]) == 0
     assert "Resuming at iteration 4" in (out / "wide/seed0/log.txt").read_text()
     same, other = (
@@ -486,13 +485,6 @@ def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
 # What cannot be used
 
 
-def error_of(capsys, *args):
-    assert tool.main([str(arg) for arg in args]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("Error: ")
-    return lines[0]
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -522,7 +514,7 @@ def error_of(capsys, *args):
 )
 def test_a_wrong_study_is_an_error(tmp_path, capsys, changes, words):
     path = write_study(tmp_path, **changes)
-    text = error_of(capsys, path, "--output", tmp_path / "out")
+    text = error_of(capsys, tool.main, path, "--output", tmp_path / "out")
     assert all(part in text for part in words.split(".*"))
     assert not (tmp_path / "out").exists()
 
@@ -535,26 +527,26 @@ def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):
 
 
 def test_an_unknown_run_is_an_error(finished, capsys):
-    text = error_of(capsys, finished[0], "--output", finished[1], "--runs", "narow")
+    text = error_of(capsys, tool.main, finished[0], "--output", finished[1], "--runs", "narow")
     assert "no run narow in the study, did you mean narrow?" in text
 
 
 def test_no_jobs_are_an_error(finished, capsys):
-    assert "--jobs" in error_of(capsys, finished[0], "--jobs", 0)
+    assert "--jobs" in error_of(capsys, tool.main, finished[0], "--jobs", 0)
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_a_file_that_is_missing_or_of_another_kind_is_named(tmp_path, capsys, suffix):
     path = tmp_path / ("study" + suffix)
-    assert f"{path} cannot be read" in error_of(capsys, path)
+    assert f"{path} cannot be read" in error_of(capsys, tool.main, path)
     path.write_text("{")
-    assert f"{path} is no " in error_of(capsys, path)
+    assert f"{path} is no " in error_of(capsys, tool.main, path)
     path.write_text("[1]")
-    assert f"{path} is no " in error_of(capsys, path)
+    assert f"{path} is no " in error_of(capsys, tool.main, path)
 
 
 def test_a_report_cannot_be_trained(finished, capsys):
-    text = error_of(capsys, finished[1] / "tiny.json", "--runs", "wide")
+    text = error_of(capsys, tool.main, finished[1] / "tiny.json", "--runs", "wide")
     assert "give the study's YAML file" in text
 
 

@@ -4,22 +4,14 @@ import random
 
 import pytest
 import torch
-from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from torch._dynamo.utils import counters
 
-from demo_cases import ROOT
-from smca.config import load_config
+from helpers import build_model
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
-
-
-def make_model(name, *overrides):
-    cfg = load_config(str(ROOT / "configs" / f"{name}.py"), [*TINY, *overrides])
-    cfg.model.backbone.num_blocks = [1, 1, 1, 1]
-    torch.manual_seed(0)
-    return instantiate(cfg.model)
+TINY += ["+model.backbone.num_blocks=[1,1,1,1]"]
 
 
 def make_item(height, width):
@@ -53,7 +45,8 @@ def graphs():
     ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.kernel_size=3"]),
 ])
 def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, graphs):
-    model = make_model(name, *overrides).eval()
+    torch.manual_seed(0)
+    model = build_model(name, *overrides).eval()
     batches = make_batches(6, 1)
     with torch.no_grad():
         expected = [model(batch)[0]["instances"] for batch in batches]
@@ -67,7 +60,8 @@ def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, 
 
 
 def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
-    model = make_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
+    torch.manual_seed(0)
+    model = build_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
     model.compile(backend="eager")
     for batch in make_batches(5, 2):
         model.zero_grad()

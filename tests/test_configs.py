@@ -8,7 +8,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import SwinTransformer, ViT, build_model
 
-from engine_cases import write_dataset
+from helpers import write_dataset
 from smca import add_smca_config
 from smca.config import load_config
 from smca.errors import ConfigError

@@ -8,7 +8,7 @@ from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
-from engine_cases import MeanLoss
+from helpers import MeanLoss
 from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
 from smca.errors import NonFiniteError
 

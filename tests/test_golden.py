@@ -2,19 +2,17 @@
 
 import gc
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
 
 import reference
+from helpers import ROOT, build_model
 from smca.checkpoint.conversion import convert_file, official_name
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 
 COMMON = ["model.num_queries=50", "model.num_classes=92", "model.dropout=0.0"]
@@ -84,8 +82,7 @@ def convert_official(case, folder):
 def load_model(name, checkpoint):
     """The model of a case's config and overrides, with the converted weights."""
     config, overrides = CASES[name]
-    config = LazyConfig.load(str(ROOT / "configs" / f"{config}.py"))
-    model = instantiate(LazyConfig.apply_overrides(config, COMMON + overrides).model)
+    model = build_model(config, *COMMON, *overrides)
     DetectionCheckpointer(model).load(str(checkpoint))
     return model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import (
+from helpers import (
     IMAGE_SIZES,
     LargestTensor,
     assert_close,

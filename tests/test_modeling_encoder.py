@@ -7,19 +7,19 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import (
+from helpers import (
     IMAGE_SIZES,
     LargestTensor,
     assert_close,
     assert_same_gradients,
     assert_uniform,
     make_scales,
-    official_state_dict,
     randomize,
     valid_cells,
     weighted_sum,
     with_leaves,
 )
+from official_names import official_state_dict
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder
 

@@ -7,13 +7,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 import reference
-from modeling_cases import (
-    IMAGE_SIZES,
-    assert_close,
-    assert_uniform,
-    official_state_dict,
-    randomize,
-)
+from helpers import IMAGE_SIZES, assert_close, assert_uniform, randomize
+from official_names import official_state_dict
 from smca.modeling import dropout as dropout_module
 from smca.modeling.backbone import build_resnet
 from smca.modeling.conv_encoder import ConvEncoder

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import IMAGE_SIZES, pixel_mask
+from helpers import IMAGE_SIZES, pixel_mask
 from smca.modeling.position_encoding import SinePositionEncoding
 from smca.modeling.scales import padding_masks
 

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 
@@ -11,7 +10,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from demo_cases import CLASS_NAMES, ROOT, make_model, write_config, write_image
+import draw_training as tool
+from helpers import CLASS_NAMES, make_smca, write_image, write_smca_config
 from smca.analysis import (
     LayerRecord,
     ModulationStatistics,
@@ -198,8 +198,8 @@ def test_what_is_infinite_is_none():
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    config = write_config(tmp_path_factory.mktemp("model"), "smca")
-    return Predictor(make_model(config), class_names=CLASS_NAMES)
+    config = write_smca_config(tmp_path_factory.mktemp("model"), "smca")
+    return Predictor(make_smca(config), class_names=CLASS_NAMES)
 
 
 def make_item(folder, boxes, classes, seed=0, **crowds):
@@ -296,7 +296,7 @@ def test_errors_say_what_is_missing(predictor, tmp_path):
     with pytest.raises(UserError, match="no objects"):
         collect(predictor, [make_item(tmp_path, [], [])[0]])
     with pytest.raises(NoModulationError, match="modulation=none"):
-        Recorder(make_model(write_config(tmp_path, "detr")))
+        Recorder(make_smca(write_smca_config(tmp_path, "detr")))
 
 
 # Pictures
@@ -363,11 +363,6 @@ def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):
 # The command
 
 
-spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "draw_training.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
-
-
 def command(*args):
     return exit_code(tool.run, tool.get_parser().parse_intermixed_args(map(str, args)))
 
@@ -385,9 +380,9 @@ def write_training(folder, base="smca"):
     """Weights of steps 10 and 20, and the final ones, which are the latter."""
     run = folder / "run"
     run.mkdir()
-    config = write_config(folder, base)
+    config = write_smca_config(folder, base)
     LazyConfig.save(LazyConfig.load(config), str(run / "config.yaml"))
-    model = make_model(config)
+    model = make_smca(config)
     for name, iteration in (("0000019", 19), ("final", 19), ("0000009", 9)):
         with torch.no_grad():
             model.query_embed.weight.normal_(generator=torch.Generator().manual_seed(iteration))
@@ -408,7 +403,7 @@ def test_a_trainings_checkpoints_are_drawn_by_their_iteration(tmp_path, data):
     numbers = json.loads((out / "modulation.json").read_text())
     assert list(numbers) == ["10", "20"]
     for step, name in (("10", "0000009"), ("20", "0000019")):
-        model = make_model(str(tmp_path / "tiny_smca.py"))
+        model = make_smca(str(tmp_path / "tiny_smca.py"))
         model.load_state_dict(torch.load(run / f"model_{name}.pth")["model"])
         items = DatasetCatalog.get("tiny_statistics")
         predictor = Predictor(model, [T.ResizeShortestEdge([96, 96], 160)])  # as in the config

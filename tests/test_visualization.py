@@ -7,7 +7,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from matplotlib.figure import Figure
 from PIL import Image
 
-from demo_cases import CLASS_NAMES, make_image, make_model, write_config, write_image
+from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
 from smca.analysis import (
     NoModulationError,
     draw_contact_sheet,
@@ -35,7 +35,7 @@ VARIANTS = {
 
 def make_predictor(folder, variant):
     base, decoder = VARIANTS[variant]
-    model = make_model(write_config(folder, base, **decoder))
+    model = make_smca(write_smca_config(folder, base, **decoder))
     return Predictor(model, class_names=CLASS_NAMES)
 
 
@@ -279,7 +279,7 @@ def test_an_unknown_layer_is_an_error(multi_scale):
 
 
 def test_detr_has_no_maps(tmp_path):
-    model = make_model(write_config(tmp_path, "detr"))
+    model = make_smca(write_smca_config(tmp_path, "detr"))
     with pytest.raises(NoModulationError, match="model.decoder.modulation=none"):
         modulation_maps(Predictor(model), make_image())
 
@@ -397,7 +397,7 @@ def test_a_run_gets_three_pictures(multi_scale, dataset_dicts, tmp_path):
 
 
 def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
-    model = make_model(write_config(tmp_path, "detr"))
+    model = make_smca(write_smca_config(tmp_path, "detr"))
     paths = write_pictures(Predictor(model), dataset_dicts, tmp_path / "pictures")
     assert [path.split("/")[-1] for path in paths] == ["validation.png"]
 
