@@ -11,7 +11,8 @@ from detectron2.structures import Boxes, Instances
 
 import reference
 from helpers import ROOT, build_model
-from smca.checkpoint.conversion import convert_file, official_name
+from official_names import official_names
+from smca.checkpoint.conversion import convert_file
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -139,13 +140,12 @@ def loss_differences(losses, case):
 
 
 def gradient_differences(model, case):
-    names = dict(model.named_parameters())
-    single_scale, separate = "scale_embed.weight" not in names, "encoder.layers.0.down.1.bias"
+    parameters = dict(model.named_parameters())
     norms = {
         # In float64, since float32's sum over millions of squares is 2e-4 off.
-        official_name(name, single_scale, separate not in names): p.grad.double().norm().item()
-        for name, p in names.items()
-        if p.requires_grad
+        official: parameters[name].grad.double().norm().item()
+        for name, official in official_names(parameters).items()
+        if parameters[name].requires_grad
     }
     expected = case["gradient_norms"]
     assert norms.keys() == expected.keys()

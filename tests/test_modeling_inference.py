@@ -60,33 +60,6 @@ def make_model(
     )
 
 
-def official_detector(model, kind):
-    """The model's own parameters under the official names, but for the backbone."""
-    names = {
-        "neck.projections.res5": "input_proj" if kind == "single scale" else "input_proj_2048",
-        "neck.projections.res4": "input_proj_1024",
-        "neck.projections.res3": "input_proj_512",
-        "neck.extra.0": "input_proj_2048_3",
-        "class_embed": "class_embed",
-        "query_embed": "query_embed",
-        "box_embed.0": "bbox_embed.layers.0",
-        "box_embed.3": "bbox_embed.layers.1",
-        "box_embed.6": "bbox_embed.layers.2",
-    }
-    state_dict = {}
-    for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        if module in names:
-            state_dict[f"{names[module]}.{leaf}"] = parameter
-        elif module == "scale_embed":
-            state_dict["transformer.level_embed"] = parameter
-        else:
-            assert name.startswith(("backbone.", "encoder.", "decoder.")), name
-    state_dict.update(official_state_dict(model.encoder, "encoder"))
-    state_dict.update(official_state_dict(model.decoder, "decoder"))
-    return state_dict
-
-
 def make_inputs(num_objects=None, image_sizes=None):
     """Detectron2's list of dicts; with `num_objects` an image, also instances for training."""
     generator = torch.Generator().manual_seed(0)
@@ -121,7 +94,7 @@ def reference_predictions(model, kind, inputs, encoder_settings=None, decoder_se
         num_heads=H,
         **{"scale_selection": kind != "single scale", **decoder_settings},
     )
-    state_dict = official_detector(model, kind)
+    state_dict = official_state_dict(model)
     maps, strides = reference.project_features(
         state_dict, features.get("res3"), features.get("res4"), features["res5"], settings
     )
