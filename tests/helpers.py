@@ -1,6 +1,7 @@
 """What tests of several files use: tiny detectors, their configs, data and images; comparisons."""
 
 import json
+import logging
 import os
 import textwrap
 from dataclasses import replace
@@ -11,7 +12,9 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.logger import setup_logger
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +52,21 @@ def child_environment():
     paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join(filter(None, paths))
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+
+
+def close_logs():
+    """Later tests' messages do not go into the files that this one's loggers have open."""
+    for name in ("detectron2", "fvcore", "smca"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+    setup_logger.cache_clear()
+
+
+def state_of(folder):
+    """Size and time of the last change of every file, by its path."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 # ---- A detector, a data set and a config that are as small as they can be
@@ -349,6 +367,41 @@ def assert_close(actual, expected, tolerance=1e-4):
     bound = tolerance * max(expected.abs().max().item(), 1.0) if expected.numel() else 0
     difference = (actual - expected).abs().max().item() if expected.numel() else 0
     assert difference <= bound, f"differs by {difference:.2e}, allowed {bound:.2e}"
+
+
+def match_detections(found, scores, classes, boxes, tolerance=1e-5):
+    """
+    Find expected detections of an image among those that were found. Where scores are equal but
+    for rounding, chance says which comes first, so places in the lists are not compared.
+
+    Args:
+        found (Instances): detections, by falling score.
+        scores, classes, boxes: (N,), (N,) and (N, 4) xyxy in pixels, by falling score.
+        tolerance: of a score.
+
+    Returns:
+        Tensor: (N,) indices of the ones found, each of its expectation's class and score, and
+        the nearest of these.
+    """
+    assert (found.scores.diff() <= 0).all(), "not by falling score"
+    wrong = (found.scores[None] - scores[:, None]).abs() > tolerance
+    wrong |= found.pred_classes[None] != classes[:, None]
+    distances = torch.cdist(boxes.double(), found.pred_boxes.tensor.double(), p=1)
+    far = 1 + distances.max() * (len(scores) + 1)
+    _, indices = linear_sum_assignment(torch.where(wrong, far, distances).numpy())
+    chosen = torch.from_numpy(indices)
+    missing = wrong[torch.arange(len(scores)), chosen].nonzero().flatten().tolist()
+    assert not missing, f"no detection of the class and score of the expected ones {missing}"
+    return chosen
+
+
+def assert_same_detections(found, expected, tolerance=1e-5):
+    """Scores, classes and boxes of two images' detections, but for the order of equal scores."""
+    assert len(found) == len(expected) and found.image_size == expected.image_size
+    assert_close(found.scores, expected.scores, tolerance)
+    boxes = expected.pred_boxes.tensor
+    chosen = match_detections(found, expected.scores, expected.pred_classes, boxes, tolerance)
+    assert_close(found.pred_boxes.tensor[chosen], boxes, tolerance)
 
 
 def assert_same_gradients(actual, expected, inputs, tolerance=1e-4):

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,15 @@ from detectron2.structures import Boxes, Instances
 
 import compare_convergence as tool
 import convergence_study as convergence
-from helpers import ROOT, TinyDetector, error_of, write_dataset, write_tiny_config
+from helpers import (
+    ROOT,
+    TinyDetector,
+    close_logs,
+    error_of,
+    state_of,
+    write_dataset,
+    write_tiny_config,
+)
 from smca import engine
 from smca.engine import Trainer
 from smca.errors import UserError
@@ -72,14 +81,25 @@ def launched(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study and the folder of its trainings and report, which tests only read."""
+    """A study and the folder of its trainings and report. Tests only read them."""
     folder = tmp_path_factory.mktemp("study")
     path = write_study(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tool, "_POLL_SECONDS", 0.01)
         monkeypatch.setattr(tool, "launch", InThisProcess)
         assert tool.main([path, "--output", str(folder / "out")]) == 0
-    return path, folder / "out"
+    close_logs()
+    before = state_of(folder)
+    yield path, folder / "out"
+    assert state_of(folder) == before
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same study and a copy of that folder, to write into."""
+    path, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    return path, tmp_path / "out"
 
 
 def read_json(folder, name="tiny"):
@@ -88,8 +108,8 @@ def read_json(folder, name="tiny"):
 
 def modified(folder):
     """Checkpoints and metrics with the times of their last change."""
-    files = [*folder.rglob("*.pth"), *folder.rglob("metrics.json")]
-    return {str(path): path.stat().st_mtime_ns for path in files}
+    files = state_of(folder)
+    return {path: files[path] for path in files if path.endswith((".pth", "metrics.json"))}
 
 
 # What a study leaves behind
@@ -138,8 +158,8 @@ def test_seeds_change_the_training(finished):
     assert not torch.equal(weights[0]["class_embed.weight"], weights[1]["class_embed.weight"])
 
 
-def test_finished_runs_are_not_run_again(finished, launched, capsys):
-    path, out = finished
+def test_finished_runs_are_not_run_again(copied, launched, capsys):
+    path, out = copied
     before = modified(out)
     assert tool.main([path, "--output", str(out)]) == 0
     assert launched == [] and modified(out) == before
@@ -166,15 +186,15 @@ def test_table_and_picture_are_made_from_the_json_alone(finished, tmp_path):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_other_settings_in_the_same_folder_are_an_error(finished, launched, capsys):
-    path, out = finished
+def test_other_settings_in_the_same_folder_are_an_error(copied, launched, capsys):
+    path, out = copied
     assert tool.main([path, "--output", str(out), "optimizer.lr=0.5"]) == 1
     assert "other settings (optimizer.lr is 0.01 there, 0.5 now)" in capsys.readouterr().err
     assert launched == []
 
 
-def test_what_is_kept_may_change(finished, launched):
-    path, out = finished
+def test_what_is_kept_may_change(copied, launched):
+    path, out = copied
     before = modified(out)
     assert tool.main([path, "--output", str(out), "train.checkpointer.max_to_keep=2"]) == 0
     assert launched == [] and modified(out) == before
@@ -241,8 +261,9 @@ def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert finals["wide"]["AP"] == 1.0 and finals["narrow"] is None
 
 
-def test_jobs_share_the_threads(finished, monkeypatch):
-    training = tool.read_study(finished[0], str(finished[1])).trainings[0]
+def test_jobs_share_the_threads(copied, monkeypatch):
+    path, out = copied
+    training = tool.read_study(path, str(out)).trainings[0]
     calls = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(tool.subprocess, "Popen", lambda *args, **kwargs: calls.append(kwargs))

@@ -13,6 +13,8 @@ from smca.errors import CheckpointError, ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAME = "smca_single_scale_r50_50ep"
+# Config, url and sha256 of trained weights, as in the release that holds them. None are yet.
+PUBLISHED = {}
 
 
 @pytest.mark.parametrize("name", ["smca_r50_50ep", "smca_r50_50ep.py", "ablations/head_shared"])
@@ -29,12 +31,6 @@ def test_all_configs_are_listed():
     expected = {n for n in names if not n.endswith("__init__") and not n.startswith("common/")}
     assert set(model_zoo.list_configs()) == expected
     assert {NAME, "smca_r50_50ep", "smca_conv_r50_50ep", "detr_r50_50ep"} <= expected
-
-
-@pytest.mark.parametrize("name", model_zoo.list_configs())
-def test_every_config_that_is_listed_loads(name):
-    config = model_zoo.get_config(name)
-    assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(config)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +124,6 @@ def test_file_that_cannot_be_downloaded_is_an_error(published):
         model_zoo.get(NAME, trained=True, device="cpu")
 
 
-def test_registry_names_configs_and_has_their_sha256():
+def test_registry_holds_what_is_published_and_nothing_else():
     registry = json.loads((Path(model_zoo.__file__).parent / "model_zoo.json").read_text())
-    for name, entry in registry.items():
-        assert name in model_zoo.list_configs()
-        assert set(entry) == {"url", "sha256"} and len(entry["sha256"]) == 64
+    assert registry == PUBLISHED
