@@ -386,7 +386,7 @@ def match_detections(found, scores, classes, boxes, tolerance=1e-5):
     assert (found.scores.diff() <= 0).all(), "not by falling score"
     wrong = (found.scores[None] - scores[:, None]).abs() > tolerance
     wrong |= found.pred_classes[None] != classes[:, None]
-    distances = torch.cdist(boxes.double(), found.pred_boxes.tensor.double(), p=1)
+    distances = torch.cdist(boxes.double(), found.pred_boxes.tensor.double(), p=1).detach()
     far = 1 + distances.max() * (len(scores) + 1)
     _, indices = linear_sum_assignment(torch.where(wrong, far, distances).numpy())
     chosen = torch.from_numpy(indices)

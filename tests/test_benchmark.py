@@ -9,9 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.config import instantiate
+from fvcore.nn import FlopCountAnalysis
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark as tool
 import benchmark_cases as cases
+from analyze_model import analyze, attention_flops
 from helpers import ROOT, assert_same_gradients, child_environment, leaves, write_smca_config
 from smca.config import load_config
 from smca.errors import ConfigError, UserError
@@ -72,10 +77,27 @@ def test_each_measurement_gives_its_records(measure, words, count):
 def test_speed_is_two_operations_for_each_multiply_add(measure, tmp_path):
     (record,) = measure("inference", "model.num_queries=3")
     cfg = load_config(str(tmp_path / "tiny_smca.py"), ["model.num_queries=3"])
-    operations = 2 * cases.analyze(cfg, 64, 96)[2]
+    # PyTorch's counter counts convolutions and matrix products, ours norms as well.
+    model, image = instantiate(cfg.model).eval(), torch.zeros(3, 64, 96, dtype=torch.uint8)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model([{"image": image}])
+    counted = counter.get_total_flops()
+    operations = 2 * analyze(cfg, 64, 96)[2]
+    assert counted < operations < 1.02 * counted
     assert record["overrides"] == ["model.num_queries=3"]
     assert record["gflops"] == pytest.approx(operations / record["median_s"] / 1e9)
     assert record["share"] == pytest.approx(record["gflops"] / 100)
+
+
+def test_attentions_multiply_adds_are_those_of_its_two_products():
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    sizes = [(2, 4, 5, 3), (2, 4, 7, 3), (2, 4, 7, 6)]  # 5 queries, 7 keys, widths 3 and 6
+    flops = FlopCountAnalysis(Attention(), tuple(torch.ones(size) for size in sizes))
+    flops.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+    assert flops.total() == 2 * 4 * (5 * 7 * 3 + 5 * 7 * 6)
 
 
 def test_training_step_changes_the_weights(tmp_path):
@@ -89,7 +111,7 @@ def test_training_step_changes_the_weights(tmp_path):
     before = [weight.detach().clone() for weight in weights]
     step()
     assert model.training
-    assert all((a != b).any() for a, b in zip(weights, before))
+    assert all((a != b).any() for a, b in zip(weights, before, strict=True))
 
 
 def test_both_co_attentions_compute_the_same():

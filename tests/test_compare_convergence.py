@@ -493,10 +493,10 @@ def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
     assert [x.get_xlabel() for x in axes[3:]] == ["steps", "epochs", "minutes of training"]
     lines = [x.get_lines()[1] for x in axes]
     ap, ap50 = [0.5, 15, 25], [2, 35, 55]
-    for line, mean in zip(lines, [ap] * 3 + [ap50] * 3):
+    for line, mean in zip(lines, [ap] * 3 + [ap50] * 3, strict=True):
         assert line.get_ydata().tolist() == mean
     steps = np.array([100, 200, 300])
-    for line, x in zip(lines, [steps, steps / 50, steps * 0.7 / 60] * 2):
+    for line, x in zip(lines, [steps, steps / 50, steps * 0.7 / 60] * 2, strict=True):
         assert line.get_xdata() == pytest.approx(x)
     band = axes[0].collections[1].get_paths()[0].vertices
     assert {(100, 0), (100, 1), (300, 20), (300, 30)} <= {tuple(point) for point in band}

@@ -51,7 +51,7 @@ def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, 
     with torch.no_grad():
         expected = [model(batch)[0]["instances"] for batch in batches]
         model.compile(backend="eager")
-        for batch, wanted in zip(batches, expected):
+        for batch, wanted in zip(batches, expected, strict=True):
             result = model(batch)[0]["instances"]
             assert_same_detections(result, wanted)
     assert 3 <= graphs() <= 6

@@ -60,7 +60,8 @@ def load_case(name):
 def make_batch(case):
     """The case's images and targets in Detectron2's form."""
     batch = []
-    for image, target in zip(reference.make_images(case), reference.make_targets(case)):
+    images, targets = reference.make_images(case), reference.make_targets(case)
+    for image, target in zip(images, targets, strict=True):
         height, width = image.shape[:2]
         instances = Instances((height, width))
         boxes = torch.stack([torch.stack(reference.corners(box)) for box in target["boxes"]])

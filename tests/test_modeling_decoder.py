@@ -99,7 +99,7 @@ def assert_equals_reference(strides, modulation, spread, scale_selection, beta=8
         assert centre is None
     else:
         outputs, expected = outputs + [centre], expected + [r]
-    for got, wanted in zip(outputs, expected):
+    for got, wanted in zip(outputs, expected, strict=True):
         assert_close(got, wanted)
     # Through the Gaussians and two layers, gradients collect a little more than outputs.
     assert_same_gradients(outputs, expected, {**inputs, **state_dict}, 3e-4)

@@ -195,7 +195,7 @@ def test_training_losses_equal_the_reference(kind):
     model = randomize(make_model(kind))
     inputs = make_inputs([3, 2])
     targets = []
-    for x, (height, width) in zip(inputs, IMAGE_SIZES):
+    for x, (height, width) in zip(inputs, IMAGE_SIZES, strict=True):
         x0, y0, x1, y1 = x["instances"].gt_boxes.tensor.unbind(1)
         center_x, center_y = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height
         boxes = torch.stack([center_x, center_y, (x1 - x0) / width, (y1 - y0) / height], 1)
@@ -289,7 +289,7 @@ def test_without_a_height_and_width_boxes_are_in_pixels_of_the_image():
     with_size = [
         {"image": x["image"], "height": h, "width": w} for x, (h, w) in zip(inputs, IMAGE_SIZES)
     ]
-    for result, expected, size in zip(model(inputs), model(with_size), IMAGE_SIZES):
+    for result, expected, size in zip(model(inputs), model(with_size), IMAGE_SIZES, strict=True):
         assert result["instances"].image_size == size
         assert_close(
             result["instances"].pred_boxes.tensor, expected["instances"].pred_boxes.tensor, 1e-6

@@ -120,7 +120,7 @@ def test_giou_equals_the_reference():
     assert_close(actual, expected, 1e-5)
     actual_gradient = torch.autograd.grad(actual.sum(), [first, second], retain_graph=True)
     expected_gradient = torch.autograd.grad(expected.sum(), [first, second])
-    for got, wanted in zip(actual_gradient, expected_gradient):
+    for got, wanted in zip(actual_gradient, expected_gradient, strict=True):
         assert_close(got, wanted, 1e-4)
 
 

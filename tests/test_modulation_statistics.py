@@ -351,7 +351,7 @@ def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):
     assert len(figure.axes) == 2 * 6  # of ten steps six, the first and the last among them
     titles = [axes.get_title() for axes in figure.axes[:6]]
     assert "10 steps" in titles[0] and "100 steps" in titles[5] and "square" in titles[0]
-    for axes, example in zip(figure.axes[::6], examples):
+    for axes, example in zip(figure.axes[::6], examples, strict=True):
         *heads, centre = (line.get_xydata()[0] for line in axes.lines)
         assert centre == pytest.approx(example.centre)
         assert heads == pytest.approx(example.mean_head_centres())

@@ -122,7 +122,7 @@ def test_a_contact_sheet_holds_every_picture():
     pictures = [make_image(60, 80, seed) for seed in range(3)]
     figure = draw_contact_sheet(pictures, ["a", "b", "c"])
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(shown) == 3 and all((s == p).all() for s, p in zip(shown, pictures))
+    assert len(shown) == 3 and all((s == p).all() for s, p in zip(shown, pictures, strict=True))
 
 
 # Gaussian maps
@@ -163,8 +163,8 @@ def test_each_map_is_greatest_at_its_heads_centre(predictor):
     (detection,) = modulation_maps(predictor, make_image())
     height, width = detection.image.shape[:2]
     num_inside = 0
-    for centers, maps in zip(detection.head_centres, detection.maps):
-        for (x, y), weights in zip(centers, maps):
+    for centers, maps in zip(detection.head_centres, detection.maps, strict=True):
+        for (x, y), weights in zip(centers, maps, strict=True):
             if 0 <= x <= width - 1 and 0 <= y <= height - 1:
                 num_inside += 1
                 row, column = np.unravel_index(weights.argmax(), weights.shape)
@@ -214,7 +214,7 @@ def test_maps_belong_to_the_detections_chosen(multi_scale):
     image = make_image()
     instances = multi_scale(image)
     detections = modulation_maps(multi_scale, image, select=lambda found: [2, 0])
-    for detection, index in zip(detections, (2, 0)):
+    for detection, index in zip(detections, (2, 0), strict=True):
         assert detection.query == instances.query_indices[index]
         assert detection.score == pytest.approx(instances.scores[index].item())
         assert detection.class_index == instances.pred_classes[index]
