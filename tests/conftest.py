@@ -1,18 +1,30 @@
-"""One thread a process (the tests' tensors are small, and pytest runs them in several processes),
-and no test's loggers in the next one."""
+"""The package of this checkout, one thread a process unless told otherwise (the tests' tensors are
+small, and pytest runs them in several processes), and no test's loggers in the next one."""
 
-import logging
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
-from detectron2.utils.logger import setup_logger  # noqa: E402
+import smca.configs  # noqa: E402
+
+from helpers import close_logs  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure():
+    for folder in (*smca.__path__, *smca.configs.__path__):
+        if ROOT not in Path(folder).resolve().parents:
+            pytest.exit(
+                f"These tests are of {ROOT}, but the package is imported from {folder}: run "
+                f"'pip install -e {ROOT}'.",
+                returncode=pytest.ExitCode.USAGE_ERROR,
+            )
 
 
 @pytest.fixture(autouse=True)
 def loggers_of_one_test():
     yield
-    for name in ("detectron2", "fvcore", "smca"):
-        logging.getLogger(name).handlers.clear()
-    setup_logger.cache_clear()
+    close_logs()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from demo_cases import ROOT
+from helpers import ROOT
 from test_structure import IMPORTS, room_of
 
 DOCUMENT = ROOT / "docs" / "architecture.md"

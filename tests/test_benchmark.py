@@ -1,6 +1,5 @@
 """The benchmark tool: what it measures, writes and compares. No test says how fast anything is."""
 
-import importlib.util
 import json
 import os
 import statistics
@@ -10,9 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.config import instantiate
+from fvcore.nn import FlopCountAnalysis
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from demo_cases import ROOT, write_config
-from modeling_cases import assert_same_gradients, leaves
+import benchmark as tool
+import benchmark_cases as cases
+from analyze_model import analyze, attention_flops
+from helpers import ROOT, assert_same_gradients, child_environment, leaves, write_smca_config
 from smca.config import load_config
 from smca.errors import ConfigError, UserError
 
@@ -23,30 +28,12 @@ TINY = ["--cells", "4", "6", "--num-queries", "5", "--image-size", "64", "96"]
 TINY += ["--train-size", "64", "96", "--repeats", "3", "--warmup", "1"]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """The script as a module, which finds its neighbours in tools/."""
-    path = ROOT / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(path.parent))
-        patch.setitem(sys.modules, "benchmark", module)
-        spec.loader.exec_module(module)
-        yield module
-
-
 @pytest.fixture
-def cases(tool):
-    return sys.modules["benchmark_cases"]
-
-
-@pytest.fixture
-def measure(tool, tmp_path, monkeypatch):
+def measure(tmp_path, monkeypatch):
     """Runs the tool in this process on a tiny config, gives its records."""
     monkeypatch.setattr(tool, "in_fresh_process", lambda f, *args, **kwargs: f(*args, **kwargs))
     monkeypatch.setattr(tool, "matmul_gflops", lambda options: 100.0)
-    config = write_config(tmp_path)
+    config = write_smca_config(tmp_path)
 
     def run(*words):
         output = tmp_path / "output.json"
@@ -86,17 +73,34 @@ def test_each_measurement_gives_its_records(measure, words, count):
         assert record["dtype"] == ("bf16" if "bf16" in words else "float32")
 
 
-def test_speed_is_two_operations_for_each_multiply_add(cases, measure, tmp_path):
+def test_speed_is_two_operations_for_each_multiply_add(measure, tmp_path):
     (record,) = measure("inference", "model.num_queries=3")
     cfg = load_config(str(tmp_path / "tiny_smca.py"), ["model.num_queries=3"])
-    operations = 2 * cases.analyze(cfg, 64, 96)[2]
+    # PyTorch's counter counts convolutions and matrix products, ours norms as well.
+    model, image = instantiate(cfg.model).eval(), torch.zeros(3, 64, 96, dtype=torch.uint8)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model([{"image": image}])
+    counted = counter.get_total_flops()
+    operations = 2 * analyze(cfg, 64, 96)[2]
+    assert counted < operations < 1.02 * counted
     assert record["overrides"] == ["model.num_queries=3"]
     assert record["gflops"] == pytest.approx(operations / record["median_s"] / 1e9)
     assert record["share"] == pytest.approx(record["gflops"] / 100)
 
 
-def test_training_step_changes_the_weights(cases, tmp_path):
-    config = write_config(tmp_path)
+def test_attentions_multiply_adds_are_those_of_its_two_products():
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    sizes = [(2, 4, 5, 3), (2, 4, 7, 3), (2, 4, 7, 6)]  # 5 queries, 7 keys, widths 3 and 6
+    flops = FlopCountAnalysis(Attention(), tuple(torch.ones(size) for size in sizes))
+    flops.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+    assert flops.total() == 2 * 4 * (5 * 7 * 3 + 5 * 7 * 6)
+
+
+def test_training_step_changes_the_weights(tmp_path):
+    config = write_smca_config(tmp_path)
     options = SimpleNamespace(
         device="cpu", dtype="float32", compile=False, batch_size=2, overrides=["model.dropout=0.0"]
     )
@@ -106,10 +110,10 @@ def test_training_step_changes_the_weights(cases, tmp_path):
     before = [weight.detach().clone() for weight in weights]
     step()
     assert model.training
-    assert all((a != b).any() for a, b in zip(weights, before))
+    assert all((a != b).any() for a, b in zip(weights, before, strict=True))
 
 
-def test_both_co_attentions_compute_the_same(cases):
+def test_both_co_attentions_compute_the_same():
     torch.manual_seed(0)
     inputs = leaves(
         {
@@ -126,7 +130,7 @@ def test_both_co_attentions_compute_the_same(cases):
     assert_same_gradients(fast, slow, inputs)
 
 
-def test_scaling_covers_sizes_and_numbers_of_queries(tool, cases):
+def test_scaling_covers_sizes_and_numbers_of_queries():
     jobs = list(cases.co_attention_scaling_jobs(tool.parse_options(["co_attention_scaling"])))
     forward = [job.size for job in jobs if job.name == "co_attention forward"]
     cells = ["25 x 42", "50 x 84", "100 x 168", "200 x 336"]
@@ -145,7 +149,7 @@ def test_gain_over_the_reference_is_printed(measure, capsys):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_peak_memory_counts_what_was_freed_again(tool):
+def test_peak_memory_counts_what_was_freed_again():
     memory = tool.PeakMemory("cpu")
     torch.ones(2**24)  # 64 MiB
     first = memory.read()
@@ -158,7 +162,7 @@ def test_peak_memory_counts_what_was_freed_again(tool):
 
 def run_script(*words):
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, env=child_environment(), capture_output=True, text=True)
 
 
 def test_script_measures_in_its_own_process_and_writes_json(tmp_path):
@@ -183,12 +187,12 @@ def test_error_is_one_sentence(tmp_path):
     assert "no_such_measurement" in lines[0] and "train_step" in lines[0]
 
 
-def test_process_that_is_killed_is_reported(tool):
+def test_process_that_is_killed_is_reported():
     with pytest.raises(UserError, match="lack of memory"):
         tool.in_fresh_process(os._exit, 1)
 
 
-def test_config_and_overrides_are_checked_before_anything_runs(tool):
+def test_config_and_overrides_are_checked_before_anything_runs():
     with pytest.raises(ConfigError, match="no_such_file.py does not exist"):
         tool.main(["inference", "--config", "no_such_file.py"])
     with pytest.raises(ConfigError, match="model.num_querys"):
@@ -196,7 +200,7 @@ def test_config_and_overrides_are_checked_before_anything_runs(tool):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_absent_gpu_is_reported(tool):
+def test_absent_gpu_is_reported():
     with pytest.raises(UserError, match="--device cpu"):
         tool.main(["matcher", "--device", "cuda"])
 
@@ -218,7 +222,7 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_compare_prints_the_ratios_of_what_both_files_hold(tool, tmp_path, capsys):
+def test_compare_prints_the_ratios_of_what_both_files_hold(tmp_path, capsys):
     a = write_records(
         tmp_path / "a.json",
         record(seconds=3.0, extra=500, peak=900),
@@ -242,7 +246,7 @@ def test_compare_prints_the_ratios_of_what_both_files_hold(tool, tmp_path, capsy
 @pytest.mark.parametrize(
     "text", ["", "no JSON", "[]", "{}", '{"records": 3}', '{"records": [{"name": "x"}]}']
 )
-def test_file_of_another_kind_is_named(tool, tmp_path, text):
+def test_file_of_another_kind_is_named(tmp_path, text):
     good = write_records(tmp_path / "good.json", record())
     bad = tmp_path / "bad.json"
     bad.write_text(text)
@@ -250,13 +254,13 @@ def test_file_of_another_kind_is_named(tool, tmp_path, text):
         tool.main(["--compare", good, str(bad)])
 
 
-def test_absent_file_is_named(tool, tmp_path):
+def test_absent_file_is_named(tmp_path):
     good = write_records(tmp_path / "good.json", record())
     with pytest.raises(UserError, match="absent.json cannot be read: No such file"):
         tool.main(["--compare", good, str(tmp_path / "absent.json")])
 
 
-def test_files_without_a_common_measurement_are_named(tool, tmp_path):
+def test_files_without_a_common_measurement_are_named(tmp_path):
     a = write_records(tmp_path / "a.json", record(config="a"))
     b = write_records(tmp_path / "b.json", record(config="b"))
     with pytest.raises(UserError, match="a.json and .*b.json have no measurement in common"):

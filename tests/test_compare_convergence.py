@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,12 +18,19 @@ from detectron2.structures import Boxes, Instances
 import compare_convergence as tool
 import convergence_report as convergence
 from convergence_study import make_report
-from engine_cases import TinyDetector, write_config, write_dataset
+from helpers import (
+    ROOT,
+    TinyDetector,
+    close_logs,
+    error_of,
+    state_of,
+    write_dataset,
+    write_tiny_config,
+)
 from smca import engine
 from smca.engine import Trainer
 from smca.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 CONVERGENCE = ROOT / "configs" / "convergence"
 
 
@@ -37,7 +45,7 @@ WIDE = {"config": "config.py"}
 def write_study(folder, **changes):
     """Two runs of 6 steps, evaluated after 3 and 6, 2 steps an epoch; each with two seeds."""
     checkpointer = {"period": 100, "max_to_keep": 1}
-    config = write_config(folder, max_iter=6, eval_period=3, checkpointer=checkpointer)
+    config = write_tiny_config(folder, max_iter=6, eval_period=3, checkpointer=checkpointer)
     runs = {
         "wide": WIDE,
         "narrow": {"config": config, "overrides": ["model.width=4"]},
@@ -74,14 +82,25 @@ def launched(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study and the folder of its trainings and report, which tests only read."""
+    """A study and the folder of its trainings and report. Tests only read them."""
     folder = tmp_path_factory.mktemp("study")
     path = write_study(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tool, "_POLL_SECONDS", 0.01)
         monkeypatch.setattr(tool, "launch", InThisProcess)
         assert tool.main([path, "--output", str(folder / "out")]) == 0
-    return path, folder / "out"
+    close_logs()
+    before = state_of(folder)
+    yield path, folder / "out"
+    assert state_of(folder) == before
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same study and a copy of that folder, to write into."""
+    path, out = finished
+    shutil.copytree(out, tmp_path / "out")
+    return path, tmp_path / "out"
 
 
 def read_json(folder, name="tiny"):
@@ -90,8 +109,8 @@ def read_json(folder, name="tiny"):
 
 def modified(folder):
     """Checkpoints and metrics with the times of their last change."""
-    files = [*folder.rglob("*.pth"), *folder.rglob("metrics.json")]
-    return {str(path): path.stat().st_mtime_ns for path in files}
+    files = state_of(folder)
+    return {path: files[path] for path in files if path.endswith((".pth", "metrics.json"))}
 
 
 # What a study leaves behind
@@ -140,8 +159,8 @@ def test_seeds_change_the_training(finished):
     assert not torch.equal(weights[0]["class_embed.weight"], weights[1]["class_embed.weight"])
 
 
-def test_finished_runs_are_not_run_again(finished, launched, capsys):
-    path, out = finished
+def test_finished_runs_are_not_run_again(copied, launched, capsys):
+    path, out = copied
     before = modified(out)
     assert tool.main([path, "--output", str(out)]) == 0
     assert launched == [] and modified(out) == before
@@ -168,15 +187,15 @@ def test_table_and_picture_are_made_from_the_json_alone(finished, tmp_path):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_other_settings_in_the_same_folder_are_an_error(finished, launched, capsys):
-    path, out = finished
+def test_other_settings_in_the_same_folder_are_an_error(copied, launched, capsys):
+    path, out = copied
     assert tool.main([path, "--output", str(out), "optimizer.lr=0.5"]) == 1
     assert "other settings (optimizer.lr is 0.01 there, 0.5 now)" in capsys.readouterr().err
     assert launched == []
 
 
-def test_what_is_kept_may_change(finished, launched):
-    path, out = finished
+def test_what_is_kept_may_change(copied, launched):
+    path, out = copied
     before = modified(out)
     assert tool.main([path, "--output", str(out), "train.checkpointer.max_to_keep=2"]) == 0
     assert launched == [] and modified(out) == before
@@ -209,7 +228,7 @@ def test_a_process_goes_on_where_the_training_was_stopped(finished, tmp_path, mo
             InThisProcess(stopped)
     assert not stopped.is_finished()
 
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
     assert tool.main([path, "--output", str(out)]) == 0
     assert "Resuming at iteration 4" in (out / "wide/seed0/log.txt").read_text()
     same, other = (
@@ -243,8 +262,9 @@ def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert finals["wide"]["AP"] == 1.0 and finals["narrow"] is None
 
 
-def test_jobs_share_the_threads(finished, monkeypatch):
-    training = tool.read_study(finished[0], str(finished[1])).trainings[0]
+def test_jobs_share_the_threads(copied, monkeypatch):
+    path, out = copied
+    training = tool.read_study(path, str(out)).trainings[0]
     calls = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(tool.subprocess, "Popen", lambda *args, **kwargs: calls.append(kwargs))
@@ -485,10 +505,10 @@ def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
     assert [x.get_xlabel() for x in axes[3:]] == ["steps", "epochs", "minutes of training"]
     lines = [x.get_lines()[1] for x in axes]
     ap, ap50 = [0.5, 15, 25], [2, 35, 55]
-    for line, mean in zip(lines, [ap] * 3 + [ap50] * 3):
+    for line, mean in zip(lines, [ap] * 3 + [ap50] * 3, strict=True):
         assert line.get_ydata().tolist() == mean
     steps = np.array([100, 200, 300])
-    for line, x in zip(lines, [steps, steps / 50, steps * 0.7 / 60] * 2):
+    for line, x in zip(lines, [steps, steps / 50, steps * 0.7 / 60] * 2, strict=True):
         assert line.get_xdata() == pytest.approx(x)
     band = axes[0].collections[1].get_paths()[0].vertices
     assert {(100, 0), (100, 1), (300, 20), (300, 30)} <= {tuple(point) for point in band}
@@ -496,13 +516,6 @@ def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
 
 
 # What cannot be used
-
-
-def error_of(capsys, *args):
-    assert tool.main([str(arg) for arg in args]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("Error: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -537,7 +550,7 @@ def error_of(capsys, *args):
 )
 def test_a_wrong_study_is_an_error(tmp_path, capsys, changes, words):
     path = write_study(tmp_path, **changes)
-    text = error_of(capsys, path, "--output", tmp_path / "out")
+    text = error_of(capsys, tool.main, path, "--output", tmp_path / "out")
     assert all(part in text for part in words.split(".*"))
     assert not (tmp_path / "out").exists()
 
@@ -550,26 +563,26 @@ def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):
 
 
 def test_an_unknown_run_is_an_error(finished, capsys):
-    text = error_of(capsys, finished[0], "--output", finished[1], "--runs", "narow")
+    text = error_of(capsys, tool.main, finished[0], "--output", finished[1], "--runs", "narow")
     assert "no run narow in the study, did you mean narrow?" in text
 
 
 def test_no_jobs_are_an_error(finished, capsys):
-    assert "--jobs" in error_of(capsys, finished[0], "--jobs", 0)
+    assert "--jobs" in error_of(capsys, tool.main, finished[0], "--jobs", 0)
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_a_file_that_is_missing_or_of_another_kind_is_named(tmp_path, capsys, suffix):
     path = tmp_path / ("study" + suffix)
-    assert f"{path} cannot be read" in error_of(capsys, path)
+    assert f"{path} cannot be read" in error_of(capsys, tool.main, path)
     path.write_text("{")
-    assert f"{path} is no " in error_of(capsys, path)
+    assert f"{path} is no " in error_of(capsys, tool.main, path)
     path.write_text("[1]")
-    assert f"{path} is no " in error_of(capsys, path)
+    assert f"{path} is no " in error_of(capsys, tool.main, path)
 
 
 def test_a_report_cannot_be_trained(finished, capsys):
-    text = error_of(capsys, finished[1] / "tiny.json", "--runs", "wide")
+    text = error_of(capsys, tool.main, finished[1] / "tiny.json", "--runs", "wide")
     assert "give the study's YAML file" in text
 
 

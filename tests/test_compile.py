@@ -4,22 +4,14 @@ import random
 
 import pytest
 import torch
-from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from torch._dynamo.utils import counters
 
-from demo_cases import ROOT
-from smca.config import load_config
+from helpers import assert_same_detections, build_model
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
-
-
-def make_model(name, *overrides):
-    cfg = load_config(str(ROOT / "configs" / f"{name}.py"), [*TINY, *overrides])
-    cfg.model.backbone.num_blocks = [1, 1, 1, 1]
-    torch.manual_seed(0)
-    return instantiate(cfg.model)
+TINY += ["+model.backbone.num_blocks=[1,1,1,1]"]
 
 
 def make_item(height, width):
@@ -56,21 +48,22 @@ def graphs():
     ],
 )
 def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, graphs):
-    model = make_model(name, *overrides).eval()
+    torch.manual_seed(0)
+    model = build_model(name, *overrides).eval()
     batches = make_batches(6, 1)
     with torch.no_grad():
         expected = [model(batch)[0]["instances"] for batch in batches]
         model.compile_parts(backend="eager")
-        for batch, wanted in zip(batches, expected):
+        for batch, wanted in zip(batches, expected, strict=True):
             result = model(batch)[0]["instances"]
-            torch.testing.assert_close(result.scores, wanted.scores)
-            torch.testing.assert_close(result.pred_boxes.tensor, wanted.pred_boxes.tensor)
+            assert_same_detections(result, wanted)
     assert 3 <= graphs() <= 6
     assert not counters["graph_break"]
 
 
 def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
-    model = make_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
+    torch.manual_seed(0)
+    model = build_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
     model.compile_parts(backend="eager")
     for batch in make_batches(5, 2):
         model.zero_grad()

@@ -3,26 +3,26 @@
 import argparse
 import json
 import os
-import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 
+import convert_checkpoint
 import reference
+from helpers import ROOT, build_model
+from official_names import official_names
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.conversion import convert, convert_file, official_name
+from smca.checkpoint.conversion import convert, convert_file
 from smca.errors import CheckpointError
 from smca.inference import load_predictor
 from smca.version import __version__
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
 D, FFN, Q = 16, 24, 5
 
 SINGLE, MULTI, CONV = "smca_single_scale_r50_50ep", "smca_r50_50ep", "smca_conv_r50_50ep"
@@ -54,22 +54,11 @@ MODELS = [
 ]
 
 
-def build(config, *overrides):
-    config = LazyConfig.apply_overrides(model_zoo.get_config(config), list(overrides))
-    return instantiate(config.model)
-
-
 def official_shapes(config, *overrides):
     """Names and shapes of the official checkpoint of that model, which has 92 class outputs."""
     with torch.device("meta"):
-        state_dict = build(config, *overrides, "model.num_classes=92").state_dict()
-    single_scale = "scale_embed.weight" not in state_dict
-    shared = not any(".down.1." in name for name in state_dict)
-    return {
-        official_name(name, single_scale, shared): value.shape
-        for name, value in state_dict.items()
-        if not name.endswith("num_batches_tracked")
-    }
+        state_dict = build_model(config, *overrides, "model.num_classes=92").state_dict()
+    return {name: state_dict[ours].shape for ours, name in official_names(state_dict).items()}
 
 
 def without_values(config, *overrides):
@@ -106,19 +95,49 @@ def test_finds_config_and_overrides_of_every_model(config, overrides, words):
     assert set(conversion.overrides) == expected
     assert words in conversion.description
     with torch.device("meta"):
-        model = build(config, *expected)
+        model = build_model(config, *expected)
     model.load_state_dict(conversion.model, strict=True, assign=True)
 
 
-@pytest.mark.parametrize(
-    "case", ["single_scale_covariance", "single_scale_fixed", "multi_scale", "conv_multi_scale"]
-)
+PUBLISHED = {
+    "single_scale_covariance": [SINGLE, "model.decoder.spread=covariance"],
+    "single_scale_fixed": [SINGLE, "model.decoder.spread=fixed"],
+    "multi_scale": [MULTI],
+    "conv_multi_scale": [
+        CONV,
+        "model.encoder.num_layers=5",
+        "model.encoder.kernel_size=5",
+        "model.encoder.share_cross_scale=False",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
 def test_official_names_and_shapes_are_those_of_the_published_checkpoints(case):
-    case = json.loads((Path(__file__).parent / "golden" / f"{case}.json").read_text())
-    state_dict = {key: torch.empty(shape, device="meta") for key, shape in case["state_dict"]}
-    conversion = convert(state_dict, classes="keep")
-    assert len(conversion.model) == len(state_dict)
-    assert "model.num_queries=50" in conversion.overrides
+    path = ROOT / "tests" / "golden" / f"{case}.json"
+    published = {key: tuple(shape) for key, shape in json.loads(path.read_text())["state_dict"]}
+    shapes = official_shapes(*PUBLISHED[case], "model.num_queries=50")
+    assert {key: tuple(shape) for key, shape in shapes.items()} == published
+
+
+def test_shared_convolutions_between_scales_have_the_released_names():
+    """No golden case has them: a layer has one in each direction, its name has no number."""
+    names = {key for key in official_shapes(CONV, *SMALL) if "high" in key}
+    layers = [f"transformer.encoder.layers.{n}" for n in range(6)]
+    directions = ["high_to_low", "low_to_high"]
+    leaves = ["weight", "bias"]
+    assert names == {f"{a}.{b}.{c}" for a in layers for b in directions for c in leaves}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_convolutions_between_scales_go_where_they_belong(shared):
+    checkpoint = made_up(CONV, *SMALL, f"model.encoder.share_cross_scale={shared}")
+    converted = convert(checkpoint, classes="keep").model
+    steps = [("", 0)] if shared else [("_1", 0), ("_2", 1), ("_3", 2)]
+    for suffix, index in steps:
+        for official, ours in (("high_to_low", "down"), ("low_to_high", "up")):
+            expected = checkpoint[f"transformer.encoder.layers.1.{official}{suffix}.weight"]
+            assert torch.equal(converted[f"encoder.layers.1.{ours}.{index}.weight"], expected)
 
 
 @pytest.mark.parametrize("config", [SINGLE, MULTI, CONV, "smca_r101_50ep", "smca_conv_r101_50ep"])
@@ -134,8 +153,10 @@ def test_multi_scale_layers_are_assumed_and_said_so():
 
 def test_every_value_is_kept(checkpoint):
     conversion = convert(checkpoint, classes="keep")
+    names = official_names(conversion.model)
+    assert sorted(names.values()) == sorted(checkpoint)
     for name, value in conversion.model.items():
-        assert torch.equal(value, checkpoint[official_name(name, True, True)]), name
+        assert torch.equal(value, checkpoint[names[name]]), name
 
 
 def test_batch_norm_counters_are_left_out(checkpoint):
@@ -190,7 +211,7 @@ def test_detr_is_converted_to_its_config(detr):
     assert conversion.config == "detr_r50_50ep"
     assert set(conversion.overrides) == set(TINY)
     assert "DETR" in conversion.description and "initialisation" in " ".join(conversion.notes)
-    model = build("detr_r50_50ep", *TINY)
+    model = build_model("detr_r50_50ep", *TINY)
     model.load_state_dict(conversion.model, strict=True)
 
 
@@ -209,7 +230,7 @@ def test_detrs_classes_become_probabilities_against_no_object(detr, classes, num
 
 
 def test_converted_detr_computes_detrs_boxes(detr):
-    model = build("detr_r50_50ep", *TINY)
+    model = build_model("detr_r50_50ep", *TINY)
     model.load_state_dict(convert(detr).model, strict=True)
     generator = torch.Generator().manual_seed(2)
     image = torch.randint(0, 256, (64, 96, 3), generator=generator, dtype=torch.uint8)
@@ -255,7 +276,7 @@ def test_converted_backbone_loads_into_a_detector(tmp_path):
     resnet = torchvision.models.resnet18(weights=None)
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
     convert_file(str(tmp_path / "resnet18.pth"), str(tmp_path / "out.pth"))
-    model = build(SINGLE, *TINY)
+    model = build_model(SINGLE, *TINY)
     SMCACheckpointer(model).load(str(tmp_path / "out.pth"))
     assert torch.equal(model.backbone.stem.conv1.weight, resnet.conv1.weight)
 
@@ -363,7 +384,7 @@ def official_file(checkpoint, tmp_path):
 def test_output_loads_and_says_where_it_comes_from(official_file, tmp_path):
     output = tmp_path / "folder" / "smca.pth"
     convert_file(str(official_file), str(output))
-    model = build(SINGLE, *TINY)
+    model = build_model(SINGLE, *TINY)
     SMCACheckpointer(model, need_detector=True).load(str(output))
     metadata = torch.load(output, weights_only=True)["smca"]
     assert metadata["config"] == f"{SINGLE}.py"
@@ -423,10 +444,8 @@ def test_output_needs_the_ending_that_detectron2_knows(official_file, tmp_path):
 
 def run_tool(monkeypatch, *arguments):
     """The exit code."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return end.value.code
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+    return convert_checkpoint.main()
 
 
 def test_tool_says_what_it_found_and_how_to_use_it(official_file, tmp_path, monkeypatch, capsys):

@@ -59,7 +59,7 @@ def test_boxes_are_tight_around_the_drawn_masks(folder):
         scene = draw_scene(np.random.default_rng((1, 1, i)))
         annotations = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
         assert len(annotations) == len(scene.masks)
-        for annotation, mask in zip(annotations, scene.masks):
+        for annotation, mask in zip(annotations, scene.masks, strict=True):
             x, y, width, height = annotation["bbox"]
             inside = mask[y : y + height, x : x + width]
             assert inside.sum() == mask.sum() == annotation["area"]

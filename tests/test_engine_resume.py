@@ -3,14 +3,9 @@ import shutil
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 
-from engine_cases import write_config
+from helpers import arguments, write_tiny_config
 from smca.engine import Trainer, main
-
-
-def arguments(*args):
-    return default_argument_parser().parse_args([str(arg) for arg in args])
 
 
 def train(config, folder, *overrides, resume=False):
@@ -62,7 +57,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_an_unbroken_one(
 ):
     # No evaluation on the way; the interruption does not fall on a checkpoint's period.
     overrides = overrides + ["train.checkpointer.period=5"]
-    config = write_config(tmp_path, max_iter=6, eval_period=0)
+    config = write_tiny_config(tmp_path, max_iter=6, eval_period=0)
     unbroken = train(config, tmp_path / "unbroken", *overrides)
 
     interrupt_at(monkeypatch, 3, [KeyboardInterrupt()])
@@ -77,7 +72,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_an_unbroken_one(
 
 
 def test_weights_depend_on_every_batch_so_that_the_comparison_means_something(tmp_path):
-    config = write_config(tmp_path, eval_period=0)
+    config = write_tiny_config(tmp_path, eval_period=0)
     a = train(config, tmp_path / "a")
     b = train(config, tmp_path / "b", "train.seed=1")
     assert not torch.equal(a["model"]["class_embed.weight"], b["model"]["class_embed.weight"])
@@ -85,7 +80,7 @@ def test_weights_depend_on_every_batch_so_that_the_comparison_means_something(tm
 
 
 def test_a_random_seed_is_kept_by_the_resumed_run(tmp_path, monkeypatch):
-    config = write_config(tmp_path, seed=-1, eval_period=0)
+    config = write_tiny_config(tmp_path, seed=-1, eval_period=0)
     interrupt_at(monkeypatch, 2, [OSError("an image is gone")])
     with pytest.raises(OSError):
         train(config, tmp_path / "run")
@@ -98,7 +93,7 @@ def test_a_random_seed_is_kept_by_the_resumed_run(tmp_path, monkeypatch):
 
 
 def test_another_batch_size_on_resume_is_a_warning(tmp_path, monkeypatch):
-    config = write_config(tmp_path, eval_period=0)
+    config = write_tiny_config(tmp_path, eval_period=0)
     interrupt_at(monkeypatch, 2, [OSError("an image is gone")])
     with pytest.raises(OSError):
         train(config, tmp_path / "run")
@@ -107,7 +102,7 @@ def test_another_batch_size_on_resume_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_an_average_may_begin_with_the_resumed_run(tmp_path):
-    config = write_config(tmp_path, eval_period=0, max_iter=2)
+    config = write_tiny_config(tmp_path, eval_period=0, max_iter=2)
     first = train(config, tmp_path / "run", "train.model_ema.enabled=False")
     assert "model_ema" not in first
     shutil.copytree(tmp_path / "run", tmp_path / "other")

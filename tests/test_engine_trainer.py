@@ -8,7 +8,7 @@ from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
-from engine_cases import MeanLoss
+from helpers import MeanLoss
 from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
 from smca.errors import NonFiniteError
 
@@ -63,7 +63,7 @@ def test_accumulated_batches_step_like_one_big_batch(model):
     data = batches(4)
     train(model, data, 2, accumulate=2)
     train(other, [torch.cat(data[:2]), torch.cat(data[2:])], 2)
-    for a, b in zip(model.parameters(), other.parameters()):
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -80,7 +80,7 @@ def test_gradients_are_scaled_to_the_largest_norm(model):
     grads = gradients(model, data[0])
     norm = torch.cat([g.flatten() for g in grads]).norm()
     trainer = train(model, data, 1, lr=1.0, clip_grad_norm=0.01)
-    for p, old, g in zip(model.parameters(), before.parameters(), grads):
+    for p, old, g in zip(model.parameters(), before.parameters(), grads, strict=True):
         torch.testing.assert_close(p, old - g * 0.01 / (norm + 1e-6), rtol=1e-4, atol=1e-8)
     assert trainer.storage.latest()["grad_norm"][0] == pytest.approx(norm.item())
 
@@ -90,7 +90,7 @@ def test_gradients_below_the_largest_norm_are_left_alone(model, clip):
     before = copy.deepcopy(model)
     grads = gradients(model, batches(1)[0])
     train(model, batches(1), 1, lr=1.0, clip_grad_norm=clip)
-    for p, old, g in zip(model.parameters(), before.parameters(), grads):
+    for p, old, g in zip(model.parameters(), before.parameters(), grads, strict=True):
         torch.testing.assert_close(p, old - g)
 
 
@@ -107,9 +107,9 @@ def test_mixed_precision_runs_the_model_in_its_type_and_steps_almost_like_float3
     trainer.train(0, 3)
     train(other, batches(3), 3)
     assert seen == [dtype] * 3
-    for a, b in zip(model.parameters(), other.parameters()):
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=5e-3, rtol=1e-2)
-    assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters()))
+    assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_clipping_in_float16_measures_the_unscaled_gradient(model):
@@ -130,7 +130,7 @@ def test_an_overflow_in_float16_skips_the_step_and_lowers_the_scale(model):
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     trainer.train(0, 1)
     assert trainer.grad_scaler.get_scale() == 2.0**39
-    for a, b in zip(model.parameters(), before.parameters()):
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model, value)
     before = copy.deepcopy(model)
     with pytest.raises(NonFiniteError, match="loss became nan or infinite.*iteration 0"):
         train(model, data, 1)
-    for a, b in zip(model.parameters(), before.parameters()):
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model):
     model.layer.weight.register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(FloatingPointError, match="norm of the gradient became nan"):
         train(model, batches(1), 1, clip_grad_norm=0.1)
-    for a, b in zip(model.parameters(), before.parameters()):
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

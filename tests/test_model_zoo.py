@@ -17,6 +17,8 @@ from smca.errors import CheckpointError, ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAME = "smca_single_scale_r50_50ep"
+# Config, url and sha256 of trained weights, as in the release that holds them. None are yet.
+PUBLISHED = {}
 
 
 @pytest.mark.parametrize("name", ["smca_r50_50ep", "smca_r50_50ep.py", "ablations/head_shared"])
@@ -143,8 +145,6 @@ def test_weights_are_downloaded_once(published, tmp_path, monkeypatch):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_registry_names_configs_and_has_their_sha256():
+def test_registry_holds_what_is_published_and_nothing_else():
     registry = json.loads((Path(model_zoo.__file__).parent / "model_zoo.json").read_text())
-    for name, entry in registry.items():
-        assert name in model_zoo.list_configs()
-        assert set(entry) == {"url", "sha256"} and len(entry["sha256"]) == 64
+    assert registry == PUBLISHED

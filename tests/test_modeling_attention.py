@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import (
+from helpers import (
     IMAGE_SIZES,
     LargestTensor,
     assert_close,
@@ -284,7 +284,7 @@ def test_gradients_of_logits_of_any_size_are_right(size):
     wanted = torch.autograd.grad((expected * weights).sum(), exact)
     # A logit is rounded by 1e-7 of it, and weights by as much as that is.
     assert_close(output.double(), expected, 1e-5 * size)
-    for got, want, factor in zip(gradients, wanted, (size, size, 1)):
+    for got, want, factor in zip(gradients, wanted, (size, size, 1), strict=True):
         assert (got - want).abs().max() < 1e-5 * size * factor * want.abs().max().clamp(min=1)
 
 
@@ -328,7 +328,7 @@ def test_modulated_attention_is_right_for_any_spread_on_large_maps(spread, size)
     names = list(used(inputs, spread))
     gradients = torch.autograd.grad((output * weights).sum(), [inputs[n] for n in names])
     wanted = torch.autograd.grad((expected * weights).sum(), [exact[n] for n in names])
-    for name, got, want in zip(names, gradients, wanted):
+    for name, got, want in zip(names, gradients, wanted, strict=True):
         # The spread's gradient is a difference of large sums over squared coordinates.
         tolerance = 3e-4 if name == "spreads" else 2e-5
         assert (got - want).abs().max() < tolerance * want.abs().max(), name
@@ -397,7 +397,7 @@ def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding
         torch.autograd.grad((x * weights).sum(), list(leaf_inputs.values()), retain_graph=True)
         for x in (output, expected)
     ]
-    for name, got, wanted in zip(leaf_inputs, *gradients):
+    for name, got, wanted in zip(leaf_inputs, *gradients, strict=True):
         # The gradients of a query's channels, sums over squared coordinates, are rounded before
         # they are added up to its centre's and spread's.
         slack = 8 if name in ("centres", "spreads") else 2
@@ -419,7 +419,7 @@ def test_half_precision_drops_what_float32_drops(spread, dtype):
     assert (outputs[0] - outputs[1]).abs().max() < ROUNDING[dtype] * largest
     leaf_inputs = list(used(inputs, spread).values())
     gradients = [torch.autograd.grad(output.square().sum(), leaf_inputs) for output in outputs]
-    for got, wanted in zip(*gradients):
+    for got, wanted in zip(*gradients, strict=True):
         # The squared result's rounding counts twice.
         assert (got - wanted).abs().max() < 2 * ROUNDING[dtype] * wanted.abs().max()
 

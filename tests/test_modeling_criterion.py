@@ -9,13 +9,7 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from modeling_cases import (
-    assert_close,
-    assert_same_gradients,
-    leaves,
-    make_targets,
-    random_predictions,
-)
+from helpers import assert_close, assert_same_gradients, leaves, random_predictions, random_targets
 from smca.engine.trainer import Trainer
 from smca.errors import NonFiniteError
 from smca.modeling.criterion import SetCriterion
@@ -27,7 +21,7 @@ C, Q = 6, 5
 def random_inputs(num_layers, num_objects, num_queries=Q, seed=0):
     logits, boxes = random_predictions(num_layers, len(num_objects), num_queries, C, seed)
     inputs = leaves({"logits": logits, "boxes": boxes})
-    return inputs, make_targets(num_objects, C, seed)
+    return inputs, random_targets(num_objects, C, seed)
 
 
 def reference_losses(inputs, targets):
@@ -134,7 +128,7 @@ def test_batch_without_objects_still_reaches_the_boxes():
 
 
 def test_perfect_predictions_cost_almost_nothing():
-    (target,) = make_targets([3], C)
+    (target,) = random_targets([3], C)
     logits = torch.full((1, 1, 3, C), -20.0)
     for query, label in enumerate(target.labels):
         logits[0, 0, query, label] = 20.0
@@ -216,7 +210,7 @@ def error_of_process(rank, store, queue):
     if rank == 1:
         logits[0, 0, 0, 0] = float("nan")
     model = torch.nn.parallel.DistributedDataParallel(Predictor())
-    batches = itertools.repeat((logits, boxes, make_targets([2], C)))
+    batches = itertools.repeat((logits, boxes, random_targets([2], C)))
     trainer = Trainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.1))
     try:
         trainer.train(0, 1)

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import (
+from helpers import (
     IMAGE_SIZES,
     LargestTensor,
     assert_close,
     assert_same_gradients,
     assert_uniform,
     make_scales,
-    official_state_dict,
     randomize,
     weighted_sum,
     with_leaves,
 )
+from official_names import official_state_dict
 from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
@@ -98,7 +98,7 @@ def assert_equals_reference(strides, modulation, spread, scale_selection, beta=8
         assert centre is None
     else:
         outputs, expected = outputs + [centre], expected + [r]
-    for got, wanted in zip(outputs, expected):
+    for got, wanted in zip(outputs, expected, strict=True):
         assert_close(got, wanted)
     # Through the Gaussians and two layers, gradients collect a little more than outputs.
     assert_same_gradients(outputs, expected, {**inputs, **state_dict}, 3e-4)

@@ -8,19 +8,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
-from modeling_cases import (
+from helpers import (
     IMAGE_SIZES,
     LargestTensor,
     assert_close,
     assert_same_gradients,
     assert_uniform,
     make_scales,
-    official_state_dict,
     randomize,
     valid_cells,
     weighted_sum,
     with_leaves,
 )
+from official_names import official_state_dict
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.scales import Scale
@@ -67,7 +67,7 @@ def test_attention_encoder_equals_the_reference(strides, pattern):
     )
     expected = valid_cells(expected, scales)
     output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
-    for got, wanted in zip(output, expected):
+    for got, wanted in zip(output, expected, strict=True):
         assert_close(got, wanted)
     assert_same_gradients(output, expected, {**inputs, **state_dict}, 3e-4)
 
@@ -100,7 +100,7 @@ def test_no_mask_equals_a_mask_without_padding():
     encoder = randomize(attention_encoder("IM"))
     scales = make_scales([16, 32], [(96, 128)] * 2)
     without = [scale._replace(padding_mask=None) for scale in scales]
-    for masked, unmasked in zip(encoder(scales), encoder(without)):
+    for masked, unmasked in zip(encoder(scales), encoder(without), strict=True):
         assert_close(unmasked.tokens, masked.tokens, 1e-5)
 
 
@@ -113,7 +113,7 @@ def test_what_padding_holds_does_not_reach_the_attention_encoder(garbage):
     ]
     clean_output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
     dirty_output = valid_cells([scale.tokens for scale in encoder(dirty)], scales)
-    for clean, changed in zip(clean_output, dirty_output):
+    for clean, changed in zip(clean_output, dirty_output, strict=True):
         assert_close(changed, clean)
 
 
@@ -152,7 +152,7 @@ def test_conv_encoder_equals_the_reference(kernel_size, share_cross_scale, point
     reduced = reference.convolution(state_dict, "transformer.conv", expected[0], stride=2)
     expected = [reference.to_tokens(x) for x in [reduced, *expected[1:]]]
     output = [scale.tokens for scale in encoder(scales)]
-    for got, wanted in zip(output, expected):
+    for got, wanted in zip(output, expected, strict=True):
         assert_close(got, wanted)
     assert_same_gradients(output, expected, {**inputs, **state_dict}, 3e-4)
 
@@ -176,7 +176,7 @@ def test_conv_encoder_serves_other_numbers_of_scales():
     expected = reference.conv_encoder(state_dict, maps, positions, num_layers=2)
     output = encoder(scales)
     assert [scale.stride for scale in output] == [16, 32, 64]
-    for scale, wanted in zip(output, expected):
+    for scale, wanted in zip(output, expected, strict=True):
         assert_close(scale.tokens, reference.to_tokens(wanted))
 
 
@@ -242,7 +242,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(name, dropout):
     outputs, gradients, kept = run_in_training(encoder, scales)
     encoder.checkpointing = True
     same_outputs, same_gradients, kept_with_checkpointing = run_in_training(encoder, scales)
-    for expected, value in zip(outputs + gradients, same_outputs + same_gradients):
+    for expected, value in zip(outputs + gradients, same_outputs + same_gradients, strict=True):
         assert_close(value, expected, 1e-6)
     assert kept_with_checkpointing < kept / 2
 
@@ -290,7 +290,7 @@ def test_input_is_left_as_it_was(name):
     scales = make_scales(strides)
     copies = [scale.tokens.clone() for scale in scales]
     make()(scales)
-    assert all(torch.equal(scale.tokens, copy) for scale, copy in zip(scales, copies))
+    assert all(torch.equal(scale.tokens, copy) for scale, copy in zip(scales, copies, strict=True))
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import assert_close, leaves, make_targets, random_predictions
+from helpers import assert_close, leaves, random_predictions, random_targets
 from smca.modeling.box_ops import generalized_iou
 from smca.modeling.matcher import HungarianMatcher
 
@@ -26,7 +26,7 @@ def pairs(matching, layer, image):
 def test_equals_brute_force(num_queries, num_objects):
     for seed in range(5):
         logits, boxes = random_predictions(3, len(num_objects), num_queries, C, seed)
-        targets = make_targets(num_objects, C, seed)
+        targets = random_targets(num_objects, C, seed)
         matching = HungarianMatcher(**WEIGHTS)(logits, boxes, targets)
         for layer in range(3):
             first = 0
@@ -43,7 +43,7 @@ def test_equals_brute_force(num_queries, num_objects):
 def test_brute_force_and_scipy_agree_in_the_reference():
     for seed in range(10):
         logits, boxes = random_predictions(1, 1, 5, C, seed)
-        (target,) = make_targets([4], C, seed)
+        (target,) = random_targets([4], C, seed)
         arguments = (logits[0, 0], boxes[0, 0], target.labels, target.boxes_cxcywh)
         costs = reference.cost_matrix(*arguments)
         assert reference.match(*arguments) == reference.match_by_brute_force(costs)
@@ -51,7 +51,7 @@ def test_brute_force_and_scipy_agree_in_the_reference():
 
 def test_cost_equals_the_reference():
     logits, boxes = random_predictions(2, 3, 4, C)
-    targets = make_targets([3, 0, 2], C)
+    targets = random_targets([3, 0, 2], C)
     cost = HungarianMatcher(**WEIGHTS).cost(logits, boxes, targets)
     assert cost.shape == (2, 3, 4, 3)
     for layer in range(2):
@@ -65,7 +65,7 @@ def test_cost_equals_the_reference():
 @pytest.mark.parametrize("term", ["class", "box", "giou"])
 def test_each_cost_term_has_its_weight(term):
     logits, boxes = random_predictions(1, 1, 4, C)
-    (target,) = make_targets([3], C)
+    (target,) = random_targets([3], C)
     weights = {"class_weight": 0.0, "box_weight": 0.0, "giou_weight": 0.0, f"{term}_weight": 3.0}
     cost = HungarianMatcher(**{**WEIGHTS, **weights}).cost(logits, boxes, [target])[0, 0]
     for q in range(4):
@@ -81,19 +81,21 @@ def test_each_cost_term_has_its_weight(term):
 
 def test_certain_predictions_have_finite_costs():
     logits, boxes = random_predictions(1, 1, 4, C)
-    targets = make_targets([3], C)
+    targets = random_targets([3], C)
     assert HungarianMatcher(**WEIGHTS).cost(logits.sign() * 200, boxes, targets).isfinite().all()
     assert len(HungarianMatcher(**WEIGHTS)(logits.sign() * 200, boxes, targets).queries) == 3
 
 
 def test_batch_without_objects_gives_no_pair():
-    matching = HungarianMatcher(**WEIGHTS)(*random_predictions(2, 2, 4, C), make_targets([0, 0], C))
+    matching = HungarianMatcher(**WEIGHTS)(
+        *random_predictions(2, 2, 4, C), random_targets([0, 0], C)
+    )
     assert [len(indices) for indices in matching] == [0, 0, 0, 0]
 
 
 def test_matching_is_of_indices_and_carries_no_gradient():
     inputs = leaves(dict(zip(("logits", "boxes"), random_predictions(2, 2, 4, C))))
-    matching = HungarianMatcher(**WEIGHTS)(*inputs.values(), make_targets([2, 1], C))
+    matching = HungarianMatcher(**WEIGHTS)(*inputs.values(), random_targets([2, 1], C))
     for indices in matching:
         assert indices.dtype == torch.int64
         assert len(indices) == 2 * 3
@@ -105,7 +107,7 @@ def test_matching_is_of_indices_and_carries_no_gradient():
 def test_predictions_that_are_not_finite_are_matched_all_the_same(which, value, queries):
     # Raising is for the trainer, which all processes do together.
     predictions = dict(zip(("logits", "boxes"), random_predictions(2, 2, 4, C)))
-    targets = make_targets([2, 1], C)
+    targets = random_targets([2, 1], C)
     expected = HungarianMatcher(**WEIGHTS)(*predictions.values(), targets)
     predictions[which][1, 0, queries] = value
     matching = HungarianMatcher(**WEIGHTS)(*predictions.values(), targets)
@@ -129,7 +131,7 @@ def test_giou_equals_the_reference():
     assert_close(actual, expected, 1e-5)
     actual_gradient = torch.autograd.grad(actual.sum(), [first, second], retain_graph=True)
     expected_gradient = torch.autograd.grad(expected.sum(), [first, second])
-    for got, wanted in zip(actual_gradient, expected_gradient):
+    for got, wanted in zip(actual_gradient, expected_gradient, strict=True):
         assert_close(got, wanted, 1e-4)
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import reference
-from modeling_cases import IMAGE_SIZES, pixel_mask
+from helpers import IMAGE_SIZES, pixel_mask
 from smca.modeling.position_encoding import SinePositionEncoding
 from smca.modeling.scales import padding_masks
 
 
 def cell_mask(height, width, *valid_sizes):
     mask = torch.ones(len(valid_sizes), height, width, dtype=torch.bool)
-    for image_mask, (h, w) in zip(mask, valid_sizes):
+    for image_mask, (h, w) in zip(mask, valid_sizes, strict=True):
         image_mask[:h, :w] = False
     return mask
 
@@ -73,7 +73,7 @@ def test_padding_masks_are_the_pixel_mask_at_the_nearest_pixel(image_sizes):
     sizes = [(-(-height // stride), -(-width // stride)) for stride in (8, 16, 32, 64)]
     masks = padding_masks(image_sizes, (height, width), sizes, CPU)
     assert len(masks) == len(sizes)
-    for mask, size in zip(masks, sizes):
+    for mask, size in zip(masks, sizes, strict=True):
         assert mask.dtype == torch.bool
         assert torch.equal(mask, reference.resize_mask(pixels, *size))
 

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 
@@ -11,7 +10,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from demo_cases import CLASS_NAMES, ROOT, make_model, write_config, write_image
+import draw_training as tool
+from helpers import CLASS_NAMES, make_smca, write_image, write_smca_config
 from smca.analysis import (
     LayerRecord,
     ModulationStatistics,
@@ -229,8 +229,8 @@ def test_what_is_infinite_is_none():
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    config = write_config(tmp_path_factory.mktemp("model"), "smca")
-    return Predictor(make_model(config), class_names=CLASS_NAMES)
+    config = write_smca_config(tmp_path_factory.mktemp("model"), "smca")
+    return Predictor(make_smca(config), class_names=CLASS_NAMES)
 
 
 def make_item(folder, boxes, classes, seed=0, **crowds):
@@ -327,7 +327,7 @@ def test_errors_say_what_is_missing(predictor, tmp_path):
     with pytest.raises(UserError, match="no objects"):
         collect(predictor, [make_item(tmp_path, [], [])[0]])
     with pytest.raises(NoModulationError, match="modulation=none"):
-        Recorder(make_model(write_config(tmp_path, "detr")))
+        Recorder(make_smca(write_smca_config(tmp_path, "detr")))
 
 
 # Pictures
@@ -382,7 +382,7 @@ def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):
     assert len(figure.axes) == 2 * 6  # of ten steps six, the first and the last among them
     titles = [axes.get_title() for axes in figure.axes[:6]]
     assert "10 steps" in titles[0] and "100 steps" in titles[5] and "square" in titles[0]
-    for axes, example in zip(figure.axes[::6], examples):
+    for axes, example in zip(figure.axes[::6], examples, strict=True):
         *heads, centre = (line.get_xydata()[0] for line in axes.lines)
         assert centre == pytest.approx(example.centre)
         assert heads == pytest.approx(example.mean_head_centres())
@@ -392,11 +392,6 @@ def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):
 
 
 # The command
-
-
-spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "draw_training.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 def command(*args):
@@ -416,9 +411,9 @@ def write_training(folder, base="smca"):
     """Weights of steps 10 and 20, and the final ones, which are the latter."""
     run = folder / "run"
     run.mkdir()
-    config = write_config(folder, base)
+    config = write_smca_config(folder, base)
     LazyConfig.save(LazyConfig.load(config), str(run / "config.yaml"))
-    model = make_model(config)
+    model = make_smca(config)
     for name, iteration in (("0000019", 19), ("final", 19), ("0000009", 9)):
         with torch.no_grad():
             model.query_embed.weight.normal_(generator=torch.Generator().manual_seed(iteration))
@@ -439,7 +434,7 @@ def test_a_trainings_checkpoints_are_drawn_by_their_iteration(tmp_path, data):
     numbers = json.loads((out / "modulation.json").read_text())
     assert list(numbers) == ["10", "20"]
     for step, name in (("10", "0000009"), ("20", "0000019")):
-        model = make_model(str(tmp_path / "tiny_smca.py"))
+        model = make_smca(str(tmp_path / "tiny_smca.py"))
         model.load_state_dict(torch.load(run / f"model_{name}.pth")["model"])
         items = DatasetCatalog.get("tiny_statistics")
         predictor = Predictor(model, [T.ResizeShortestEdge([96, 96], 160)])  # as in the config

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo_cases import ROOT
-from modeling_cases import assert_close
+from helpers import ROOT, assert_close
 
 WEIGHT_MAP = ROOT / "projects" / "SMCA" / "smca" / "modeling" / "weight_map.py"
 

@@ -10,8 +10,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
-from demo_cases import ROOT
-from modeling_cases import randomize
+from helpers import ROOT, randomize
 from smca.config import load_config
 from smca.modeling import HungarianMatcher
 from smca.modeling.detector import Predictions

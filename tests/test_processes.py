@@ -12,8 +12,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
 import smca.engine.launch
-from demo_cases import write_config
-from engine_cases import write_dataset
+from helpers import write_dataset, write_tiny_config
 from smca.engine import Trainer, main, run
 
 # Objects of the images. Any two have as many as there are processes: the losses are divided by the
@@ -75,7 +74,7 @@ def case(tmp_path_factory):
     write_images(folder / "train", TRAIN_OBJECTS)
     write_images(folder / "val", VAL_OBJECTS)
     write_images(folder / "single", [2])
-    config = write_config(folder)
+    config = write_tiny_config(folder)
     overrides = [
         dataset("train", folder / "train"),
         dataset("test", folder / "val"),

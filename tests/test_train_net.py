@@ -1,6 +1,6 @@
 import json
-import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,41 +8,55 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import default_argument_parser
 from torch import nn
 
-from engine_cases import TinyDetector, write_config, write_dataset
+from helpers import (
+    ROOT,
+    TinyDetector,
+    arguments,
+    child_environment,
+    close_logs,
+    error_of,
+    state_of,
+    write_dataset,
+    write_tiny_config,
+)
 from smca.checkpoint import SMCACheckpointer
+from smca.config import load_config
 from smca.data.errors import DatasetError
 from smca.engine import Trainer, main, run
 from smca.errors import CheckpointError
 
-ROOT = Path(__file__).parents[1]
-
-
-def arguments(*args):
-    return default_argument_parser().parse_args([str(arg) for arg in args])
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A config and the folder of a finished run, which tests only read."""
+    """A config, the folder of a finished run and its results. Tests only read them."""
     folder = tmp_path_factory.mktemp("trained")
-    config = write_config(folder)
+    config = write_tiny_config(folder)
     results = main(arguments("--config-file", config))
-    return config, folder / "run", results
+    close_logs()
+    before = state_of(folder)
+    yield config, folder / "run", results
+    assert state_of(folder) == before
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """The same with a folder to write into, which the config has for its output."""
+    config, folder, results = trained
+    shutil.copytree(folder, tmp_path / "run")
+    text = Path(config).read_text().replace(str(folder), str(tmp_path / "run"))
+    (tmp_path / "config.py").write_text(text)
+    return str(tmp_path / "config.py"), tmp_path / "run", results
 
 
 def weights(path, key="model"):
     return torch.load(path, weights_only=True)[key]
 
 
-def error_of(capsys, *args):
-    """The only line on stderr that an unsuccessful command line leaves."""
-    assert run(arguments(*args)) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1
-    return lines[0]
+def train_net(words):
+    """The command line of the script."""
+    return run(arguments(*words))
 
 
 # What a run leaves behind
@@ -110,14 +124,14 @@ def test_evaluation_alone_repeats_the_results_of_the_training(trained, tmp_path)
         assert again[task] == pytest.approx(results[task], nan_ok=True)
 
 
-def test_evaluation_with_resume_takes_the_newest_checkpoint(trained):
-    config, folder, results = trained
+def test_evaluation_with_resume_takes_the_newest_checkpoint(copied):
+    config, folder, results = copied
     again = main(arguments("--config-file", config, "--eval-only", "--resume"))
     assert again["ema/bbox"] == pytest.approx(results["ema/bbox"], nan_ok=True)
 
 
-def test_resume_of_a_finished_run_trains_no_further(trained):
-    config, folder, results = trained
+def test_resume_of_a_finished_run_trains_no_further(copied):
+    config, folder, results = copied
     before = weights(folder / "model_final.pth")
     again = main(arguments("--config-file", config, "--resume"))
     after = weights(folder / "model_final.pth")
@@ -125,33 +139,31 @@ def test_resume_of_a_finished_run_trains_no_further(trained):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_fast_dev_run_takes_every_path_and_leaves_the_run_alone(trained):
-    config, folder, _ = trained
-    # The log is still open from the run before, in this same process.
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != "log.txt"]
-    before = {path: path.stat().st_mtime_ns for path in files}
+def test_fast_dev_run_takes_every_path_and_leaves_the_run_alone(copied):
+    config, folder, _ = copied
+    before = state_of(folder)
     results = main(
         arguments("--config-file", config, "train.fast_dev_run=True", "train.max_iter=10000")
     )
     assert set(results) == {"bbox", "ema/bbox"}
     checkpoint = torch.load(folder / "fast_dev_run" / "model_final.pth", weights_only=True)
     assert checkpoint["trainer"]["iteration"] == 2
-    assert {path: path.stat().st_mtime_ns for path in files} == before
+    after = state_of(folder)
+    assert {path: after[path] for path in before} == before
 
 
 def test_a_new_run_over_an_old_one_warns(tmp_path):
-    config = write_config(tmp_path, max_iter=1, eval_period=0)
+    config = write_tiny_config(tmp_path, max_iter=1, eval_period=0)
     for _ in range(2):
         main(arguments("--config-file", config))
     assert "holds another run" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_script_prints_one_sentence_for_a_wrong_key(tmp_path):
-    config = write_config(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTHONWARNINGS": "ignore"}
+    config = write_tiny_config(tmp_path)
     done = subprocess.run(
         [sys.executable, ROOT / "train_net.py", "--config-file", config, "train.max_itr=5"],
-        env=environment,
+        env=child_environment(),
         capture_output=True,
         text=True,
     )
@@ -209,14 +221,14 @@ def test_two_files_with_other_categories_do_not_train(tmp_path, capsys):
     overrides = two_datasets(tmp_path)
     file = tmp_path / "b" / "truth.json"
     file.write_text(file.read_text().replace("square", "triangle"))
-    text = error_of(capsys, "--config-file", CUSTOM_COCO, *overrides)
+    text = error_of(capsys, train_net, "--config-file", CUSTOM_COCO, *overrides)
     assert f"{file} and {tmp_path}/a/truth.json must have the same categories" in text
     assert "['triangle']" in text and "['square']" in text
 
 
 def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
     overrides = two_datasets(tmp_path, val_json=[f"{tmp_path}/{x}/truth.json" for x in "ab"])
-    text = error_of(capsys, "--config-file", CUSTOM_COCO, *overrides)
+    text = error_of(capsys, train_net, "--config-file", CUSTOM_COCO, *overrides)
     assert "dataset_name is a list of 2, an evaluator takes one data set: give" in text
 
 
@@ -256,51 +268,53 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
 )
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
     out = f"train.output_dir={tmp_path}"
-    assert words in error_of(capsys, "--config-file", trained[0], out, override)
+    assert words in error_of(capsys, train_net, "--config-file", trained[0], out, override)
 
 
 @pytest.mark.parametrize(
-    "override",
+    "override, read, value",
     [
-        "optimizer.amsgrad=True",  # an argument that the config leaves at its default
-        "model.dropout=0",
-        "train.clip_grad_norm=null",
-        "+train.note=mine",
-        "train.output_dir=${train.device}",
+        # An argument that the config leaves at its default.
+        (
+            "optimizer.amsgrad=True",
+            lambda c: instantiate({**c.optimizer, "params": [nn.Parameter()]}).defaults["amsgrad"],
+            True,
+        ),
+        ("model.dropout=0", lambda cfg: instantiate(cfg.model).dropout.p, 0),
+        ("train.clip_grad_norm=null", lambda cfg: cfg.train.clip_grad_norm, None),
+        ("+train.note=mine", lambda cfg: cfg.train.note, "mine"),
+        ("train.output_dir=${train.device}", lambda cfg: cfg.train.output_dir, "cpu"),
     ],
 )
-def test_a_right_override_is_accepted(trained, override):
-    from smca.config import load_config
-
-    key = override.lstrip("+").split("=")[0]
-    cfg = load_config(trained[0], [override])
-    section, name = key.rsplit(".", 1)
-    assert name in cfg[section].keys()
+def test_a_right_override_has_its_value(trained, override, read, value):
+    assert read(load_config(trained[0], [override])) == value
 
 
 def test_a_missing_config_is_named(capsys):
-    assert "nowhere.py does not exist" in error_of(capsys, "--config-file", "nowhere.py")
-    assert "--config-file" in error_of(capsys)
+    assert "nowhere.py does not exist" in error_of(capsys, train_net, "--config-file", "nowhere.py")
+    assert "--config-file" in error_of(capsys, train_net)
 
 
 def test_a_config_with_a_syntax_error_is_named(tmp_path, capsys):
     (tmp_path / "broken.py").write_text("train = dict(\n")
-    assert "broken.py cannot be loaded" in error_of(capsys, "--config-file", tmp_path / "broken.py")
+    assert "broken.py cannot be loaded" in error_of(
+        capsys, train_net, "--config-file", tmp_path / "broken.py"
+    )
 
 
 def test_a_config_of_another_kind_is_named(tmp_path, capsys):
     (tmp_path / "yacs.yaml").write_text("MODEL:\n  DEVICE: cpu\n")
-    text = error_of(capsys, "--config-file", tmp_path / "yacs.yaml")
+    text = error_of(capsys, train_net, "--config-file", tmp_path / "yacs.yaml")
     assert "does not define model, dataloader" in text
 
 
 def test_no_processes_are_an_error(trained, capsys):
-    assert "--num-gpus" in error_of(capsys, "--config-file", trained[0], "--num-gpus", 0)
+    assert "--num-gpus" in error_of(capsys, train_net, "--config-file", trained[0], "--num-gpus", 0)
 
 
 def test_evaluation_without_weights_is_an_error(trained, tmp_path, capsys):
     out = f"train.output_dir={tmp_path}"
-    text = error_of(capsys, "--config-file", trained[0], "--eval-only", out)
+    text = error_of(capsys, train_net, "--config-file", trained[0], "--eval-only", out)
     assert "train.init_checkpoint=FILE" in text
 
 
@@ -318,10 +332,10 @@ def test_an_error_in_the_data_is_one_sentence_and_the_run_can_go_on(
         return original(self, key)
 
     monkeypatch.setattr(_SeededMapDataset, "__getitem__", fail)
-    config = write_config(tmp_path, eval_period=0, log_period=20)
+    config = write_tiny_config(tmp_path, eval_period=0, log_period=20)
     workers = f"dataloader.train.num_workers={num_workers}"
     # With worker processes, the loader is ahead of the training.
-    assert error_of(capsys, "--config-file", config, workers) == (
+    assert error_of(capsys, train_net, "--config-file", config, workers) == (
         "Error: cat.png is truncated: replace it."
     )
     assert "Traceback" not in capsys.readouterr().out
@@ -442,14 +456,14 @@ def test_weights_of_a_deeper_backbone_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--eval-only", "--resume"], ["--resume"]])
-def test_resuming_with_another_model_is_an_error(trained, capsys, flags):
-    text = error_of(capsys, "--config-file", trained[0], *flags, "model.width=16")
+def test_resuming_with_another_model_is_an_error(copied, capsys, flags):
+    text = error_of(capsys, train_net, "--config-file", copied[0], *flags, "model.width=16")
     assert "another architecture" in text
 
 
 def test_resuming_from_a_checkpoint_that_is_gone_is_an_error(tmp_path, capsys):
-    config = write_config(tmp_path)
+    config = write_tiny_config(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000009.pth")
-    text = error_of(capsys, "--config-file", config, "--resume")
+    text = error_of(capsys, train_net, "--config-file", config, "--resume")
     assert "model_0000009.pth does not exist" in text

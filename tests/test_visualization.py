@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import reference
-from demo_cases import CLASS_NAMES, make_image, make_model, write_config, write_image
+from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
 from smca.analysis import (
     NoModulationError,
     draw_contact_sheet,
@@ -39,7 +39,7 @@ VARIANTS = {
 
 def make_predictor(folder, variant):
     base, decoder = VARIANTS[variant]
-    model = make_model(write_config(folder, base, **decoder))
+    model = make_smca(write_smca_config(folder, base, **decoder))
     return Predictor(model, class_names=CLASS_NAMES)
 
 
@@ -124,7 +124,7 @@ def test_a_contact_sheet_holds_every_picture():
     pictures = [make_image(60, 80, seed) for seed in range(3)]
     figure = draw_contact_sheet(pictures, ["a", "b", "c"])
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    assert len(shown) == 3 and all((s == p).all() for s, p in zip(shown, pictures))
+    assert len(shown) == 3 and all((s == p).all() for s, p in zip(shown, pictures, strict=True))
 
 
 # Gaussian maps
@@ -167,8 +167,8 @@ def test_each_map_is_greatest_at_its_heads_centre(predictor):
     height, width = detection.image.shape[:2]
     slack = 1 if predictor.model.decoder.layers[0].modulation.shape is SPREADS["rotated"] else 0.51
     num_inside = 0
-    for centers, maps in zip(detection.head_centres, detection.maps):
-        for (x, y), weights in zip(centers, maps):
+    for centers, maps in zip(detection.head_centres, detection.maps, strict=True):
+        for (x, y), weights in zip(centers, maps, strict=True):
             if 0 <= x <= width - 1 and 0 <= y <= height - 1:
                 num_inside += 1
                 row, column = np.unravel_index(weights.argmax(), weights.shape)
@@ -219,7 +219,7 @@ def test_maps_belong_to_the_detections_chosen(multi_scale):
     image = make_image()
     instances = multi_scale(image)
     detections = modulation_maps(multi_scale, image, select=lambda found: [2, 0])
-    for detection, index in zip(detections, (2, 0)):
+    for detection, index in zip(detections, (2, 0), strict=True):
         assert detection.query == instances.query_indices[index]
         assert detection.score == pytest.approx(instances.scores[index].item())
         assert detection.class_index == instances.pred_classes[index]
@@ -284,7 +284,7 @@ def test_an_unknown_layer_is_an_error(multi_scale):
 
 
 def test_detr_has_no_maps(tmp_path):
-    model = make_model(write_config(tmp_path, "detr"))
+    model = make_smca(write_smca_config(tmp_path, "detr"))
     with pytest.raises(NoModulationError, match="model.decoder.modulation=none"):
         modulation_maps(Predictor(model), make_image())
 
@@ -402,7 +402,7 @@ def test_a_run_gets_three_pictures(multi_scale, dataset_dicts, tmp_path):
 
 
 def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
-    model = make_model(write_config(tmp_path, "detr"))
+    model = make_smca(write_smca_config(tmp_path, "detr"))
     paths = write_pictures(Predictor(model), dataset_dicts, tmp_path / "pictures")
     assert [path.split("/")[-1] for path in paths] == ["validation.png"]
 

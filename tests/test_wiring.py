@@ -15,7 +15,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 
-from engine_cases import TinyDetector, write_config, write_dataset
+from helpers import TinyDetector, write_dataset, write_tiny_config
 from smca.engine import Trainer, main
 
 
@@ -117,7 +117,7 @@ def drive(folder, *overrides, steps=True, error=None, **changes):
         steps: False: all is built, and nothing trained.
         error: what is raised, if anything.
     """
-    config = write_config(folder, **changes)
+    config = write_tiny_config(folder, **changes)
     overrides = [f"model._target_={target(WatchedDetector)}", *overrides]
     args = default_argument_parser().parse_args(["--config-file", config, *overrides])
     trainers, results, train = [], None, Trainer.train

@@ -176,7 +176,8 @@ def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
     }
     depth = resnet_depth(state_dict)
     with torch.device("meta"):
-        expected = nn.ModuleDict({"backbone": build_resnet(depth)}).state_dict()
+        resnet = build_resnet(depth=depth, out_features=["res5"], norm="FrozenBN", freeze_at=2)
+        expected = nn.ModuleDict({"backbone": resnet}).state_dict()
     model = _match(state_dict, expected)
     notes.append(f"It fits any config with model.backbone.depth={depth}.")
     return Conversion(model, f"torchvision's ResNet-{depth}", notes=notes)
