@@ -324,7 +324,7 @@ YACS = [
 
 # ----------------------------------------------------------------------- what a config really gives
 
-SPREADS = {0: "fixed", 1: "single", 2: "independent", 3: "covariance"}  # values a head and scale
+SPREADS = {0: "fixed", 1: "single", 2: "independent"}  # values a head and scale
 SPLITS = ["coco_2017_train", "coco_2017_val", "smca_shapes_train", "smca_shapes_val"]
 
 
@@ -442,7 +442,7 @@ def read_decoder(decoder):
         kind, spread, beta = "none", None, None
         if modulation is not None:
             kind = "head_shared" if modulation.offset is None else "multi_head"
-            spread, beta = SPREADS[modulation.num_spreads], modulation.beta
+            spread, beta = SPREADS[len(modulation.shape.initial_spreads)], modulation.beta
         return {
             "heads": common([layer.self_attention.num_heads, layer.co_attention.num_heads]),
             "ffn": layer.ffn.linear1.out_features,

@@ -13,7 +13,7 @@ import reference
 from helpers import ROOT, build_model, match_detections
 from official_names import official_names
 from smca.checkpoint.conversion import convert_file
-from smca.modeling import attention
+from smca.modeling import kernels
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -109,7 +109,7 @@ def gradients_in_float64(model, batch):
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        patch.setattr(attention, "_can_fuse", lambda *args: True)  # it looks in float32
+        patch.setattr(kernels, "_can_fuse", lambda *args: True)  # it looks in float32
         sum(model.double().train()(batch).values()).backward()
 
 

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from helpers import ROOT, write_dataset, write_tiny_config
+from helpers import ROOT, write_dataset, write_smca_config
 from smca.engine import main
 
 COLOURS = [(230, 60, 40), (40, 90, 230)]
@@ -79,7 +79,7 @@ def test_an_image_is_learnt_by_heart(tmp_path, base):
         "train.checkpointer.period=1000",
         "train.clip_grad_norm=1.0",
     ]
-    config = write_tiny_config(tmp_path, base)
+    config = write_smca_config(tmp_path, base)
     if base == "smca_conv":  # whose layers are no attention
         with open(config, "a") as file:
             file.write("del model.encoder.pattern, model.encoder.num_heads\n")
@@ -123,7 +123,7 @@ class Oracle(nn.Module):
 def command(tmp_path):
     """Arguments that evaluate an `Oracle` of several images, but for its shift."""
     write_dataset(tmp_path)
-    config = write_tiny_config(tmp_path, "smca")
+    config = write_smca_config(tmp_path, "smca")
     model = {"json_file": f"{tmp_path}/truth.json", "shift": "???", "num_classes": 2}
     with open(config, "a") as file:
         file.write("from detectron2.config import LazyCall as L\n")

@@ -12,7 +12,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 
 import smca.engine.launch
-from helpers import write_dataset, write_tiny_config
+from helpers import write_dataset, write_smca_config
 from smca.engine import Trainer, main, run
 
 # Objects of the images. Any two have as many as there are processes: the losses are divided by the
@@ -74,7 +74,7 @@ def case(tmp_path_factory):
     write_images(folder / "train", TRAIN_OBJECTS)
     write_images(folder / "val", VAL_OBJECTS)
     write_images(folder / "single", [2])
-    config = write_tiny_config(folder)
+    config = write_smca_config(folder)
     overrides = [
         dataset("train", folder / "train"),
         dataset("test", folder / "val"),

@@ -12,6 +12,7 @@ use it.
 
 import argparse
 import sys
+from typing import Optional, Sequence
 
 from smca.checkpoint.conversion import CLASS_CHOICES, convert_file
 from smca.errors import exit_code
@@ -33,8 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = get_parser().parse_args()
+def run(args: argparse.Namespace) -> None:
     conversion = convert_file(args.input, args.output, args.classes)
     print(f"{args.input} is {conversion.description}.")
     for note in conversion.notes:
@@ -48,5 +48,9 @@ def main() -> None:
         print("Use it with", " ".join([config, weights, *conversion.overrides]))
 
 
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return exit_code(run, get_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())
