@@ -35,6 +35,7 @@ _TRAIN_RULES = {
         lambda v: v is None or (_is_number(v) and v >= 0),
         "a number of at least 0, or null",
     ),
+    "skip_nonfinite": (lambda v: _is_int(v, 0), "a whole number of at least 0"),
     "model_ema.enabled": (_is_bool, "true or false"),
     "model_ema.decay": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "compile": (_is_bool, "true or false"),
@@ -48,6 +49,8 @@ _TRAIN_RULES = {
     "log_period": (lambda v: _is_int(v, 1), "a whole number of at least 1"),
     "fast_dev_run": (_is_bool, "true or false"),
 }
+# Newer than configs that users may have saved.
+_OPTIONAL = {"skip_nonfinite"}
 
 
 def check_train(train):
@@ -60,6 +63,8 @@ def check_train(train):
     absent = object()
     for key, (is_valid, kind) in _TRAIN_RULES.items():
         value = OmegaConf.select(train, key, default=absent)
+        if value is absent and key in _OPTIONAL:
+            continue
         if value is absent:
             raise ConfigError(f"The config lacks train.{key}: start from configs/common/train.py.")
         if not is_valid(value):
