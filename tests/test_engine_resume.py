@@ -6,7 +6,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 from engine_cases import write_config
-from smca.engine import Trainer, main, run
+from smca.engine import Trainer, main
 
 
 def arguments(*args):
@@ -117,20 +117,3 @@ def test_an_average_may_begin_with_the_resumed_run(tmp_path):
     resumed = train(config, tmp_path / "run", "train.max_iter=3", resume=True)
     expected = decay * first["model"][weight] + (1 - decay) * resumed["model"][weight]
     torch.testing.assert_close(resumed["model_ema"][weight], expected)
-
-
-def test_two_cpu_processes_train_like_one_with_the_whole_batch(tmp_path):
-    overrides = ["model.dropout=0", "model.batch_norm=False", "train.accumulate=2"]
-    overrides += ["train.max_iter=3"]
-    config = write_config(tmp_path)
-    alone = train(config, tmp_path / "alone", *overrides)
-    # A file, since a free port may be taken by another test before it is used.
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    args = ["--config-file", config, "--num-gpus", 2, "--dist-url", rendezvous]
-    args = arguments(*args, f"train.output_dir={tmp_path / 'two'}", *overrides)
-    assert run(args) == 0
-    two = torch.load(tmp_path / "two" / "model_final.pth", weights_only=True)
-    assert two["trainer"]["world_size"] == 2
-    for key in ("model", "model_ema"):
-        for name, value in alone[key].items():
-            torch.testing.assert_close(two[key][name], value, atol=1e-6, rtol=0)

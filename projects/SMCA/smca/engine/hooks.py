@@ -161,7 +161,7 @@ class EmergencyCheckpointer(HookBase):
         if not (is_saved or is_lost) and iteration >= self.trainer.start_iter:
             self.trainer.restore_statistics()
             # Hooks that follow take this for where the training stands, too.
-            self.trainer.iter = iteration
+            self.trainer.iter = self.trainer.storage.iter = iteration
             try:
                 self._checkpointer.save(name, iteration=iteration)
                 last = self._checkpointer.get_checkpoint_file()

@@ -146,24 +146,29 @@ def _wait(processes, received, messages, texts):
     """Wait for all processes, and collect their messages into `texts`.
 
     Returns:
-        int: 0, or the exit code of the first process that failed, once all have ended.
+        int: 0, or the exit code of a process that failed, once all have ended.
     """
-    code, deadline = 0, None
+    deadline = None
     while any(process.is_alive() for process in processes):
         alive = [process.sentinel for process in processes if process.is_alive()]
         multiprocessing.connection.wait(alive, timeout=0.5)
         while not messages.empty():
             texts.append(messages.get())
-        failed = [process.exitcode for process in processes if process.exitcode]
-        if failed and not code:
-            code, deadline = failed[0], time.monotonic() + _GRACE
+        failed = _failed(processes)
+        if failed and deadline is None:
+            deadline = time.monotonic() + _GRACE
         # After a signal it is for its sender to lose patience.
         if deadline is not None and time.monotonic() > deadline and not received:
             for process in processes:
                 process.kill()
     while not messages.empty():
         texts.append(messages.get())
-    return code or next((process.exitcode for process in processes if process.exitcode), 0)
+    # A signal, which is negative, is why others failed.
+    return min(_failed(processes), default=0)
+
+
+def _failed(processes):
+    return [process.exitcode for process in processes if process.exitcode]
 
 
 def _spawned(local_rank, args, messages):
@@ -235,10 +240,10 @@ def _leave(peers, code, failure, report):
     if code:
         other = peers.failure
         peers.fail(Failure(code, f"Process {comm.get_rank()} ended: {failure}"))
-        if other is not None and other.exit_code != 1:
-            code = other.exit_code  # a signal that came to another first
-        elif code == 1 and report is not None and other is None:
+        if code == 1 and report is not None:
             report(failure)
+        elif other is not None and other.exit_code != 1:
+            code = other.exit_code  # a signal that came to another first
     peers.close()
     if code == 0:
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ from detectron2.utils.logger import create_small_table, setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint.files import remove_temporary_files
 from smca.config import AMP_DTYPES, build, build_model, dataset_names, load_config, resolve_device
 from smca.data import require_dataset
 from smca.engine.hooks import (
@@ -95,6 +96,7 @@ def _find_checkpoint(train):
     Returns:
         str: path of the checkpoint to resume from, "" to start anew.
     """
+    remove_temporary_files(train.output_dir)
     last = SMCACheckpointer(torch.nn.Module(), train.output_dir).find_resumable()
     if last:
         return last
