@@ -62,6 +62,8 @@ class Job:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update({key: str(value) for key, value in environment.items()})
         os.chdir(cwd or os.getcwd())
+        # As in a data loader's worker: threads of the process before the fork are gone.
+        torch.set_num_threads(1)
         if prepare is not None:
             prepare()
         return run(default_argument_parser().parse_args(args))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 
 import pytest
 import torch
@@ -154,6 +155,30 @@ def test_a_data_set_that_has_grown_is_said_at_the_resume(tmp_path):
     _, output = train(tmp_path, "--config-file", config, "--resume", "train.max_iter=3")
     assert "dataset_size was 8 when the checkpoint was written and is 9 now" in output
     assert iteration_of(tmp_path / "run" / "model_final.pth") == 2
+
+
+def test_detectron2_s_own_loader_trains_with_a_warning_that_its_data_start_over(tmp_path):
+    config = write_config(tmp_path, max_iter=2, eval_period=0)
+    with open(config, "a") as file:
+        file.write(
+            textwrap.dedent(
+                """
+                from detectron2.data import build_detection_train_loader
+
+                dataloader["train"] = L(build_detection_train_loader)(
+                    dataset=L(get_detection_dataset_dicts)(names=name, filter_empty=False),
+                    mapper=dataloader["train"].mapper,
+                    total_batch_size=4,
+                    num_workers=1,
+                )
+                """
+            )
+        )
+    assert train(tmp_path, "--config-file", config)[0] == 0
+    code, output = train(tmp_path, "--config-file", config, "--resume", "train.max_iter=4")
+    assert code == 0, output
+    assert "The data start over" in output
+    assert iteration_of(tmp_path / "run" / "model_final.pth") == 3
 
 
 @pytest.fixture

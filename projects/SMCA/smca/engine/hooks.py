@@ -227,7 +227,6 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self._checkpointer.tag_last_checkpoint(os.path.basename(last))
         logger.info("Best %s so far: %.3f at iteration %d.", self._val_metric, value, iteration)
 
-
     def _warn_of_missing(self, metrics):
         if metrics and not self._is_warned:
             self._is_warned = True

@@ -180,7 +180,9 @@ def _spawned(local_rank, args, messages):
         messages.put(text)
         return 1
 
-    host = urlparse(args.dist_url).hostname or "127.0.0.1"
+    host = urlparse(args.dist_url).hostname
+    if host is None:  # of a file
+        host = "127.0.0.1" if args.num_machines == 1 else socket.gethostname()
     place = (args.dist_url, rank, world_size, local_rank, args.num_gpus, host)
     sys.exit(_guarded(args, place, report))
 

@@ -194,7 +194,7 @@ def _log_streams():
 
 def _keep_alive(connection):
     """Let the system ask every few seconds whether the other end's system is still there."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as link:
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as link:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):

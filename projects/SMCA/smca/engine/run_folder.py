@@ -30,7 +30,7 @@ _FILES = (
 def set_previous_run_aside(train):
     """
     Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
-    own, where that run can still be resumed.
+    own, where that run can still be resumed. (Those of a fast_dev_run are removed.)
 
     Args:
         train (DictConfig): the config's section.
@@ -47,6 +47,10 @@ def set_previous_run_aside(train):
     if not _matching(names, _TRAINED):
         return None, weights
     remove_temporary_files(folder)
+    if train.fast_dev_run:  # whose checkpoints nobody misses
+        for name in _matching(names, _TRAINED):
+            os.remove(os.path.join(folder, name))
+        return None, weights
     number = max(_numbers(names), default=0) + 1
     previous = os.path.join(folder, f"previous_{number}")
     try:

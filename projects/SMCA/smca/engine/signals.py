@@ -92,6 +92,8 @@ def protect_workers(loader):
     Let a data loader's workers live on when a stop signal is sent to all processes: the
     training, which needs them to finish its step, ends them itself.
     """
+    if not isinstance(loader, DataLoader):  # Detectron2's own loader of batches has one inside
+        loader = getattr(loader, "dataset", None)
     if isinstance(loader, DataLoader) and loader.num_workers > 0:
         loader.worker_init_fn = _ProtectedInit(loader.worker_init_fn)
 

@@ -219,11 +219,11 @@ def do_eval(cfg, args):
     _check_class_counts(cfg, "test")
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
-    path = args.resume and _from_main_process(checkpointer.find_resumable)
-    path = path or cfg.train.init_checkpoint
+    last = _from_main_process(checkpointer.find_resumable) if args.resume else ""
+    path = last or cfg.train.init_checkpoint
     if not path:
         raise ConfigError("Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE.")
-    others = checkpointer.load(path)
+    others = checkpointer.resume(path) if last else checkpointer.load(path)
 
     results = do_test(cfg, model, test_loader)
     if "model_ema" in others:
@@ -233,20 +233,23 @@ def do_eval(cfg, args):
     return results
 
 
-def do_train(cfg, args, resume_from="", peers=None):
+def do_train(cfg, args, resume_from=None, peers=None):
     """
     Train as the config says.
 
     Args:
         cfg (DictConfig):
         args (argparse.Namespace): of Detectron2's `default_argument_parser`.
-        resume_from (str): a checkpoint of this training to go on from, or "".
+        resume_from (str or None): a checkpoint of this training to go on from, or "". None: with
+            ``--resume`` the newest in ``train.output_dir``.
         peers (PeerWatch or None): of the other processes.
 
     Returns:
         dict: results of the last evaluation, see :func:`main`.
     """
     train = cfg.train
+    if resume_from is None:
+        resume_from = _from_main_process(_find_checkpoint, train) if args.resume else ""
     # Data first: what is wrong with them should not take the time to build a model.
     _check_datasets(cfg, "train", "test")
     train_loader = build(cfg.dataloader.train, "dataloader.train")

@@ -165,7 +165,8 @@ class Trainer(SimpleTrainer):
             for name, loss in own_losses[-1].items():
                 losses[name] = losses.get(name, 0) + loss / self.accumulate
             if isinstance(data, (list, tuple)):
-                file_names += [x["file_name"] for x in data if "file_name" in x]
+                images = [x for x in data if isinstance(x, dict)]
+                file_names += [x["file_name"] for x in images if "file_name" in x]
         self.after_backward()
 
         self.grad_scaler.unscale_(self.optimizer)
@@ -305,13 +306,16 @@ class Trainer(SimpleTrainer):
 
     def _stream(self):
         """What decides which data and random numbers belong to an iteration."""
-        dataset = getattr(self.data_loader, "dataset", None)
+        try:
+            dataset_size = len(self.data_loader.dataset)
+        except (AttributeError, TypeError):  # of another kind of loader
+            dataset_size = None
         return {
             "seed": self.seed,
             "world_size": comm.get_world_size(),
             "total_batch_size": self.total_batch_size,
             "accumulate": self.accumulate,
-            "dataset_size": None if dataset is None else len(dataset),
+            "dataset_size": dataset_size,
         }
 
     def state_dict(self):
