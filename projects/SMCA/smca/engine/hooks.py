@@ -158,10 +158,12 @@ class EmergencyCheckpointer(HookBase):
         reason = getattr(error, "text", type(error).__name__)
         is_saved = os.path.basename(last) == name + ".pth" and os.path.isfile(last)
         is_lost = isinstance(error, FloatingPointError) or self._is_updating
-        if not (is_saved or is_lost) and iteration >= self.trainer.start_iter:
-            self.trainer.restore_statistics()
-            # Hooks that follow take this for where the training stands, too.
+        has_trained = iteration >= self.trainer.start_iter
+        if has_trained:
+            # What is saved here, and the last line of the metrics, stand at this iteration.
             self.trainer.iter = self.trainer.storage.iter = iteration
+        if has_trained and not (is_saved or is_lost):
+            self.trainer.restore_statistics()
             try:
                 self._checkpointer.save(name, iteration=iteration)
                 last = self._checkpointer.get_checkpoint_file()
