@@ -10,10 +10,12 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine_cases import TinyDetector, write_config, write_dataset
 from reliability_cases import Job, files, iteration_of, jobs, load
+from test_train_net import SMALL
 
 ROOT = Path(__file__).parents[1]
 RARELY = {"period": 1000, "max_to_keep": 5}
@@ -141,6 +143,43 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
         assert job.wait(60) == 0, job.output
     assert "Resuming at iteration 2" in resumed[0].output
     assert iteration_of(tmp_path / "machine_0" / "run" / "model_final.pth") == 3
+
+
+def test_two_processes_of_which_one_has_no_objects_train_the_detector_like_one(tmp_path):
+    write_dataset(tmp_path, num_images=2)
+    data = json.loads((tmp_path / "truth.json").read_text())
+    boxes = ([4, 4, 16, 16], [10, 2, 6, 20], [1, 20, 12, 8])  # all in the first image
+    first = data["annotations"][0]
+    data["annotations"] = [{**first, "id": n + 1, "bbox": box} for n, box in enumerate(boxes)]
+    (tmp_path / "truth.json").write_text(json.dumps(data))
+    args = ["--config-file", ROOT / "configs" / "custom_coco.py", *SMALL]
+    for split in ("train", "val"):
+        args += [f"data.{split}_json={tmp_path}/truth.json", f"data.{split}_images={tmp_path}"]
+    args += ["dataloader.train.total_batch_size=2", "dataloader.train.dataset.filter_empty=False"]
+    args += ["train.max_iter=4", "train.log_period=1", "train.model_ema.enabled=True"]
+    # With its usual eps, Adam makes steps of full length from the rounding of zero gradients.
+    args += ["model.dropout=0", "train.eval_period=2", "optimizer.eps=1.0", "optimizer.lr=0.1"]
+    one = Job(tmp_path, *args, f"train.output_dir={tmp_path}/one", SMCA_CACHE=tmp_path / "cache")
+    os.environ["SMCA_CACHE"] = str(tmp_path / "cache")
+    two = jobs(tmp_path, *args, f"train.output_dir={tmp_path}/two")
+    del os.environ["SMCA_CACHE"]
+    for job in (one, *two):
+        assert job.wait(120) == 0, job.output
+
+    def rows(name):
+        lines = (tmp_path / name / "metrics.json").read_text().splitlines()
+        return {row["iteration"]: row for row in map(json.loads, lines)}
+
+    for iteration, expected in rows("one").items():
+        actual = rows("two")[iteration]
+        for name in [name for name in expected if "loss" in name or name == "grad_norm"]:
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4), (iteration, name)
+        for name in [name for name in expected if "bbox/" in name]:
+            assert actual[name] == pytest.approx(expected[name], abs=1e-6, nan_ok=True)
+    finals = [load(tmp_path / name / "model_final.pth") for name in ("one", "two")]
+    for key in ("model", "model_ema"):
+        for name, weight in finals[0][key].items():
+            torch.testing.assert_close(finals[1][key][name], weight, atol=1e-6, rtol=1e-5)
 
 
 # The real command lines

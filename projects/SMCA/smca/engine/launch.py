@@ -1,6 +1,7 @@
 """Starting the processes of a training, and ending them: each error reaches its reader, and
 no process waits for one that is gone."""
 
+import argparse
 import logging
 import multiprocessing.connection
 import os
@@ -10,6 +11,8 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from types import FrameType
+from typing import Any, Callable, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import torch
@@ -28,18 +31,21 @@ __all__ = ["run"]
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # Detectron2's
 _GRACE = 50  # seconds for all others to save and end, after one process has failed
 
+# URL, rank, world size, rank and number on the machine, the first process's machine
+_Place = Tuple[str, int, int, int, int, str]
 
-def run(args):
+
+def run(args: argparse.Namespace) -> int:
     """
     Run :func:`smca.engine.main` in as many processes as asked for: ``--num-gpus`` of them on
     each machine, which are CPU processes (gloo) if the device is the CPU; or in this one alone,
     as one of those that ``torchrun`` has started.
 
     Args:
-        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
+        args: of Detectron2's `default_argument_parser`.
 
     Returns:
-        int: the exit code. What the user can put right is printed without a traceback, with 1;
+        The exit code. What the user can put right is printed without a traceback, with 1;
         after a signal the training is saved, and the code is 128 + the signal's number.
     """
     try:
@@ -60,16 +66,16 @@ def run(args):
     return _guarded(args, None, _report)
 
 
-def _report(text):
+def _report(text: str) -> int:
     print(f"Error: {text}", file=sys.stderr, flush=True)
     return 1
 
 
-def _is_torchrun():
+def _is_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
-def _check_processes(args):
+def _check_processes(args: argparse.Namespace) -> None:
     """Find what is wrong with the config here, once, rather than in each of several processes."""
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ConfigError("--num-gpus and --num-machines have to be at least 1.")
@@ -87,7 +93,7 @@ def _check_processes(args):
         )
 
 
-def _device(args):
+def _device(args: argparse.Namespace) -> torch.device:
     device = resolve_device(load_config(args.config_file, args.opts).train.device)
     if device.type == "cpu":
         # Detectron2 chooses NCCL wherever it sees a GPU.
@@ -98,7 +104,7 @@ def _device(args):
 # Launching on this machine
 
 
-def _launch(args):
+def _launch(args: argparse.Namespace) -> int:
     """Start this machine's processes, hand signals on to them, and wait for them all."""
     if args.dist_url == "auto":
         if args.num_machines > 1:
@@ -106,7 +112,7 @@ def _launch(args):
         args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
     received, processes = [], []
 
-    def forward(number, frame):
+    def forward(number: int, frame: Optional[FrameType]) -> None:
         received.append(number)
         for process in processes:
             if process.is_alive():
@@ -136,17 +142,19 @@ def _launch(args):
     return 128 - code if code < 0 else code
 
 
-def _free_port():
+def _free_port() -> int:
     with socket.socket() as link:
         link.bind(("127.0.0.1", 0))
         return link.getsockname()[1]
 
 
-def _wait(processes, received, messages, texts):
+def _wait(
+    processes: List[mp.Process], received: List[int], messages: Any, texts: List[str]
+) -> int:
     """Wait for all processes, and collect their messages into `texts`.
 
     Returns:
-        int: 0, or the exit code of a process that failed, once all have ended.
+        0, or the exit code of a process that failed, once all have ended.
     """
     deadline = None
     while any(process.is_alive() for process in processes):
@@ -167,16 +175,16 @@ def _wait(processes, received, messages, texts):
     return min(_failed(processes), default=0)
 
 
-def _failed(processes):
+def _failed(processes: List[mp.Process]) -> List[int]:
     return [process.exitcode for process in processes if process.exitcode]
 
 
-def _spawned(local_rank, args, messages):
+def _spawned(local_rank: int, args: argparse.Namespace, messages: Any) -> None:
     """The whole life of a process that `_launch` starts."""
     rank = args.machine_rank * args.num_gpus + local_rank
     world_size = args.num_gpus * args.num_machines
 
-    def report(text):
+    def report(text: str) -> int:
         messages.put(text)
         return 1
 
@@ -187,7 +195,7 @@ def _spawned(local_rank, args, messages):
     sys.exit(_guarded(args, place, report))
 
 
-def _run_torchrun(args):
+def _run_torchrun(args: argparse.Namespace) -> int:
     env = os.environ
     device = _device(args)
     if device.type == "cuda" and int(env["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -200,15 +208,17 @@ def _run_torchrun(args):
 # In each process
 
 
-def _guarded(args, place, report):
+def _guarded(
+    args: argparse.Namespace, place: Optional[_Place], report: Callable[[str], int]
+) -> int:
     """
     Run `main` in this process, as one of several if `place` says which.
 
     Args:
-        report (callable): makes a message known, and returns the exit code.
+        report: makes a message known, and returns the exit code.
 
     Returns:
-        int: the exit code.
+        The exit code.
     """
     # Detectron2 logs errors in training with their traceback.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
@@ -217,7 +227,7 @@ def _guarded(args, place, report):
         if place is not None:
             peers = _join(*place)
         main(args, peers)
-        code, failure = 0, None
+        code, failure = 0, ""
     except UserError as error:
         code, failure = 1, str(error)
     except KeyboardInterrupt:
@@ -238,7 +248,9 @@ def _guarded(args, place, report):
     return _leave(peers, code, failure, report)
 
 
-def _leave(peers, code, failure, report):
+def _leave(
+    peers: PeerWatch, code: int, failure: str, report: Optional[Callable[[str], int]]
+) -> int:
     if code:
         other = peers.failure
         peers.fail(Failure(code, f"Process {comm.get_rank()} ended: {failure}"))
@@ -252,12 +264,10 @@ def _leave(peers, code, failure, report):
     return code
 
 
-def _join(url, rank, world_size, local_rank, local_size, host):
-    """Become one of the processes of a training.
-
-    Returns:
-        PeerWatch
-    """
+def _join(
+    url: str, rank: int, world_size: int, local_rank: int, local_size: int, host: str
+) -> Optional[PeerWatch]:
+    """Become one of the processes of a training."""
     is_cuda = torch.cuda.is_available()
     if is_cuda:
         torch.cuda.set_device(local_rank)
@@ -274,5 +284,5 @@ def _join(url, rank, world_size, local_rank, local_size, host):
     return PeerWatch(host) if world_size > 1 else None
 
 
-def _is_no_user_error(record):
+def _is_no_user_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from detectron2.utils import comm
 
@@ -31,14 +32,14 @@ class Failure:
         text (str): what happened.
     """
 
-    def __init__(self, exit_code, text):
+    def __init__(self, exit_code: int, text: str) -> None:
         self.exit_code, self.text = exit_code, text
 
-    def encode(self):
+    def encode(self) -> bytes:
         return f"{self.exit_code} {self.text}".encode()
 
     @classmethod
-    def decode(cls, message):
+    def decode(cls, message: bytes) -> "Failure":
         exit_code, _, text = message.decode().partition(" ")
         return cls(int(exit_code), text)
 
@@ -55,17 +56,17 @@ class PeerWatch:
             called in a thread, and waits until the state is whole.
     """
 
-    def __init__(self, host):
+    def __init__(self, host: str) -> None:
         """All processes create theirs together.
 
         Args:
-            host (str): name or address under which the first process's machine is reached.
+            host: name or address under which the first process's machine is reached.
         """
-        self.failure = None
-        self.rescue = None
+        self.failure: Optional[Failure] = None
+        self.rescue: Optional[Callable[[Failure], None]] = None
         self._failed = threading.Event()
         self._ended = threading.Event()
-        self._connections = {}  # to the other end's rank
+        self._connections: Dict[mpc.Connection, int] = {}  # to the other end's rank
         self._lock = threading.Lock()
         self._rank, self._size = comm.get_rank(), comm.get_world_size()
         if self._size == 1:
@@ -82,31 +83,31 @@ class PeerWatch:
             target = lambda: self._follow((host, port), key)  # noqa: E731
         threading.Thread(target=target, name="peers", daemon=True).start()
 
-    def fail(self, failure):
+    def fail(self, failure: Failure) -> None:
         """Tell all others that this process ends early, unless it ends because of another."""
         if self._size > 1 and self.failure is None:
             self._broadcast(failure.encode())
 
-    def wait_for_failure(self, seconds):
+    def wait_for_failure(self, seconds: float) -> Optional[Failure]:
         """
         Returns:
-            Failure or None: of another process that has become known until then.
+            That of another process, if one has become known until then.
         """
         self._failed.wait(seconds)
         return self.failure
 
-    def close(self):
+    def close(self) -> None:
         """The main thread has come to its end."""
         self._ended.set()
         self._broadcast(_BYE)
 
-    def _broadcast(self, message, but=None):
+    def _broadcast(self, message: bytes, but: Optional[mpc.Connection] = None) -> None:
         with self._lock:
             for connection in [c for c in self._connections if c is not but]:
                 with contextlib.suppress(OSError):
                     connection.send_bytes(message)
 
-    def _lead(self, listener):
+    def _lead(self, listener: mpc.Listener) -> None:
         accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
         accepting.start()
         while not self._ended.is_set():
@@ -118,7 +119,7 @@ class PeerWatch:
             for connection in mpc.wait(connections, timeout=0.5):
                 self._receive(connection)
 
-    def _accept(self, listener):
+    def _accept(self, listener: mpc.Listener) -> None:
         num_missing = self._size - 1
         while num_missing > 0:
             try:
@@ -134,7 +135,7 @@ class PeerWatch:
                 self._broadcast(self.failure.encode())
         listener.close()
 
-    def _follow(self, address, key):
+    def _follow(self, address: Tuple[str, int], key: bytes) -> None:
         try:
             connection = mpc.Client(address, authkey=key)
             connection.send_bytes(str(self._rank).encode())
@@ -150,7 +151,7 @@ class PeerWatch:
         while connection in self._connections:
             self._receive(connection)
 
-    def _receive(self, connection):
+    def _receive(self, connection: mpc.Connection) -> None:
         rank = self._connections[connection]
         try:
             message = connection.recv_bytes()
@@ -167,11 +168,11 @@ class PeerWatch:
                 self._broadcast(message, but=connection)
             threading.Thread(target=self._end, daemon=True).start()
 
-    def _forget(self, connection):
+    def _forget(self, connection: mpc.Connection) -> None:
         with self._lock:
             self._connections.pop(connection, None)
 
-    def _end(self):
+    def _end(self) -> None:
         if self._ended.wait(_GRACE):
             return
         if self.rescue is not None:
@@ -186,13 +187,13 @@ class PeerWatch:
         os._exit(self.failure.exit_code)
 
 
-def _log_streams():
+def _log_streams() -> List[Any]:
     names = ("detectron2", "fvcore", "smca")
     handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
     return [handler.stream for handler in handlers if hasattr(handler, "stream")]
 
 
-def _keep_alive(connection):
+def _keep_alive(connection: mpc.Connection) -> None:
     """Let the system ask every few seconds whether the other end's system is still there."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as link:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

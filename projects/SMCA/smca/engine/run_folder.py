@@ -3,6 +3,9 @@
 import fnmatch
 import os
 import re
+from typing import List, Optional, Sequence, Tuple
+
+from omegaconf import DictConfig
 
 from smca.checkpoint.files import remove_temporary_files
 from smca.errors import ConfigError
@@ -27,16 +30,16 @@ _FILES = (
 )
 
 
-def set_previous_run_aside(train):
+def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
     """
     Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
     own, where that run can still be resumed. (Those of a fast_dev_run are removed.)
 
     Args:
-        train (DictConfig): the config's section.
+        train: the config's section.
 
     Returns:
-        (str or None, str): the folder, None if there was no run; and where the weights of
+        The folder, None if there was no run; and where the weights of
         ``train.init_checkpoint`` are now.
 
     Raises:
@@ -68,10 +71,10 @@ def set_previous_run_aside(train):
     return previous, weights
 
 
-def newest_previous_run(folder):
+def newest_previous_run(folder: str) -> Optional[str]:
     """
     Returns:
-        str or None: the folder of the run that was set aside last, if it has checkpoints.
+        The folder of the last run with checkpoints that was set aside.
     """
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for number in sorted(_numbers(names), reverse=True):
@@ -81,10 +84,10 @@ def newest_previous_run(folder):
     return None
 
 
-def _matching(names, patterns):
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> List[str]:
     return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
 
 
-def _numbers(names):
+def _numbers(names: Sequence[str]) -> List[int]:
     matches = [re.fullmatch(r"previous_(\d+)", name) for name in names]
     return [int(match[1]) for match in matches if match]

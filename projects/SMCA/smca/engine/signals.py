@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, Optional
 
 from torch.utils.data import DataLoader
 
@@ -36,27 +38,28 @@ class StopSignals:
         received (int or None): the first signal.
     """
 
-    def __init__(self):
-        self.received = None
-        self._time = None
+    def __init__(self) -> None:
+        self.received: Optional[int] = None
+        self._time = 0.0
         self._react = React.LATER
         self._pid = os.getpid()
-        self._previous = {}
+        self._previous: Dict[int, Any] = {}
 
-    def install(self):
+    def install(self) -> None:
         """From now on; a process's main thread alone can do this, others do nothing."""
         self.received = None
         self._pid = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._previous = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
 
-    def restore(self):
+    def restore(self) -> None:
+        """Put the handlers of before back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     @contextlib.contextmanager
-    def reacting(self, react):
+    def reacting(self, react: React) -> Iterator[None]:
         """Change what signals do inside the block; one that waits takes effect if it can."""
         before, self._react = self._react, react
         try:
@@ -65,12 +68,12 @@ class StopSignals:
         finally:
             self._react = before
 
-    def check(self):
+    def check(self) -> None:
         """Raise for a signal that has come, where that is due at once."""
         if self.received is not None and self._react is React.AT_ONCE:
             raise stop_error(self.received)
 
-    def _on_signal(self, number, frame):
+    def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._pid:  # a forked process, such as a data loader's worker
             return
         now = time.monotonic()
@@ -82,12 +85,12 @@ class StopSignals:
             raise stop_error(number)
 
 
-def stop_error(number):
+def stop_error(number: int) -> BaseException:
     """The exception by which a signal ends the program."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def protect_workers(loader):
+def protect_workers(loader: Any) -> None:
     """
     Let a data loader's workers live on when a stop signal is sent to all processes: the
     training, which needs them to finish its step, ends them itself.
@@ -99,10 +102,10 @@ def protect_workers(loader):
 
 
 class _ProtectedInit:
-    def __init__(self, init):
+    def __init__(self, init: Optional[Callable[[int], Any]]) -> None:
         self.init = init
 
-    def __call__(self, worker_id):
+    def __call__(self, worker_id: int) -> None:
         for number in STOP_SIGNALS:
             if number != signal.SIGTERM:
                 signal.signal(number, signal.SIG_IGN)
@@ -116,7 +119,7 @@ class _ProtectedInit:
             self.init(worker_id)
 
 
-def _heed_parent_alone():
+def _heed_parent_alone() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
