@@ -169,10 +169,13 @@ class SMCACheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
 
-    def find_resumable(self):
+    def find_resumable(self, need_trainer=True):
         """
         The newest checkpoint in `save_dir` that can be read. Others before it are named in a
         warning.
+
+        Args:
+            need_trainer (bool): weights alone are not enough.
 
         Returns:
             str: its path, or "" where there is no checkpoint.
@@ -184,7 +187,7 @@ class SMCACheckpointer(DetectionCheckpointer):
         for path in find_checkpoints(self.save_dir):
             try:
                 checkpoint = load_tensors(path)
-                if "model" in checkpoint and "trainer" in checkpoint:
+                if "model" in checkpoint and ("trainer" in checkpoint or not need_trainer):
                     return self._said(path, problems)
                 problems.append(f"The checkpoint {path} is none of a training.")
             except FileNotFoundError:

@@ -219,7 +219,7 @@ def do_eval(cfg, args):
     _check_class_counts(cfg, "test")
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
-    last = _from_main_process(checkpointer.find_resumable) if args.resume else ""
+    last = _from_main_process(checkpointer.find_resumable, False) if args.resume else ""
     path = last or cfg.train.init_checkpoint
     if not path:
         raise ConfigError("Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE.")
