@@ -19,6 +19,7 @@ from test_train_net import SMALL
 
 ROOT = Path(__file__).parents[1]
 RARELY = {"period": 1000, "max_to_keep": 5}
+WORKER = ["dataloader.train.num_workers=1"]
 
 
 def at(iteration, rank, action):
@@ -288,6 +289,11 @@ def test_torchrun_and_two_launchers_train_like_one_process(tmp_path):
                 torch.testing.assert_close(two[key][weight], value, atol=1e-6, rtol=0)
 
 
+def descendants(pid):
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        yield from (child, *descendants(child))
+
+
 def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_path):
     """With the commands of Slurm replaced by ones that do their part here."""
     tools = tmp_path / "bin"
@@ -303,7 +309,7 @@ def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_pa
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     slurm.update(SLURM_JOB_NODELIST="localhost", SLURM_GPUS_ON_NODE="2")
     job = popen(
-        ["bash", ROOT / "tools" / "slurm_train.sh", "--config-file", config],
+        ["bash", ROOT / "tools" / "slurm_train.sh", "--config-file", config, *WORKER],
         env=environment(PATH=f"{tools}:{os.environ['PATH']}", **slurm),
     )
     lines = []
@@ -311,11 +317,12 @@ def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_pa
         lines.append(line)
         if " iter: 3 " in line:
             break
-    # Slurm sends it to the step's task, not to the script.
-    (task,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(task), signal.SIGUSR1)
+    # Slurm sends it to all processes of the step, not to the script.
+    for pid in descendants(job.pid):
+        os.kill(pid, signal.SIGUSR1)
     rest = job.communicate(timeout=60)[0]
     assert job.returncode == 138, "".join(lines) + rest
+    assert "Traceback" not in rest
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     name = (tmp_path / "run" / "last_checkpoint").read_text()
     assert iteration_of(tmp_path / "run" / name) >= 3

@@ -118,9 +118,12 @@ def _launch(args: argparse.Namespace) -> int:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    messages = mp.get_context("spawn").SimpleQueue()
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    # Python's own helper process, which is started first, ignores no signal but two.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
+        messages = mp.get_context("spawn").SimpleQueue()
+        for number in STOP_SIGNALS:
+            signal.signal(number, forward)
         context = mp.start_processes(
             _spawned, (args, messages), nprocs=args.num_gpus, join=False, start_method="spawn"
         )
