@@ -72,7 +72,7 @@ class Job:
     def output(self):
         return self.output_file.read_text() if self.output_file.exists() else ""
 
-    def wait_for(self, pattern, seconds=30):
+    def wait_for(self, pattern, seconds=90):
         """Wait until the output has this regular expression."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
@@ -90,7 +90,7 @@ class Job:
     def signal_group(self, number):
         os.killpg(self.pid, number)
 
-    def wait(self, seconds=30):
+    def wait(self, seconds=90):
         """The exit code; kills what takes longer."""
         deadline = time.monotonic() + seconds
         while self.is_alive():

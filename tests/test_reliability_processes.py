@@ -56,8 +56,8 @@ def test_a_process_that_is_killed_ends_the_job_with_the_last_whole_step(tmp_path
     first, second = start(
         tmp_path, at(3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
     )
-    assert second.wait(60) == -signal.SIGKILL
-    assert first.wait(60) == 1
+    assert second.wait(90) == -signal.SIGKILL
+    assert first.wait(90) == 1
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
     assert "Process 1 is gone" in first.output
 
@@ -74,14 +74,14 @@ def test_a_process_that_waits_in_vain_is_saved_all_the_same(tmp_path):
 
         def linger(*args):
             code = original(*args)
-            time.sleep(60 * rank)
+            time.sleep(120 * rank)
             return code
 
         launch._leave = linger
         at(3, 1, fail)(rank)
 
     first, second = start(tmp_path, prepare)
-    assert first.wait(60) == 1
+    assert first.wait(90) == 1
     assert second.is_alive()
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
@@ -114,7 +114,7 @@ def test_steps_that_are_not_finite_are_skipped_in_all_processes_alike(tmp_path):
         TinyDetector.losses = losses
 
     first, second = start(tmp_path, prepare, skip_nonfinite=2)
-    assert (first.wait(60), second.wait(60)) == (1, 1)
+    assert (first.wait(90), second.wait(90)) == (1, 1)
     run = tmp_path / "run"
     reports = sorted(x for x in files(run) if x.startswith("nonfinite"))
     assert reports == [f"nonfinite_{n:07d}.json" for n in (1, 2, 4, 5, 6)]
@@ -137,11 +137,11 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
     settings = dict(output_dir="run", seed=-1, eval_period=0)
     config = write_config(tmp_path, max_iter=2, **settings)
     for job in jobs(tmp_path, "--config-file", config, prepare=prepare):
-        assert job.wait(60) == 0, job.output
+        assert job.wait(90) == 0, job.output
     config = write_config(tmp_path, max_iter=4, **settings)
     resumed = jobs(tmp_path, "--config-file", config, "--resume", prepare=prepare)
     for job in resumed:
-        assert job.wait(60) == 0, job.output
+        assert job.wait(90) == 0, job.output
     assert "Resuming at iteration 2" in resumed[0].output
     assert iteration_of(tmp_path / "machine_0" / "run" / "model_final.pth") == 3
 
@@ -320,7 +320,7 @@ def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_pa
     # Slurm sends it to all processes of the step, not to the script.
     for pid in descendants(job.pid):
         os.kill(pid, signal.SIGUSR1)
-    rest = job.communicate(timeout=60)[0]
+    rest = job.communicate(timeout=120)[0]
     assert job.returncode == 138, "".join(lines) + rest
     assert "Traceback" not in rest
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"

@@ -67,7 +67,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
     job = Job(tmp_path, "--config-file", config, *WORKERS, prepare=sleep_in_evaluation)
     job.wait_for("evaluating")
     job.signal_group(signal.SIGTERM)
-    assert job.wait(10) == 143
+    assert job.wait(40) == 143
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
 
 
@@ -84,7 +84,7 @@ def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
     time.sleep(0.5)
     job.signal_group(signal.SIGTERM)
     # Its loader's workers are then given five seconds by PyTorch.
-    assert job.wait(20) == 143
+    assert job.wait(40) == 143
     assert "before there was anything to save" in job.output
 
 
