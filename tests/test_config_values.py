@@ -228,6 +228,7 @@ def run(weights, period):
         "amp": {"enabled": False, "dtype": "bf16"},
         "accumulate": 1,
         "clip_grad_norm": 0.1,
+        "skip_nonfinite": 0,
         "model_ema": {"enabled": False, "decay": 0.9997},
         "ddp": {
             "broadcast_buffers": False,

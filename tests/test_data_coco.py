@@ -186,7 +186,7 @@ def _perfect_ap(name):
 
 def test_a_complete_file_is_used_as_it_is(tmp_path):
     name = register_coco(*_write(tmp_path, _coco()))
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "coco").exists()
     assert _perfect_ap(name) == pytest.approx(100)
 
 

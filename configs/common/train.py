@@ -14,6 +14,9 @@ train = dict(
     amp=dict(enabled=False, dtype="bf16"),  # mixed precision, "bf16" or "fp16"
     accumulate=1,  # batches whose gradients are averaged before the optimizer steps
     clip_grad_norm=0.1,  # None: off
+    # Iterations in a row that are skipped where the loss or the gradient is nan or infinite;
+    # each leaves a file nonfinite_<iteration>.json. 0: the first ends the training.
+    skip_nonfinite=0,
     model_ema=dict(enabled=False, decay=0.9997),
     ddp=dict(  # arguments of DistributedDataParallel
         broadcast_buffers=False,

@@ -6,12 +6,31 @@ from typing import Any, Callable, Collection, Optional
 
 _MAX_LISTED = 40  # names in a message
 
+# Around the message of an error in a data loader's worker, of which the main process is given
+# the printed traceback alone.
+_BEGIN, _END = "\x02", "\x03"
+
 
 class UserError(ValueError):
     """
-    Something that the user can put right. The message is one sentence that names the file or
-    the config key and says what to do; command lines print it without a traceback.
+    Something that the user can put right. The message names the file or the config key and says
+    what to do, in one sentence or in one and a list; command lines print it without a traceback.
     """
+
+    def __init__(self, *args):
+        # PyTorch raises an error of a worker again as `type(error)(traceback)`.
+        if len(args) == 1 and isinstance(args[0], str) and _BEGIN in args[0]:
+            args = (args[0].rpartition(_BEGIN)[2].partition(_END)[0],)
+        super().__init__(*args)
+
+    def __str__(self):
+        text = super().__str__()
+        return f"{_BEGIN}{text}{_END}" if _is_loader_worker() else text
+
+
+def _is_loader_worker():
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None
 
 
 class ConfigError(UserError):

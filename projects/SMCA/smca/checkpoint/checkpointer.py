@@ -1,12 +1,26 @@
 import logging
 import os
 import pickle
+import tempfile
 import zipfile
+from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from smca.checkpoint.files import (
+    RefusedCode,
+    find_checkpoints,
+    load_arrays,
+    load_tensors,
+    numbered_checkpoints,
+    read_tag,
+    write_atomically,
+)
 from smca.errors import CheckpointError
 from smca.version import __version__
 
@@ -18,6 +32,19 @@ _BACKBONE = "backbone."
 # Above this share of its weights, a file is taken for the same backbone's. Published files lack
 # a few (the norms that Swin has before its outputs) and have a few more (the classifier).
 _SAME_BACKBONE = 0.9
+# Detectron2's own model zoo, whose pickles are opened like any program of Detectron2.
+_MODEL_ZOO = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
+_BROKEN = (
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 class SMCACheckpointer(DetectionCheckpointer):
@@ -29,10 +56,20 @@ class SMCACheckpointer(DetectionCheckpointer):
     backbone's weights are found in it, with the prefix ``backbone.``, Detectron2's
     ``backbone.bottom_up.``, or without one (``detectron2://ImageNetPretrained/...``).
 
-    It also writes where a checkpoint comes from under the key ``smca``.
+    It also writes where a checkpoint comes from under the key ``smca``. Files are written whole
+    or not at all, and opening one never runs code in it, Detectron2's own model zoo excepted.
     """
 
-    def __init__(self, model, save_dir="", *, need_detector=False, provenance=None, **kwargs):
+    def __init__(
+        self,
+        model,
+        save_dir="",
+        *,
+        need_detector=False,
+        provenance=None,
+        max_to_keep=None,
+        **kwargs,
+    ):
         """
         Args:
             model (nn.Module): may be wrapped in DistributedDataParallel.
@@ -40,14 +77,66 @@ class SMCACheckpointer(DetectionCheckpointer):
             need_detector (bool): a backbone's file is an error in :meth:`load`.
             provenance (dict or None): plain values to keep in the checkpoints, for instance
                 the config's name and the class names.
+            max_to_keep (int or None): of the files ``model_<iteration>.pth`` in `save_dir`,
+                whichever run wrote them, so many of the last written stay after a save.
             kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **kwargs)
         self.need_detector = need_detector
+        self.max_to_keep = max_to_keep
         self.provenance = {**(provenance or {}), "version": __version__}
 
     def save(self, name, **kwargs):
-        super().save(name, smca=self.provenance, **kwargs)
+        """
+        Same as in Detectron2.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict(), "smca": self.provenance}
+        data.update((key, each.state_dict()) for key, each in self.checkpointables.items())
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        self._write(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+        self._remove_old()
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        text = last_filename_basename.encode()
+        self._write(os.path.join(self.save_dir, "last_checkpoint"), lambda file: file.write(text))
+
+    def _write(self, path, write):
+        try:
+            write_atomically(path, write)
+        except OSError as error:
+            raise CheckpointError(
+                f"The checkpoint file {path} cannot be written ({error}): make room or correct "
+                "the rights, then go on with --resume."
+            ) from error
+
+    def _remove_old(self):
+        if self.max_to_keep is None:
+            return
+        for path in numbered_checkpoints(self.save_dir)[: -self.max_to_keep]:
+            if os.path.basename(path) != read_tag(self.save_dir):
+                os.remove(path)
+
+    def has_checkpoint(self):
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self):
+        """
+        Returns:
+            str: path of the file that ``last_checkpoint`` names (which may be gone), where
+            there is no such name of the newest in `save_dir`, or "".
+        """
+        tagged = read_tag(self.save_dir)
+        if tagged:
+            return os.path.join(self.save_dir, tagged)
+        return next(iter(find_checkpoints(self.save_dir)), "")
 
     def load(self, path, *args, **kwargs):
         """
@@ -65,18 +154,14 @@ class SMCACheckpointer(DetectionCheckpointer):
             raise
         except FileNotFoundError as error:
             raise CheckpointError(f"The checkpoint {path} does not exist.") from error
+        except RefusedCode as error:
+            raise CheckpointError(
+                f"The checkpoint {path} would run code when it is opened ({error}), which is "
+                "refused: only files of tensors and plain values are read."
+            ) from error
         except (OSError, AssertionError) as error:
             raise CheckpointError(_unreachable_message(path)) from error
-        except (
-            AttributeError,
-            EOFError,
-            KeyError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
+        except _BROKEN as error:
             raise CheckpointError(
                 f"The checkpoint {path} cannot be read, perhaps it was cut short or is of "
                 f"another kind: {_first_line(error)}"
@@ -84,15 +169,81 @@ class SMCACheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
 
-    def resume(self):
+    def find_resumable(self, need_trainer=True):
         """
-        Load the newest checkpoint in `save_dir` with everything in it; it must be a detector's.
+        The newest checkpoint in `save_dir` that can be read. Others before it are named in a
+        warning.
+
+        Args:
+            need_trainer (bool): weights alone are not enough.
+
+        Returns:
+            str: its path, or "" where there is no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, none of which can be read.
+        """
+        problems = []
+        for path in find_checkpoints(self.save_dir):
+            try:
+                checkpoint = load_tensors(path)
+                if "model" in checkpoint and ("trainer" in checkpoint or not need_trainer):
+                    return self._said(path, problems)
+                problems.append(f"The checkpoint {path} is none of a training.")
+            except FileNotFoundError:
+                problems.append(f"The checkpoint {path} does not exist.")
+            except (OSError, RefusedCode, *_BROKEN) as error:
+                problems.append(f"The checkpoint {path} cannot be read: {_first_line(error)}.")
+        if problems:
+            raise CheckpointError(
+                f"{' '.join(problems)} There is no other in {self.save_dir} to resume from."
+            )
+        return ""
+
+    @staticmethod
+    def _said(path, problems):
+        for problem in problems:
+            logger.warning("%s Resuming from %s in its place.", problem, path)
+        return path
+
+    def resume(self, path=None):
+        """
+        Load a training's checkpoint with everything in it; it must be a detector's. All
+        processes call this together: those that cannot read the file get it from the first.
+
+        Args:
+            path (str or None): None takes :meth:`find_resumable`'s of the first process.
 
         Returns:
             dict: what no checkpointable object took.
         """
         self.need_detector = True
-        return self.load(self.get_checkpoint_file())
+        path = path or self.find_resumable()
+        if all(comm.all_gather(os.path.isfile(path))):
+            return self.load(path)
+        content = [Path(path).read_bytes() if comm.is_main_process() else None]
+        dist.broadcast_object_list(content)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, os.path.basename(path))
+            copy.write_bytes(content[0])
+            return self.load(str(copy))
+
+    def _load_file(self, filename):
+        if filename.endswith(".pkl") and not self._path.startswith(_MODEL_ZOO):
+            data = load_arrays(filename)
+            if "model" not in data or "__author__" not in data:
+                data = data.get("blobs", data)
+                data = {k: v for k, v in data.items() if not k.endswith("_momentum")}
+                return {"model": data, "__author__": "Caffe2", "matching_heuristics": True}
+            return data
+        if filename.endswith(".pyth"):
+            weights = load_tensors(filename)["model_state"]
+            weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        return super()._load_file(filename)
+
+    def _torch_load(self, f):
+        return load_tensors(f)
 
     def _load_model(self, checkpoint):
         model_weights = self.model.state_dict()

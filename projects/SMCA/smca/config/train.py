@@ -34,6 +34,7 @@ _TRAIN = {
     },
     "accumulate": whole_number(least=1),
     "clip_grad_norm": or_null(number("a number of at least 0", least=0)),
+    "skip_nonfinite": whole_number(least=0),
     "model_ema": {
         "enabled": TRUE_OR_FALSE,
         "decay": number("a number in [0, 1)", least=0, below=1),
@@ -48,6 +49,8 @@ _TRAIN = {
     "log_period": whole_number(least=1),
     "fast_dev_run": TRUE_OR_FALSE,
 }
+# Newer than configs that users may have saved.
+_OPTIONAL = {"skip_nonfinite"}
 
 
 def check_train(train: DictConfig) -> None:
@@ -63,6 +66,8 @@ def check_train(train: DictConfig) -> None:
 def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
     for key, kind in kinds.items():
         full_name = f"{name}.{key}"
+        if key not in section and key in _OPTIONAL:
+            continue
         if key not in section:
             raise ConfigError(f"The config lacks {full_name}: start from configs/common/train.py.")
         if isinstance(kind, Kind):

@@ -5,7 +5,7 @@ Importing this registers the embedded data set.
 
 from .coco import class_names, num_classes, register_coco, require_dataset
 from .errors import DatasetError
-from .loader import build_train_loader, set_start_batch
+from .loader import build_train_loader, set_start_batch, set_start_sample
 from .mapper import DetrDatasetMapper, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
 
@@ -26,5 +26,6 @@ __all__ = [
     "register_shapes",
     "require_dataset",
     "set_start_batch",
+    "set_start_sample",
     "write_shapes",
 ]

@@ -1,5 +1,6 @@
 """Where the package keeps the files that it makes itself."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from iopath.common.file_io import file_lock
 
 from .errors import DatasetError
 
-__all__ = ["cache_dir", "create_once"]
+__all__ = ["cache_dir", "create_once", "is_stamped", "stamp"]
 
 
 def cache_dir():
@@ -48,4 +49,28 @@ def create_once(path, write):
         if partial.is_dir():
             shutil.rmtree(partial)  # what a killed process left
         write(partial)
+        os.replace(partial, path)
+
+
+def is_stamped(path, state):
+    """
+    Args:
+        path (pathlib.Path): of a file in the cache.
+        state (str): of what was checked.
+
+    Returns:
+        bool: whether :func:`stamp` has noted that very state there.
+    """
+    try:
+        return path.read_text() == state
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def stamp(path, state):
+    """Note that a check of this state has succeeded; without a writable cache, forget it."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(state)
         os.replace(partial, path)

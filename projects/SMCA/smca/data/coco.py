@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
-from .cache import cache_dir, create_once
+from .cache import cache_dir, create_once, is_stamped, stamp
 from .errors import DatasetError
 from .mapper import check_image
 
@@ -53,7 +53,8 @@ def register_coco(json_file, image_root, name=None, check_images=True, categorie
         image_root (str or path-like, or a list of them): the folder that ``file_name`` is
             relative to; one for all files, or one for each.
         name (str or None): the name to register; None makes one from the paths.
-        check_images (bool): decode every image once and compare its size with the JSON's.
+        check_images (bool): decode every image and compare its size with the JSON's, once: the
+            cache folder keeps a note of it, for as long as the files' sizes and times stay.
         categories_from (str or path-like, a list of them, or None): another COCO JSON, usually
             the training set's, that must have the same categories in the same order.
 
@@ -247,7 +248,34 @@ def _check(data, json_file, image_root, check_images):
     _raise_problems(json_file, problems)
     # Where several processes read the same files, one of them need look at the pixels.
     if check_images and comm.is_main_process():
-        _raise_problems(json_file, _file_problems(images, json_file, image_root))
+        _check_files(images, json_file, image_root)
+
+
+def _check_files(images, json_file, image_root):
+    """Decode all images, unless that was done and they are as they were."""
+    key = _short_hash(repr((json_file, image_root)))
+    path = cache_dir() / "checked" / f"{Path(json_file).stem}_{key}"
+    state = _state_of_files(images, image_root)
+    if is_stamped(path, state):
+        return
+    _raise_problems(json_file, _file_problems(images, json_file, image_root))
+    stamp(path, state)
+
+
+def _state_of_files(images, image_root):
+    """A digest of what decides whether the files can be read: names, sizes and times."""
+
+    def state(image):
+        try:
+            status = os.stat(os.path.join(image_root, image["file_name"]))
+        except OSError:
+            return None
+        size = (image["height"], image["width"])
+        return image["file_name"], size, status.st_size, status.st_mtime_ns
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        states = list(pool.map(state, images))
+    return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def _raise_problems(json_file, problems):

@@ -16,7 +16,7 @@ from smca.errors import ConfigError
 
 from .errors import DatasetError
 
-__all__ = ["build_train_loader", "set_start_batch"]
+__all__ = ["build_train_loader", "set_start_batch", "set_start_sample"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class _EndlessBatches(Sampler[List[Tuple[int, int]]]):
     def __init__(self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.start_batch = 0
+        self.start_sample = 0
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        position = self.start_batch * self.batch_size * self.world_size + self.rank
+        position = self.start_sample + self.rank
         shuffled_epoch, order = -1, np.empty(0, dtype=np.int64)
         while True:
             batch = []
@@ -166,12 +166,31 @@ def set_start_batch(loader: DataLoader, num_batches: int) -> None:
         TypeError: the loader is of another kind and cannot start in the middle.
         ValueError: `num_batches` is negative.
     """
-    batches = getattr(loader, "batch_sampler", None)
-    if not isinstance(batches, _EndlessBatches):
+    if num_batches < 0:
+        raise ValueError(f"num_batches must not be negative, but is {num_batches}.")
+    sampler = _batch_sampler(loader)
+    sampler.start_sample = num_batches * sampler.batch_size * sampler.world_size
+
+
+def set_start_sample(loader: DataLoader, num_samples: int) -> None:
+    """Make the next ``iter(loader)`` begin after so many samples of the stream, which all processes
+    have consumed together, with whatever batch size.
+
+    Args:
+        loader: from :func:`build_train_loader`.
+        num_samples: not negative.
+
+    Raises:
+        TypeError: the loader is of another kind and cannot start in the middle.
+    """
+    _batch_sampler(loader).start_sample = num_samples
+
+
+def _batch_sampler(loader: DataLoader) -> _EndlessBatches:
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, _EndlessBatches):
         raise TypeError(
             f"A {type(loader).__name__} cannot start in the middle of its data: build "
             "dataloader.train with smca.data.build_train_loader."
         )
-    if num_batches < 0:
-        raise ValueError(f"num_batches must not be negative, but is {num_batches}.")
-    batches.start_batch = num_batches
+    return sampler

@@ -1,4 +1,4 @@
-from .hooks import BestCheckpointer, EmergencyCheckpointer, ModelEMA, ProgressPrinter
+from .hooks import BestCheckpointer, EmergencyCheckpointer, EvalHook, ModelEMA, ProgressPrinter
 from .launch import run
 from .train import do_eval, do_test, do_train, main
 from .trainer import Trainer
@@ -6,6 +6,7 @@ from .trainer import Trainer
 __all__ = [
     "BestCheckpointer",
     "EmergencyCheckpointer",
+    "EvalHook",
     "ModelEMA",
     "ProgressPrinter",
     "Trainer",

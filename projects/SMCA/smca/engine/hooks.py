@@ -1,7 +1,6 @@
+import contextlib
 import logging
 import os
-import resource
-import signal
 import sys
 import threading
 
@@ -9,10 +8,23 @@ import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, get_event_storage
-from fvcore.nn.precise_bn import get_bn_modules
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["BestCheckpointer", "EmergencyCheckpointer", "ModelEMA", "ProgressPrinter"]
+from smca.checkpoint.files import load_tensors
+from smca.engine.signals import React, stop_error
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+__all__ = [
+    "BestCheckpointer",
+    "EmergencyCheckpointer",
+    "EvalHook",
+    "ModelEMA",
+    "ProgressPrinter",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,79 +76,115 @@ class ModelEMA(HookBase):
 
 class EmergencyCheckpointer(HookBase):
     """
-    When the training ends by an error, ctrl-C or SIGTERM, saves the state after the last
-    complete iteration as ``model_<iteration>.pth``, from where ``--resume`` continues.
+    When the training ends by an error, ctrl-C, SIGTERM or SIGUSR1, saves the state after the
+    last complete iteration as ``model_<iteration>.pth``, from where ``--resume`` continues.
 
     Put it behind the hooks that change what is saved (schedule, average of the weights) and
-    before those that only report. An update of the weights that has begun is finished before
-    ctrl-C and SIGTERM take effect, because half an update cannot be resumed.
+    before those that only report. A signal takes effect after the iteration, in all processes
+    after the same one; a second one at once, but for an update of the weights that has begun,
+    because half an update cannot be resumed. In an evaluation (:class:`EvalHook`), and while a
+    process alone waits for data, the first one takes effect at once.
     """
 
-    def __init__(self, checkpointer):
+    def __init__(self, checkpointer, peers=None):
+        """
+        Args:
+            checkpointer (Checkpointer):
+            peers (PeerWatch or None): says when another process has failed, since this one may
+                be waiting for it in vain, and is then saved by another thread.
+        """
         self._checkpointer = checkpointer
-        self._updating = False
-        self._pending_signal = None
-        self._previous_handlers = {}
-        self._statistics = []
+        self._peers = peers
+        # Held while the weights change, and by whoever saves them for the last time.
+        self._lock = threading.RLock()
+        self._updating = contextlib.ExitStack()
+        self._is_updating = self._is_over = False
+        self._whole = None  # on a GPU, an event: the last complete iteration is done there
 
     def before_train(self):
         self._last_complete = self.trainer.start_iter - 1
-        batch_norms = get_bn_modules(self.trainer.model)
-        self._running = [buffer for module in batch_norms for buffer in module.buffers()]
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous_handlers[number] = signal.signal(number, self._on_signal)
+        self.trainer.before_update = self._before_update
+        self.trainer.signals.install()
+        if self._peers is not None:
+            self._peers.rescue = self._rescue_in_thread
 
-    def _on_signal(self, number, frame):
-        if self._updating:
-            self._pending_signal = number
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
-
-    def before_step(self):
-        # The forward pass of an iteration that fails later has changed these already.
-        self._statistics = [buffer.clone() for buffer in self._running]
-
-    def after_backward(self):
-        self._updating = True
+    def _before_update(self):
+        self._updating.enter_context(self._lock)
+        self._is_updating = True
 
     def after_step(self):
-        self._updating = False
+        self._is_updating = False
         self._last_complete = self.trainer.iter
-        self._statistics = []
-        if self._pending_signal is not None:
-            self._on_signal(self._pending_signal, None)
+        if self.trainer.device.type == "cuda":
+            self._whole = torch.cuda.current_stream().record_event()
+        self._updating.close()
+        number = self.trainer.stop_signal
+        if comm.get_world_size() == 1:
+            number = self.trainer.signals.received
+        if number is not None:
+            raise stop_error(number)
 
     def after_train(self):
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        error = sys.exc_info()[1]
-        if error is not None and comm.is_main_process():
-            self._rescue(error)
+        with self._lock:
+            error = sys.exc_info()[1]
+            if error is not None and comm.is_main_process():
+                self._rescue(error)
+            self._is_over = True
+        self._updating.close()
+
+    def _rescue_in_thread(self, failure):
+        """Save the training while its own thread waits for a process that is gone."""
+        with self._lock, contextlib.ExitStack() as stack:
+            if self._is_over or not comm.is_main_process():
+                return
+            self._is_over = True
+            if self._whole is not None:
+                # The default stream is behind the collective that never ends.
+                torch.cuda.set_device(self.trainer.device)
+                stream = torch.cuda.Stream()
+                stream.wait_event(self._whole)
+                stack.enter_context(torch.cuda.stream(stream))
+            self._rescue(failure)
+            # The main thread shall not go on from here.
+            self._lock.acquire()
 
     def _rescue(self, error):
         iteration = self._last_complete
         name = f"model_{iteration:07d}"
         last = self._checkpointer.get_checkpoint_file()
-        reason = f"The training ended early ({type(error).__name__})"
-        is_saved = os.path.basename(last) == name + ".pth"
-        is_lost = isinstance(error, FloatingPointError) or self._updating
-        if not (is_saved or is_lost) and iteration >= self.trainer.start_iter:
-            for buffer, value in zip(self._running, self._statistics):
-                buffer.copy_(value)
-            # Hooks that follow take this for where the training stands, too.
-            self.trainer.iter = iteration
+        if self._peers is not None and isinstance(error, RuntimeError):
+            # It may be how a collective says that another process is gone.
+            error = self._peers.wait_for_failure(5) or error
+        reason = getattr(error, "text", type(error).__name__)
+        is_saved = os.path.basename(last) == name + ".pth" and os.path.isfile(last)
+        is_lost = isinstance(error, FloatingPointError) or self._is_updating
+        has_trained = iteration >= self.trainer.start_iter
+        if has_trained:
+            # What is saved here, and the last line of the metrics, stand at this iteration.
+            self.trainer.iter = self.trainer.storage.iter = iteration
+        if has_trained and not (is_saved or is_lost):
+            self.trainer.restore_statistics()
             try:
                 self._checkpointer.save(name, iteration=iteration)
                 last = self._checkpointer.get_checkpoint_file()
-            except OSError as save_error:
+            except Exception as save_error:  # which must not hide the first error
                 logger.error("The state could not be saved: %s", save_error)
         if last:
-            logger.error("%s; --resume continues from %s.", reason, last)
+            logger.error("The training ended early (%s); --resume continues from %s.", reason, last)
         else:
-            logger.error("%s before there was anything to save.", reason)
+            logger.error("The training ended early (%s) before there was anything to save.", reason)
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's :class:`EvalHook`, which a signal ends at once: the state is whole."""
+
+    def _do_eval(self):
+        with self.trainer.signals.reacting(React.AT_ONCE):
+            super()._do_eval()
+
+    def after_train(self):
+        if sys.exc_info()[1] is None:  # not even if it failed in the last iteration
+            super().after_train()
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
@@ -146,16 +194,26 @@ class BestCheckpointer(hooks.BestCheckpointer):
     there is no other). A missing or nan metric is no error.
     """
 
+    _is_warned = False
+
     def before_train(self):
         path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
         if self.trainer.start_iter > 0 and os.path.isfile(path):
-            best = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            best = best.get("best", {})
+            try:
+                best = load_tensors(path).get("best", {})
+            except Exception as error:  # a broken file can raise anything
+                logger.warning(
+                    "%s cannot be read (%s): the best checkpoint is looked for anew.", path, error
+                )
+                return
             if best.get("metric") == self._val_metric:
                 self.best_metric, self.best_iter = best["value"], best["iteration"]
 
     def _best_checking(self):
-        value, iteration = self.trainer.storage.latest().get(self._val_metric, (None, None))
+        latest = self.trainer.storage.latest()
+        value, iteration = latest.get(self._val_metric, (None, None))
+        if value is None:
+            self._warn_of_missing([name for name in latest if "/" in name])
         if value is None or iteration == self.best_iter:
             return
         if self.best_metric is not None and not self._compare(value, self.best_metric):
@@ -168,6 +226,16 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if last:
             self._checkpointer.tag_last_checkpoint(os.path.basename(last))
         logger.info("Best %s so far: %.3f at iteration %d.", self._val_metric, value, iteration)
+
+    def _warn_of_missing(self, metrics):
+        if metrics and not self._is_warned:
+            self._is_warned = True
+            logger.warning(
+                "train.best_metric=%s is none of the evaluation's, so that no best checkpoint is "
+                "kept. There are: %s.",
+                self._val_metric,
+                ", ".join(sorted(metrics)),
+            )
 
 
 def _peak_memory_mb():
@@ -183,7 +251,7 @@ class _LineEnd(logging.LoggerAdapter):
         grad_norm, _ = get_event_storage().latest().get("grad_norm", (None, None))
         if grad_norm is not None:
             msg += f"  grad_norm: {grad_norm:.4g}"
-        if not torch.cuda.is_available():
+        if resource is not None and not torch.cuda.is_available():
             msg += f"  max_mem: {_peak_memory_mb():.0f}M"
         return msg, kwargs
 

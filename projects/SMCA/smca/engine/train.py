@@ -2,6 +2,7 @@ import copy
 import itertools
 import logging
 import os
+import random
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -12,25 +13,36 @@ from detectron2.utils.logger import create_small_table, setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint.files import remove_temporary_files
 from smca.config import AMP_DTYPES, build, build_model, dataset_names, load_config, resolve_device
 from smca.data import require_dataset
-from smca.engine.hooks import BestCheckpointer, EmergencyCheckpointer, ModelEMA, ProgressPrinter
+from smca.engine.hooks import (
+    BestCheckpointer,
+    EmergencyCheckpointer,
+    EvalHook,
+    ModelEMA,
+    ProgressPrinter,
+)
+from smca.engine.run_folder import newest_previous_run, set_previous_run_aside
+from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
-from smca.errors import CheckpointError, ConfigError
+from smca.errors import CheckpointError, ConfigError, UserError
 
 __all__ = ["do_eval", "do_test", "do_train", "main"]
 
 logger = logging.getLogger(__name__)
 
 _DEV_RUN_STEPS, _DEV_RUN_IMAGES = 3, 4
+_EVAL_LOG = "log_eval.txt"
 
 
-def main(args):
+def main(args, peers=None):
     """
     Train or evaluate, in one process of possibly several.
 
     Args:
         args (argparse.Namespace): of Detectron2's `default_argument_parser`.
+        peers (PeerWatch or None): of the other processes.
 
     Returns:
         dict: results of the (last) evaluation, empty if there was none; ``bbox`` with those of
@@ -43,11 +55,81 @@ def main(args):
     cfg.train.device = str(resolve_device(cfg.train.device))
     if cfg.train.fast_dev_run:
         _shorten(cfg.train)
-    cfg.train.seed = _agree_on_seed(cfg.train, args.resume and not args.eval_only)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="smca")
+    if args.eval_only:
+        _setup_eval(cfg, args)
+        _resolve_data_settings(cfg)
+        return do_eval(cfg, args)
+
+    train = cfg.train
+    if not args.resume:
+        previous, train.init_checkpoint = _from_main_process(set_previous_run_aside, train)
+    setup_logger(train.output_dir, distributed_rank=comm.get_rank(), name="smca")
+    if not args.resume and previous:
+        logger.warning(
+            "%s holds another run, whose files are now in %s; --resume would have continued it.",
+            train.output_dir,
+            previous,
+        )
+    last = _from_main_process(_find_checkpoint, train) if args.resume else ""
+    train.seed = _from_main_process(_choose_seed, train, last)
     default_setup(cfg, args)
     _resolve_data_settings(cfg)
-    return do_eval(cfg, args) if args.eval_only else do_train(cfg, args)
+    return do_train(cfg, args, last, peers)
+
+
+def _from_main_process(function, *args):
+    """What a function returns in the main process, or the UserError that it raises there."""
+    result = error = None
+    if comm.is_main_process():
+        try:
+            result = function(*args)
+        except UserError as raised:
+            error = raised
+    result, error = comm.all_gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _find_checkpoint(train):
+    """
+    Returns:
+        str: path of the checkpoint to resume from, "" to start anew.
+    """
+    remove_temporary_files(train.output_dir)
+    last = SMCACheckpointer(torch.nn.Module(), train.output_dir).find_resumable()
+    if last:
+        return last
+    previous = newest_previous_run(train.output_dir)
+    if previous:
+        raise CheckpointError(
+            f"There is no checkpoint in {train.output_dir}, but {previous} has those of the run "
+            f"before: resume with train.output_dir={previous}, or start anew without --resume."
+        )
+    logger.warning("There is no checkpoint in %s: starting anew.", train.output_dir)
+    return ""
+
+
+def _choose_seed(train, last):
+    """The seed, for a negative one that of the run to resume, or else a random one."""
+    if train.seed >= 0:
+        return train.seed
+    if not last:
+        return random.SystemRandom().randrange(2**31)
+    checkpoint = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
+    return checkpoint["trainer"].get("seed", 0)
+
+
+def _setup_eval(cfg, args):
+    """Detectron2's `default_setup`, but for the training's files: a log of its own, no config."""
+    log_file = os.path.join(cfg.train.output_dir, _EVAL_LOG)
+    for name in ("smca", "fvcore", "detectron2"):
+        setup_logger(
+            log_file, distributed_rank=comm.get_rank(), name=name, configure_stdout=name == "smca"
+        )
+    without_output = copy.deepcopy(cfg)
+    del without_output.train.output_dir
+    default_setup(without_output, args)
 
 
 def _shorten(train):
@@ -74,20 +156,6 @@ def _resolve_data_settings(cfg):
             f"dataloader.evaluator.dataset_name is a list of {len(evaluated)}, an evaluator takes "
             "one data set: give data.val_json or dataloader.test.dataset.names without [ ]."
         )
-
-
-def _agree_on_seed(train, resume):
-    """The seed, for a negative one that of the run to resume, or else a random one."""
-    if train.seed >= 0:
-        return train.seed
-    last = SMCACheckpointer(torch.nn.Module(), train.output_dir).get_checkpoint_file()
-    if resume and last:
-        try:
-            checkpoint = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
-            return checkpoint["trainer"]["seed"]
-        except (OSError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{last} is no checkpoint to resume from.") from error
-    return comm.shared_random_seed()
 
 
 def _check_datasets(cfg, *splits):
@@ -151,30 +219,37 @@ def do_eval(cfg, args):
     _check_class_counts(cfg, "test")
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
-    path = cfg.train.init_checkpoint
-    if args.resume and checkpointer.has_checkpoint():
-        path = checkpointer.get_checkpoint_file()
+    last = _from_main_process(checkpointer.find_resumable, False) if args.resume else ""
+    path = last or cfg.train.init_checkpoint
     if not path:
         raise ConfigError("Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE.")
-    others = checkpointer.load(path)
+    others = checkpointer.resume(path) if last else checkpointer.load(path)
 
     results = do_test(cfg, model, test_loader)
     if "model_ema" in others:
         model.load_state_dict(others["model_ema"])
         results.update(do_test(cfg, model, test_loader, prefix="ema/"))
-    _log_summary(results, [path], [os.path.join(cfg.train.output_dir, "log.txt")])
+    _log_summary(results, [path], [os.path.join(cfg.train.output_dir, _EVAL_LOG)])
     return results
 
 
-def do_train(cfg, args):
+def do_train(cfg, args, resume_from=None, peers=None):
     """
-    Train as the config says, with ``--resume`` from the newest checkpoint in
-    ``train.output_dir`` if there is one.
+    Train as the config says.
+
+    Args:
+        cfg (DictConfig):
+        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
+        resume_from (str or None): a checkpoint of this training to go on from, or "". None: with
+            ``--resume`` the newest in ``train.output_dir``.
+        peers (PeerWatch or None): of the other processes.
 
     Returns:
         dict: results of the last evaluation, see :func:`main`.
     """
     train = cfg.train
+    if resume_from is None:
+        resume_from = _from_main_process(_find_checkpoint, train) if args.resume else ""
     # Data first: what is wrong with them should not take the time to build a model.
     _check_datasets(cfg, "train", "test")
     train_loader = build(cfg.dataloader.train, "dataloader.train")
@@ -183,10 +258,15 @@ def do_train(cfg, args):
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
 
-    checkpointer = SMCACheckpointer(model, train.output_dir, provenance=_provenance(cfg, args))
-    resume = args.resume and checkpointer.has_checkpoint()
-    if not resume:
-        _warn_about_existing_run(checkpointer, args)
+    for loader in (train_loader, test_loader):
+        protect_workers(loader)
+    checkpointer = SMCACheckpointer(
+        model,
+        train.output_dir,
+        provenance=_provenance(cfg, args),
+        max_to_keep=train.checkpointer.max_to_keep,
+    )
+    if not resume_from:
         checkpointer.load(train.init_checkpoint, checkpointables=[])
     # Before the model is wrapped or compiled, so that it is a plain copy.
     ema = ModelEMA(model, train.model_ema.decay) if train.model_ema.enabled else None
@@ -204,8 +284,8 @@ def do_train(cfg, args):
         # Detectron2 sums up what it gets into "name/metric".
         return dict(results)
 
-    trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate))
-    start_iter = _resume(checkpointer, trainer, ema) if resume else 0
+    trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate, peers))
+    start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
     trainer.train(start_iter, train.max_iter)
     _log_summary(results, *_written_files(train.output_dir, checkpointer))
     return results
@@ -230,35 +310,38 @@ def _build_trainer(cfg, model, train_loader):
         clip_grad_norm=train.clip_grad_norm,
         seed=train.seed,
         total_batch_size=cfg.dataloader.train.get("total_batch_size"),
+        skip_nonfinite=train.get("skip_nonfinite", 0),
+        report_dir=train.output_dir,
     )
 
 
-def _build_hooks(cfg, checkpointer, ema, evaluate):
+def _build_hooks(cfg, checkpointer, ema, evaluate, peers):
     train = cfg.train
     state_hooks = [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
         ema,
-        EmergencyCheckpointer(checkpointer),
+        EmergencyCheckpointer(checkpointer, peers),
     ]
     if not comm.is_main_process():
-        return state_hooks + [hooks.EvalHook(train.eval_period, evaluate)]
+        return state_hooks + [EvalHook(train.eval_period, evaluate)]
     writers = default_writers(train.output_dir, train.max_iter)
     writers[0] = ProgressPrinter(train.max_iter)
     return state_hooks + [
-        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer),
-        hooks.EvalHook(train.eval_period, evaluate),
+        # The checkpointer itself removes old files, those of the run before a resume too.
+        hooks.PeriodicCheckpointer(checkpointer, **{**train.checkpointer, "max_to_keep": None}),
+        EvalHook(train.eval_period, evaluate),
         BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
         hooks.PeriodicWriter(writers, period=train.log_period),
     ]
 
 
-def _resume(checkpointer, trainer, ema):
+def _resume(checkpointer, trainer, ema, path):
     """
     Returns:
         int: the iteration to go on with.
     """
-    others = checkpointer.resume()
+    others = checkpointer.resume(path)
     # Checkpoints hold the number of the iteration that was just finished.
     start_iter = trainer.iter + 1
     if ema is not None and not ema.averaged.n_averaged:
@@ -271,16 +354,6 @@ def _resume(checkpointer, trainer, ema):
         )
     logger.info("Resuming at iteration %d.", start_iter)
     return start_iter
-
-
-def _warn_about_existing_run(checkpointer, args):
-    if checkpointer.has_checkpoint():
-        logger.warning(
-            "%s holds another run, whose files will be overwritten; --resume would continue it.",
-            checkpointer.save_dir,
-        )
-    elif args.resume:
-        logger.warning("There is no checkpoint in %s: starting anew.", checkpointer.save_dir)
 
 
 def _provenance(cfg, args):

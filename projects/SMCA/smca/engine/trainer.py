@@ -1,6 +1,8 @@
 import contextlib
+import json
 import logging
 import math
+import os
 import random
 import time
 
@@ -9,9 +11,12 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
-from smca.data.loader import set_start_batch
+from smca.checkpoint.files import read_tag, write_atomically
+from smca.data.loader import set_start_batch, set_start_sample
+from smca.engine.signals import STOP_SIGNALS, React, StopSignals
 from smca.errors import NonFiniteError
 
 __all__ = ["Trainer"]
@@ -21,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Keeps the random numbers of the model apart from those of the data loader, which are
 # derived from the same seed.
 _MODEL = 2
+# Gradients that overflow at such a scale of the loss are broken, float16 or not.
+_LEAST_SCALE = 2.0**-14
 
 
 def _seed_random_states(*entropy):
@@ -52,6 +59,8 @@ class Trainer(SimpleTrainer):
         clip_grad_norm=None,
         seed=0,
         total_batch_size=None,
+        skip_nonfinite=0,
+        report_dir=None,
     ):
         """
         Args:
@@ -66,8 +75,11 @@ class Trainer(SimpleTrainer):
             clip_grad_norm (float or None): largest norm of all gradients together. None or 0
                 does not clip.
             seed (int): not negative, the same in all processes.
-            total_batch_size (int or None): images of one batch over all processes; only kept,
-                to tell whether a resumed run goes on exactly.
+            total_batch_size (int or None): images of one batch over all processes, by which a
+                resumed run knows how far it has got in the data.
+            skip_nonfinite (int): iterations in a row that are skipped, in all processes, where
+                the loss or the gradient is nan or infinite, before that is an error.
+            report_dir (str or None): where a file tells of each such iteration.
         """
         super().__init__(model, data_loader, optimizer)
         self.amp_dtype = amp_dtype
@@ -75,6 +87,15 @@ class Trainer(SimpleTrainer):
         self.clip_grad_norm = clip_grad_norm or math.inf
         self.seed = seed
         self.total_batch_size = total_batch_size
+        self.skip_nonfinite = skip_nonfinite
+        self.report_dir = report_dir
+        self.signals = StopSignals()
+        self.stop_signal = None  # once all processes know of one: stop after this iteration
+        self._num_skipped = 0  # in a row
+        self._start_sample = None  # in the stream of data, as a checkpoint says
+        batch_norms = get_bn_modules(model)
+        self._running = [buffer for module in batch_norms for buffer in module.buffers()]
+        self._statistics = []
         self.device = next(model.parameters()).device
         # float16 alone has too narrow a range for unscaled gradients.
         self.grad_scaler = torch.amp.GradScaler(
@@ -82,12 +103,18 @@ class Trainer(SimpleTrainer):
         )
 
     def before_train(self):
-        self._seek_data(self.start_iter * self.accumulate)
+        self._seek_data()
         super().before_train()
 
-    def _seek_data(self, num_batches):
+    def _seek_data(self):
+        num_batches = self.start_iter * self.accumulate
+        if self._start_sample is None and self.total_batch_size is not None:
+            self._start_sample = num_batches * self.total_batch_size
         try:
-            set_start_batch(self.data_loader, num_batches)
+            if self._start_sample is None:
+                set_start_batch(self.data_loader, num_batches)
+            else:
+                set_start_sample(self.data_loader, self._start_sample)
         except TypeError as error:
             if num_batches > 0:
                 logger.warning("The data start over, the run does not go on exactly: %s", error)
@@ -95,7 +122,10 @@ class Trainer(SimpleTrainer):
     def after_train(self):
         # Ends the loader's processes. Left to the garbage collector, each would take seconds.
         self._data_loader_iter_obj = None
-        super().after_train()
+        try:
+            super().after_train()
+        finally:
+            self.signals.restore()
 
     def run_step(self):
         """
@@ -104,25 +134,66 @@ class Trainer(SimpleTrainer):
                 processes, and the weights are still those of the last iteration.
         """
         assert self.model.training, "the model was changed to eval mode"
-        losses, data_time = {}, 0.0
+        # The forward pass of an iteration that fails later changes these.
+        self._statistics = [buffer.clone() for buffer in self._running]
+        with self.signals.reacting(React.AFTER_STEP):
+            is_ready = self._compute_gradients()
+        if is_ready:
+            self.before_update()
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.zero_grad()
+            self.restore_statistics()
+            if self.grad_scaler.is_enabled():
+                self.grad_scaler.update()
+        self._statistics = []
+
+    def _compute_gradients(self):
+        """
+        Returns:
+            bool: whether they are fit for a step, else it is to be skipped.
+        """
+        losses, data_time, own_losses, file_names = {}, 0.0, [], []
         self.optimizer.zero_grad()
         for micro_batch in range(self.accumulate):
             start = time.perf_counter()
-            data = next(self._data_loader_iter)
+            data = self._next_batch()
             data_time += time.perf_counter() - start
-            for name, loss in self._forward_backward(data, micro_batch).items():
-                losses[name] = losses.get(name, 0) + loss.detach().float() / self.accumulate
+            batch_losses = self._forward_backward(data, micro_batch)
+            own_losses.append({k: v.detach().float() for k, v in batch_losses.items()})
+            for name, loss in own_losses[-1].items():
+                losses[name] = losses.get(name, 0) + loss / self.accumulate
+            if isinstance(data, (list, tuple)):
+                images = [x for x in data if isinstance(x, dict)]
+                file_names += [x["file_name"] for x in images if "file_name" in x]
         self.after_backward()
 
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        losses, grad_norm = self._to_host(losses, grad_norm)
-        self._check_finite(losses, grad_norm)
-        self._put_metrics(losses, grad_norm, data_time)
+        losses, grad_norm, scale = self._to_host(losses, grad_norm)
+        problem = self._nonfinite(losses, grad_norm, scale)
+        if problem is not None:
+            self._report(problem, losses, grad_norm, own_losses, file_names)
+            return False
+        self._num_skipped = 0
+        self._put_metrics(losses, grad_norm, scale, data_time)
+        return True
 
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+    def before_update(self):
+        """Called when all processes have done their part, and the weights change next."""
+
+    def _next_batch(self):
+        # Of several processes, none stops in an iteration that others go through with.
+        is_alone = comm.get_world_size() == 1
+        with self.signals.reacting(React.AT_ONCE if is_alone else React.AFTER_STEP):
+            return next(self._data_loader_iter)
+
+    def restore_statistics(self):
+        """Put the statistics of batch norm back to those of the last complete iteration."""
+        for buffer, value in zip(self._running, self._statistics):
+            buffer.copy_(value)
 
     def _forward_backward(self, data, micro_batch):
         # Random states are a function of the position in the training, so that a checkpoint
@@ -142,36 +213,88 @@ class Trainer(SimpleTrainer):
             self.grad_scaler.scale(sum(losses.values()) / self.accumulate).backward()
         return losses
 
-    @staticmethod
-    def _to_host(losses, grad_norm):
+    def _to_host(self, losses, grad_norm):
         """
-        Losses, averaged over the processes, and the gradient norm as Python numbers. This is
-        the step's only wait for the device. It has to be before the optimizer steps: later,
-        a nan would be in the weights already, and perhaps in a checkpoint.
+        Losses, averaged over the processes, the gradient norm and the loss's scale as Python
+        numbers; and whether to stop. This is the step's only wait for the device. It has to be
+        before the optimizer steps: later, a nan would be in the weights already, and perhaps in
+        a checkpoint.
         """
-        values = torch.stack(list(losses.values()))
+        values = torch.cat([torch.stack(list(losses.values())), grad_norm.float().view(1)])
+        stop = values.new_zeros(len(STOP_SIGNALS))
+        if self.signals.received is not None:
+            stop[STOP_SIGNALS.index(self.signals.received)].fill_(1)
         if comm.get_world_size() > 1:
-            dist.all_reduce(values)
-            values /= comm.get_world_size()
-        *values, grad_norm = torch.cat([values, grad_norm.float().view(1)]).tolist()
-        return dict(zip(losses, values)), grad_norm
+            # The norm is the same everywhere; should it not be, a nan is one for all.
+            both = torch.cat([values, stop])
+            dist.all_reduce(both)
+            values, stop = both[: len(values)] / comm.get_world_size(), both[len(values) :]
+        scale = self.grad_scaler.scale(values.new_ones(1))
+        numbers = torch.cat([values, stop, scale]).tolist()
+        grad_norm, *stop, scale = numbers[len(losses) :]
+        self.stop_signal = next((n for n, count in zip(STOP_SIGNALS, stop) if count), None)
+        return dict(zip(losses, numbers)), grad_norm, scale
 
-    def _check_finite(self, losses, grad_norm):
+    def _nonfinite(self, losses, grad_norm, scale):
+        """What is not finite, in words, or None."""
         if not all(map(math.isfinite, losses.values())):
-            what = "The loss became nan or infinite ({})".format(
+            return "The loss became nan or infinite ({})".format(
                 ", ".join(f"{name}: {value:.4g}" for name, value in losses.items())
             )
-        elif not math.isfinite(grad_norm) and not self.grad_scaler.is_enabled():
-            # With float16 this is normal: the scaler skips the step and lowers its scale.
-            what = f"The norm of the gradient became {grad_norm}"
-        else:
-            return
-        raise NonFiniteError(
-            f"{what} at iteration {self.iter}: lower the learning rate, or use "
-            "train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data."
+        if math.isfinite(grad_norm):
+            return None
+        if not self.grad_scaler.is_enabled():
+            return f"The norm of the gradient became {grad_norm}"
+        if scale <= _LEAST_SCALE:
+            return f"The norm of the gradient is {grad_norm} even with a loss scale of {scale:.2g}"
+        return None  # the scaler skips the step and lowers its scale, as is normal
+
+    def _report(self, problem, losses, grad_norm, own_losses, file_names):
+        """Say that the iteration is skipped; raise, after too many in a row."""
+        self._num_skipped += 1
+        report = self._write_report(losses, grad_norm, own_losses, file_names)
+        if self._num_skipped > self.skip_nonfinite:
+            skipped = f", after {self.skip_nonfinite} skipped ones" if self.skip_nonfinite else ""
+            raise NonFiniteError(
+                f"{problem} at iteration {self.iter}{skipped}: lower the learning rate, or use "
+                "train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data"
+                f"{report and f' ({report} names the images)'}."
+            )
+        logger.warning(
+            "%s at iteration %d, which is skipped (%d in a row of at most %d)%s.",
+            problem,
+            self.iter,
+            self._num_skipped,
+            self.skip_nonfinite,
+            report and f"; see {report}",
         )
 
-    def _put_metrics(self, losses, grad_norm, data_time):
+    def _write_report(self, losses, grad_norm, own_losses, file_names):
+        """
+        Returns:
+            str: path of the report, "" if there is none.
+        """
+        if self.report_dir is None:
+            return ""
+        path = os.path.join(self.report_dir, f"nonfinite_{self.iter:07d}.json")
+        own = {
+            "images": file_names,
+            "losses_by_batch": [{k: v.item() for k, v in each.items()} for each in own_losses],
+        }
+        processes = comm.gather(own)
+        if comm.is_main_process():
+            report = {
+                "iteration": self.iter,
+                "losses": losses,
+                "grad_norm": grad_norm,
+                "last_checkpoint": read_tag(self.report_dir) or None,
+                "processes": processes,
+            }
+            content = json.dumps(report, indent=1).encode()
+            write_atomically(path, lambda file: file.write(content))
+        return path
+
+    def _put_metrics(self, losses, grad_norm, scale, data_time):
         self.storage.put_scalar("data_time", data_time)
         self.storage.put_scalar("total_loss", sum(losses.values()))
         if len(losses) > 1:
@@ -179,33 +302,52 @@ class Trainer(SimpleTrainer):
         if math.isfinite(grad_norm):
             self.storage.put_scalar("grad_norm", grad_norm)
         if self.grad_scaler.is_enabled():
-            self.storage.put_scalar("grad_scale", self.grad_scaler.get_scale())
+            self.storage.put_scalar("grad_scale", scale)
 
     def _stream(self):
         """What decides which data and random numbers belong to an iteration."""
+        try:
+            dataset_size = len(self.data_loader.dataset)
+        except (AttributeError, TypeError):  # of another kind of loader
+            dataset_size = None
         return {
             "seed": self.seed,
             "world_size": comm.get_world_size(),
             "total_batch_size": self.total_batch_size,
             "accumulate": self.accumulate,
+            "dataset_size": dataset_size,
         }
 
     def state_dict(self):
         state = super().state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
         state.update(self._stream())
+        if self._start_sample is not None:
+            num_steps = self.iter + 1 - self.start_iter
+            num_samples = num_steps * self.accumulate * self.total_batch_size
+            state["sample"] = self._start_sample + num_samples
         return state
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if self.total_batch_size is not None:
+            self._start_sample = state_dict.get("sample", _sample_of_old(state_dict))
         for name, value in self._stream().items():
-            if state_dict.get(name) != value:
+            if name in state_dict and state_dict[name] != value:
                 logger.warning(
                     "The run goes on, but not exactly: %s was %s when the checkpoint was "
                     "written and is %s now.",
                     name,
-                    state_dict.get(name),
+                    state_dict[name],
                     value,
                 )
+
+
+def _sample_of_old(state_dict):
+    """Where a checkpoint that does not say so is in the stream of data, or None."""
+    if not state_dict.get("total_batch_size") or not state_dict.get("accumulate"):
+        return None
+    num_batches = (state_dict["iteration"] + 1) * state_dict["accumulate"]
+    return num_batches * state_dict["total_batch_size"]

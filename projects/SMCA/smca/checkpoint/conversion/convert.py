@@ -7,8 +7,6 @@ their tensors' names and shapes.
 import argparse
 import os
 import pickle
-import re
-import tempfile
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -19,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from smca.checkpoint.files import RefusedCode, load_tensors, write_atomically
 from smca.config import get_config
 from smca.errors import CheckpointError
 from smca.modeling import build_resnet
@@ -129,15 +128,14 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
     # Command line arguments, which the official training script keeps beside the weights.
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign is None:
-            raise CheckpointError("cannot be read, perhaps it was cut short.") from error
+        checkpoint = load_tensors(path)
+    except RefusedCode as error:
         raise CheckpointError(
-            f"would run code when it is opened ({foreign[1]}), which is refused: only files of "
+            f"would run code when it is opened ({error}), which is refused: only files of "
             "tensors and plain values are converted."
         ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError("cannot be read, perhaps it was cut short.") from error
     except (EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             "cannot be read, perhaps it was cut short or is of another kind."
@@ -272,27 +270,10 @@ def _local_path(path: str) -> str:
 
 
 def _save(checkpoint: Dict[str, Any], path: str) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
     try:
-        os.makedirs(folder, exist_ok=True)
-        # In the same folder, so that it can be renamed in one step.
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            torch.save(checkpoint, file)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    except OSError as error:
         raise CheckpointError(f"The output {path} cannot be written: {error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _some(keys: List[str], num: int = 4) -> str:

@@ -1,0 +1,208 @@
+"""Files that appear whole or not at all, and checkpoints that are read without running code."""
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections import OrderedDict
+from typing import IO, Any, Callable, Dict, List, Optional
+
+import numpy as np
+import torch
+from detectron2.utils.file_io import PathManager
+
+__all__ = [
+    "RefusedCode",
+    "find_checkpoints",
+    "load_arrays",
+    "load_tensors",
+    "numbered_checkpoints",
+    "read_tag",
+    "remove_temporary_files",
+    "write_atomically",
+]
+
+_TEMPORARY = ".tmp"
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
+
+
+class RefusedCode(Exception):
+    """The file would run code when it is opened; the message is what it would call."""
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Create or replace a file such that it is there whole or as it was before, whenever the
+    process is killed or the machine loses power.
+
+    Args:
+        path: of the file; its folder is created if need be.
+        write: writes the content into the binary file that it is given.
+
+    Raises:
+        OSError: the file cannot be written. Nothing is left of it then.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    # In the same folder, so that it can be renamed in one step.
+    descriptor, temporary = tempfile.mkstemp(_TEMPORARY, os.path.basename(path) + ".", folder)
+    try:
+        with open(descriptor, "wb") as file:
+            try:
+                write(file)
+            except RuntimeError as error:
+                # PyTorch's writer hides the system's reason; another attempt shows it.
+                raise OSError(_reason(file) or str(error).splitlines()[0]) from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    _sync_folder(folder)
+
+
+def _reason(file: IO[bytes]) -> Optional[str]:
+    """Why the file cannot grow, if it cannot."""
+    try:
+        file.write(bytes(1 << 16))
+        file.flush()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _sync_folder(folder: str) -> None:
+    """Without this a power cut can undo the renaming. Not every system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove_temporary_files(folder: str) -> None:
+    """Remove what :func:`write_atomically` left in a process that was killed."""
+    for name in _names(folder):
+        if re.search(r"\.pth\.\w+\.tmp$|^last_checkpoint\.\w+\.tmp$", name):
+            os.remove(os.path.join(folder, name))
+
+
+def read_tag(folder: str) -> str:
+    """The file name in ``last_checkpoint``; "" where that is absent, empty or no text."""
+    try:
+        with PathManager.open(os.path.join(folder, "last_checkpoint"), "r") as file:
+            name = file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return name if name.isprintable() else ""
+
+
+def numbered_checkpoints(folder: str) -> List[str]:
+    """Paths of ``model_<iteration>.pth``, in the order in which they were written."""
+    paths = [os.path.join(folder, name) for name in _names(folder) if _NUMBERED.fullmatch(name)]
+    return sorted(paths, key=lambda path: (os.stat(path).st_mtime_ns, path))
+
+
+def find_checkpoints(folder: str) -> List[str]:
+    """Paths of a run's checkpoints in the order in which to try them: the one that
+    ``last_checkpoint`` names (though it may be gone), then from the newest to the oldest, and
+    the best only at last."""
+    tagged = read_tag(folder)
+    iterations = {}
+    for name in _names(folder):
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered:
+            iterations[name] = int(numbered[1])
+        elif name == "model_final.pth":
+            iterations[name] = _iteration(os.path.join(folder, name))
+    names = [tagged] if tagged else []
+    names += sorted(iterations, key=lambda name: (iterations[name], name), reverse=True)
+    if os.path.isfile(os.path.join(folder, "model_best.pth")):
+        names.append("model_best.pth")
+    return [os.path.join(folder, name) for name in dict.fromkeys(names)]
+
+
+def _names(folder: str) -> List[str]:
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def _iteration(path: str) -> int:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return int(checkpoint["trainer"]["iteration"])
+    except Exception:  # a broken file can raise anything; it is tried, and named, later
+        return -1
+
+
+def load_tensors(path: str) -> Any:
+    """Read a file of tensors and plain values, on the CPU, without running code in it.
+
+    Raises:
+        RefusedCode: the file would run code.
+        OSError, RuntimeError, ValueError, ...: the file is broken in one of many ways.
+    """
+    if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign is None:
+            raise
+        raise RefusedCode(foreign[1]) from error
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How old pickles spell bytes."""
+    if encoding not in ("latin1", "latin-1"):
+        raise RefusedCode(f"_codecs.encode({encoding!r})")
+    return text.encode(encoding)
+
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]  # whose module has another name in NumPy 2
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows nothing but arrays and plain values."""
+
+    _ALLOWED = {
+        "collections.OrderedDict": OrderedDict,
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
+        "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+        "_codecs.encode": _encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._ALLOWED[f"{module}.{name}"]
+        except KeyError:
+            raise RefusedCode(f"{module}.{name}") from None
+
+
+def load_arrays(path: str) -> Dict[str, Any]:
+    """Read a pickle of arrays and plain values, without running code in it.
+
+    Raises:
+        RefusedCode: the file would run code.
+        OSError, ValueError, ...: the file is broken in one of many ways.
+    """
+    with PathManager.open(path, "rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()

@@ -1,0 +1,93 @@
+"""The output folder of a run, which holds one run's files at a time."""
+
+import fnmatch
+import os
+import re
+from typing import List, Optional, Sequence, Tuple
+
+from omegaconf import DictConfig
+
+from smca.checkpoint.files import remove_temporary_files
+from smca.errors import ConfigError
+
+__all__ = ["newest_previous_run", "set_previous_run_aside"]
+
+_TRAINED = ("last_checkpoint", "model_*.pth", "metrics.json")
+# log.txt is not among them: Detectron2 goes on with it from run to run.
+_FILES = (
+    *_TRAINED,
+    "config.yaml",
+    "events.out.tfevents.*",
+    "nonfinite_*.json",
+    # What the project's tools draw there.
+    "pictures",
+    "curves.png",
+    "validation.png",
+    "gaussians.png",
+    "modulation.json",
+    "modulation.png",
+    "examples.jpg",
+)
+
+
+def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
+    """
+    Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
+    own, where that run can still be resumed. (Those of a fast_dev_run are removed.)
+
+    Args:
+        train: the config's section.
+
+    Returns:
+        The folder, None if there was no run; and where the weights of
+        ``train.init_checkpoint`` are now.
+
+    Raises:
+        ConfigError: the files cannot be moved.
+    """
+    folder, weights = train.output_dir, train.init_checkpoint
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if not _matching(names, _TRAINED):
+        return None, weights
+    remove_temporary_files(folder)
+    if train.fast_dev_run:  # whose checkpoints nobody misses
+        for name in _matching(names, _TRAINED):
+            os.remove(os.path.join(folder, name))
+        return None, weights
+    number = max(_numbers(names), default=0) + 1
+    previous = os.path.join(folder, f"previous_{number}")
+    try:
+        os.mkdir(previous)
+        for name in _matching(names, _FILES):
+            source, target = os.path.join(folder, name), os.path.join(previous, name)
+            if weights and os.path.exists(weights) and os.path.samefile(weights, source):
+                weights = target
+            os.rename(source, target)
+    except OSError as error:
+        raise ConfigError(
+            f"The files of another run in {folder} cannot be moved to {previous} ({error}): choose "
+            "another train.output_dir."
+        ) from error
+    return previous, weights
+
+
+def newest_previous_run(folder: str) -> Optional[str]:
+    """
+    Returns:
+        The folder of the last run with checkpoints that was set aside.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for number in sorted(_numbers(names), reverse=True):
+        previous = os.path.join(folder, f"previous_{number}")
+        if _matching(os.listdir(previous), _TRAINED[:2]):
+            return previous
+    return None
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> List[str]:
+    return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
+
+
+def _numbers(names: Sequence[str]) -> List[int]:
+    matches = [re.fullmatch(r"previous_(\d+)", name) for name in names]
+    return [int(match[1]) for match in matches if match]

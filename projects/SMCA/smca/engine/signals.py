@@ -1,0 +1,125 @@
+"""Signals that end a training: ctrl-C, and what schedulers send before they end a job."""
+
+import contextlib
+import enum
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, Optional
+
+from torch.utils.data import DataLoader
+
+__all__ = ["React", "STOP_SIGNALS", "StopSignals", "protect_workers"]
+
+# SIGUSR1 is what Slurm can send ahead of the time limit. Windows has none.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
+# A group's signal may come twice: to each process, and handed on by the launcher.
+_SECOND_AFTER = 1.0  # seconds
+
+
+class React(enum.Enum):
+    """What a signal does while it lasts."""
+
+    AT_ONCE = enum.auto()  # raises where the process stands
+    AFTER_STEP = enum.auto()  # waits until the training asks; a second signal raises
+    LATER = enum.auto()  # waits, however many there are
+
+
+class StopSignals:
+    """
+    Handlers of the stop signals, which raise what ends a Python program: KeyboardInterrupt for
+    SIGINT, else SystemExit with 128 + the signal's number.
+
+    Attributes:
+        received (int or None): the first signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: Optional[int] = None
+        self._time = 0.0
+        self._react = React.LATER
+        self._pid = os.getpid()
+        self._previous: Dict[int, Any] = {}
+
+    def install(self) -> None:
+        """From now on; a process's main thread alone can do this, others do nothing."""
+        self.received = None
+        self._pid = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
+
+    def restore(self) -> None:
+        """Put the handlers of before back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    @contextlib.contextmanager
+    def reacting(self, react: React) -> Iterator[None]:
+        """Change what signals do inside the block; one that waits takes effect if it can."""
+        before, self._react = self._react, react
+        try:
+            self.check()
+            yield
+        finally:
+            self._react = before
+
+    def check(self) -> None:
+        """Raise for a signal that has come, where that is due at once."""
+        if self.received is not None and self._react is React.AT_ONCE:
+            raise stop_error(self.received)
+
+    def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() != self._pid:  # a forked process, such as a data loader's worker
+            return
+        now = time.monotonic()
+        is_first = self.received is None
+        if is_first:
+            self.received, self._time = number, now
+        is_second = now - self._time > _SECOND_AFTER
+        if self._react is React.AT_ONCE or (self._react is React.AFTER_STEP and is_second):
+            raise stop_error(number)
+
+
+def stop_error(number: int) -> BaseException:
+    """The exception by which a signal ends the program."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def protect_workers(loader: Any) -> None:
+    """
+    Let a data loader's workers live on when a stop signal is sent to all processes: the
+    training, which needs them to finish its step, ends them itself.
+    """
+    if not isinstance(loader, DataLoader):  # Detectron2's own loader of batches has one inside
+        loader = getattr(loader, "dataset", None)
+    if isinstance(loader, DataLoader) and loader.num_workers > 0:
+        loader.worker_init_fn = _ProtectedInit(loader.worker_init_fn)
+
+
+class _ProtectedInit:
+    def __init__(self, init: Optional[Callable[[int], Any]]) -> None:
+        self.init = init
+
+    def __call__(self, worker_id: int) -> None:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)
+        # SIGTERM is also how Python ends what is left of its own child processes.
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            threading.Thread(target=_heed_parent_alone, daemon=True).start()
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.init is not None:
+            self.init(worker_id)
+
+
+def _heed_parent_alone() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

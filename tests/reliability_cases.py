@@ -1,0 +1,136 @@
+"""Trainings in processes of their own, to which real things happen: signals, full disks, death."""
+
+import functools
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import torch
+from detectron2.engine import default_argument_parser
+
+from smca.engine import run
+
+
+class Job:
+    """
+    ``train_net.py`` in a process group of its own, which is forked: a Python that has imported
+    PyTorch already starts in milliseconds.
+    """
+
+    def __init__(self, folder, *args, prepare=None, cwd=None, **environment):
+        """
+        Args:
+            folder (Path): for the output.
+            args: of the command line.
+            prepare (callable or None): called in the new process before the command.
+            environment: additional variables.
+        """
+        number = len(list(folder.glob("output_*")))
+        self.output_file = folder / f"output_{number}_{environment.get('RANK', 0)}"
+        args = [str(arg) for arg in args]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.code = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                code = self._run(args, prepare, cwd, environment)
+            except SystemExit as error:
+                code = error.code
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def _run(self, args, prepare, cwd, environment):
+        os.setsid()
+        sys.stdin.close()
+        with open(self.output_file, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        os.chdir(cwd or os.getcwd())
+        # As in a data loader's worker: threads of the process before the fork are gone.
+        torch.set_num_threads(1)
+        if prepare is not None:
+            prepare()
+        return run(default_argument_parser().parse_args(args))
+
+    @property
+    def output(self):
+        return self.output_file.read_text() if self.output_file.exists() else ""
+
+    def wait_for(self, pattern, seconds=90):
+        """Wait until the output has this regular expression."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.output):
+            assert self.is_alive(), f"ended before {pattern!r}:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.output}"
+            time.sleep(0.02)
+
+    def is_alive(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is None
+
+    def signal_group(self, number):
+        os.killpg(self.pid, number)
+
+    def wait(self, seconds=90):
+        """The exit code; kills what takes longer."""
+        deadline = time.monotonic() + seconds
+        while self.is_alive():
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise AssertionError(f"not ended after {seconds} s:\n{self.output}")
+            time.sleep(0.02)
+        return self.code
+
+
+def jobs(folder, *args, prepare=None, num=2):
+    """The processes of one training, as torchrun starts them; `prepare` is given the rank."""
+    with socket.socket() as link:
+        link.bind(("127.0.0.1", 0))
+        port = link.getsockname()[1]
+    return [
+        Job(
+            folder,
+            *args,
+            prepare=None if prepare is None else functools.partial(prepare, rank),
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=num,
+            LOCAL_WORLD_SIZE=num,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(num)
+    ]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def iteration_of(path):
+    return load(path)["trainer"]["iteration"]
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}

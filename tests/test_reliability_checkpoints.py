@@ -1,0 +1,233 @@
+"""Checkpoints: written whole, found again, kept apart from other runs', and without code."""
+
+import argparse
+import json
+import os
+import pickle
+import resource
+import signal
+
+import pytest
+import torch
+
+from helpers import TinyDetector, write_tiny_config
+from reliability_cases import Job, files, iteration_of, load
+from smca.checkpoint import SMCACheckpointer
+from smca.errors import CheckpointError
+
+
+def train(folder, config, *args, **kwargs):
+    flags = [arg for arg in args if arg.startswith("--")]
+    others = [arg for arg in args if not arg.startswith("--")]
+    job = Job(folder, "--config-file", config, *flags, *others, **kwargs)
+    return job.wait(), job.output
+
+
+_FIRST_ERROR = RuntimeError("the first error")
+
+
+def fail_at(iteration, error=_FIRST_ERROR):
+    def prepare():
+        from smca.engine import Trainer
+
+        original = Trainer._forward_backward
+
+        def fail(self, *args):
+            if self.iter == iteration:
+                raise error
+            return original(self, *args)
+
+        Trainer._forward_backward = fail
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A config and the folder of its run, with the files 1, 3, 5, final and best."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_tiny_config(folder, max_iter=6, eval_period=3)
+    assert train(folder, config)[0] == 0
+    return config, folder / "run"
+
+
+def copy_of(finished, folder):
+    """Overrides for a copy of the run."""
+    config, source = finished
+    os.system(f"cp -r {source} {folder}/run")
+    return config, folder / "run", f"train.output_dir={folder}/run"
+
+
+def test_a_full_disk_in_the_rescue_hides_no_error_and_leaves_no_partial_file(tmp_path):
+    def prepare():
+        # A limit of the system for every file, of 1 MB; the model's checkpoint has 3.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        fail_at(2)()
+
+    config = write_tiny_config(
+        tmp_path, eval_period=0, checkpointer={"period": 9, "max_to_keep": 5}
+    )
+    code, output = train(tmp_path, config, "model.width=8192", prepare=prepare)
+    assert code == 1
+    assert "RuntimeError: the first error" in output
+    assert "The state could not be saved: The checkpoint file" in output
+    assert "File too large" in output
+    assert not [x for x in files(tmp_path / "run") if "model_" in x or "last_checkpoint" in x]
+
+
+def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
+    def die_in_second_save():
+        saves, original = [], torch.save
+
+        def save(data, file):
+            saves.append(file)
+            if len(saves) == 2:
+                file.write(b"half a checkpoint")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(data, file)
+
+        torch.save = save
+
+    config = write_tiny_config(tmp_path, max_iter=6, eval_period=0)
+    assert train(tmp_path, config, prepare=die_in_second_save)[0] == -signal.SIGKILL
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (tmp_path / "run" / "model_0000003.pth").exists()
+    assert train(tmp_path, config, "--resume")[0] == 0
+    assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("tag", ["", "model_0000005.pth", "model_0000009.pth", "\0\0\0\0"])
+def test_resume_takes_the_newest_file_that_can_be_read_and_says_so(finished, tmp_path, tag):
+    config, run, out = copy_of(finished, tmp_path)
+    for name in ("model_0000005.pth", "model_best.pth", "model_final.pth"):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) // 2])
+    (run / "last_checkpoint").write_text(tag)
+    code, output = train(tmp_path, config, out, "--resume", "train.max_iter=8")
+    assert code == 0, output
+    assert "model_0000005.pth cannot be read" in output
+    assert f"Resuming from {run}/model_0000003.pth in its place" in output
+    assert "model_best.pth cannot be read" in output
+    assert "Resuming at iteration 4" in output
+    assert iteration_of(run / "model_final.pth") == 7
+
+
+def test_damage_in_the_middle_of_a_file_is_noticed(finished, tmp_path):
+    config, run, out = copy_of(finished, tmp_path)
+    content = bytearray((run / "model_final.pth").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+    (run / "model_final.pth").write_bytes(content)
+    code, output = train(tmp_path, config, out, "--resume", "--eval-only")
+    assert code == 0
+    assert "model_final.pth cannot be read" in output and "damaged" in output
+
+
+def test_as_many_files_are_kept_as_asked_for_whoever_wrote_them(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=20, eval_period=0)
+    keep = "train.checkpointer.max_to_keep=2"
+    for iteration in (4, 7, 10):
+        assert train(tmp_path, config, keep, "--resume", prepare=fail_at(iteration))[0] == 1
+        kept = sorted(x for x in files(tmp_path / "run") if x.startswith("model_0"))
+        assert len(kept) == 2
+        assert kept[-1] == f"model_{iteration - 1:07d}.pth"
+
+
+def test_another_run_is_set_aside_whole(finished, tmp_path):
+    config, run, out = copy_of(finished, tmp_path)
+    before = files(run)
+    code, output = train(tmp_path, config, out, prepare=fail_at(0))
+    assert code == 1
+    assert "before there was anything to save" in output
+    assert files(run / "previous_1") == before - {"log.txt"}
+    assert "last_checkpoint" not in files(run)
+
+    code, output = train(tmp_path, config, out, "--resume")
+    assert code == 1
+    assert f"resume with train.output_dir={run}/previous_1" in output
+    assert train(tmp_path, config, f"{out}/previous_1", "--resume")[0] == 0
+
+    # A new run may begin with the weights of the one that it sets aside.
+    assert train(tmp_path, config, out, "train.max_iter=2")[0] == 0
+    weights = f"train.init_checkpoint={run}/model_final.pth"
+    assert train(tmp_path, config, out, weights, "train.max_iter=3")[0] == 0
+    rows = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "total_loss" in row] == [0, 1, 2]
+    # previous_2 is the failed one's.
+    assert iteration_of(run / "previous_3" / "model_final.pth") == 1
+
+
+def test_an_evaluation_leaves_the_training_s_files_alone(finished, tmp_path):
+    config, run, out = copy_of(finished, tmp_path)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    weights = f"train.init_checkpoint={run}/model_final.pth"
+    code, _ = train(tmp_path, config, "--eval-only", out, weights, "model.dropout=0.5")
+    assert code == 0
+    assert all((run / name).read_bytes() == content for name, content in before.items())
+    assert files(run) - set(before) == {"log_eval.txt"}
+    assert "bbox" in (run / "log_eval.txt").read_text()
+
+
+class Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
+def test_a_file_that_would_run_code_is_refused(finished, tmp_path, suffix):
+    path, traces = tmp_path / f"model{suffix}", tmp_path / "trace"
+    data = {"model": TinyDetector().state_dict(), "__author__": "x", "extra": Touch(traces)}
+    if suffix == ".pkl":
+        data["model"] = {key: value.numpy() for key, value in data["model"].items()}
+        path.write_bytes(pickle.dumps(data))
+    else:
+        torch.save({**data, "model_state": data["model"]}, path)
+    out, weights = f"train.output_dir={tmp_path}/run", f"train.init_checkpoint={path}"
+    code, output = train(tmp_path, finished[0], out, weights, "train.max_iter=1")
+    assert code == 1
+    assert f"Error: The checkpoint {path} would run code when it is opened (" in output
+    assert not traces.exists()
+
+
+def test_a_run_with_such_a_file_in_its_folder_is_refused_too(finished, tmp_path):
+    config, run, out = copy_of(finished, tmp_path)
+    torch.save({"model": {}, "trainer": Touch(tmp_path / "trace")}, run / "model_final.pth")
+    torch.save({"best": Touch(tmp_path / "trace")}, run / "model_best.pth")
+    code, output = train(tmp_path, config, out, "--resume", "train.max_iter=7")
+    assert code == 0
+    assert f"Resuming from {run}/model_0000005.pth in its place" in output
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_pickle_of_the_model_zoo_is_opened_as_detectron2_does(tmp_path, monkeypatch):
+    state = {key: value.numpy() for key, value in TinyDetector().backbone.state_dict().items()}
+    data = {"model": state, "__author__": "x", "matching_heuristics": True}
+    data["extra"] = argparse.Namespace()
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(data))
+    with pytest.raises(CheckpointError, match="argparse.Namespace"):
+        SMCACheckpointer(TinyDetector()).load(str(path))
+    checkpointer = SMCACheckpointer(TinyDetector())
+    monkeypatch.setattr(
+        checkpointer.path_manager, "get_local_path", lambda name, *args, **kwargs: str(path)
+    )
+    checkpointer.load("detectron2://ImageNetPretrained/torchvision/R-50.pkl")
+    weight = checkpointer.model.backbone["stem"].weight.detach()
+    assert (weight.numpy() == state["stem.weight"]).all()
+
+
+def test_checkpoints_of_before_go_on(finished, tmp_path):
+    config, run, out = copy_of(finished, tmp_path)
+    state = load(run / "model_final.pth")
+    for name in ("sample", "dataset_size"):
+        del state["trainer"][name]
+    torch.save(state, run / "model_final.pth")
+    code, output = train(tmp_path, config, out, "--resume", "train.max_iter=7")
+    assert code == 0
+    assert "not exactly" not in output
+    assert load(run / "model_final.pth")["trainer"]["sample"] == 7 * 4

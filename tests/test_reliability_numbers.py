@@ -1,0 +1,253 @@
+"""Numbers that go wrong, names that are wrong, other settings at a resume, unchanged images."""
+
+import json
+import os
+import textwrap
+
+import pytest
+import torch
+
+from helpers import TinyDetector, write_dataset, write_tiny_config
+from reliability_cases import Job, files, iteration_of, load
+
+
+def train(folder, *args, prepare=None):
+    job = Job(folder, *args, prepare=prepare)
+    return job.wait(), job.output
+
+
+def test_gradients_that_never_become_finite_in_float16_end_the_training(tmp_path):
+    def prepare():
+        original = TinyDetector.losses
+
+        def losses(self, *args):
+            # The loss is finite, and its gradient is not.
+            losses = original(self, *args)
+            zero = (self.class_embed.weight * 0).sum()
+            return {**losses, "loss_sqrt": zero.sqrt()}
+
+        TinyDetector.losses = losses
+
+    config = write_tiny_config(tmp_path, max_iter=200, eval_period=0)
+    fp16 = ["train.amp.enabled=True", "train.amp.dtype=fp16"]
+    code, output = train(tmp_path, "--config-file", config, *fp16, prepare=prepare)
+    assert code == 1
+    assert "even with a loss scale of 6.1e-05" in output
+    assert "Error: The norm of the gradient is nan" in output
+    assert "at iteration 30" in output
+
+
+def test_a_gradient_that_is_not_finite_leaves_a_report(tmp_path):
+    def prepare():
+        original = TinyDetector.__init__
+
+        def init(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.calls = 0
+            self.bbox_embed.weight.register_hook(self.spoil)
+
+        def spoil(self, gradient):
+            self.calls += 1
+            return gradient * float("inf") if self.calls == 4 else gradient
+
+        TinyDetector.__init__, TinyDetector.spoil = init, spoil
+
+    config = write_tiny_config(tmp_path, eval_period=0, max_iter=6)
+    flags, run = ["--config-file", config], tmp_path / "run"
+    code, output = train(tmp_path, *flags, prepare=prepare)
+    assert code == 1
+    (name,) = [x for x in files(run) if x.startswith("nonfinite")]
+    assert f"({run}/{name} names the images)" in output
+    report = json.loads((run / name).read_text())
+    assert report["iteration"] == 3
+    assert report["last_checkpoint"] == "model_0000001.pth"
+    assert not report["grad_norm"] < float("inf")
+    (own,) = report["processes"]
+    assert len(own["images"]) == 4
+    assert set(own["losses_by_batch"][0]) == {"loss_ce", "loss_bbox"} == set(report["losses"])
+
+    code, output = train(tmp_path, *flags, "train.skip_nonfinite=1", prepare=prepare)
+    assert code == 0
+    assert "which is skipped (1 in a row of at most 1)" in output
+    final = load(run / "model_final.pth")
+    assert final["trainer"]["iteration"] == 5
+    assert all(value.isfinite().all() for value in final["model"].values())
+
+
+def test_batch_norm_does_not_keep_the_statistics_of_a_skipped_step(tmp_path):
+    def prepare():
+        original = TinyDetector.forward
+
+        def forward(self, batch):
+            if self.training:
+                self.calls = getattr(self, "calls", 0) + 1
+                if self.calls == 3:
+                    batch[0]["image"] = batch[0]["image"].float() * float("nan")
+            return original(self, batch)
+
+        TinyDetector.forward = forward
+
+    config = write_tiny_config(tmp_path, eval_period=0)
+    code, output = train(
+        tmp_path, "--config-file", config, "train.skip_nonfinite=1", prepare=prepare
+    )
+    assert code == 0, output
+    final = load(tmp_path / "run" / "model_final.pth")
+    for key in ("model", "model_ema"):
+        assert all(value.isfinite().all() for value in final[key].values())
+    assert final["model"]["backbone.norm.num_batches_tracked"] == 3
+
+
+def test_a_misspelt_metric_is_said_at_the_first_evaluation(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=4, eval_period=2)
+    _, output = train(tmp_path, "--config-file", config, "train.best_metric=bbox/APP")
+    assert output.count("train.best_metric=bbox/APP is none of the evaluation's") == 1
+    assert "There are: bbox/AP, bbox/AP-round" in output
+    assert output.index("best_metric") < output.index(" iter: 2 ")
+
+
+def recorded(path):
+    """`prepare` that notes the images of each step."""
+
+    def prepare():
+        from smca.engine import Trainer
+
+        original = Trainer._forward_backward
+
+        def record(self, data, micro_batch):
+            with open(path, "a") as file:
+                file.writelines(f"{os.path.basename(x['file_name'])}\n" for x in data)
+            return original(self, data, micro_batch)
+
+        Trainer._forward_backward = record
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["dataloader.train.total_batch_size=2"], ["train.accumulate=2"]],
+    ids=["batch size", "accumulation"],
+)
+def test_another_batch_size_goes_on_where_the_data_were_left(tmp_path, overrides):
+    config = write_tiny_config(tmp_path, max_iter=3, eval_period=0)
+    prepare = recorded(tmp_path / "seen")
+    assert train(tmp_path, "--config-file", config, prepare=prepare)[0] == 0
+    flags = ["--config-file", config, "--resume", "train.max_iter=5", *overrides]
+    assert train(tmp_path, *flags, prepare=prepare)[0] == 0
+    seen = (tmp_path / "seen").read_text().split()
+    for start in range(0, len(seen) - 7, 8):  # each pass has each of the 8 images
+        assert len(set(seen[start : start + 8])) == 8
+    assert len(seen) == load(tmp_path / "run" / "model_final.pth")["trainer"]["sample"]
+
+    # And from there, once more.
+    flags = ["--config-file", config, "--resume", "train.max_iter=6"]
+    assert train(tmp_path, *flags, prepare=prepare)[0] == 0
+    seen = (tmp_path / "seen").read_text().split()
+    for start in range(0, len(seen) - 7, 8):
+        assert len(set(seen[start : start + 8])) == 8
+
+
+def test_a_data_set_that_has_grown_is_said_at_the_resume(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=2, eval_period=0)
+    assert train(tmp_path, "--config-file", config)[0] == 0
+    write_dataset(tmp_path, num_images=9)
+    _, output = train(tmp_path, "--config-file", config, "--resume", "train.max_iter=3")
+    assert "dataset_size was 8 when the checkpoint was written and is 9 now" in output
+    assert iteration_of(tmp_path / "run" / "model_final.pth") == 2
+
+
+def test_detectron2_s_own_loader_trains_with_a_warning_that_its_data_start_over(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=2, eval_period=0)
+    with open(config, "a") as file:
+        file.write(
+            textwrap.dedent(
+                """
+                from detectron2.data import build_detection_train_loader
+
+                dataloader["train"] = L(build_detection_train_loader)(
+                    dataset=L(get_detection_dataset_dicts)(names=name, filter_empty=False),
+                    mapper=dataloader["train"].mapper,
+                    total_batch_size=4,
+                    num_workers=1,
+                )
+                """
+            )
+        )
+    assert train(tmp_path, "--config-file", config)[0] == 0
+    code, output = train(tmp_path, "--config-file", config, "--resume", "train.max_iter=4")
+    assert code == 0, output
+    assert "The data start over" in output
+    assert iteration_of(tmp_path / "run" / "model_final.pth") == 3
+
+
+@pytest.fixture
+def register(tmp_path, monkeypatch):
+    """Registers a data set of 8 images as a new process does, and tells what that logs."""
+    write_dataset(tmp_path)
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+
+    def register():
+        def prepare():
+            import logging
+
+            from smca.data import register_coco
+
+            logging.basicConfig(level=logging.INFO, force=True)
+            register_coco(tmp_path / "truth.json", tmp_path)
+            os._exit(0)
+
+        return train(tmp_path, prepare=prepare)[1]
+
+    return register
+
+
+def test_images_are_decoded_again_only_when_they_have_changed(tmp_path, register):
+    assert "Checked the 8 images" in register()
+    assert "Checked" not in register()
+    os.utime(tmp_path / "3.png", (1, 1))
+    assert "Checked the 8 images" in register()
+    assert "Checked" not in register()
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(content[:-40])
+    os.utime(tmp_path / "3.png", (1, 1))
+    assert "3.png cannot be decoded" in register()
+    assert "3.png cannot be decoded" in register()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_long_message_of_a_worker_process_is_printed_whole(tmp_path, num_workers):
+    def prepare():
+        from smca.data.errors import DatasetError
+        from smca.data.loader import _SeededMapDataset
+
+        def fail(self, key):
+            try:
+                raise DatasetError("the first reason")
+            except DatasetError as error:
+                raise DatasetError("2 problems in a.json:\n  image 1\n  image 2") from error
+
+        _SeededMapDataset.__getitem__ = fail
+
+    config = write_tiny_config(tmp_path, eval_period=0)
+    workers = f"dataloader.train.num_workers={num_workers}"
+    code, output = train(tmp_path, "--config-file", config, workers, prepare=prepare)
+    assert code == 1
+    assert output.endswith("Error: 2 problems in a.json:\n  image 1\n  image 2\n")
+    assert "Traceback" not in output
+
+
+def test_a_metric_line_without_the_memory_where_the_system_has_no_module_for_it(tmp_path):
+    def prepare():
+        import sys
+
+        sys.modules["resource"] = None
+        for name in [name for name in sys.modules if name.startswith("smca.engine")]:
+            del sys.modules[name]
+        import smca.engine.hooks
+
+        assert smca.engine.hooks.resource is None
+        assert torch.get_num_threads() > 0
+        os._exit(0)
+
+    assert train(tmp_path, prepare=prepare)[0] == 0

@@ -1,0 +1,109 @@
+"""Signals: what a scheduler, systemd or ctrl-C sends, to all processes of a training."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from helpers import TinyDetector, write_tiny_config
+from reliability_cases import Job, files, iteration_of, load
+
+WORKERS = ["dataloader.train.num_workers=2", "dataloader.test.num_workers=1"]
+
+
+def is_same(a, b):
+    return all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+# Files are written when the training ends, and by nothing else.
+RARELY = {"period": 1000, "max_to_keep": 5}
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_to_the_group_saves_the_last_step(tmp_path, number, code):
+    config = write_tiny_config(tmp_path, max_iter=10000, eval_period=0, checkpointer=RARELY)
+    job = Job(tmp_path, "--config-file", config, *WORKERS)
+    job.wait_for("iter: 5 ")
+    job.signal_group(number)
+    assert job.wait() == code, job.output
+    name = (tmp_path / "run" / "last_checkpoint").read_text()
+    last_line = (tmp_path / "run" / "metrics.json").read_text().splitlines()[-1]
+    assert json.loads(last_line)["iteration"] >= 5
+    assert iteration_of(tmp_path / "run" / name) == json.loads(last_line)["iteration"]
+    assert name == f"model_{json.loads(last_line)['iteration']:07d}.pth"
+
+
+def test_a_run_that_was_stopped_by_a_signal_ends_with_the_bits_of_an_unbroken_one(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=30, eval_period=0, checkpointer=RARELY)
+    unbroken = Job(tmp_path, "--config-file", config, f"train.output_dir={tmp_path}/unbroken")
+    job = Job(tmp_path, "--config-file", config, *WORKERS)
+    job.wait_for("iter: 5 ")
+    job.signal_group(signal.SIGTERM)
+    assert job.wait() == 143, job.output
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+    assert Job(tmp_path, "--config-file", config, "--resume", *WORKERS).wait() == 0
+    assert unbroken.wait() == 0
+    final = load(tmp_path / "run" / "model_final.pth")
+    assert is_same(final, load(tmp_path / "unbroken" / "model_final.pth"))
+
+
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
+    def sleep_in_evaluation():
+        original = TinyDetector.detect
+
+        def detect(self, *args):
+            print("evaluating", flush=True)
+            time.sleep(60)
+            return original(self, *args)
+
+        TinyDetector.detect = detect
+
+    config = write_tiny_config(tmp_path, max_iter=9, eval_period=3)
+    job = Job(tmp_path, "--config-file", config, *WORKERS, prepare=sleep_in_evaluation)
+    job.wait_for("evaluating")
+    job.signal_group(signal.SIGTERM)
+    assert job.wait(40) == 143
+    assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
+
+
+def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
+    def sleep_in_loading():
+        from smca.data.loader import _SeededMapDataset
+
+        _SeededMapDataset.__getitem__ = lambda self, key: time.sleep(60)
+
+    config = write_tiny_config(tmp_path, eval_period=0)
+    worker = "dataloader.train.num_workers=1"
+    job = Job(tmp_path, "--config-file", config, worker, prepare=sleep_in_loading)
+    job.wait_for("Starting training")
+    time.sleep(0.5)
+    job.signal_group(signal.SIGTERM)
+    # Its loader's workers are then given five seconds by PyTorch.
+    assert job.wait(40) == 143
+    assert "before there was anything to save" in job.output
+
+
+def test_signals_in_the_middle_of_a_file_wait_until_it_is_whole(tmp_path):
+    def signal_twice_in_save():
+        original = torch.save
+
+        def save(data, file):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            original(data, file)
+
+        torch.save = save
+
+    config = write_tiny_config(tmp_path, max_iter=9, eval_period=0)
+    job = Job(tmp_path, "--config-file", config, prepare=signal_twice_in_save)
+    assert job.wait() == 143
+    checkpoints = {name for name in files(tmp_path / "run") if name.endswith(".pth")}
+    assert "model_0000001.pth" in checkpoints
+    assert all(load(tmp_path / "run" / name) for name in checkpoints)
+    assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]

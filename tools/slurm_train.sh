@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A training as a Slurm job, which goes on in a new job when its time is up:
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 tools/slurm_train.sh \
+#     --config-file configs/smca_r50_50ep.py train.output_dir=output/smca
+#
+# Three minutes before the time limit, Slurm sends SIGUSR1. The training ends its step, saves and
+# exits with 138 (128 + SIGUSR1), after which this script puts the job back into the queue. What
+# Slurm preempts it requeues itself (SIGTERM; the training saves, and exits with 143). scancel ends
+# the job for good.
+#
+#SBATCH --job-name=smca
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -u
+
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The same port in all nodes' processes, and not another job's.
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+# Options of train_net.py stand before the overrides (key=value).
+launch="exec python train_net.py --resume \
+  --num-gpus ${SLURM_GPUS_ON_NODE:-1} --num-machines $SLURM_NNODES \
+  --machine-rank \$SLURM_NODEID --dist-url tcp://$host:$port \"\$@\""
+
+srun --kill-on-bad-exit=0 bash -c "$launch" train_net.py "$@"
+code=$?
+if [ "$code" -eq 138 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
