@@ -3,7 +3,16 @@
 Importing this registers the embedded data set.
 """
 
-from .coco import class_names, num_classes, register_coco, require_dataset
+from .coco import (
+    Problem,
+    class_names,
+    file_problems,
+    num_classes,
+    read_coco,
+    record_problems,
+    register_coco,
+    require_dataset,
+)
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch
 from .mapper import DetrDatasetMapper, check_image, detr_augmentations, read_image
@@ -14,14 +23,18 @@ register_shapes()
 __all__ = [
     "DatasetError",
     "DetrDatasetMapper",
+    "Problem",
     "SHAPE_CLASSES",
     "build_train_loader",
     "check_image",
     "class_names",
     "detr_augmentations",
     "draw_scene",
+    "file_problems",
     "num_classes",
+    "read_coco",
     "read_image",
+    "record_problems",
     "register_coco",
     "register_shapes",
     "require_dataset",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -19,7 +20,16 @@ from .cache import cache_dir, create_once
 from .errors import DatasetError
 from .mapper import check_image
 
-__all__ = ["class_names", "num_classes", "register_coco", "require_dataset"]
+__all__ = [
+    "Problem",
+    "class_names",
+    "file_problems",
+    "num_classes",
+    "read_coco",
+    "record_problems",
+    "register_coco",
+    "require_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +42,21 @@ _IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
 _CATEGORY_KEYS = {"id": int, "name": str}
 _ANNOTATION_KEYS = {"image_id": int, "category_id": int, "bbox": list}
 _TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list"}
+
+
+class Problem(NamedTuple):
+    """Something that makes a data set unusable.
+
+    Attributes:
+        kind: the rule that is broken, the same text for all that break it.
+        message: one sentence that names the image, category or annotation and says what to do.
+        record: of the JSON, or the whole list where it is empty.
+    """
+
+    kind: str
+    message: str
+    record: Any
+
 
 _registered = {}  # name -> (json file, image folder), of the data sets registered here
 
@@ -89,7 +114,7 @@ def _register(json_file, image_root, name, check_images):
     if name in DatasetCatalog.list():
         raise DatasetError(f"Data set name '{name}' is taken already: choose another name.")
 
-    data = _read_json(json_file)
+    data = read_coco(json_file)
     _check(data, json_file, image_root, check_images)
     categories = sorted(data["categories"], key=lambda category: category["id"])
     metadata = {
@@ -193,13 +218,22 @@ def _short_hash(text):
 @functools.lru_cache(maxsize=16)
 def _class_names(json_file, mtime_ns):
     """`mtime_ns` makes a changed file another key of the cache."""
-    data = _read_json(json_file)
+    data = read_coco(json_file)
     _raise_problems(json_file, _category_problems(data["categories"]))
     categories = sorted(data["categories"], key=lambda category: category["id"])
     return tuple(category["name"] for category in categories)
 
 
-def _read_json(json_file):
+def read_coco(json_file):
+    """
+    Returns:
+        dict: a COCO JSON's content, with the lists ``images``, ``annotations`` and ``categories``,
+        whose records :func:`record_problems` checks.
+
+    Raises:
+        DatasetError: it is missing, not JSON or lacks one of the lists.
+    """
+    json_file = _existing(json_file, os.path.isfile, "annotation file")
     try:
         with open(json_file, encoding="utf-8") as file:
             data = json.load(file)
@@ -240,34 +274,51 @@ def _check_same_categories(json_file, reference_file):
 
 
 def _check(data, json_file, image_root, check_images):
-    images, categories = data["images"], data["categories"]
-    problems = _category_problems(categories) + _image_problems(images)
-    valid_images = [image for image in images if not _record_problem(image, _IMAGE_KEYS)]
-    problems += _annotation_problems(data["annotations"], valid_images, categories)
-    _raise_problems(json_file, problems)
+    _raise_problems(json_file, record_problems(data))
     # Where several processes read the same files, one of them need look at the pixels.
     if check_images and comm.is_main_process():
-        _raise_problems(json_file, _file_problems(images, json_file, image_root))
+        _raise_problems(json_file, _file_problems(data["images"], json_file, image_root))
+
+
+def record_problems(data):
+    """
+    Args:
+        data (dict): as of :func:`read_coco`.
+
+    Returns:
+        list[Problem]: all that is wrong with its records, at most one of each; files apart.
+    """
+    images, categories = data["images"], data["categories"]
+    valid_images = [image for image in images if not _record_problem(image, _IMAGE_KEYS)]
+    return [
+        *_category_problems(categories),
+        *_image_problems(images),
+        *_annotation_problems(data["annotations"], valid_images, categories),
+    ]
 
 
 def _raise_problems(json_file, problems):
     if not problems:
         return
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    shown = "".join(f"\n  {problem}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
+    shown = "".join(f"\n  {problem.message}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
     more = "\n  ..." if len(problems) > _NUM_PROBLEMS_SHOWN else ""
     raise DatasetError(f"{count} in {json_file}:{shown}{more}")
 
 
 def _record_problem(record, keys):
-    """What is wrong with the keys of an image, category or annotation, or None."""
+    """What is wrong with the keys of an image, category or annotation, as (kind, predicate), or
+    None."""
     if not isinstance(record, dict):
-        return f"is {json.dumps(record)[:40]}, not an object; correct or remove it."
+        text = f"is {json.dumps(record)[:40]}, not an object; correct or remove it."
+        return "not an object", text
     for key, type_ in keys.items():
         if key not in record:
-            return f"has no '{key}'; add it."
+            return f"no '{key}'", f"has no '{key}'; add it."
         if not isinstance(record[key], type_):
-            return f"has {key} {record[key]!r}, which must be {_TYPE_NAMES[type_]}; correct it."
+            name = _TYPE_NAMES[type_]
+            text = f"has {key} {record[key]!r}, which must be {name}; correct it."
+            return f"{key} is not {name}", text
     return None
 
 
@@ -289,30 +340,37 @@ def _list_problems(kind, records, keys):
         problem = _record_problem(record, keys)
         if problem is None and record.get("id") is not None:  # annotations can do without
             if not isinstance(record["id"], int):
-                problem = "has an id that is not a whole number; correct it."
+                text = "has an id that is not a whole number; correct it."
+                problem = "id is not a whole number", text
             elif record["id"] in seen:
-                problem = f"has the id of an earlier {kind}; make ids unique."
+                problem = "repeated id", f"has the id of an earlier {kind}; make ids unique."
             else:
                 seen.add(record["id"])
         if problem is not None:
-            problems.append(f"{_label(kind, index, record)} {problem}")
+            problems.append(_problem(kind, index, record, *problem))
     return problems
+
+
+def _problem(kind, index, record, rule, text):
+    return Problem(f"{kind}: {rule}", f"{_label(kind, index, record)} {text}", record)
 
 
 def _category_problems(categories):
     if not categories:
-        return ["'categories' is empty; add the classes."]
+        text = "'categories' is empty; add the classes."
+        return [Problem("no categories", text, categories)]
     return _list_problems("category", categories, _CATEGORY_KEYS)
 
 
 def _image_problems(images):
     if not images:
-        return ["'images' is empty; add the images."]
+        return [Problem("no images", "'images' is empty; add the images.", images)]
     problems = _list_problems("image", images, _IMAGE_KEYS)
     for index, image in enumerate(images):
         if _record_problem(image, _IMAGE_KEYS) is None and min(image["height"], image["width"]) < 1:
             size = f"{image['width']} x {image['height']}"
-            problems.append(f"{_label('image', index, image)} has the size {size}; correct it.")
+            text = f"has the size {size}; correct it."
+            problems.append(_problem("image", index, image, "size is not positive", text))
     return problems
 
 
@@ -324,31 +382,38 @@ def _annotation_problems(annotations, images, categories):
         if _record_problem(annotation, _ANNOTATION_KEYS) is not None:
             continue
         if annotation["image_id"] not in sizes:
-            problem = "has an image_id that no image has; correct or remove it."
+            text = "has an image_id that no image has; correct or remove it."
+            problem = "unknown image_id", text
         elif annotation["category_id"] not in category_ids:
-            problem = (
+            text = (
                 f"has category_id {annotation['category_id']}, which no category has; add the "
                 "category, or correct or remove the annotation."
             )
+            problem = "unknown category_id", text
         elif annotation.get("ignore"):
-            problem = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
+            text = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
+            problem = "'ignore' is set", text
         else:
             problem = _box_problem(annotation["bbox"], *sizes[annotation["image_id"]])
         if problem is not None:
-            problems.append(f"{_label('annotation', index, annotation)} {problem}")
+            problems.append(_problem("annotation", index, annotation, *problem))
     return problems
 
 
 def _box_problem(bbox, height, width):
-    """What is wrong with an [x, y, width, height] box in an image of that size, or None."""
+    """What is wrong with an [x, y, width, height] box in an image of that size, as (kind,
+    predicate), or None."""
     numbers = [v for v in bbox if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(bbox) != 4 or len(numbers) != 4:
-        return f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
+        text = f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
+        return "bbox is not 4 numbers", text
     if not all(math.isfinite(v) for v in bbox):
-        return f"has bbox {bbox}, which is not finite; correct or remove it."
+        text = f"has bbox {bbox}, which is not finite; correct or remove it."
+        return "bbox is not finite", text
     x, y, box_width, box_height = bbox
     if box_width <= 0 or box_height <= 0:
-        return f"has bbox {bbox}, whose width or height is not positive; correct or remove it."
+        text = f"has bbox {bbox}, whose width or height is not positive; correct or remove it."
+        return "bbox without area", text
     tolerance = _BORDER_TOLERANCE
     within = (
         min(x, y) >= -tolerance
@@ -357,27 +422,43 @@ def _box_problem(bbox, height, width):
     )
     overlaps = x < width and y < height and x + box_width > 0 and y + box_height > 0
     if not (within and overlaps):
-        return (
+        text = (
             f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; "
             "correct or remove it."
         )
+        return "bbox outside the image", text
     return None
 
 
-def _file_problems(images, json_file, image_root):
-    """Decode all images in a few threads."""
+def file_problems(images, image_root):
+    """
+    Decode all images in a few threads.
+
+    Args:
+        images (list[dict]): of a COCO JSON, without problems of their own.
+        image_root (str or path-like): the folder that ``file_name`` is relative to.
+
+    Yields:
+        Problem or None: for each image.
+    """
 
     def problem(image):
+        path = os.path.join(image_root, image["file_name"])
         try:
-            path = os.path.join(image_root, image["file_name"])
             check_image(path, image["height"], image["width"])
         except DatasetError as error:
-            return f"image {image['id']}: {error}"
+            is_there = os.path.isfile(path)
+            rule = "file unreadable or of another size" if is_there else "file missing"
+            return Problem(f"image: {rule}", f"image {image['id']}: {error}", image)
         return None
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        problems = [found for found in pool.map(problem, images) if found is not None]
+        yield from pool.map(problem, images)
+
+
+def _file_problems(images, json_file, image_root):
+    start = time.perf_counter()
+    problems = [found for found in file_problems(images, image_root) if found is not None]
     seconds = time.perf_counter() - start
     logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
     return problems
