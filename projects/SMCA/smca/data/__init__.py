@@ -13,6 +13,7 @@ from .coco import (
     register_coco,
     require_dataset,
 )
+from .convert import coco_from_voc, coco_from_yolo, yolo_images
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch
 from .mapper import DetrDatasetMapper, check_image, detr_augmentations, read_image
@@ -28,6 +29,8 @@ __all__ = [
     "build_train_loader",
     "check_image",
     "class_names",
+    "coco_from_voc",
+    "coco_from_yolo",
     "detr_augmentations",
     "draw_scene",
     "file_problems",
@@ -40,4 +43,5 @@ __all__ = [
     "require_dataset",
     "set_start_batch",
     "write_shapes",
+    "yolo_images",
 ]
