@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -58,7 +58,9 @@ class Problem(NamedTuple):
     record: Any
 
 
-_registered = {}  # name -> (json file, image folder), of the data sets registered here
+_registered: Dict[
+    str, Tuple[str, str]
+] = {}  # name -> (json file, image folder), of the data sets registered here
 
 
 def register_coco(json_file, image_root, name=None, check_images=True, categories_from=None):
