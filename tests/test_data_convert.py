@@ -9,9 +9,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+import check_data
+import evaluate
 from demo_cases import ROOT
 from smca.config import load_config
 from smca.data import DatasetError, class_names, coco_from_voc, coco_from_yolo, yolo_images
+from smca.engine import main
+from test_train_net import SMALL, arguments
 
 pytest.importorskip("supervision", reason="the extra 'convert' is not installed")
 
@@ -61,11 +65,11 @@ def registered(config, *overrides):
     cfg = load_config(str(ROOT / "configs" / config), list(overrides))
     splits = {}
     for split in ("train", "test"):
-        names = instantiate(cfg.dataloader[split].dataset.names)
-        names = [names] if isinstance(names, str) else names
-        classes = MetadataCatalog.get(names[0]).thing_classes
+        # One name, for an evaluator takes no list.
+        name = instantiate(cfg.dataloader[split].dataset.names)
+        classes = MetadataCatalog.get(name).thing_classes
         splits[split] = {}
-        for item in DatasetCatalog.get(names[0]):
+        for item in DatasetCatalog.get(name):
             objects = [
                 (
                     classes[a["category_id"]],
@@ -97,13 +101,13 @@ def test_a_yolo_folder_is_read_by_its_config_with_names(tmp_path):
 
 @pytest.mark.parametrize("names", ["[dog, cat]", "{1: cat, 0: dog}"])
 def test_yolo_names_are_a_list_or_numbered(tmp_path, names):
-    (path,) = coco_from_yolo(write_yolo(tmp_path / "data", names), "train")
+    path = coco_from_yolo(write_yolo(tmp_path / "data", names), "train")
     assert class_names(path) == ["dog", "cat"]
 
 
 def test_a_yolo_path_one_folder_too_high_is_understood(tmp_path):
     path = write_yolo(tmp_path / "data", yaml_images="../images")
-    assert yolo_images(path, "val") == [str(tmp_path / "data" / "images" / "val")]
+    assert yolo_images(path, "val") == str(tmp_path / "data" / "images" / "val")
 
 
 def test_yolo_folders_can_be_several(tmp_path):
@@ -118,10 +122,10 @@ def test_yolo_folders_can_be_several(tmp_path):
 
 def test_a_changed_label_file_is_read_again(tmp_path):
     path = write_yolo(tmp_path / "data")
-    (before,) = coco_from_yolo(path, "val")
-    assert coco_from_yolo(path, "val") == [before]
+    before = coco_from_yolo(path, "val")
+    assert coco_from_yolo(path, "val") == before
     (tmp_path / "data" / "labels" / "val" / "c.txt").write_text("1 0.5 0.5 0.5 0.5 \n")
-    (after,) = coco_from_yolo(path, "val")
+    after = coco_from_yolo(path, "val")
     (annotation,) = json.loads(Path(after).read_text())["annotations"]
     assert annotation["category_id"] == 2 and annotation["bbox"] == close(20, 15, 40, 30)
 
@@ -194,3 +198,23 @@ def test_a_broken_xml_file_and_a_missing_folder_are_errors(tmp_path):
         coco_from_voc(folder, folder)
     with pytest.raises(DatasetError, match="gone does not exist"):
         coco_from_voc(folder, tmp_path / "gone")
+
+
+def test_a_yolo_data_set_trains_is_evaluated_and_reported(tmp_path, monkeypatch):
+    path = write_yolo(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "custom_yolo.py"
+    overrides = [f"data.yaml={path}", f"train.output_dir={tmp_path}/run", *SMALL]
+    overrides += ["dataloader.train.total_batch_size=2", "train.eval_period=0"]
+    results = main(arguments("--config-file", config, *overrides))
+    assert {"AP-dog", "AP-cat"} <= set(results["bbox"])
+    weights, output = tmp_path / "run" / "model_final.pth", tmp_path / "report"
+    command = ["--weights", str(weights), "--output", str(output)]
+    evaluate.run(evaluate.get_parser().parse_intermixed_args(command))
+    (detector,) = json.loads((output / "report.json").read_text())["detectors"]
+    assert list(detector["classes"]) == ["dog", "cat"]
+    assert detector["overall"]["AP"] == pytest.approx(results["bbox"]["AP"], abs=1e-6)
+    command = ["--config-file", str(config), "--output", str(output), f"data.yaml={path}"]
+    assert check_data.main(command) == 0
+    check = json.loads((output / "check.json").read_text())
+    assert check["splits"]["train"]["statistics"]["objects_of_classes"] == {"dog": 1, "cat": 1}

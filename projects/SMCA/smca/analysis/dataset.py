@@ -36,7 +36,7 @@ _MAX_CLASSES_DRAWN = 40
 _FEW_OBJECTS = 20  # of a class
 # From the measured study, docs/convergence.md: its best models see a small object as 3 cells of
 # their finest scale (25 and 27 pixels at stride 8), with maps that start at 8 pixels, a third of
-# it. Its objects are alike in size, and 40 queries were enough for 28 objects an image.
+# it. Its objects are alike in size, and 40 queries were enough for 30 objects an image.
 _CELLS = 3
 _START_RADIUS = 1 / 3  # of a small object
 _ALIKE = 3  # large by small objects: 2.5 and 1.5 in the study
@@ -429,7 +429,7 @@ def _advise_queries(statistics: Statistics) -> Advice:
     queries = max(_MIN_QUERIES, 10 * math.ceil(_QUERIES_BY_OBJECTS * most / 10))
     reason = (
         f"an image has up to {most} objects and a query finds one at most; in the study "
-        f"{_MIN_QUERIES} were enough for 28, and fewer are faster"
+        f"{_MIN_QUERIES} were enough for 30, and fewer are faster"
     )
     if most > 100:
         reason += ". COCO's AP counts the best 100 detections of an image only"

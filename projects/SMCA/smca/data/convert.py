@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import yaml
 
@@ -20,17 +20,18 @@ from .mapper import PathLike
 __all__ = ["coco_from_voc", "coco_from_yolo", "yolo_images"]
 
 Coco = Dict[str, Any]
+OneOrMore = Union[str, List[str]]
 
 
-def yolo_images(data_yaml: PathLike, split: str) -> List[str]:
-    """The image folders of a YOLO data set.
+def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
+    """The image folder of a split of a YOLO data set.
 
     Args:
         data_yaml: the data set's file with ``train``, ``val``, ``names`` and perhaps ``path``.
         split: "train", "val" or another key of it.
 
     Returns:
-        Absolute paths.
+        An absolute path, or a list of them where the file has a list.
 
     Raises:
         DatasetError: the file or a folder is missing, or the file lacks the split.
@@ -41,10 +42,9 @@ def yolo_images(data_yaml: PathLike, split: str) -> List[str]:
     if not folders:
         raise DatasetError(f"{file} has no '{split}': add the folder of its images.")
     root = file.parent / str(content.get("path") or "")
-    return [
-        _yolo_folder(file, root, str(folder))
-        for folder in ([folders] if isinstance(folders, str) else folders)
-    ]
+    if isinstance(folders, str):
+        return _yolo_folder(file, root, folders)
+    return [_yolo_folder(file, root, str(folder)) for folder in folders]
 
 
 def _read_yaml(file: Path) -> Dict[str, Any]:
@@ -78,15 +78,15 @@ def _yolo_labels(images: str) -> str:
     return labels if os.path.isdir(labels) else images
 
 
-def coco_from_yolo(data_yaml: PathLike, split: str) -> List[str]:
+def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     """Convert a split of a YOLO data set; an image without a label file has no objects.
 
     Args:
         data_yaml, split: as of `yolo_images`.
 
     Returns:
-        A COCO JSON for each folder of `yolo_images`, with the categories 1, 2, ... in the order of
-        ``names``.
+        The COCO JSON, or a list of them with one for each folder of `yolo_images`, with the
+        categories 1, 2, ... in the order of ``names``.
 
     Raises:
         DatasetError: something is missing or cannot be read.
@@ -97,10 +97,10 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> List[str]:
         return _converted("from_yolo", images, labels, data_yaml_path=str(file))
 
     names = repr(_read_yaml(file)["names"])
-    return [
-        _in_cache(images, _yolo_labels(images), names, convert)
-        for images in yolo_images(file, split)
-    ]
+    folders = yolo_images(file, split)
+    if isinstance(folders, str):
+        return _in_cache(folders, _yolo_labels(folders), names, convert)
+    return [_in_cache(folder, _yolo_labels(folder), names, convert) for folder in folders]
 
 
 def coco_from_voc(
