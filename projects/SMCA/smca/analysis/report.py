@@ -225,7 +225,7 @@ def draw_calibration(evaluations: Sequence[Evaluation]) -> Figure:
         axes.plot(scores, precisions, "o", color="#d1495b", markersize=4, label="at the mean score")
         error = 100 * evaluation.calibration.error
         _finish(axes, "", "share that is right", f"{evaluation.name}: ECE {error:.1f} %")
-        axes.legend(fontsize=8, loc="upper left")
+        axes.legend(fontsize=8)
         counts.bar(centres, [score_bin.count for score_bin in bins], width, color="grey")
         counts.set_yscale("symlog", linthresh=1)
         counts.set_ylabel("detections")
