@@ -256,6 +256,13 @@ DEMO_RECIPE = (SHAPES, adamw(5e-4, 5e-4), DEMO_STEPS, run("", 540))
 SLOW_DEMO_RECIPE = (SHAPES, adamw(2e-4, 2e-4), DEMO_STEPS, run("", 540))
 
 # Of each config the model, the data, the optimiser, the schedule and the run.
+CUSTOM = (
+    MULTI_SCALE | OWN_CLASSES,
+    COCO | OWN_FILES,
+    adamw(1e-4, 1e-5),
+    CUSTOM_STEPS,
+    run(R50, 1000),
+)
 TABLE = {
     "smca_r50_50ep": (MULTI_SCALE, *recipe(50, 40, batch=8)),
     "smca_r50_108ep": (MULTI_SCALE, *recipe(108, 80, batch=8)),
@@ -294,13 +301,9 @@ TABLE = {
         changed(MULTI_SCALE, encoder={"pattern": "III", "layers": 3}),
         *recipe(50, 40, batch=8),
     ),
-    "custom_coco": (
-        MULTI_SCALE | OWN_CLASSES,
-        COCO | OWN_FILES,
-        adamw(1e-4, 1e-5),
-        CUSTOM_STEPS,
-        run(R50, 1000),
-    ),
+    "custom_coco": CUSTOM,
+    "custom_yolo": CUSTOM,  # of files that tests/test_data_convert.py converts
+    "custom_voc": CUSTOM,
     "smca_shapes": (DEMO, *DEMO_RECIPE),
     "detr_shapes": (changed(DEMO, decoder=NO_MODULATION), *DEMO_RECIPE),
     "convergence/shapes_multi_scale": (DEMO_MULTI_SCALE, *SLOW_DEMO_RECIPE),

@@ -1,3 +1,4 @@
+import collections
 import copy
 import json
 import logging
@@ -15,7 +16,16 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
 
-from smca.data import DatasetError, class_names, num_classes, register_coco, require_dataset
+from smca.data import (
+    DatasetError,
+    class_names,
+    file_problems,
+    num_classes,
+    read_coco,
+    record_problems,
+    register_coco,
+    require_dataset,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -446,3 +456,41 @@ def test_a_missing_image_folder_of_a_required_data_set_is_an_error(tmp_path):
 def test_an_unknown_required_data_set_is_an_error():
     with pytest.raises(DatasetError, match="'coco_2071_train' is not registered"):
         require_dataset("coco_2071_train")
+
+
+# All problems, counted
+
+
+def test_every_problem_is_found_with_its_kind_and_record(tmp_path):
+    coco = _coco()
+    coco["annotations"] += [
+        _annotation(3, [2, 3, 0, 12], 30),
+        _annotation(4, [2, 3, 5, -1], 30),
+        _annotation(5, [35, 3, 30, 5], 30),
+        _annotation(6, [2, 3, 5, 5], 99),
+        _annotation(7, [2, 3, 5, 5], 10, image_id=77),
+    ]
+    problems = record_problems(read_coco(_write(tmp_path, coco)[0]))
+    assert collections.Counter(problem.kind for problem in problems) == {
+        "annotation: bbox without area": 2,
+        "annotation: bbox outside the image": 1,
+        "annotation: unknown category_id": 1,
+        "annotation: unknown image_id": 1,
+    }
+    assert [problem.record["id"] for problem in problems] == [3, 4, 5, 6, 7]
+
+
+def test_image_files_are_checked_each(tmp_path):
+    coco = _coco()
+    coco["images"] += [
+        {"id": 10, "file_name": "gone.png", "height": 30, "width": 40},
+        {"id": 11, "file_name": "a.png", "height": 31, "width": 40},
+    ]
+    _, image_root = _write(tmp_path, coco)
+    found = list(file_problems(coco["images"], image_root))
+    assert [problem and problem.kind for problem in found] == [
+        None,
+        None,
+        "image: file missing",
+        "image: file unreadable or of another size",
+    ]

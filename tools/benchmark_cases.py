@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from analyze_model import analyze
+from smca.analysis.metrics import COCOeval_faster, average_precision, load_truth
 from smca.config import AMP_DTYPES, load_config
 from smca.data import draw_scene
 from smca.engine import Trainer
@@ -282,6 +283,46 @@ def train_mapper_jobs(options: Options) -> Iterator[Job]:
     yield Job("train_mapper", "8 x 480 x 640", build_train_mapper, dict(config=config), config)
 
 
+def build_coco_ap(
+    options: Options, fast: bool, num_images: int = 500, num_classes: int = 80
+) -> Run:
+    """COCO's average precision of 7 objects and 100 detections an image, seven of them near."""
+    rng = np.random.default_rng(0)
+    images = [{"id": i + 1, "height": 480, "width": 640} for i in range(num_images)]
+    categories = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
+    annotations: List[Dict[str, Any]] = []
+    detections: List[Dict[str, Any]] = []
+    for image in images:
+        boxes = np.concatenate([rng.uniform(0, 300, (100, 2)), rng.uniform(8, 180, (100, 2))], 1)
+        classes = rng.integers(num_classes, size=100) + 1
+        for box, category in zip(boxes[:7].tolist(), classes.tolist()):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+        boxes[:7] += rng.normal(0, 0.08, (7, 4)) * boxes[:7, [2, 3, 2, 3]]
+        scores = rng.uniform(size=100)
+        for box, category, score in zip(boxes.tolist(), classes.tolist(), scores.tolist()):
+            found = dict(image_id=image["id"], category_id=category, bbox=box, score=score)
+            detections.append(found)
+    truth = load_truth(dict(images=images, annotations=annotations, categories=categories))
+    return lambda: average_precision(truth, detections, fast)
+
+
+def coco_ap_jobs(options: Options) -> Iterator[Job]:
+    """faster-coco-eval, where it is installed, and as the reference pycocotools."""
+    size = "500 images"
+    if COCOeval_faster is not None:
+        yield Job("coco_ap", size, build_coco_ap, dict(fast=True))
+    yield Job("coco_ap" + REFERENCE, size, build_coco_ap, dict(fast=False))
+
+
 def without_gradients(options: Options, function: Run) -> Run:
     """`function` without gradients, in the type that --dtype names."""
 
@@ -330,4 +371,5 @@ MEASUREMENTS: Dict[str, Callable[[Options], Iterable[Job]]] = {
         o, "train_step", build_train_step, [o.train_size], o.batch_size
     ),
     "train_mapper": train_mapper_jobs,
+    "coco_ap": coco_ap_jobs,
 }

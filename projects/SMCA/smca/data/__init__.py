@@ -4,6 +4,8 @@ Importing this registers the embedded data set.
 """
 
 from .coco import class_names, num_classes, register_coco, require_dataset
+from .coco_checks import Problem, file_problems, read_coco, record_problems
+from .convert import coco_from_voc, coco_from_yolo, yolo_images
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch, set_start_sample
 from .mapper import DetrDatasetMapper, check_image, detr_augmentations, read_image
@@ -14,18 +16,25 @@ register_shapes()
 __all__ = [
     "DatasetError",
     "DetrDatasetMapper",
+    "Problem",
     "SHAPE_CLASSES",
     "build_train_loader",
     "check_image",
     "class_names",
+    "coco_from_voc",
+    "coco_from_yolo",
     "detr_augmentations",
     "draw_scene",
+    "file_problems",
     "num_classes",
+    "read_coco",
     "read_image",
+    "record_problems",
     "register_coco",
     "register_shapes",
     "require_dataset",
     "set_start_batch",
     "set_start_sample",
     "write_shapes",
+    "yolo_images",
 ]

@@ -4,42 +4,54 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
-import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
 from .cache import cache_dir, create_once, is_stamped, stamp
+from .coco_checks import (
+    PathLike,
+    Record,
+    category_problems,
+    decode_all,
+    existing,
+    raise_problems,
+    read_coco,
+    record_problems,
+)
 from .errors import DatasetError
-from .mapper import check_image
 
-__all__ = ["class_names", "num_classes", "register_coco", "require_dataset"]
+__all__ = [
+    "class_names",
+    "num_classes",
+    "register_coco",
+    "require_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
-# Boxes drawn by hand or rounded often end a pixel beyond the image; they are clipped.
-_BORDER_TOLERANCE = 2  # pixels
-_NUM_PROBLEMS_SHOWN = 5
+Paths = Union[PathLike, Sequence[PathLike]]
 
-# Keys that a record must have, and their types.
-_IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
-_CATEGORY_KEYS = {"id": int, "name": str}
-_ANNOTATION_KEYS = {"image_id": int, "category_id": int, "bbox": list}
-_TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list"}
-
-_registered = {}  # name -> (json file, image folder), of the data sets registered here
+# Of the data sets registered here: name -> (json file, image folder)
+_registered: Dict[str, Tuple[str, str]] = {}
 
 
-def register_coco(json_file, image_root, name=None, check_images=True, categories_from=None):
-    """
-    Check a COCO-format detection data set and register it in Detectron2's catalogs; of several
-    files each as a data set of its own, so that image ids need be unique within a file only.
+def register_coco(
+    json_file: Paths,
+    image_root: Paths,
+    name: Optional[str] = None,
+    check_images: bool = True,
+    categories_from: Optional[Paths] = None,
+) -> Union[str, List[str]]:
+    """Check a COCO-format detection data set and register it in Detectron2's catalogs.
+
+    Of several files, each is a data set of its own, so that image ids need be unique within a
+    file only.
 
     Calling it again with the same files returns the same name without another check, so that
     a config may use it wherever it needs the name.
@@ -48,18 +60,18 @@ def register_coco(json_file, image_root, name=None, check_images=True, categorie
     the cache folder; the file itself is never changed.
 
     Args:
-        json_file (str or path-like, or a list of them): boxes are [x, y, width, height] in
+        json_file: one or several; boxes are [x, y, width, height] in
             pixels. Several files must have the same categories.
-        image_root (str or path-like, or a list of them): the folder that ``file_name`` is
+        image_root: the folder that ``file_name`` is
             relative to; one for all files, or one for each.
-        name (str or None): the name to register; None makes one from the paths.
-        check_images (bool): decode every image and compare its size with the JSON's, once: the
+        name: the name to register; None makes one from the paths.
+        check_images: decode every image and compare its size with the JSON's, once: the
             cache folder keeps a note of it, for as long as the files' sizes and times stay.
-        categories_from (str or path-like, a list of them, or None): another COCO JSON, usually
+        categories_from: another COCO JSON, usually
             the training set's, that must have the same categories in the same order.
 
     Returns:
-        str or list[str]: the name of the data set; for a list of files, the list of names.
+        The name of the data set; for a list of files, the list of names.
 
     Raises:
         DatasetError: the data set cannot be used; lists the first problems and their number.
@@ -79,9 +91,11 @@ def register_coco(json_file, image_root, name=None, check_images=True, categorie
     return names if _is_list(json_file) else names[0]
 
 
-def _register(json_file, image_root, name, check_images):
-    json_file = _existing(json_file, os.path.isfile, "annotation file")
-    image_root = _existing(image_root, os.path.isdir, "image folder")
+def _register(
+    json_file: PathLike, image_root: PathLike, name: Optional[str], check_images: bool
+) -> str:
+    json_file = existing(json_file, os.path.isfile, "annotation file")
+    image_root = existing(image_root, os.path.isdir, "image folder")
     key = (json_file, image_root)
     if name is None:
         name = f"{Path(json_file).stem}_{_short_hash(repr(key))}"
@@ -90,7 +104,7 @@ def _register(json_file, image_root, name, check_images):
     if name in DatasetCatalog.list():
         raise DatasetError(f"Data set name '{name}' is taken already: choose another name.")
 
-    data = _read_json(json_file)
+    data = read_coco(json_file)
     _check(data, json_file, image_root, check_images)
     categories = sorted(data["categories"], key=lambda category: category["id"])
     metadata = {
@@ -102,13 +116,8 @@ def _register(json_file, image_root, name, check_images):
     return name
 
 
-def class_names(json_file):
-    """
-    Args:
-        json_file (str or path-like, or a list of them)
-
-    Returns:
-        list[str]: names of the categories in COCO JSONs, in the order of their ids.
+def class_names(json_file: Paths) -> List[str]:
+    """Names of the categories in one or several COCO JSONs, in the order of their ids.
 
     Raises:
         DatasetError: a file is missing or no COCO JSON, or its categories are unusable or not
@@ -117,14 +126,12 @@ def class_names(json_file):
     first, *others = _as_list(json_file)
     for other in others:
         _check_same_categories(other, first)
-    first = _existing(first, os.path.isfile, "annotation file")
+    first = existing(first, os.path.isfile, "annotation file")
     return list(_class_names(first, os.stat(first).st_mtime_ns))
 
 
-def num_classes(json_file):
-    """
-    Returns:
-        int: number of categories in a COCO JSON, or each of a list of them, used or not.
+def num_classes(json_file: Paths) -> int:
+    """Number of categories in a COCO JSON, or each of several, used or not.
 
     Raises:
         DatasetError: see :func:`class_names`.
@@ -132,13 +139,12 @@ def num_classes(json_file):
     return len(class_names(json_file))
 
 
-def require_dataset(names):
-    """
-    Make sure that registered data sets are on the disk, at next to no cost. The embedded data
+def require_dataset(names: Union[str, Sequence[str]]) -> None:
+    """Make sure that registered data sets are on the disk, at next to no cost. The embedded data
     sets are made if need be.
 
     Args:
-        names (str or sequence of str): names in Detectron2's catalog.
+        names: one or several in Detectron2's catalog.
 
     Raises:
         DatasetError: a name is unknown, or its annotation file or image folder is missing.
@@ -156,7 +162,7 @@ def require_dataset(names):
         _require_path(name, metadata.get("image_root"), os.path.isdir, "image folder")
 
 
-def _require_path(name, path, exists, kind):
+def _require_path(name: str, path: Optional[str], exists: Callable[[str], bool], kind: str) -> None:
     if path is None or exists(path):  # not every data set has both
         return
     root = os.environ.get("DETECTRON2_DATASETS")
@@ -168,63 +174,29 @@ def _require_path(name, path, exists, kind):
     )
 
 
-def _is_list(paths):
+def _is_list(paths: Any) -> bool:
     return isinstance(paths, Sequence) and not isinstance(paths, str)
 
 
-def _as_list(paths):
+def _as_list(paths: Any) -> List[Any]:
     """At least one, if only None."""
     return (list(paths) if _is_list(paths) else [paths]) or [None]
 
 
-def _existing(path, exists, kind):
-    """Absolute path of something that exists."""
-    if not path:
-        raise DatasetError(f"The data set has no {kind}: give its path in the config.")
-    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    if not exists(path):
-        raise DatasetError(f"The {kind} {path} does not exist: correct the path.")
-    return path
-
-
-def _short_hash(text):
+def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @functools.lru_cache(maxsize=16)
-def _class_names(json_file, mtime_ns):
+def _class_names(json_file: str, mtime_ns: int) -> Tuple[str, ...]:
     """`mtime_ns` makes a changed file another key of the cache."""
-    data = _read_json(json_file)
-    _raise_problems(json_file, _category_problems(data["categories"]))
+    data = read_coco(json_file)
+    raise_problems(json_file, category_problems(data["categories"]))
     categories = sorted(data["categories"], key=lambda category: category["id"])
     return tuple(category["name"] for category in categories)
 
 
-def _read_json(json_file):
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            data = json.load(file)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DatasetError(
-            f"{json_file} is not a JSON file ({error}): write it again, it may be cut off."
-        ) from error
-    keys = ("images", "annotations", "categories")
-    if not isinstance(data, dict):
-        raise DatasetError(
-            f"{json_file} is not in COCO's format: it must hold an object with the keys "
-            "'images', 'annotations' and 'categories'."
-        )
-    missing = [key for key in keys if not isinstance(data.get(key), list)]
-    if missing:
-        raise DatasetError(
-            f"{json_file} is not in COCO's format: it lacks the list "
-            + " and the list ".join(f"'{key}'" for key in missing)
-            + "; add it."
-        )
-    return data
-
-
-def _check_same_categories(json_file, reference_file):
+def _check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
     names, reference = class_names(json_file), class_names(reference_file)
     if names == reference:
         return
@@ -240,32 +212,28 @@ def _check_same_categories(json_file, reference_file):
     )
 
 
-def _check(data, json_file, image_root, check_images):
-    images, categories = data["images"], data["categories"]
-    problems = _category_problems(categories) + _image_problems(images)
-    valid_images = [image for image in images if not _record_problem(image, _IMAGE_KEYS)]
-    problems += _annotation_problems(data["annotations"], valid_images, categories)
-    _raise_problems(json_file, problems)
+def _check(data: Dict[str, Any], json_file: str, image_root: str, check_images: bool) -> None:
+    raise_problems(json_file, record_problems(data))
     # Where several processes read the same files, one of them need look at the pixels.
     if check_images and comm.is_main_process():
-        _check_files(images, json_file, image_root)
+        _check_files(data["images"], json_file, image_root)
 
 
-def _check_files(images, json_file, image_root):
+def _check_files(images: List[Record], json_file: str, image_root: str) -> None:
     """Decode all images, unless that was done and they are as they were."""
     key = _short_hash(repr((json_file, image_root)))
     path = cache_dir() / "checked" / f"{Path(json_file).stem}_{key}"
     state = _state_of_files(images, image_root)
     if is_stamped(path, state):
         return
-    _raise_problems(json_file, _file_problems(images, json_file, image_root))
+    raise_problems(json_file, decode_all(images, json_file, image_root))
     stamp(path, state)
 
 
-def _state_of_files(images, image_root):
+def _state_of_files(images: List[Record], image_root: str) -> str:
     """A digest of what decides whether the files can be read: names, sizes and times."""
 
-    def state(image):
+    def state(image: Record) -> Any:
         try:
             status = os.stat(os.path.join(image_root, image["file_name"]))
         except OSError:
@@ -278,142 +246,8 @@ def _state_of_files(images, image_root):
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
-def _raise_problems(json_file, problems):
-    if not problems:
-        return
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    shown = "".join(f"\n  {problem}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
-    more = "\n  ..." if len(problems) > _NUM_PROBLEMS_SHOWN else ""
-    raise DatasetError(f"{count} in {json_file}:{shown}{more}")
-
-
-def _record_problem(record, keys):
-    """What is wrong with the keys of an image, category or annotation, or None."""
-    if not isinstance(record, dict):
-        return f"is {json.dumps(record)[:40]}, not an object; correct or remove it."
-    for key, type_ in keys.items():
-        if key not in record:
-            return f"has no '{key}'; add it."
-        if not isinstance(record[key], type_):
-            return f"has {key} {record[key]!r}, which must be {_TYPE_NAMES[type_]}; correct it."
-    return None
-
-
-def _label(kind, index, record):
-    """How messages name a record: by its id, and by its index in the file where it has none."""
-    if not isinstance(record, dict) or "id" not in record:
-        return f"{kind} at index {index}"
-    if isinstance(record.get("file_name"), str):
-        return f"{kind} {record['id']} ('{record['file_name']}')"
-    if "image_id" in record:
-        return f"{kind} {record['id']} (of image {record['image_id']})"
-    return f"{kind} {record['id']}"
-
-
-def _list_problems(kind, records, keys):
-    """Missing keys, wrong types and repeated ids."""
-    problems, seen = [], set()
-    for index, record in enumerate(records):
-        problem = _record_problem(record, keys)
-        if problem is None and record.get("id") is not None:  # annotations can do without
-            if not isinstance(record["id"], int):
-                problem = "has an id that is not a whole number; correct it."
-            elif record["id"] in seen:
-                problem = f"has the id of an earlier {kind}; make ids unique."
-            else:
-                seen.add(record["id"])
-        if problem is not None:
-            problems.append(f"{_label(kind, index, record)} {problem}")
-    return problems
-
-
-def _category_problems(categories):
-    if not categories:
-        return ["'categories' is empty; add the classes."]
-    return _list_problems("category", categories, _CATEGORY_KEYS)
-
-
-def _image_problems(images):
-    if not images:
-        return ["'images' is empty; add the images."]
-    problems = _list_problems("image", images, _IMAGE_KEYS)
-    for index, image in enumerate(images):
-        if _record_problem(image, _IMAGE_KEYS) is None and min(image["height"], image["width"]) < 1:
-            size = f"{image['width']} x {image['height']}"
-            problems.append(f"{_label('image', index, image)} has the size {size}; correct it.")
-    return problems
-
-
-def _annotation_problems(annotations, images, categories):
-    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    category_ids = {category.get("id") for category in categories if isinstance(category, dict)}
-    problems = _list_problems("annotation", annotations, _ANNOTATION_KEYS)
-    for index, annotation in enumerate(annotations):
-        if _record_problem(annotation, _ANNOTATION_KEYS) is not None:
-            continue
-        if annotation["image_id"] not in sizes:
-            problem = "has an image_id that no image has; correct or remove it."
-        elif annotation["category_id"] not in category_ids:
-            problem = (
-                f"has category_id {annotation['category_id']}, which no category has; add the "
-                "category, or correct or remove the annotation."
-            )
-        elif annotation.get("ignore"):
-            problem = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
-        else:
-            problem = _box_problem(annotation["bbox"], *sizes[annotation["image_id"]])
-        if problem is not None:
-            problems.append(f"{_label('annotation', index, annotation)} {problem}")
-    return problems
-
-
-def _box_problem(bbox, height, width):
-    """What is wrong with an [x, y, width, height] box in an image of that size, or None."""
-    numbers = [v for v in bbox if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    if len(bbox) != 4 or len(numbers) != 4:
-        return f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
-    if not all(math.isfinite(v) for v in bbox):
-        return f"has bbox {bbox}, which is not finite; correct or remove it."
-    x, y, box_width, box_height = bbox
-    if box_width <= 0 or box_height <= 0:
-        return f"has bbox {bbox}, whose width or height is not positive; correct or remove it."
-    tolerance = _BORDER_TOLERANCE
-    within = (
-        min(x, y) >= -tolerance
-        and x + box_width <= width + tolerance
-        and y + box_height <= height + tolerance
-    )
-    overlaps = x < width and y < height and x + box_width > 0 and y + box_height > 0
-    if not (within and overlaps):
-        return (
-            f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; "
-            "correct or remove it."
-        )
-    return None
-
-
-def _file_problems(images, json_file, image_root):
-    """Decode all images in a few threads."""
-
-    def problem(image):
-        try:
-            path = os.path.join(image_root, image["file_name"])
-            check_image(path, image["height"], image["width"])
-        except DatasetError as error:
-            return f"image {image['id']}: {error}"
-        return None
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        problems = [found for found in pool.map(problem, images) if found is not None]
-    seconds = time.perf_counter() - start
-    logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
-    return problems
-
-
-def _complete(data, json_file):
-    """
-    Path of a JSON that Detectron2 and pycocotools read in full: `json_file` itself, or a
+def _complete(data: Dict[str, Any], json_file: str) -> str:
+    """Path of a JSON that Detectron2 and pycocotools read in full: `json_file` itself, or a
     completed copy in the cache folder where it lacks something.
     """
     annotations = data["annotations"]
@@ -441,7 +275,7 @@ def _complete(data, json_file):
     return str(path)
 
 
-def _is_complete(annotation):
+def _is_complete(annotation: Record) -> bool:
     # pycocotools takes a match with annotation 0 for no match, so 0 does not count as an id.
     return (
         bool(annotation.get("id"))
@@ -451,7 +285,7 @@ def _is_complete(annotation):
     )
 
 
-def _is_usable_segmentation(segmentation):
+def _is_usable_segmentation(segmentation: Any) -> bool:
     """Detectron2 silently drops objects whose polygons are all degenerate, box included."""
     if isinstance(segmentation, dict):
         return "counts" in segmentation and "size" in segmentation

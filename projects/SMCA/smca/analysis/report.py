@@ -1,0 +1,286 @@
+"""The page on one or several evaluated detectors: one HTML file that needs no other."""
+
+import base64
+import datetime
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+import jinja2
+import numpy as np
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from smca.analysis.detections import draw_truth_and_detections, truth_of
+from smca.analysis.evaluation import Evaluation, worst_images
+from smca.data import read_image
+
+__all__ = [
+    "draw_calibration",
+    "draw_confusion",
+    "draw_precision_recall",
+    "write_report",
+]
+
+_DPI = 100
+_MAX_CLASS_CURVES = 12
+_MAX_CLASSES_WITH_NUMBERS = 20  # in a confusion matrix
+_MAX_PICTURE_WIDTH = 1100  # pixels
+# Metrics of the first table: its title, and what it means.
+_METRICS = {
+    "AP": "mean over IoU 0.5 to 0.95",
+    "AP50": "IoU 0.5",
+    "AP75": "IoU 0.75",
+    "APs": "objects below 32² pixels",
+    "APm": "objects from 32² to 96² pixels",
+    "APl": "objects from 96² pixels",
+    "AR": "recall, 100 detections an image",
+}
+
+
+def write_report(
+    evaluations: Sequence[Evaluation],
+    dataset_dicts: Sequence[Dict[str, Any]],
+    output_dir: str,
+    *,
+    dataset: str = "",
+    device: str = "",
+    num_worst: int = 8,
+) -> List[str]:
+    """Write ``report.html``, and ``report.json`` with its numbers.
+
+    Args:
+        evaluations: at least one, all on the same data.
+        dataset_dicts: that data in Detectron2's format, with ``image_id``.
+        output_dir: is made if need be.
+        dataset, device: what was evaluated on, and where.
+        num_worst: pictures of each detector's worst images.
+
+    Returns:
+        Paths of the two files.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    by_id = {item["image_id"]: item for item in dataset_dicts}
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.render(
+        names=[evaluation.name for evaluation in evaluations],
+        dataset=dataset,
+        device=device,
+        date=datetime.date.today().isoformat(),
+        num_images=len(by_id),
+        num_objects=sum(sum(c[::2]) for c in evaluations[0].counts.values()),
+        metrics=_metric_rows(evaluations),
+        classes=_class_rows(evaluations),
+        thresholds=[evaluation.threshold for evaluation in evaluations],
+        precision_recall=_png(draw_precision_recall(evaluations)),
+        confusion=_png(draw_confusion(evaluations)),
+        calibration=_png(draw_calibration(evaluations)),
+        worst=[
+            (evaluation.name, [_picture(evaluation, by_id[key]) for key in keys])
+            for evaluation in evaluations
+            for keys in [worst_images(evaluation, num_worst)]
+        ],
+    )
+    os.makedirs(output_dir, exist_ok=True)
+    html_file, json_file = (Path(output_dir) / f"report.{kind}" for kind in ("html", "json"))
+    html_file.write_text(page, encoding="utf-8")
+    content = {
+        "dataset": dataset,
+        "device": device,
+        "detectors": [evaluation.to_json() for evaluation in evaluations],
+    }
+    json_file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return [str(html_file), str(json_file)]
+
+
+# Tables
+
+
+def _metric_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
+    """Of each row its title, meaning, cells as text, and the indices of the best."""
+    rows = []
+    for name, meaning in _METRICS.items():
+        values = [evaluation.average_precision.overall[name] for evaluation in evaluations]
+        rows.append(_row(name, meaning, values))
+    rows.append(_row("F1", "IoU 0.5, at the threshold below", [e.f1 for e in evaluations]))
+    thresholds = [evaluation.threshold for evaluation in evaluations]
+    rows.append(_row("threshold", "of the scores", thresholds, digits=3, best=None))
+    errors = [100 * evaluation.calibration.error for evaluation in evaluations]
+    rows.append(_row("ECE", "expected calibration error, %", errors, best=min))
+    times = [evaluation.milliseconds for evaluation in evaluations]
+    rows.append(_row("ms", "an image, median, without reading its file", times, best=min))
+    return rows
+
+
+def _class_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
+    rows = []
+    for name, category_id in zip(evaluations[0].class_names, evaluations[0].category_ids):
+        classes = [evaluation.average_precision.classes[category_id] for evaluation in evaluations]
+        row = _row(name, str(classes[0]["objects"]), [values["AP"] for values in classes])
+        row["details"] = [
+            ", ".join(
+                f"{key} {values[key]:.1f}"
+                for key in _METRICS
+                if key != "AP" and not math.isnan(values[key])
+            )
+            for values in classes
+        ]
+        rows.append(row)
+    return rows
+
+
+def _row(
+    title: str, meaning: str, values: Sequence[float], digits: int = 1, best: Any = max
+) -> Dict[str, Any]:
+    cells = ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in values]
+    known = [value for value in values if not math.isnan(value)]
+    marked = []
+    if best is not None and len(values) > 1 and known:
+        marked = [index for index, value in enumerate(values) if value == best(known)]
+    return {"title": title, "meaning": meaning, "cells": cells, "best": marked, "details": None}
+
+
+# Figures
+
+
+def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
+    """Precision over recall with IoU 0.5, the mean of all classes first, then those classes that
+    have most objects; a line for each detector."""
+    first = evaluations[0].average_precision
+    names = dict(zip(evaluations[0].category_ids, evaluations[0].class_names))
+    with_objects = [key for key, values in first.classes.items() if values["objects"]]
+    with_objects.sort(key=lambda key: -first.classes[key]["objects"])
+    shown = with_objects[:_MAX_CLASS_CURVES]
+    num_columns = min(4, 1 + len(shown))
+    num_rows = math.ceil((1 + len(shown)) / num_columns)
+    figure = Figure((3.6 * num_columns, 3.3 * num_rows), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axes in grid[1 + len(shown) :]:
+        axes.set_axis_off()
+    for axes, key in zip(grid, [None, *shown]):
+        for evaluation in evaluations:
+            found = evaluation.average_precision
+            keys = with_objects if key is None else [key]
+            curve = np.mean([found.curves[k] for k in keys], axis=0) if keys else found.recalls * 0
+            axes.plot(found.recalls, curve, label=evaluation.name)
+        count = "" if key is None else f" ({first.classes[key]['objects']} objects)"
+        _finish(axes, "recall", "precision", "mean of the classes" if key is None else names[key])
+        axes.set_title(axes.get_title() + count, fontsize=10)
+    grid[0].legend(fontsize=8)
+    return figure
+
+
+def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
+    """Confusion matrices; colours are shares of a row."""
+    num_classes = len(evaluations[0].class_names)
+    has_numbers = num_classes <= _MAX_CLASSES_WITH_NUMBERS
+    side = 2.2 + (0.55 if has_numbers else 0.13) * (num_classes + 1)
+    size = ((side + 0.8) * len(evaluations), side)
+    figure = Figure(size, dpi=_DPI, layout="constrained")
+    for axes, evaluation in zip(
+        figure.subplots(1, len(evaluations), squeeze=False)[0], evaluations
+    ):
+        matrix = evaluation.confusion
+        shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ticks = range(num_classes + 1)
+        fontsize = 9 if has_numbers else 5
+        labels = evaluation.class_names
+        axes.set_xticks(ticks, [*labels, "nothing"], rotation=90, fontsize=fontsize)
+        axes.set_yticks(ticks, [*labels, "background"], fontsize=fontsize)
+        axes.set_xlabel("detected as")
+        axes.set_ylabel("truth")
+        axes.set_title(f"{evaluation.name}, scores from {evaluation.threshold:.2f}", fontsize=10)
+        for row, column in np.argwhere(matrix > 0) if has_numbers else ():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            text = str(matrix[row, column])
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    return figure
+
+
+def draw_calibration(evaluations: Sequence[Evaluation]) -> Figure:
+    """Reliability diagrams: how often detections are right over their score, and how many there
+    are."""
+    size = (4.0 * len(evaluations), 4.6)
+    figure = Figure(size, dpi=_DPI, layout="constrained")
+    grid = figure.subplots(2, len(evaluations), squeeze=False, sharex=True, height_ratios=[3, 1])
+    for (axes, counts), evaluation in zip(grid.T, evaluations):
+        bins = evaluation.calibration.bins
+        centres = [(score_bin.low + score_bin.high) / 2 for score_bin in bins]
+        width = 0.9 * (bins[0].high - bins[0].low)
+        axes.bar(centres, [score_bin.precision for score_bin in bins], width, label="precision")
+        axes.plot([0, 1], [0, 1], "--", color="grey", label="perfect")
+        scores = [score_bin.score for score_bin in bins]
+        precisions = [score_bin.precision for score_bin in bins]
+        axes.plot(scores, precisions, "o", color="#d1495b", markersize=4, label="at the mean score")
+        error = 100 * evaluation.calibration.error
+        _finish(axes, "", "share that is right", f"{evaluation.name}: ECE {error:.1f} %")
+        axes.legend(fontsize=8)
+        counts.bar(centres, [score_bin.count for score_bin in bins], width, color="grey")
+        counts.set_yscale("symlog", linthresh=1)
+        counts.set_ylabel("detections")
+        counts.set_xlabel("score")
+        counts.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _finish(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# Pictures
+
+
+def _picture(evaluation: Evaluation, item: Dict[str, Any]) -> Dict[str, str]:
+    """Truth and detections of an image, as the template takes it."""
+    image = read_image(item["file_name"], item.get("height"), item.get("width"))
+    indices = {key: index for index, key in enumerate(evaluation.category_ids)}
+    found = [
+        d
+        for d in evaluation.detections
+        if d["image_id"] == item["image_id"] and d["score"] >= evaluation.threshold
+    ]
+    boxes = torch.tensor([d["bbox"] for d in found], dtype=torch.float32).reshape(-1, 4)
+    detections = Instances(
+        image.shape[:2],
+        pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
+        scores=torch.tensor([d["score"] for d in found], dtype=torch.float32),
+        pred_classes=torch.tensor([indices[d["category_id"]] for d in found], dtype=torch.int64),
+    )
+    drawn = draw_truth_and_detections(image, truth_of(item), detections, evaluation.class_names)
+    picture = Image.fromarray(drawn)
+    picture.thumbnail((_MAX_PICTURE_WIDTH, 10 * _MAX_PICTURE_WIDTH))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    right, false, missed = evaluation.counts[item["image_id"]]
+    return {
+        "title": os.path.basename(item["file_name"]),
+        "text": f"found {right}, false {false}, missed {missed}",
+        "source": _data_uri(buffer.getvalue(), "jpeg"),
+    }
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return _data_uri(buffer.getvalue(), "png")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,321 @@
+"""Looking at a data set before training: problems, statistics, remarks, pictures, settings."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from demo_cases import ROOT, write_config
+from detectron2.data import transforms as T
+from detectron2.utils.env import seed_all_rng
+from PIL import Image
+from smca.modeling.modulation import SpatialModulation
+
+import check_data as tool
+from smca.analysis import draw_instances
+from smca.analysis.dataset import (
+    Statistics,
+    collect_statistics,
+    draw_training_images,
+    examine,
+    find_remarks,
+    recommend,
+)
+from smca.data import DatasetError, DetrDatasetMapper, detr_augmentations
+from smca.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+
+
+def annotation(id, image_id, category_id, bbox, **more):
+    return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
+
+
+def write_data(folder, *annotations, num_images=3, seed=0):
+    """Images 1, 2, ... of 80 x 60 pixels of noise, categories 5 (dog) and 9 (cat): the paths."""
+    image_root = folder / "images"
+    image_root.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    images = []
+    for image_id in range(1, num_images + 1):
+        pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(image_root / f"{image_id}.png")
+        name = f"{image_id}.png"
+        images.append({"id": image_id, "file_name": name, "height": 60, "width": 80})
+    categories = [{"id": 9, "name": "cat"}, {"id": 5, "name": "dog"}]
+    content = {"images": images, "annotations": list(annotations), "categories": categories}
+    (folder / "data.json").write_text(json.dumps(content))
+    return str(folder / "data.json"), str(image_root)
+
+
+GOOD = [
+    annotation(1, 1, 5, [0, 0, 20, 20]),
+    annotation(2, 1, 9, [10, 10, 40, 10]),
+    annotation(3, 2, 9, [0, 0, 10, 40]),
+    annotation(4, 2, 5, [0, 0, 80, 60], iscrowd=1),
+]
+BAD = [
+    annotation(5, 1, 5, [0, 0, 0, 20]),
+    annotation(6, 2, 5, [0, 0, 20, -1]),
+    annotation(7, 2, 5, [70, 0, 40, 20]),
+    annotation(8, 2, 77, [0, 0, 10, 10]),
+    annotation(9, 99, 5, [0, 0, 10, 10]),
+]
+
+
+def break_an_image(image_root):
+    """Cut image 3 off in the middle."""
+    path = f"{image_root}/3.png"
+    with open(path, "rb") as file:
+        content = file.read()
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+
+
+# Problems
+
+
+def test_all_problems_are_found_and_the_rest_is_usable(tmp_path):
+    json_file, image_root = write_data(tmp_path, *GOOD, *BAD)
+    break_an_image(image_root)
+    split = examine(json_file, image_root)
+    assert tool.count_kinds(split) == {
+        "annotation: bbox without area": 2,
+        "annotation: bbox outside the image": 1,
+        "annotation: unknown category_id": 1,
+        "annotation: unknown image_id": 1,
+        "image: file unreadable or of another size": 1,
+    }
+    assert split.class_names == ["dog", "cat"]
+    assert [item["image_id"] for item in split.dataset_dicts] == [1, 2]
+    boxes = [[a["bbox"] for a in item["annotations"]] for item in split.dataset_dicts]
+    assert boxes == [[a["bbox"] for a in GOOD[:2]], [a["bbox"] for a in GOOD[2:]]]
+    assert [a["category_id"] for a in split.dataset_dicts[0]["annotations"]] == [0, 1]
+
+
+def test_images_need_not_be_decoded(tmp_path):
+    json_file, image_root = write_data(tmp_path, *GOOD)
+    break_an_image(image_root)
+    assert not examine(json_file, image_root, check_images=False).problems
+
+
+def test_progress_goes_over_every_image(tmp_path):
+    seen = []
+
+    def progress(items, total):
+        seen.append(total)
+        for item in items:
+            seen.append(item)
+            yield item
+
+    examine(*write_data(tmp_path, *GOOD), progress=progress)
+    assert seen == [3, None, None, None]
+
+
+def test_a_file_that_is_no_json_is_an_error(tmp_path):
+    (tmp_path / "data.json").write_text("{")
+    with pytest.raises(DatasetError, match="data.json is not a JSON file"):
+        examine(str(tmp_path / "data.json"), str(tmp_path))
+
+
+# Statistics
+
+
+def test_statistics_counted_by_hand(tmp_path):
+    statistics = collect_statistics(examine(*write_data(tmp_path, *GOOD)))
+    assert statistics.objects_per_image.tolist() == [2, 1, 0]  # without the crowd
+    assert statistics.objects_per_class.tolist() == [1, 2]
+    assert statistics.sizes.tolist() == [20, 20, 20]
+    assert statistics.image_sizes.tolist() == [[80, 60]] * 3
+    assert statistics.scaled_sizes(120).tolist() == [40, 40, 40]
+    assert statistics.scaled_sizes(120, max_size=80).tolist() == [20, 20, 20]
+    summary = statistics.to_json()
+    assert summary["objects_of_classes"] == {"dog": 1, "cat": 2}
+    assert summary["percentiles_5_25_50_75_95"]["object_width_by_height"][2] == 1
+
+
+def test_remarks_name_what_may_not_be_meant(tmp_path):
+    repeated = [annotation(10 + i, 1, 9, [3, 3, 5, 5]) for i in range(2)]
+    train = examine(*write_data(tmp_path / "a", *GOOD[:2], *repeated))
+    val = examine(*write_data(tmp_path / "b", *GOOD[2:3], num_images=1, seed=1))
+    Image.open(tmp_path / "a" / "images" / "2.png").save(tmp_path / "b" / "images" / "1.png")
+    val.dataset_dicts[0]["annotations"] = [{"bbox": [0, 0, 10, 40], "category_id": 1, "iscrowd": 0}]
+    val.dataset_dicts[0]["annotations"][0]["bbox_mode"] = 1
+    remarks = "\n".join(find_remarks({"train": train, "val": val}))
+    assert "train: 2 images without objects." in remarks
+    assert "train: class 'dog' has 1 object." in remarks
+    assert "train: 1 object annotated more than once with the same box, such as [3, 3, 5, 5]" in (
+        remarks
+    )
+    assert "val: class 'dog' has 0 objects." in remarks and "val: class 'cat'" not in remarks
+    (same,) = [line for line in remarks.splitlines() if "same picture" in line]
+    assert "a/images/2.png" in same and "b/images/1.png" in same
+
+
+# Settings
+
+
+def statistics_of(sizes, image_size=(138, 138), per_image=5):
+    """Square objects of these sizes, some in each image."""
+    count = math.ceil(len(sizes) / per_image)
+    return Statistics(
+        class_names=["thing"],
+        image_sizes=np.tile(image_size, (count, 1)),
+        objects_per_image=np.full(count, per_image),
+        classes=np.zeros(len(sizes), dtype=int),
+        boxes=np.array([(0, 0, size, size) for size in sizes], dtype=float),
+        images=np.arange(len(sizes)) // per_image,
+    )
+
+
+def values(advice):
+    return {item.setting: item.value for item in advice}
+
+
+# As the textured shapes: small objects of 27 pixels, large ones of 67, in images of 138.
+LIKE_SHAPES = np.linspace(22, 72, 101)
+
+
+@pytest.mark.parametrize("num_scales, beta", [(1, 2.0), (3, 0.5)])
+def test_objects_as_in_the_study_get_its_best_settings(num_scales, beta):
+    advice = values(recommend(statistics_of(LIKE_SHAPES), 8, num_scales))
+    assert advice["model.decoder.beta"] == beta
+    assert advice["short_sides"] == 128 and advice["model.num_queries"] == 40
+    assert "one of stride 8" in advice["scales"]
+
+
+@pytest.mark.parametrize("num_scales", [1, 3])
+@pytest.mark.parametrize("size", [60, 100])
+def test_beta_starts_the_models_maps_at_a_third_of_a_small_object(size, num_scales):
+    stride = 16
+    statistics = statistics_of(np.full(50, size), image_size=(400, 400))
+    advice = values(recommend(statistics, stride, num_scales))
+    small = size * advice["short_sides"] / 400
+    # As the model is built, before its first step.
+    modulation = SpatialModulation(8, 1, num_scales, beta=advice["model.decoder.beta"])
+    scales = [SimpleNamespace(stride=stride << index) for index in range(num_scales)]
+    gaussians = modulation(torch.randn(1, 1, 8), torch.zeros(1, 1, 2), scales)
+    radius = stride / math.sqrt(2 * gaussians.precisions[0, 0, 0, 0, 0].item())
+    assert radius == pytest.approx(small / 3, rel=0.15)
+
+
+def test_objects_of_many_sizes_need_several_scales():
+    sizes = np.geomspace(60, 500, 100)
+    assert values(recommend(statistics_of(sizes, (1000, 800)), 16, 3))["scales"] == "several"
+
+
+def test_tiny_objects_need_the_fine_scale_and_the_largest_images():
+    advice = recommend(statistics_of(np.full(20, 8.0), (1600, 1200)), 16, 3)
+    assert values(advice)["short_sides"] == 800
+    assert values(advice)["scales"] == "several, from stride 8"
+    assert "cost too much" in next(a.reason for a in advice if a.setting == "short_sides")
+
+
+def test_a_class_of_small_objects_is_named():
+    statistics = statistics_of(np.where(np.arange(400) % 20 == 0, 10, LIKE_SHAPES.mean()))
+    statistics.class_names = ["cell", "platelet"]
+    statistics.classes = (statistics.sizes == 10).astype(int)
+    (reason,) = [a.reason for a in recommend(statistics, 8, 1) if a.setting == "short_sides"]
+    assert "Objects of the class 'platelet' become only 9 pixels" in reason
+
+
+def test_queries_cover_the_fullest_image():
+    crowded = statistics_of(np.full(180, 50.0), (1000, 800), per_image=90)
+    assert values(recommend(crowded, 16, 3))["model.num_queries"] == 130
+
+
+def test_without_objects_there_is_no_advice():
+    assert recommend(statistics_of([]), 16, 3) == []
+
+
+# Pictures and command line
+
+
+def test_training_images_are_what_the_mapper_gives(tmp_path):
+    split = examine(*write_data(tmp_path, *GOOD))
+    mapper = DetrDatasetMapper(True, detr_augmentations([40, 50, 60], 200))
+    figure = draw_training_images(mapper, split, 5, seed=3)
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    seed_all_rng(3)
+    for item, picture in zip(split.dataset_dicts, shown):
+        mapped = mapper(item)
+        image = np.ascontiguousarray(mapped["image"].numpy().transpose(1, 2, 0))
+        assert (picture == draw_instances(image, mapped["instances"], ["dog", "cat"])).all()
+    assert len(shown) == 2  # the third has no objects
+
+
+def test_colours_of_a_bgr_mapper_are_turned_back(tmp_path):
+    split = examine(*write_data(tmp_path, *GOOD))
+    sheets = []
+    for image_format in ("RGB", "BGR"):
+        mapper = DetrDatasetMapper(True, [T.Resize((480, 640))], image_format=image_format)
+        figure = draw_training_images(mapper, split, 1, image_format=image_format)
+        sheets.append(figure.axes[0].images[0].get_array())
+    assert (sheets[0] == sheets[1]).all()
+
+
+def run_tool(*arguments):
+    return tool.main([str(argument) for argument in arguments])
+
+
+def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
+    json_file, image_root = write_data(tmp_path, *GOOD, *BAD, *(
+        annotation(20 + i, 1, 5, [0, 0, 0, i]) for i in range(4)))  # fmt: skip
+    command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
+    assert run_tool(*command, "--num-examples", 2) == 1
+    out = capsys.readouterr().out
+    assert "9 problems" in out and "6 x annotation: bbox without area" in out
+    assert "annotation 5 (of image 1) has bbox [0, 0, 0, 20]" in out and "..." in out
+    assert "annotation 20 " not in out  # the third example
+    assert "model.decoder.beta = " in out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"check.json", "statistics.png", "training_images.jpg"}
+    check = json.loads((tmp_path / "out" / "check.json").read_text(), parse_constant=pytest.fail)
+    assert check["splits"]["train"]["problems"]["annotation: unknown image_id"] == 1
+    assert check["splits"]["train"]["statistics"]["objects"] == 3
+    for name in names - {"check.json"}:
+        Image.open(tmp_path / "out" / name).load()
+
+
+def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
+    json_file, image_root = write_data(tmp_path, *GOOD)
+    command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
+    assert run_tool(*command, "--no-decode") == 0
+    assert "0 problems" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "training_images.jpg").exists()
+
+
+def test_a_data_set_without_objects_is_only_reported(tmp_path):
+    json_file, image_root = write_data(tmp_path)
+    command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
+    assert run_tool(*command) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.json"]
+
+
+def test_both_splits_of_a_config_are_checked(tmp_path, capsys):
+    first = write_data(tmp_path / "a", *GOOD)
+    second = write_data(tmp_path / "b", *BAD, seed=1)
+    overrides = [
+        f"data.train_json=[{first[0]},{first[0]}]",
+        f"data.train_images={first[1]}",
+        f"data.val_json={second[0]}",
+        f"data.val_images={second[1]}",
+    ]
+    config = ROOT / "configs" / "custom_coco.py"
+    assert run_tool("--config-file", config, "--output", tmp_path / "out", *overrides) == 1
+    check = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert list(check["splits"]) == ["train 1", "train 2", "val"]
+    assert not check["splits"]["train 2"]["problems"]
+    assert sum(check["splits"]["val"]["problems"].values()) == 5
+
+
+def test_options_that_contradict_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--json together with --images"):
+        run_tool("--json", "a.json")
+    with pytest.raises(UserError, match="--json together with --images"):
+        run_tool("--json", "a.json", "--images", "b", "--config-file", write_config(tmp_path))

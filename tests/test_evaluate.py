@@ -1,0 +1,214 @@
+"""The report on evaluated detectors, and its command line."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from demo_cases import CLASS_NAMES, make_model, write_config, write_weights
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+import evaluate as tool
+from smca.analysis.evaluation import detect, evaluate, worst_images
+from smca.analysis.metrics import load_truth
+from smca.analysis.report import write_report
+from smca.data import register_coco
+from smca.errors import UserError
+from smca.inference import Predictor
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data set of three images of noise with one or two objects: its name."""
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images, annotations = [], []
+    for image_id in (4, 5, 6):
+        pixels = np.random.default_rng(image_id).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{image_id}.png")
+        file_name = f"{image_id}.png"
+        images.append({"id": image_id, "file_name": file_name, "height": 60, "width": 80})
+        for number in range(image_id % 2 + 1):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 10 + number,
+                    "bbox": [5 + 30 * number, 10, 20, 30],
+                    "area": 600,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": 10 + i, "name": name} for i, name in enumerate(CLASS_NAMES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "data.json").write_text(json.dumps({"info": {}, **content}))
+    return register_coco(tmp_path / "data.json", folder), content
+
+
+class FixedDetector:
+    """Finds the first object of every image, and something in the corner."""
+
+    model = torch.nn.Linear(1, 1)
+    class_names = CLASS_NAMES
+
+    def __call__(self, image):
+        return Instances(
+            image.shape[:2],
+            pred_boxes=Boxes(torch.tensor([[5.0, 10, 25, 40], [0.0, 0, 4, 4]])),
+            scores=torch.tensor([0.9, 0.3]),
+            pred_classes=torch.tensor([0, 2]),
+        )
+
+
+def evaluation_of(data, name="fixed", **kwargs):
+    dataset, content = data
+    dicts = DatasetCatalog.get(dataset)
+    found, seconds = detect(FixedDetector(), dicts, [10, 11, 12])
+    return evaluate(name, load_truth(content), found, seconds, **kwargs), dicts
+
+
+class Page(HTMLParser):
+    """Sources of images, and every address that a page would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.addresses, self.figures = {}, [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.addresses += [attrs[key] for key in ("src", "href") if key in attrs]
+        self.figures += tag == "figure"
+        if tag == "img":
+            self.images[attrs.get("id", attrs["alt"])] = attrs["src"]
+
+
+def test_detections_are_coco_results_with_the_data_sets_ids(data):
+    found, seconds = detect(FixedDetector(), DatasetCatalog.get(data[0]), [10, 11, 12])
+    assert len(found) == 6 and len(seconds) == 3
+    assert found[0] == {
+        "image_id": 4,
+        "category_id": 10,
+        "bbox": [5, 10, 20, 30],
+        "score": pytest.approx(0.9),
+    }
+    assert found[1]["category_id"] == 12
+
+
+def test_a_class_that_the_data_set_lacks_is_an_error(data):
+    with pytest.raises(UserError, match="class of index 2, the data set only 2 classes"):
+        detect(FixedDetector(), DatasetCatalog.get(data[0]), [10, 11])
+
+
+def test_average_precision_is_that_of_detectron2s_evaluator(data, tmp_path):
+    predictor = Predictor(make_model(write_config(tmp_path)), class_names=CLASS_NAMES)
+    dicts = DatasetCatalog.get(data[0])
+    evaluator = COCOEvaluator(data[0], distributed=False)
+    evaluator.reset()
+    found, _ = detect(predictor, dicts, [10, 11, 12])
+    for item in dicts:
+        instances = predictor(np.asarray(Image.open(item["file_name"])))
+        evaluator.process([item], [{"instances": instances}])
+    # A good detection, so that the numbers are not all zero.
+    good = Instances(
+        (60, 80),
+        pred_boxes=Boxes(torch.tensor([[6.0, 10, 25, 40]])),
+        scores=torch.tensor([1.5]),
+        pred_classes=torch.tensor([0]),
+    )
+    evaluator.process([{"image_id": 4}], [{"instances": good}])
+    found.append({"image_id": 4, "category_id": 10, "bbox": [6, 10, 19, 30], "score": 1.5})
+    expected = evaluator.evaluate()["bbox"]
+    assert expected["AP"] > 1
+    actual = evaluate("", load_truth(data[1]), found).average_precision
+    for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
+        assert actual.overall[key] == pytest.approx(expected[key], abs=1e-6, nan_ok=True)
+    for category_id, name in zip((10, 11, 12), CLASS_NAMES):
+        value = actual.classes[category_id]["AP"]
+        assert value == pytest.approx(expected[f"AP-{name}"], abs=1e-6, nan_ok=True)
+
+
+def test_an_evaluation_has_what_can_be_counted_by_hand(data):
+    # Of the objects 4a, 5a, 5b, 6a those called "a" are found; the corner is false each time.
+    evaluation, _ = evaluation_of(data)
+    assert evaluation.threshold == pytest.approx(0.9) and evaluation.f1 == pytest.approx(600 / 7)
+    assert evaluation.counts == {4: (1, 0, 0), 5: (1, 0, 1), 6: (1, 0, 0)}
+    assert worst_images(evaluation, 8) == [5]
+    low, _ = evaluation_of(data, threshold=0.1)
+    assert low.counts == {4: (1, 1, 0), 5: (1, 1, 1), 6: (1, 1, 0)}
+    assert low.f1 == pytest.approx(100 * 6 / 10)
+    assert worst_images(low, 2) == [5, 4]
+
+
+def test_the_page_needs_no_other_file(data, tmp_path):
+    first, dicts = evaluation_of(data, "first")
+    second, _ = evaluation_of(data, "second <b>", threshold=0.1)
+    paths = write_report([first, second], dicts, str(tmp_path / "report"), dataset="noise")
+    text = (tmp_path / "report" / "report.html").read_text()
+    page = Page(text)
+    assert page.addresses and all(a.startswith("data:image/") for a in page.addresses)
+    assert "@import" not in text and "url(" not in text and "<script" not in text
+    assert {"precision-recall", "confusion", "calibration"} <= set(page.images)
+    for source in page.images.values():
+        content = base64.b64decode(source.split(",")[1])
+        assert content[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0")
+    assert page.figures == 1 + 3  # worst images
+    assert "second &lt;b&gt;" in text and "second <b>" not in text
+    assert sorted(paths) == sorted(str(p) for p in (tmp_path / "report").iterdir())
+
+
+def test_numbers_of_the_page_and_the_json_are_the_evaluations(data, tmp_path):
+    evaluation, dicts = evaluation_of(data)
+    write_report([evaluation], dicts, str(tmp_path))
+    text = (tmp_path / "report.html").read_text()
+    ap = evaluation.average_precision.overall["AP"]
+    assert re.search(rf"<td>AP</td>\s*<td>{ap:.1f}</td>", text)
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    (detector,) = report["detectors"]
+    assert detector["overall"]["AP"] == pytest.approx(ap)
+    assert detector["overall"]["APl"] is None  # there are no large objects
+    assert detector["confusion"]["truth_by_detection"][0] == [3, 0, 0, 0]
+    assert detector["images"]["5"] == {"found": 1, "false": 0, "missed": 1}
+
+
+def run_tool(data, folder, *arguments):
+    config = write_config(folder)
+    weights = write_weights(folder, config)
+    options = ["--config-file", config, "--output", str(folder / "out")]
+    names = f"dataloader.test.dataset.names={data[0]}"
+    command = [*options, "--weights", weights, *arguments, names]
+    return tool.run(tool.get_parser().parse_intermixed_args(command))
+
+
+def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    other = write_weights(tmp_path / "b", write_config(tmp_path))
+    paths = run_tool(data, tmp_path, other, "--max-images", "2")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(paths) == 2 and [len(d["images"]) for d in report["detectors"]] == [2, 2]
+    assert len({d["name"] for d in report["detectors"]}) == 2
+    assert report["detectors"][0]["overall"] == report["detectors"][1]["overall"]
+    assert report["detectors"][0]["milliseconds_per_image"] > 0
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_weights_of_other_classes_are_refused(data, tmp_path):
+    config = write_config(tmp_path)
+    weights = write_weights(tmp_path, config, smca={"class_names": ["cat", "dog", "cow"]})
+    options = ["--weights", weights, "--config-file", config]
+    command = [*options, f"dataloader.test.dataset.names={data[0]}"]
+    with pytest.raises(UserError, match="has the classes .*cow.*round"):
+        tool.run(tool.get_parser().parse_intermixed_args(command))
+
+
+def test_titles_are_short_and_different():
+    assert tool.titles(["a/x.pth", "b/y.pth"]) == ["x", "y"]
+    assert tool.titles(["run/a/x.pth", "run/b/x.pth"]) == ["a/x", "b/x"]
+    assert len(set(tool.titles(["x.pth", "x.pth"]))) == 2

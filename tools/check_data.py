@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+"""Look at a data set before training on it.
+
+Counts every problem of its files, with examples; draws sizes, classes and aspect ratios, and
+training images with their boxes as the model gets them; and says which settings suit it:
+
+    check_data.py --json train.json --images images --output check
+    check_data.py --config-file configs/custom_coco.py data.train_json=train.json \\
+        data.train_images=images data.val_json=val.json data.val_images=images
+
+Writes check.json, statistics.png and training_images.jpg. Gives the exit code 1 if there are
+problems, which training would stop at.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from smca.analysis.dataset import (
+    Advice,
+    DataSplit,
+    collect_statistics,
+    draw_statistics,
+    draw_training_images,
+    examine,
+    find_remarks,
+    recommend,
+)
+from smca.config import load_config
+from smca.data import require_dataset
+from smca.errors import UserError, exit_code
+
+ROOT = Path(__file__).resolve().parents[1]
+_CUSTOM_COCO = str(ROOT / "configs" / "custom_coco.py")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="default: configs/custom_coco.py")
+    parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
+    parser.add_argument("--images", metavar="DIR", help="its images")
+    parser.add_argument("--output", default="output/check_data", metavar="DIR")
+    parser.add_argument("--num-images", type=int, default=12, help="in training_images.jpg")
+    parser.add_argument("--num-examples", type=int, default=3, help="of each kind of problem")
+    parser.add_argument("--no-decode", action="store_true", help="do not read the images")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command's work; gives its exit code."""
+    cfg = load_config(*config_and_overrides(args))
+    splits: Dict[str, DataSplit] = {}
+    for name, (json_file, image_root) in annotation_files(cfg, only_train=bool(args.json)).items():
+
+        def progress(items: Iterable[Any], total: int, name: str = name) -> Iterable[Any]:
+            return tqdm(items, total=total, desc=f"{name}: images", unit="image")
+
+        splits[name] = examine(
+            json_file, image_root, check_images=not args.no_decode, progress=progress
+        )
+    statistics = {name: collect_statistics(split) for name, split in splits.items()}
+    train_name = next(iter(splits))
+    remarks = find_remarks(splits)
+    advice = recommend(statistics[train_name], *scales_of(cfg.model))
+    for name, split in splits.items():
+        print(problems_text(name, split, args.num_examples))
+    print_list("Remarks", remarks)
+    print_list("Settings that suit the training data", map(advice_text, advice))
+
+    os.makedirs(args.output, exist_ok=True)
+    paths = [os.path.join(args.output, "check.json")]
+    content = {
+        "splits": {
+            name: {
+                "json_file": split.json_file,
+                "problems": count_kinds(split),
+                "statistics": statistics[name].to_json(),
+            }
+            for name, split in splits.items()
+        },
+        "remarks": remarks,
+        "advice": [vars(item) for item in advice],
+    }
+    Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    if len(statistics[train_name].boxes):
+        paths += draw(cfg, splits[train_name], statistics, args)
+    print("Written:", *paths, sep="\n  ")
+    return 1 if any(split.problems for split in splits.values()) else 0
+
+
+def config_and_overrides(args: argparse.Namespace) -> Tuple[str, List[str]]:
+    """The config file and the overrides that the command line means."""
+    config_file = args.config_file or _CUSTOM_COCO
+    if not args.json and not args.images:
+        return config_file, args.opts
+    if args.config_file or not (args.json and args.images):
+        raise UserError("Give --json together with --images, or --config-file.")
+    paths = [json.dumps(os.path.abspath(path)) for path in (args.json, args.images)]
+    keys = [f"data.{split}_{kind}" for split in ("train", "val") for kind in ("json", "images")]
+    return config_file, [*(f"{key}={path}" for key, path in zip(keys, 2 * paths)), *args.opts]
+
+
+def annotation_files(cfg: DictConfig, only_train: bool = False) -> Dict[str, Tuple[str, str]]:
+    """The JSON and the image folder of each of a config's data sets, "train" and "val", numbered
+    where there are several."""
+    found: Dict[str, Tuple[str, str]] = {}
+    for split, title in (("train", "train"), ("test", "val")):
+        if only_train and split == "test":
+            continue
+        files = list(_files_of(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")))
+        for number, pair in enumerate(files, 1):
+            found[title if len(files) == 1 else f"{title} {number}"] = pair
+    return found
+
+
+def _files_of(names: Any) -> Iterable[Tuple[str, str]]:
+    if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
+        files, roots = (_as_list(_value(names, key)) for key in ("json_file", "image_root"))
+        roots = roots * len(files) if len(roots) == 1 else roots
+        yield from zip(map(str, files), map(str, roots))
+        return
+    names = _as_list(names)
+    require_dataset(names)
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("json_file") is None:
+            raise UserError(f"Data set '{name}' has no annotation file in COCO's format.")
+        yield metadata.json_file, metadata.image_root
+
+
+def _value(node: DictConfig, key: str) -> Any:
+    """A value, or what the function gives that the config calls for it."""
+    value = node[key]
+    return instantiate(value) if isinstance(value, DictConfig) else value
+
+
+def _as_list(value: Any) -> List[Any]:
+    return [value] if isinstance(value, (str, os.PathLike)) else list(value)
+
+
+def scales_of(model: DictConfig) -> Tuple[int, int]:
+    """The finest stride of a config's model, in pixels, and its number of scales."""
+    feature = re.fullmatch(r"res(\d)", str(OmegaConf.select(model, "in_features")[0]))
+    return 2 ** int(feature[1]) if feature else 16, int(model.decoder.num_scales)
+
+
+def draw(
+    cfg: DictConfig, train: DataSplit, statistics: Dict[str, Any], args: argparse.Namespace
+) -> List[str]:
+    """Write the pictures; gives their paths."""
+    paths = [os.path.join(args.output, "statistics.png")]
+    draw_statistics(statistics).savefig(paths[0])
+    if not args.no_decode:
+        mapper = cfg.dataloader.train.mapper
+        figure = draw_training_images(
+            instantiate(mapper),
+            train,
+            args.num_images,
+            image_format=mapper.get("image_format", "RGB"),
+        )
+        paths.append(os.path.join(args.output, "training_images.jpg"))
+        figure.savefig(paths[1], dpi=60)
+    return paths
+
+
+def count_kinds(split: DataSplit) -> Dict[str, int]:
+    """How many problems there are of each kind, most first."""
+    return dict(collections.Counter(problem.kind for problem in split.problems).most_common())
+
+
+def problems_text(name: str, split: DataSplit, num_examples: int) -> str:
+    """A split's problems by kind, with examples."""
+    objects = sum(len(item["annotations"]) for item in split.dataset_dicts)
+    lines = [
+        f"{name}: {split.json_file}: {len(split.dataset_dicts)} usable images with {objects} "
+        f"objects of {len(split.class_names)} classes; {len(split.problems)} problems"
+    ]
+    for kind, count in count_kinds(split).items():
+        lines.append(f"  {count} x {kind}")
+        examples = [problem.message for problem in split.problems if problem.kind == kind]
+        lines += [f"      {message}" for message in examples[:num_examples]]
+        if count > num_examples:
+            lines.append("      ...")
+    return "\n".join(lines)
+
+
+def advice_text(advice: Advice) -> str:
+    """Setting, value and reason."""
+    return f"{advice.setting} = {advice.value}: {advice.reason}"
+
+
+def print_list(title: str, texts: Iterable[str]) -> None:
+    """Print sentences below a title, if there are any."""
+    wrapped = [textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
+               for text in texts]  # fmt: skip
+    if wrapped:
+        print(title, *wrapped, sep="\n")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line."""
+    return run(get_parser().parse_intermixed_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

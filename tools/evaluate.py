@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Report how good trained detectors are, several side by side, on their config's test data.
+
+Average precision by class and size, precision-recall curves, confusion matrices, calibration of
+the scores, the worst images with truth and detections, and speed; as one HTML page that needs no
+other file, and as JSON:
+
+    evaluate.py --weights output/demo/model_final.pth --output report
+    evaluate.py --weights a.pth b.pth --config-file CONFIG --output report
+    evaluate.py --weights a.pth --max-images 100 --output report train.device=cpu
+
+The data are those of the first file's config.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig
+from pycocotools.coco import COCO
+from tabulate import tabulate
+from tqdm import tqdm
+
+from smca.analysis import evenly
+from smca.analysis.evaluation import Evaluation, detect, device_name, evaluate
+from smca.analysis.metrics import load_truth
+from smca.analysis.report import write_report
+from smca.data import read_coco
+from smca.errors import UserError, exit_code
+from smca.inference import Predictor, load_predictor, load_test_dataset
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    parser.add_argument("--output", default="output/report", metavar="DIR")
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="SCORE",
+        help="for confusions, mistakes and pictures; default: each detector's with the best F1",
+    )
+    parser.add_argument("--num-worst", type=int, default=8, help="pictures of each detector")
+    parser.add_argument("--max-images", type=int, help="evenly from the test data; default: all")
+    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+def run(args: argparse.Namespace) -> List[str]:
+    """The command's work; gives the paths of what it wrote."""
+    # What is wrong with one of the files should not take the time to run the others.
+    predictors = [load(weights, args) for weights in args.weights]
+    _, cfg = predictors[0]
+    dataset_dicts = load_test_dataset(cfg)
+    if args.max_images is not None:
+        dataset_dicts = evenly(dataset_dicts, args.max_images)
+    name, truth = load_test_truth(cfg, dataset_dicts)
+    for weights, (predictor, _) in zip(args.weights, predictors):
+        check_classes(weights, predictor, name)
+    evaluations = []
+    for title, (predictor, _) in zip(titles(args.weights), predictors):
+        detections, seconds = detect(
+            predictor,
+            dataset_dicts,
+            sorted(truth.getCatIds()),
+            progress=lambda items, title=title: tqdm(items, desc=title, unit="image"),
+        )
+        evaluations.append(evaluate(title, truth, detections, seconds, args.confidence_threshold))
+    print(summary(evaluations))
+    return write_report(
+        evaluations,
+        dataset_dicts,
+        args.output,
+        dataset=name,
+        device=device_name(predictors[0][0].model),
+        num_worst=args.num_worst,
+    )
+
+
+def load(weights: str, args: argparse.Namespace) -> Tuple[Predictor, Any]:
+    """The detector of a file, which gives all its detections, and its config."""
+    return load_predictor(args.config_file, weights, args.opts, args.device)
+
+
+def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[str, COCO]:
+    """The name of a config's test data, and the truth of some of its images.
+
+    Raises:
+        UserError: there are several data sets, or they are not in COCO's format.
+    """
+    if isinstance(cfg, DictConfig):
+        # A function that registers data, as in configs/custom_coco.py, gives their name again.
+        names = instantiate(cfg.dataloader.test.dataset.names)
+    else:
+        names = list(cfg.DATASETS.TEST)
+    names = [names] if isinstance(names, str) else list(names)
+    if len(names) != 1:
+        raise UserError(
+            f"There are {len(names)} sets of test data, a report is on one: set data.val_json or "
+            "dataloader.test.dataset.names to one of them."
+        )
+    json_file = MetadataCatalog.get(names[0]).get("json_file")
+    if json_file is None:
+        raise UserError(f"Data set '{names[0]}' has no annotation file in COCO's format.")
+    return names[0], load_truth(read_coco(json_file), [d["image_id"] for d in dataset_dicts])
+
+
+def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
+    """Raise a UserError if a detector's classes are known to be others than the data set's."""
+    expected = list(MetadataCatalog.get(dataset).get("thing_classes", []))
+    if predictor.class_names and predictor.class_names != expected:
+        raise UserError(
+            f"{weights} has the classes {predictor.class_names}, the data set '{dataset}' has "
+            f"{expected}: evaluate it on a data set with its own classes."
+        )
+
+
+def titles(paths: Sequence[str]) -> List[str]:
+    """Short and different names of files: their own, with as many folders as that takes."""
+    for count in range(1, max(len(Path(path).parts) for path in paths) + 1):
+        short = [os.path.join(*Path(path).with_suffix("").parts[-count:]) for path in paths]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+
+
+def summary(evaluations: Sequence[Evaluation]) -> str:
+    """The main numbers as a table."""
+    rows = [
+        [
+            evaluation.name,
+            *(evaluation.average_precision.overall[key] for key in ("AP", "AP50", "AP75")),
+            evaluation.f1,
+            evaluation.threshold,
+            100 * evaluation.calibration.error,
+            evaluation.milliseconds,
+        ]
+        for evaluation in evaluations
+    ]
+    headers = ["", "AP", "AP50", "AP75", "F1", "threshold", "ECE (%)", "ms an image"]
+    return tabulate(rows, headers, floatfmt=["", *[".1f"] * 4, ".3f", ".1f", ".0f"])
+
+
+def main() -> None:
+    """Run the command line."""
+    print("Written:", *run(get_parser().parse_intermixed_args()), sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
