@@ -5,6 +5,7 @@ Importing this registers the embedded data set.
 
 from .coco import (
     Problem,
+    check_same_categories,
     class_names,
     file_problems,
     num_classes,
@@ -28,6 +29,7 @@ __all__ = [
     "SHAPE_CLASSES",
     "build_train_loader",
     "check_image",
+    "check_same_categories",
     "class_names",
     "coco_from_voc",
     "coco_from_yolo",

@@ -22,6 +22,7 @@ from .mapper import check_image
 
 __all__ = [
     "Problem",
+    "check_same_categories",
     "class_names",
     "file_problems",
     "num_classes",
@@ -97,9 +98,9 @@ def register_coco(json_file, image_root, name=None, check_images=True, categorie
             "folder, or one for each file."
         )
     for file in files[1:]:
-        _check_same_categories(file, files[0])
+        check_same_categories(file, files[0])
     if categories_from is not None:
-        _check_same_categories(files[0], _as_list(categories_from)[0])
+        check_same_categories(files[0], _as_list(categories_from)[0])
     roots = roots * len(files) if len(roots) == 1 else roots
     names = [_register(file, root, name, check_images) for file, root in zip(files, roots)]
     return names if _is_list(json_file) else names[0]
@@ -142,7 +143,7 @@ def class_names(json_file):
     """
     first, *others = _as_list(json_file)
     for other in others:
-        _check_same_categories(other, first)
+        check_same_categories(other, first)
     first = _existing(first, os.path.isfile, "annotation file")
     return list(_class_names(first, os.stat(first).st_mtime_ns))
 
@@ -259,7 +260,12 @@ def read_coco(json_file):
     return data
 
 
-def _check_same_categories(json_file, reference_file):
+def check_same_categories(json_file, reference_file):
+    """
+    Raises:
+        DatasetError: two COCO JSONs do not have the same categories in the order of their ids, or
+            those of one are unusable.
+    """
     names, reference = class_names(json_file), class_names(reference_file)
     if names == reference:
         return
