@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +97,17 @@ def test_all_problems_are_found_and_the_rest_is_usable(tmp_path):
     boxes = [[a["bbox"] for a in item["annotations"]] for item in split.dataset_dicts]
     assert boxes == [[a["bbox"] for a in GOOD[:2]], [a["bbox"] for a in GOOD[2:]]]
     assert [a["category_id"] for a in split.dataset_dicts[0]["annotations"]] == [0, 1]
+
+
+def test_other_categories_than_the_training_sets_are_a_problem(tmp_path):
+    first, image_root = write_data(tmp_path / "a", *GOOD)
+    other, _ = write_data(tmp_path / "b", *GOOD)
+    text = Path(other).read_text()
+    assert not examine(other, image_root, categories_from=first).problems
+    Path(other).write_text(text.replace('"name": "cat"', '"name": "cow"'))
+    (problem,) = examine(other, image_root, categories_from=first).problems
+    assert problem.kind == "categories differ"
+    assert f"{other} and {first} must have the same categories" in problem.message
 
 
 def test_images_need_not_be_decoded(tmp_path):

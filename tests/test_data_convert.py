@@ -97,6 +97,7 @@ def test_a_yolo_folder_is_read_by_its_config_with_names(tmp_path):
         "b.jpg": [],
     }
     assert val == {"c.png": [("dog", close(0, 0, 80, 60))]}
+    assert list(train) == sorted(train)  # on every file system
 
 
 @pytest.mark.parametrize("names", ["[dog, cat]", "{1: cat, 0: dog}"])

@@ -20,7 +20,7 @@ from smca.analysis.metrics import load_truth
 from smca.analysis.report import write_report
 from smca.data import register_coco
 from smca.errors import UserError
-from smca.inference import Predictor
+from smca.inference import Predictor, load_predictor
 
 
 @pytest.fixture
@@ -199,12 +199,31 @@ def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
 
 
+def test_the_command_evaluates_what_the_detector_finds(data, tmp_path):
+    run_tool(data, tmp_path)
+    (actual,) = json.loads((tmp_path / "out" / "report.json").read_text())["detectors"]
+    config = write_config(tmp_path)
+    predictor, _ = load_predictor(config, write_weights(tmp_path, config))
+    found, _ = detect(predictor, DatasetCatalog.get(data[0]), [10, 11, 12])
+    expected = evaluate("", load_truth(data[1]), found).to_json()
+    confusion = np.array(expected["confusion"]["truth_by_detection"])
+    assert len(set(confusion.sum(axis=0).tolist())) > 2  # some classes are found more often
+    assert actual["confusion"] == expected["confusion"]
+    assert actual["calibration"] == expected["calibration"]
+
+
 def test_weights_of_other_classes_are_refused(data, tmp_path):
     config = write_config(tmp_path)
     weights = write_weights(tmp_path, config, smca={"class_names": ["cat", "dog", "cow"]})
     options = ["--weights", weights, "--config-file", config]
     command = [*options, f"dataloader.test.dataset.names={data[0]}"]
     with pytest.raises(UserError, match="has the classes .*cow.*round"):
+        tool.run(tool.get_parser().parse_intermixed_args(command))
+
+
+def test_weights_have_to_be_given():
+    command = ["--weights", "train.device=cpu"]
+    with pytest.raises(UserError, match="No checkpoint given"):
         tool.run(tool.get_parser().parse_intermixed_args(command))
 
 

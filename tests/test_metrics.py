@@ -186,6 +186,46 @@ def test_detections_in_a_crowd_do_not_count():
     assert confusion_matrix(truth, found, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
 
 
+def test_an_object_in_a_crowd_is_found_before_the_crowd():
+    # The detection lies in the crowd wholly, and covers the object by 0.9 only.
+    truth = truth_of((1, CAT, [0, 0, 200, 200], True), (1, CAT, LEFT))
+    found = [detection(1, CAT, NEARLY_LEFT, 0.5)]
+    assert match(truth, found).correct.tolist() == [True]
+    assert confusion_matrix(truth, found, 0)[:, 2].tolist() == [0, 0, 0]  # nothing is missed
+
+
+def test_the_order_in_which_detections_are_given_does_not_matter():
+    matches = match(TRUTH, DETECTIONS[::-1])
+    assert matches.correct.tolist() == match(TRUTH, DETECTIONS).correct.tolist()
+    for threshold in (0.1, 0.75):
+        matrix = confusion_matrix(TRUTH, DETECTIONS[::-1], threshold)
+        assert (matrix == confusion_matrix(TRUTH, DETECTIONS, threshold)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("iou", [0.5, 0.75])
+def test_matches_are_those_of_pycocotools(seed, iou):
+    truth, detections = random_case(seed)
+    for index, found in enumerate(detections):
+        found["score"] += 1e-6 * index  # no two are equal
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = truth.loadRes([dict(d) for d in detections])
+        reference = COCOeval(truth, results, "bbox")
+        reference.evaluate()
+    row = {0.5: 0, 0.75: 5}[iou]
+    expected = []
+    for image in reference.evalImgs:
+        if image is None or image["aRng"] != reference.params.areaRng[0]:
+            continue
+        columns = image["dtScores"], image["dtMatches"][row], image["dtIgnore"][row]
+        for score, matched, ignored in zip(*columns):
+            if not ignored:
+                expected.append((score, matched > 0, image["image_id"]))
+    matches = match(truth, detections, iou)
+    actual = zip(matches.scores.tolist(), matches.correct.tolist(), matches.image_ids.tolist())
+    assert list(actual) == sorted(expected, reverse=True)
+
+
 def test_best_threshold_has_the_highest_f1():
     # F1 = 2 TP / (detections + objects), of 3 objects: 2/4, 2/5, 2/6, 4/7, 4/8.
     threshold, f1 = best_threshold(match(TRUTH, DETECTIONS))

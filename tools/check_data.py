@@ -70,8 +70,13 @@ def run(args: argparse.Namespace) -> int:
         def progress(items: Iterable[Any], total: int, name: str = name) -> Iterable[Any]:
             return tqdm(items, total=total, desc=f"{name}: images", unit="image")
 
+        first = next(iter(splits.values()), None)
         splits[name] = examine(
-            json_file, image_root, check_images=not args.no_decode, progress=progress
+            json_file,
+            image_root,
+            categories_from=first and first.json_file,
+            check_images=not args.no_decode,
+            progress=progress,
         )
     statistics = {name: collect_statistics(split) for name, split in splits.items()}
     train_name = next(iter(splits))

@@ -57,6 +57,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of what it wrote."""
+    # Overrides that follow --weights are taken for files.
+    overrides = [text for text in args.weights if "=" in text and not os.path.exists(text)]
+    args.weights = [text for text in args.weights if text not in overrides]
+    args.opts = [*args.opts, *overrides]
+    if not args.weights:
+        raise UserError("No checkpoint given: name one or several files after --weights.")
     # What is wrong with one of the files should not take the time to run the others.
     predictors = [load(weights, args) for weights in args.weights]
     _, cfg = predictors[0]

@@ -17,7 +17,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances
 from smca.analysis.pictures import evenly
-from smca.data import Problem, file_problems, read_coco, record_problems
+from smca.data import (
+    DatasetError,
+    Problem,
+    check_same_categories,
+    file_problems,
+    read_coco,
+    record_problems,
+)
 
 __all__ = [
     "Advice",
@@ -67,6 +74,7 @@ def examine(
     json_file: str,
     image_root: str,
     *,
+    categories_from: Optional[str] = None,
     check_images: bool = True,
     progress: Callable[..., Iterable[Any]] = lambda items, total: items,
 ) -> DataSplit:
@@ -75,6 +83,7 @@ def examine(
     Args:
         json_file: in COCO's format.
         image_root: the folder that ``file_name`` is relative to.
+        categories_from: another COCO JSON that must have the same categories.
         check_images: decode every image, in a few threads.
         progress: wraps the images, whose number is `total`, as `tqdm.tqdm` does.
 
@@ -83,6 +92,11 @@ def examine(
     """
     data = read_coco(json_file)
     problems = record_problems(data)
+    if categories_from is not None:
+        try:
+            check_same_categories(json_file, categories_from)
+        except DatasetError as error:
+            problems.append(Problem("categories differ", str(error), data["categories"]))
     bad = {id(problem.record) for problem in problems}
     images = [image for image in data["images"] if id(image) not in bad]
     if check_images:

@@ -3,7 +3,7 @@
 Importing this registers the embedded data set.
 """
 
-from .coco import class_names, num_classes, register_coco, require_dataset
+from .coco import check_same_categories, class_names, num_classes, register_coco, require_dataset
 from .coco_checks import Problem, file_problems, read_coco, record_problems
 from .convert import coco_from_voc, coco_from_yolo, yolo_images
 from .errors import DatasetError
@@ -20,6 +20,7 @@ __all__ = [
     "SHAPE_CLASSES",
     "build_train_loader",
     "check_image",
+    "check_same_categories",
     "class_names",
     "coco_from_voc",
     "coco_from_yolo",

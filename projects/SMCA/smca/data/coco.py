@@ -27,6 +27,7 @@ from .coco_checks import (
 from .errors import DatasetError
 
 __all__ = [
+    "check_same_categories",
     "class_names",
     "num_classes",
     "register_coco",
@@ -83,9 +84,9 @@ def register_coco(
             "folder, or one for each file."
         )
     for file in files[1:]:
-        _check_same_categories(file, files[0])
+        check_same_categories(file, files[0])
     if categories_from is not None:
-        _check_same_categories(files[0], _as_list(categories_from)[0])
+        check_same_categories(files[0], _as_list(categories_from)[0])
     roots = roots * len(files) if len(roots) == 1 else roots
     names = [_register(file, root, name, check_images) for file, root in zip(files, roots)]
     return names if _is_list(json_file) else names[0]
@@ -125,7 +126,7 @@ def class_names(json_file: Paths) -> List[str]:
     """
     first, *others = _as_list(json_file)
     for other in others:
-        _check_same_categories(other, first)
+        check_same_categories(other, first)
     first = existing(first, os.path.isfile, "annotation file")
     return list(_class_names(first, os.stat(first).st_mtime_ns))
 
@@ -196,7 +197,12 @@ def _class_names(json_file: str, mtime_ns: int) -> Tuple[str, ...]:
     return tuple(category["name"] for category in categories)
 
 
-def _check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
+def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
+    """
+    Raises:
+        DatasetError: two COCO JSONs do not have the same categories in the order of their ids, or
+            those of one are unusable.
+    """
     names, reference = class_names(json_file), class_names(reference_file)
     if names == reference:
         return
