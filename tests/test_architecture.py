@@ -99,6 +99,12 @@ def test_a_room_imports_at_the_top_of_its_files_only_rooms_above_it(room):
     assert {other for other, at_top in imported_rooms(room) if at_top} <= above
 
 
+def test_importing_the_package_imports_what_building_a_model_takes():
+    found = imports((PACKAGE / "__init__.py").read_text(encoding="utf-8"), ["smca"])
+    rooms = {name.split(".")[1] for name, at_top in found if at_top and name.startswith("smca.")}
+    assert rooms == {"config", "data", "modeling", "version"}
+
+
 def test_imports_are_seen_wherever_they_stand():
     source = """
 import torch, smca.data

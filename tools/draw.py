@@ -14,9 +14,10 @@ import os
 import sys
 from typing import List
 
+from smca import Predictor
 from smca.analysis import write_pictures
 from smca.errors import exit_code
-from smca.inference import load_predictor, load_test_dataset
+from smca.inference import WEIGHTS, load_test_dataset
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -26,6 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
     parser.add_argument("--weights", metavar="FILE")
+    parser.add_argument("--weights-kind", choices=WEIGHTS, help="see demo.py")
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=int, default=8, help="in validation.png")
     parser.add_argument("--num-detections", type=int, default=4, help="in gaussians.png")
@@ -39,11 +41,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of the pictures."""
-    predictor, cfg = load_predictor(args.config_file, args.weights, args.opts, args.device)
+    predictor = Predictor(
+        args.weights,
+        config_file=args.config_file,
+        overrides=args.opts,
+        weights=args.weights_kind,
+        device=args.device,
+    )
     metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
     return write_pictures(
         predictor,
-        load_test_dataset(cfg),
+        load_test_dataset(predictor.cfg),
         args.output,
         metrics_file if os.path.isfile(metrics_file) else None,
         num_images=args.num_images,

@@ -6,7 +6,7 @@ Importing this registers the embedded data set.
 from .coco import class_names, num_classes, register_coco, require_dataset
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch
-from .mapper import DetrDatasetMapper, check_image, detr_augmentations, read_image
+from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
 
 register_shapes()
@@ -15,6 +15,7 @@ __all__ = [
     "DatasetError",
     "DetrDatasetMapper",
     "SHAPE_CLASSES",
+    "as_rgb",
     "build_train_loader",
     "check_image",
     "class_names",

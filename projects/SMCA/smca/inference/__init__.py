@@ -1,5 +1,7 @@
-"""A trained detector as a function of an image."""
+"""A trained detector as a function of images."""
 
-from .predictor import Predictor, load_predictor, load_test_dataset
+from .build import WEIGHTS, load_test_dataset, load_weights
+from .detections import Detections
+from .predictor import Predictor
 
-__all__ = ["Predictor", "load_predictor", "load_test_dataset"]
+__all__ = ["WEIGHTS", "Detections", "Predictor", "load_test_dataset", "load_weights"]
