@@ -40,7 +40,11 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="LazyConfig (.py, .yaml) or yacs (.yaml); not needed where the weights say it",
     )
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of a trained detector")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint of a trained detector, or a folder of tools/publish.py",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, glob patterns")
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
@@ -96,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> Predictor:
     """The predictor that the command line names."""
+    if args.weights and os.path.isdir(args.weights):
+        return Predictor.from_pretrained(args.weights, device=args.device or "auto")
     return Predictor(
         args.weights,
         config_file=args.config_file,

@@ -1,7 +1,19 @@
 """A trained detector as a function of images."""
 
-from .build import WEIGHTS, load_test_dataset, load_weights
+from .build import WEIGHTS, TrainedDetector, load_detector, load_test_dataset, load_weights
 from .detections import Detections
 from .predictor import Predictor
+from .pretrained import CARD_NAME, need_extra, save_pretrained
 
-__all__ = ["WEIGHTS", "Detections", "Predictor", "load_test_dataset", "load_weights"]
+__all__ = [
+    "CARD_NAME",
+    "WEIGHTS",
+    "Detections",
+    "Predictor",
+    "TrainedDetector",
+    "load_detector",
+    "load_test_dataset",
+    "load_weights",
+    "need_extra",
+    "save_pretrained",
+]

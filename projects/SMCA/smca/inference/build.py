@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -62,6 +62,8 @@ class TrainedDetector:
         category_ids: from class index to the id in the data set's JSON; may be empty.
         cfg: the config, overrides included.
         weights: "model" or "ema".
+        checkpoint: what its file says beside weights and optimizer: ``smca``, where it comes from,
+            ``iteration`` and ``best``, if it has them.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class TrainedDetector:
     category_ids: Dict[int, int]
     cfg: Optional[Config] = None
     weights: str = "model"
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_detector(
@@ -93,10 +96,17 @@ def load_detector(
         raise ConfigError("No checkpoint given: add --weights with the file of a trained detector.")
     build = _build_from_lazy if is_lazy else _build_from_yacs
     model, augmentations, image_format, datasets = build(cfg, device, provenance)
-    weights, _ = load_weights(model, checkpoint, weights)
+    weights, others = load_weights(model, checkpoint, weights)
     names, category_ids = _classes(provenance, datasets)
     return TrainedDetector(
-        model, augmentations, image_format, names, category_ids, cfg=cfg, weights=weights
+        model,
+        augmentations,
+        image_format,
+        names,
+        category_ids,
+        cfg=cfg,
+        weights=weights,
+        checkpoint={key: others[key] for key in ("smca", "iteration", "best") if key in others},
     )
 
 
@@ -167,6 +177,11 @@ def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple
     """The config that a checkpoint belongs to, and the overrides that it was trained with."""
     if not weights:
         raise ConfigError("No model given: add --config-file, --weights or both.")
+    if os.path.isdir(weights):
+        raise ConfigError(
+            f"{weights} is a folder: give a checkpoint in it (a published detector's folder is for "
+            "Predictor.from_pretrained)."
+        )
     if "://" not in weights and not os.path.isfile(weights):
         raise ConfigError(f"The checkpoint {weights} does not exist.")
     beside = os.path.join(os.path.dirname(weights), "config.yaml")

@@ -15,6 +15,7 @@ from smca.errors import UserError
 from smca.inference.build import TrainedDetector, load_detector
 from smca.inference.detections import Detections
 from smca.inference.images import ImageSource, rgb_array
+from smca.inference.pretrained import load_pretrained
 
 __all__ = ["Predictor"]
 
@@ -46,7 +47,7 @@ class Predictor:
         class_names: may be empty, if nothing says them.
         category_ids: from class index to the id in the data set's JSON; empty where the data set
             is not known, whose ids are then the indices.
-        cfg: the config (LazyConfig or yacs), overrides included; None after `from_model`.
+        cfg: the config (LazyConfig or yacs), overrides included; None if built from none.
         weights: "model" or "ema", which the model has.
 
     Raises:
@@ -92,6 +93,30 @@ class Predictor:
         predictor = cls.__new__(cls)
         names, ids = list(class_names), dict(category_ids or {})
         predictor._use(TrainedDetector(model, augmentations, image_format, names, ids), dtype)
+        return predictor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Union[str, "os.PathLike[str]"],
+        *,
+        revision: Optional[str] = None,
+        device: str = "auto",
+        dtype: str = "fp32",
+    ) -> "Predictor":
+        """A published detector (``tools/publish.py``). No code of its author runs.
+
+        Args:
+            name: a folder, or a repository on the Hugging Face Hub ("user/name").
+            revision: of the repository: a branch, a tag or a commit.
+            device, dtype: see the class.
+
+        Raises:
+            UserError: there is none, it cannot be read, or asks for more than parts of detectors.
+        """
+        _check_dtype(dtype)
+        predictor = cls.__new__(cls)
+        predictor._use(load_pretrained(os.fspath(name), revision=revision, device=device), dtype)
         return predictor
 
     def _use(self, detector: TrainedDetector, dtype: str) -> None:
