@@ -21,9 +21,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 from PIL import Image
 
-from smca import Predictor
 from smca.errors import UserError, exit_code
-from smca.inference import WEIGHTS
+from smca.inference import add_predictor_arguments, predictor_of
 
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -35,16 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file",
-        metavar="FILE",
-        help="LazyConfig (.py, .yaml) or yacs (.yaml); not needed where the weights say it",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="checkpoint of a trained detector, or a folder of tools/publish.py",
-    )
+    add_predictor_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, glob patterns")
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
@@ -61,13 +51,6 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="lowest score of a detection, in [0, 1]; default: %(default)s",
     )
-    parser.add_argument(
-        "--weights-kind",
-        choices=WEIGHTS,
-        help="the trained weights or their average; default: the average if the checkpoint is the "
-        "best one by it, else the trained weights",
-    )
-    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
@@ -98,19 +81,6 @@ def run(args: argparse.Namespace) -> int:
     return run_on_images(args)
 
 
-def load(args: argparse.Namespace) -> Predictor:
-    """The predictor that the command line names."""
-    if args.weights and os.path.isdir(args.weights):
-        return Predictor.from_pretrained(args.weights, device=args.device or "auto")
-    return Predictor(
-        args.weights,
-        config_file=args.config_file,
-        overrides=args.opts,
-        weights=args.weights_kind,
-        device=args.device,
-    )
-
-
 # Images
 
 
@@ -118,7 +88,7 @@ def run_on_images(args: argparse.Namespace) -> int:
     """Detect, draw and write; images that cannot be read are skipped. Gives the exit code."""
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
-    predictor = load(args)
+    predictor = predictor_of(args)
     os.makedirs(os.path.dirname(outputs[0]) or ".", exist_ok=True)
     results: List[Dict[str, Any]] = []
     num_failed = 0
@@ -214,7 +184,7 @@ def run_on_video(args: argparse.Namespace) -> int:
     if not is_readable:
         raise UserError(f"{args.video_input} is no video that OpenCV can read.")
     output = video_output_path(args.video_input, args.output)
-    predictor = load(args)
+    predictor = predictor_of(args)
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
     if not 0 < frames_per_second < 1000:  # which some files do not say

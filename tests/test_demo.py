@@ -231,6 +231,21 @@ def test_weights_find_the_config_of_their_name_in_the_package(tmp_path):
     assert predictor.category_ids == {i: i + 1 for i in range(len(SHAPE_CLASSES))}
 
 
+def test_the_average_of_the_weights_can_be_asked_for(trained, tmp_path):
+    average = {name: value + 0.01 for name, value in make_model(trained[0]).state_dict().items()}
+    weights = write_weights(tmp_path, trained[0], model_ema=average)
+    write_image(tmp_path / "a.png")
+    results = {}
+    for kind in ("model", "ema"):
+        out = tmp_path / kind
+        args = ("--input", tmp_path / "a.png", "--output", out, "--confidence-threshold", 0)
+        assert run((trained[0], weights), *args, "--weights-kind", kind) == 0
+        predictor = Predictor(weights, config_file=trained[0], weights=kind)
+        results[kind] = [result["score"] for result in read_json(out)]
+        assert results[kind] == predictor(tmp_path / "a.png", threshold=0).scores.tolist()
+    assert results["model"] != results["ema"]
+
+
 def test_overrides_reach_the_model(trained, tmp_path):
     write_image(tmp_path / "a.png")
     args = ("--input", tmp_path / "a.png", "--output", tmp_path / "out")

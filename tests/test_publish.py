@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import yaml
 from detectron2.config import LazyConfig
 
 import demo
+import draw
 import publish
 from demo_cases import CLASS_NAMES, make_image, make_model, write_config, write_image
 from smca import Predictor
@@ -40,7 +42,7 @@ def checkpoint(tmp_path_factory):
     rows = [
         {"iteration": 4, "bbox/AP": 10.0, "ema/bbox/AP": 20.0},
         {"iteration": 9, "bbox/AP": 11.14, "bbox/AP50": 30.0, "ema/bbox/AP": 31.24},
-        {"iteration": 14, "bbox/AP": 12.0, "ema/bbox/AP": 25.0},
+        {"iteration": 14, "bbox/AP": 12.0, "bbox/APl": math.nan, "ema/bbox/AP": 25.0},
     ]
     (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
     path = folder / "model_best.pth"
@@ -119,10 +121,11 @@ def test_the_card_says_what_the_detector_is(published):
         "their moving average (ema)",
         "model.num_queries=6",
         "on smca_shapes_val",
-        f'Predictor.from_pretrained("{published}")',
+        'Predictor.from_pretrained("smca")',
+        "| iterations             | 10 ",
     ):
         assert words in card
-    assert "/home/me" not in text
+    assert "/home/me" not in text and str(published.parent) not in text
     # The evaluation of this checkpoint's iteration and of its average.
     table = [line for line in card.splitlines() if line.startswith("| AP") or "31.2" in line]
     assert [cell.strip() for cell in table[0].strip("|").split("|")] == ["AP"]
@@ -133,6 +136,20 @@ def test_the_card_of_trained_weights_has_their_ap(checkpoint, tmp_path):
     run(checkpoint, tmp_path, "--weights-kind", "model")
     card = (tmp_path / "README.md").read_text()
     assert "11.1" in card and "30.0" in card and "31.2" not in card and "as trained" in card
+
+
+def test_the_card_of_the_last_weights_has_the_evaluation_after_the_training(checkpoint, tmp_path):
+    # A training of 14 iterations writes model_final.pth at the 14th, 13 from 0, and evaluates it
+    # when the count stands at 14.
+    contents = torch.load(checkpoint, weights_only=True)
+    del contents["best"]
+    for name in ("config.yaml", "metrics.json"):
+        (tmp_path / name).write_text(checkpoint.with_name(name).read_text())
+    final = tmp_path / "model_final.pth"
+    torch.save({**contents, "iteration": 13}, final)
+    run(final, tmp_path / "out", "train.max_iter=14")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "12.0" in card and "nan" not in card and "| iterations             | 14 " in card
 
 
 def test_without_an_evaluation_the_card_says_so(checkpoint, tmp_path):
@@ -148,6 +165,18 @@ def test_the_demo_takes_a_published_folder(published, tmp_path):
     args = ["--weights", published, "--input", tmp_path / "a.png", "--output", tmp_path / "out"]
     assert demo.main([str(arg) for arg in [*args, "--confidence-threshold", 0]]) == 0
     assert len(json.loads((tmp_path / "out" / demo.JSON_NAME).read_text())) == 6
+
+
+def test_a_folder_takes_no_config_and_has_no_data(published, tmp_path):
+    for given, words in (
+        (["--config-file", "a.py"], "leave out --config-file, --weights-kind and overrides"),
+        (["--weights-kind", "ema"], "leave out --config-file, --weights-kind and overrides"),
+        (["model.num_queries=3"], "leave out --config-file, --weights-kind and overrides"),
+        ([], "does not say what data it was tested on"),
+    ):
+        arguments = ["--weights", str(published), "--device", "cpu", *given]
+        with pytest.raises(UserError, match=words):
+            draw.run(draw.get_parser().parse_args(arguments))
 
 
 # The Hub

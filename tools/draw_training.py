@@ -31,7 +31,7 @@ from smca.analysis import (
     summarize,
 )
 from smca.errors import CheckpointError, exit_code
-from smca.inference import WEIGHTS, load_test_dataset, load_weights
+from smca.inference import add_weights_kind, load_test_dataset, load_weights
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="a training's folder or checkpoints of one training; config overrides",
     )
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
-    parser.add_argument("--weights-kind", choices=WEIGHTS, help="see demo.py")
+    add_weights_kind(parser)
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=int, default=100, help="of the test data")
     parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")

@@ -13,6 +13,7 @@ uploads the folder to the Hugging Face Hub; log in before, with `hf auth login`.
 
 import argparse
 import hashlib
+import math
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
@@ -27,8 +28,8 @@ from smca.config import dataset_names
 from smca.errors import UserError, exit_code
 from smca.inference import (
     CARD_NAME,
-    WEIGHTS,
     TrainedDetector,
+    add_weights_kind,
     load_detector,
     need_extra,
     save_pretrained,
@@ -75,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a training")
-    parser.add_argument("--weights-kind", choices=WEIGHTS, help="see demo.py")
+    add_weights_kind(parser)
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument(
@@ -116,7 +117,7 @@ def model_card(
     title = args.title or config_name
     cfg = detector.cfg
     data = args.data or ", ".join(dataset_names(cfg, "train")) or "not said"
-    model, iteration = published["model"], _iteration(detector.checkpoint)
+    model, iteration = published["model"], _iteration(detector.checkpoint, cfg.train.max_iter)
     # Others would tell paths of the machine that trained it.
     overrides = [*(provenance.get("overrides") or []), *args.opts]
     overrides = [text for text in overrides if text.lstrip("+").startswith("model.")]
@@ -128,7 +129,7 @@ def model_card(
         ("queries", model.get("num_queries")),
         ("modulation", (model.get("decoder") or {}).get("modulation")),
         ("weights", _kind(detector.weights)),
-        ("iterations", None if iteration is None else f"{iteration + 1:,}"),
+        ("iterations", iteration and f"{min(iteration + 1, cfg.train.max_iter):,}"),
         ("trained on", data),
         ("licence of the weights", args.license),
         ("smca", published["smca_version"]),
@@ -142,7 +143,7 @@ def model_card(
     }
     card = _CARD.format(
         title=title,
-        name=args.push or args.output,
+        name=args.push or Path(args.output).name,
         model=tabulate([row for row in rows if row[1]], ["", ""], "github", disable_numparse=True),
         classes=_classes(detector.class_names, model.get("num_classes")),
         results=_results(cfg, args.weights, detector.weights, iteration),
@@ -151,9 +152,11 @@ def model_card(
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}"
 
 
-def _iteration(checkpoint: Mapping[str, Any]) -> Optional[int]:
-    """At which iteration, counted from 0, the weights were kept; the best ones say it apart."""
-    return (checkpoint.get("best") or checkpoint).get("iteration")
+def _iteration(checkpoint: Mapping[str, Any], max_iter: int) -> Optional[int]:
+    """Of the weights' evaluation, as metrics.json counts; None where the checkpoint says none. The
+    last evaluation, after the training, counts one more than the last iteration from 0."""
+    iteration = (checkpoint.get("best") or checkpoint).get("iteration")
+    return max_iter if iteration == max_iter - 1 else iteration
 
 
 def _kind(weights: str) -> str:
@@ -177,7 +180,7 @@ def _results(cfg: DictConfig, weights: str, kind: str, iteration: Optional[int])
     found = {}
     for name in _METRICS:
         values = dict(zip(*metrics.get(f"{prefix}bbox/{name}", ((), ()))))
-        if iteration in values:
+        if math.isfinite(values.get(iteration, math.nan)):  # nan without objects of that size
             found[name] = f"{values[iteration]:.1f}"
     if not found:
         return "The training made no evaluation of this checkpoint."

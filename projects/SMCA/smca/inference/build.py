@@ -144,15 +144,21 @@ def load_weights(
     return weights, others
 
 
-def load_test_dataset(cfg: Config) -> List[Dict[str, Any]]:
+def load_test_dataset(cfg: Optional[Config]) -> List[Dict[str, Any]]:
     """A config's test data in Detectron2's format.
 
     Args:
         cfg: of a `smca.Predictor`.
 
     Raises:
+        ConfigError: there is none, as of a published detector.
         DatasetError: they are not there.
     """
+    if cfg is None:
+        raise ConfigError(
+            "A published detector does not say what data it was tested on: give a checkpoint of "
+            "its training."
+        )
     if isinstance(cfg, DictConfig):
         names = dataset_names(cfg, "test")
         if names:
