@@ -98,6 +98,22 @@ def test_without_gradio_the_page_says_what_to_install(monkeypatch):
         serve.run(args)
 
 
+def test_what_cannot_be_served_is_one_sentence(viewer, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the extra 'serve' is missing")
+
+    def refuse(*args, **kwargs):
+        raise OSError("the address is in use")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", refuse)
+    monkeypatch.setattr(serve, "predictor_of", lambda args: viewer.predictor)
+    for arguments, words in (
+        (["--port", "7999"], "served at http://127.0.0.1:7999: give another --host or --port"),
+        (["--confidence-threshold", "50"], "--confidence-threshold 50 has to be in"),
+    ):
+        with pytest.raises(UserError, match=words):
+            serve.run(serve.get_parser().parse_args(arguments))
+
+
 # In a browser
 
 

@@ -115,7 +115,7 @@ def model_card(
     provenance = detector.checkpoint.get("smca") or {}
     config_name = Path(args.config_file or provenance.get("config") or "").stem or "SMCA"
     title = args.title or config_name
-    cfg = detector.cfg
+    cfg: Any = detector.cfg  # a LazyConfig, as `save_pretrained` requires
     data = args.data or ", ".join(dataset_names(cfg, "train")) or "not said"
     model, iteration = published["model"], _iteration(detector.checkpoint, cfg.train.max_iter)
     # Others would tell paths of the machine that trained it.

@@ -203,7 +203,12 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
         def show_table(result: Optional[Seen], index: Optional[int]) -> List[List[Any]]:
             return [] if result is None or index is None else viewer.layer_rows(result, index)
 
-        def choose(result: Optional[Seen], least: float, event: gr.SelectData) -> Any:
+        # Gradio gives the click to the argument of this type.
+        def choose(
+            result: Optional[Seen],
+            least: float,
+            event: gr.SelectData,  # type: ignore[name-defined]
+        ) -> Any:
             if result is None:
                 return None
             # A small image is drawn enlarged.
@@ -254,11 +259,17 @@ def run(args: argparse.Namespace) -> None:
             f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
         )
     page = build_page(Viewer(predictor_of(args)), args.confidence_threshold)
-    print(f"Open http://{args.host}:{args.port} in a browser; Ctrl-C ends it.")
+    address, options = f"http://{args.host}:{args.port}", launch_options(gr)
     try:
-        page.launch(server_name=args.host, server_port=args.port, **launch_options(gr))
+        page.launch(
+            server_name=args.host, server_port=args.port, prevent_thread_lock=True, **options
+        )
     except OSError as error:
-        raise UserError(f"Port {args.port} cannot be used: give another --port.") from error
+        raise UserError(
+            f"The page cannot be served at {address}: give another --host or --port."
+        ) from error
+    print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
+    page.block_thread()
 
 
 def main() -> None:

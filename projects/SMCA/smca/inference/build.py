@@ -195,13 +195,16 @@ def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple
         return beside, []
     name = provenance.get("config")
     if not name:
-        raise ConfigError(f"{weights} does not say which config it belongs to: add --config-file.")
+        raise ConfigError(
+            f"{weights} does not say which config it belongs to: add --config-file FILE (in code, "
+            "config_file=FILE)."
+        )
     for known in list_configs():
         if Path(known).name == Path(name).stem:
             return get_config_file(known), list(provenance.get("overrides") or [])
     raise ConfigError(
         f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
-        "among those of this package: add --config-file."
+        "among those of this package: add --config-file FILE (in code, config_file=FILE)."
     )
 
 

@@ -1,6 +1,6 @@
 """What a predictor found in an image: Detectron2's Instances with names, COCO form and drawing."""
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 from detectron2.structures import BoxMode, Instances
@@ -31,12 +31,12 @@ class Detections(Instances):
         instances: Instances,
         image: ImageSource,
         class_names: Sequence[str] = (),
-        category_ids: Mapping[int, int] = {},  # noqa: B006, which is only read
+        category_ids: Optional[Mapping[int, int]] = None,
     ):
         super().__init__(instances.image_size, **instances.get_fields())
         self._image = image
         self._class_names = class_names
-        self._category_ids = category_ids
+        self._category_ids = category_ids or {}
 
     @property
     def names(self) -> List[str]:

@@ -58,7 +58,7 @@ class Predictor:
         self,
         checkpoint: Union[str, "os.PathLike[str]", None] = None,
         *,
-        config_file: Optional[str] = None,
+        config_file: Union[str, "os.PathLike[str]", None] = None,
         overrides: Sequence[str] = (),
         weights: Optional[str] = None,
         device: Optional[str] = None,
@@ -66,7 +66,8 @@ class Predictor:
     ):
         _check_dtype(dtype)
         path = None if checkpoint is None else os.fspath(checkpoint)
-        self._use(load_detector(path, config_file, overrides, weights, device), dtype)
+        config = None if config_file is None else os.fspath(config_file)
+        self._use(load_detector(path, config, overrides, weights, device), dtype)
 
     @classmethod
     def from_model(
