@@ -24,7 +24,7 @@ $(STAMP): setup.cfg constraints.txt tools/install_detectron2.py
 	  { echo "SMCA needs Python 3.10 to 3.12: run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,study,video]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,publish,study,video]"
 	$(BIN)/python tools/install_detectron2.py
 	touch $(STAMP)
 

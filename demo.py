@@ -19,14 +19,10 @@ from types import ModuleType
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
-from detectron2.structures import BoxMode, Instances
 from PIL import Image
 
-from smca.analysis import draw_instances
-from smca.data import read_image
-from smca.data.errors import DatasetError
 from smca.errors import UserError, exit_code
-from smca.inference import Predictor, load_predictor
+from smca.inference import add_predictor_arguments, predictor_of
 
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -38,12 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file",
-        metavar="FILE",
-        help="LazyConfig (.py, .yaml) or yacs (.yaml); not needed where the weights say it",
-    )
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of a trained detector")
+    add_predictor_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, glob patterns")
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
@@ -60,7 +51,6 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="lowest score of a detection, in [0, 1]; default: %(default)s",
     )
-    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
@@ -98,21 +88,19 @@ def run_on_images(args: argparse.Namespace) -> int:
     """Detect, draw and write; images that cannot be read are skipped. Gives the exit code."""
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
-    predictor, _ = load_predictor(args.config_file, args.weights, args.opts, args.device)
+    predictor = predictor_of(args)
     os.makedirs(os.path.dirname(outputs[0]) or ".", exist_ok=True)
     results: List[Dict[str, Any]] = []
     num_failed = 0
     for image_id, (path, output) in enumerate(zip(paths, outputs)):
         try:
-            image = read_image(path)
-        except DatasetError as error:
+            detections = predictor(path, threshold=args.confidence_threshold)
+        except UserError as error:
             print(f"Skipped: {error}", file=sys.stderr)
             num_failed += 1
             continue
-        detections = confident(predictor(image), args.confidence_threshold)
-        drawn = draw_instances(image, detections, predictor.class_names)
-        Image.fromarray(drawn).save(output)
-        results += to_coco(detections, predictor, file_name=path, image_id=image_id)
+        detections.draw().save(output)
+        results += detections.to_coco(file_name=path, image_id=image_id)
         print(f"{path}: {len(detections)} detections, drawn in {output}")
     json_file = os.path.join(os.path.dirname(outputs[0]), JSON_NAME)
     write_json(results, json_file)
@@ -196,7 +184,7 @@ def run_on_video(args: argparse.Namespace) -> int:
     if not is_readable:
         raise UserError(f"{args.video_input} is no video that OpenCV can read.")
     output = video_output_path(args.video_input, args.output)
-    predictor, _ = load_predictor(args.config_file, args.weights, args.opts, args.device)
+    predictor = predictor_of(args)
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
     if not 0 < frames_per_second < 1000:  # which some files do not say
@@ -206,15 +194,15 @@ def run_on_video(args: argparse.Namespace) -> int:
     index = 0
     while is_readable:
         image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        detections = confident(predictor(image), args.confidence_threshold)
-        drawn = even_sized(draw_instances(image, detections, predictor.class_names))
+        detections = predictor(image, threshold=args.confidence_threshold)
+        drawn = even_sized(np.asarray(detections.draw()))
         if writer is None:
             codec, size = cv2.VideoWriter_fourcc(*"mp4v"), drawn.shape[1::-1]
             writer = cv2.VideoWriter(output, codec, frames_per_second, size)
             if not writer.isOpened():
                 raise UserError(f"OpenCV cannot write {output}: is the folder writable?")
         writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
-        results += to_coco(detections, predictor, file_name=args.video_input, image_id=index)
+        results += detections.to_coco(file_name=args.video_input, image_id=index)
         index += 1
         is_readable, frame = video.read()
     writer.release()
@@ -255,29 +243,6 @@ def even_sized(image: np.ndarray) -> np.ndarray:
 
 
 # Results
-
-
-def confident(detections: Instances, threshold: float) -> Instances:
-    """Those with at least that score."""
-    return detections[detections.scores >= threshold]
-
-
-def to_coco(detections: Instances, predictor: Predictor, **image: Any) -> List[Dict[str, Any]]:
-    """COCO-style results, with the given keys of the image in each."""
-    boxes = detections.pred_boxes.tensor
-    boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
-    return [
-        {
-            **image,
-            "category_id": predictor.category_ids.get(index, index),
-            "category_name": predictor.class_name(index),
-            "bbox": box,
-            "score": score,
-        }
-        for box, score, index in zip(
-            boxes, detections.scores.tolist(), detections.pred_classes.tolist()
-        )
-    ]
 
 
 def write_json(results: List[Dict[str, Any]], path: str) -> None:

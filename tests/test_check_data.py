@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from demo_cases import ROOT, write_config
 from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
-from smca.modeling.modulation import SpatialModulation
 
 import check_data as tool
+from helpers import ROOT, write_smca_config
 from smca.analysis import draw_instances
 from smca.analysis.dataset import (
     Statistics,
@@ -22,10 +21,11 @@ from smca.analysis.dataset import (
     draw_training_images,
     examine,
     find_remarks,
-    recommend,
 )
+from smca.analysis.recommendation import recommend
 from smca.data import DatasetError, DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError
+from smca.modeling.weight_map import WeightMapPredictor
 
 
 @pytest.fixture(autouse=True)
@@ -209,10 +209,11 @@ def test_beta_starts_the_models_maps_at_a_third_of_a_small_object(size, num_scal
     advice = values(recommend(statistics, stride, num_scales))
     small = size * advice["short_sides"] / 400
     # As the model is built, before its first step.
-    modulation = SpatialModulation(8, 1, num_scales, beta=advice["model.decoder.beta"])
-    scales = [SimpleNamespace(stride=stride << index) for index in range(num_scales)]
-    gaussians = modulation(torch.randn(1, 1, 8), torch.zeros(1, 1, 2), scales)
-    radius = stride / math.sqrt(2 * gaussians.precisions[0, 0, 0, 0, 0].item())
+    beta = advice["model.decoder.beta"]
+    modulation = WeightMapPredictor(embed_dim=8, num_heads=1, num_scales=num_scales, beta=beta)
+    scales = [SimpleNamespace(stride=stride << index, size=(9, 9)) for index in range(num_scales)]
+    finest = modulation(torch.randn(1, 1, 8), torch.zeros(1, 1, 2), scales)[0]
+    radius = stride / math.sqrt(2 * finest.precisions[0, 0, 0, 0].item())
     assert radius == pytest.approx(small / 3, rel=0.15)
 
 
@@ -330,4 +331,4 @@ def test_options_that_contradict_are_refused(tmp_path):
     with pytest.raises(UserError, match="--json together with --images"):
         run_tool("--json", "a.json")
     with pytest.raises(UserError, match="--json together with --images"):
-        run_tool("--json", "a.json", "--images", "b", "--config-file", write_config(tmp_path))
+        run_tool("--json", "a.json", "--images", "b", "--config-file", write_smca_config(tmp_path))

@@ -20,7 +20,7 @@ from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.conversion import convert, convert_file
 from smca.errors import CheckpointError
-from smca.inference import load_predictor
+from smca.inference import Predictor
 from smca.version import __version__
 
 D, FFN, Q = 16, 24, 5
@@ -396,9 +396,10 @@ def test_output_loads_and_says_where_it_comes_from(official_file, tmp_path):
 def test_predictor_needs_no_config_for_the_output(official_file, tmp_path):
     output = tmp_path / "smca.pth"
     convert_file(str(official_file), str(output), classes="keep")
-    predictor, config = load_predictor(weights=str(output), device="cpu")
-    assert (config.model.num_queries, config.model.num_classes) == (Q, 92)
-    assert len(predictor(np.zeros((64, 96, 3), np.uint8)).scores) == Q
+    predictor = Predictor(output, device="cpu")
+    model = predictor.cfg.model
+    assert (model.num_queries, model.num_classes) == (Q, 92)
+    assert len(predictor(np.zeros((64, 96, 3), np.uint8), threshold=0)) == Q
 
 
 def test_nothing_but_the_output_is_left(official_file, tmp_path):

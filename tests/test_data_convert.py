@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from demo_cases import ROOT
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -12,6 +11,7 @@ from PIL import Image
 
 import check_data
 import evaluate
+from helpers import ROOT
 from smca.config import load_config
 from smca.data import DatasetError, class_names, coco_from_voc, coco_from_yolo, yolo_images
 from smca.engine import main

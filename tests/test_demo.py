@@ -23,7 +23,7 @@ from helpers import (
     write_weights,
 )
 from smca.data import SHAPE_CLASSES, register_shapes
-from smca.inference import Predictor, load_predictor
+from smca.inference import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +205,28 @@ def test_weights_find_the_config_of_their_name_in_the_package(tmp_path):
     overrides = ["dataloader.test.mapper.augmentations.max_size=150"]
     metadata = {"config": "smca_shapes.py", "overrides": overrides}
     torch.save({"model": model.state_dict(), "smca": metadata}, path)
-    predictor, cfg = load_predictor(weights=str(path))
+    predictor = Predictor(path)
+    cfg = predictor.cfg
     assert cfg.dataloader.test.mapper.augmentations.max_size == 150
     assert cfg.train.output_dir == "output/smca_shapes"
     # Names and ids are those of the config's data set.
     assert predictor.class_names == list(SHAPE_CLASSES)
     assert predictor.category_ids == {i: i + 1 for i in range(len(SHAPE_CLASSES))}
+
+
+def test_the_average_of_the_weights_can_be_asked_for(trained, tmp_path):
+    average = {name: value + 0.01 for name, value in make_smca(trained[0]).state_dict().items()}
+    weights = write_weights(tmp_path, trained[0], model_ema=average)
+    write_image(tmp_path / "a.png")
+    results = {}
+    for kind in ("model", "ema"):
+        out = tmp_path / kind
+        args = ("--input", tmp_path / "a.png", "--output", out, "--confidence-threshold", 0)
+        assert run((trained[0], weights), *args, "--weights-kind", kind) == 0
+        predictor = Predictor(weights, config_file=trained[0], weights=kind)
+        results[kind] = [result["score"] for result in read_json(out)]
+        assert results[kind] == predictor(tmp_path / "a.png", threshold=0).scores.tolist()
+    assert results["model"] != results["ema"]
 
 
 def test_overrides_reach_the_model(trained, tmp_path):
@@ -242,7 +258,7 @@ def test_a_config_that_counts_the_classes_takes_them_from_the_weights(trained, t
     )
     config = tmp_path / "counting.py"
     config.write_text(text)
-    predictor, _ = load_predictor(str(config), trained[1])
+    predictor = Predictor(trained[1], config_file=str(config))
     assert predictor.model.num_classes == 3 and predictor.class_names == CLASS_NAMES
 
 
@@ -258,7 +274,8 @@ def test_a_yacs_config_gives_the_same_detections(tmp_path):
     torch.save({"model": make_smca(lazy).state_dict()}, weights)
     image = make_image()
     found = [
-        load_predictor(config, str(weights), device="cpu")[0](image) for config in (str(yaml), lazy)
+        Predictor(weights, config_file=config, device="cpu")(image, threshold=0)
+        for config in (str(yaml), lazy)
     ]
     assert torch.equal(found[0].scores, found[1].scores)
     assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
@@ -271,15 +288,16 @@ class _Recorder(torch.nn.Module):
         from detectron2.structures import Instances
 
         (self.seen,) = batch
-        return [{"instances": Instances((batch[0]["height"], batch[0]["width"]))}]
+        size = (batch[0]["height"], batch[0]["width"])
+        return [{"instances": Instances(size, scores=torch.zeros(0))}]
 
 
 def test_the_predictor_resizes_and_orders_channels_as_told():
     model, image = _Recorder(), make_image(20, 30)
-    Predictor(model, [T.Resize((40, 60))], image_format="BGR")(image)
+    Predictor.from_model(model, [T.Resize((40, 60))], image_format="BGR")(image)
     assert model.seen["image"].shape == (3, 40, 60)
     assert (model.seen["height"], model.seen["width"]) == (20, 30)
-    Predictor(model, image_format="BGR")(image)
+    Predictor.from_model(model, image_format="BGR")(image)
     assert (model.seen["image"].permute(1, 2, 0).numpy() == image[:, :, ::-1]).all()
 
 

@@ -8,19 +8,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from demo_cases import CLASS_NAMES, make_model, write_config, write_weights
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 import evaluate as tool
+from helpers import CLASS_NAMES, make_smca, write_smca_config, write_weights
 from smca.analysis.evaluation import detect, evaluate, worst_images
 from smca.analysis.metrics import load_truth
 from smca.analysis.report import write_report
 from smca.data import register_coco
 from smca.errors import UserError
-from smca.inference import Predictor, load_predictor
+from smca.inference import Predictor
 
 
 @pytest.fixture
@@ -108,7 +108,9 @@ def test_a_class_that_the_data_set_lacks_is_an_error(data):
 
 
 def test_average_precision_is_that_of_detectron2s_evaluator(data, tmp_path):
-    predictor = Predictor(make_model(write_config(tmp_path)), class_names=CLASS_NAMES)
+    predictor = Predictor.from_model(
+        make_smca(write_smca_config(tmp_path)), class_names=CLASS_NAMES
+    )
     dicts = DatasetCatalog.get(data[0])
     evaluator = COCOEvaluator(data[0], distributed=False)
     evaluator.reset()
@@ -179,7 +181,7 @@ def test_numbers_of_the_page_and_the_json_are_the_evaluations(data, tmp_path):
 
 
 def run_tool(data, folder, *arguments):
-    config = write_config(folder)
+    config = write_smca_config(folder)
     weights = write_weights(folder, config)
     options = ["--config-file", config, "--output", str(folder / "out")]
     names = f"dataloader.test.dataset.names={data[0]}"
@@ -189,7 +191,7 @@ def run_tool(data, folder, *arguments):
 
 def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
     (tmp_path / "b").mkdir()
-    other = write_weights(tmp_path / "b", write_config(tmp_path))
+    other = write_weights(tmp_path / "b", write_smca_config(tmp_path))
     paths = run_tool(data, tmp_path, other, "--max-images", "2")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(paths) == 2 and [len(d["images"]) for d in report["detectors"]] == [2, 2]
@@ -202,8 +204,8 @@ def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
 def test_the_command_evaluates_what_the_detector_finds(data, tmp_path):
     run_tool(data, tmp_path)
     (actual,) = json.loads((tmp_path / "out" / "report.json").read_text())["detectors"]
-    config = write_config(tmp_path)
-    predictor, _ = load_predictor(config, write_weights(tmp_path, config))
+    config = write_smca_config(tmp_path)
+    predictor = Predictor(write_weights(tmp_path, config), config_file=config)
     found, _ = detect(predictor, DatasetCatalog.get(data[0]), [10, 11, 12])
     expected = evaluate("", load_truth(data[1]), found).to_json()
     confusion = np.array(expected["confusion"]["truth_by_detection"])
@@ -213,7 +215,7 @@ def test_the_command_evaluates_what_the_detector_finds(data, tmp_path):
 
 
 def test_weights_of_other_classes_are_refused(data, tmp_path):
-    config = write_config(tmp_path)
+    config = write_smca_config(tmp_path)
     weights = write_weights(tmp_path, config, smca={"class_names": ["cat", "dog", "cow"]})
     options = ["--weights", weights, "--config-file", config]
     command = [*options, f"dataloader.test.dataset.names={data[0]}"]

@@ -230,7 +230,7 @@ def test_what_is_infinite_is_none():
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     config = write_smca_config(tmp_path_factory.mktemp("model"), "smca")
-    return Predictor(make_smca(config), class_names=CLASS_NAMES)
+    return Predictor.from_model(make_smca(config), class_names=CLASS_NAMES)
 
 
 def make_item(folder, boxes, classes, seed=0, **crowds):
@@ -246,7 +246,7 @@ def make_item(folder, boxes, classes, seed=0, **crowds):
 
 def predicted(predictor, image, query):
     """Box and best class of a query, found among the detections."""
-    found = predictor(image)
+    found = predictor(image, threshold=0)
     index = (found.query_indices == query).nonzero()[0, 0]  # best first
     return found.pred_boxes.tensor[index].tolist(), int(found.pred_classes[index])
 
@@ -437,7 +437,9 @@ def test_a_trainings_checkpoints_are_drawn_by_their_iteration(tmp_path, data):
         model = make_smca(str(tmp_path / "tiny_smca.py"))
         model.load_state_dict(torch.load(run / f"model_{name}.pth")["model"])
         items = DatasetCatalog.get("tiny_statistics")
-        predictor = Predictor(model, [T.ResizeShortestEdge([96, 96], 160)])  # as in the config
+        predictor = Predictor.from_model(
+            model, [T.ResizeShortestEdge([96, 96], 160)]
+        )  # as in the config
         assert numbers[step] == summarize(collect(predictor, items, layer=0))
     assert numbers["10"] != numbers["20"]
 

@@ -40,7 +40,7 @@ VARIANTS = {
 def make_predictor(folder, variant):
     base, decoder = VARIANTS[variant]
     model = make_smca(write_smca_config(folder, base, **decoder))
-    return Predictor(model, class_names=CLASS_NAMES)
+    return Predictor.from_model(model, class_names=CLASS_NAMES)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -190,7 +190,7 @@ def test_maps_are_of_the_same_place_whatever_size_the_model_sees(multi_scale):
     from detectron2.data import transforms as T
 
     model = multi_scale.model
-    resized = Predictor(model, [T.Resize((192, 256))], class_names=CLASS_NAMES)
+    resized = Predictor.from_model(model, [T.Resize((192, 256))], class_names=CLASS_NAMES)
     image = make_image(96, 128)
     (inputs, weight_maps), (detection,) = record_call(
         model.decoder.layers[-1].modulation, lambda: modulation_maps(resized, image)
@@ -217,7 +217,7 @@ def test_without_scale_selection_all_scales_count_the_same(tmp_path):
 
 def test_maps_belong_to_the_detections_chosen(multi_scale):
     image = make_image()
-    instances = multi_scale(image)
+    instances = multi_scale(image, threshold=0)
     detections = modulation_maps(multi_scale, image, select=lambda found: [2, 0])
     for detection, index in zip(detections, (2, 0), strict=True):
         assert detection.query == instances.query_indices[index]
@@ -286,7 +286,7 @@ def test_an_unknown_layer_is_an_error(multi_scale):
 def test_detr_has_no_maps(tmp_path):
     model = make_smca(write_smca_config(tmp_path, "detr"))
     with pytest.raises(NoModulationError, match="model.decoder.modulation=none"):
-        modulation_maps(Predictor(model), make_image())
+        modulation_maps(Predictor.from_model(model), make_image())
 
 
 # Curves
@@ -403,7 +403,7 @@ def test_a_run_gets_three_pictures(multi_scale, dataset_dicts, tmp_path):
 
 def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
     model = make_smca(write_smca_config(tmp_path, "detr"))
-    paths = write_pictures(Predictor(model), dataset_dicts, tmp_path / "pictures")
+    paths = write_pictures(Predictor.from_model(model), dataset_dicts, tmp_path / "pictures")
     assert [path.split("/")[-1] for path in paths] == ["validation.png"]
 
 

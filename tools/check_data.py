@@ -28,15 +28,14 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from smca.analysis.dataset import (
-    Advice,
     DataSplit,
     collect_statistics,
     draw_statistics,
     draw_training_images,
     examine,
     find_remarks,
-    recommend,
 )
+from smca.analysis.recommendation import Advice, recommend
 from smca.config import load_config
 from smca.data import require_dataset
 from smca.errors import UserError, exit_code

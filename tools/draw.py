@@ -16,7 +16,7 @@ from typing import List
 
 from smca.analysis import write_pictures
 from smca.errors import exit_code
-from smca.inference import load_predictor, load_test_dataset
+from smca.inference import add_predictor_arguments, load_test_dataset, predictor_of
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,26 +24,24 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
-    parser.add_argument("--weights", metavar="FILE")
+    add_predictor_arguments(parser)
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=int, default=8, help="in validation.png")
     parser.add_argument("--num-detections", type=int, default=4, help="in gaussians.png")
     parser.add_argument("--confidence-threshold", type=float, default=0.3)
     parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
     parser.add_argument("--scale", type=int, help="of the maps, 0 is the finest; default: all")
-    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 
 def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of the pictures."""
-    predictor, cfg = load_predictor(args.config_file, args.weights, args.opts, args.device)
+    predictor = predictor_of(args)
     metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
     return write_pictures(
         predictor,
-        load_test_dataset(cfg),
+        load_test_dataset(predictor.cfg),
         args.output,
         metrics_file if os.path.isfile(metrics_file) else None,
         num_images=args.num_images,

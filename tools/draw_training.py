@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+from smca import Predictor
 from smca.analysis import (
     DetectionMaps,
     ModulationStatistics,
@@ -29,9 +30,8 @@ from smca.analysis import (
     evenly,
     summarize,
 )
-from smca.checkpoint import SMCACheckpointer
 from smca.errors import CheckpointError, exit_code
-from smca.inference import load_predictor, load_test_dataset
+from smca.inference import add_weights_kind, load_test_dataset, load_weights
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,6 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="a training's folder or checkpoints of one training; config overrides",
     )
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    add_weights_kind(parser)
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=int, default=100, help="of the test data")
     parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
@@ -85,13 +86,19 @@ def run(args: argparse.Namespace) -> List[str]:
     files = find_checkpoints([text for text in args.inputs if text not in overrides])
     if not files:
         raise CheckpointError("No checkpoint given: name a training's folder, or checkpoints.")
-    predictor, cfg = load_predictor(args.config_file, files[0], overrides, args.device)
-    dataset_dicts = evenly(load_test_dataset(cfg), args.num_images)
-    checkpointer = SMCACheckpointer(predictor.model, need_detector=True)
+    predictor = Predictor(
+        files[0],
+        config_file=args.config_file,
+        overrides=overrides,
+        weights=args.weights_kind,
+        device=args.device,
+    )
+    dataset_dicts = evenly(load_test_dataset(predictor.cfg), args.num_images)
     statistics: Dict[int, ModulationStatistics] = {}
     examples: Dict[int, List[DetectionMaps]] = {}
     for file in files:
-        iteration = checkpointer.load(file).get("iteration")
+        _, others = load_weights(predictor.model, file, args.weights_kind)
+        iteration = others.get("iteration")
         if iteration is None:
             raise CheckpointError(f"{file} does not say at which iteration it was written.")
         if iteration + 1 not in statistics:

@@ -31,7 +31,7 @@ from smca.analysis.metrics import load_truth
 from smca.analysis.report import write_report
 from smca.data import read_coco
 from smca.errors import UserError, exit_code
-from smca.inference import Predictor, load_predictor, load_test_dataset
+from smca.inference import Predictor, add_weights_kind, load_test_dataset, predictor_of
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,6 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-worst", type=int, default=8, help="pictures of each detector")
     parser.add_argument("--max-images", type=int, help="evenly from the test data; default: all")
+    add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
@@ -65,15 +66,15 @@ def run(args: argparse.Namespace) -> List[str]:
         raise UserError("No checkpoint given: name one or several files after --weights.")
     # What is wrong with one of the files should not take the time to run the others.
     predictors = [load(weights, args) for weights in args.weights]
-    _, cfg = predictors[0]
+    cfg = predictors[0].cfg
     dataset_dicts = load_test_dataset(cfg)
     if args.max_images is not None:
         dataset_dicts = evenly(dataset_dicts, args.max_images)
     name, truth = load_test_truth(cfg, dataset_dicts)
-    for weights, (predictor, _) in zip(args.weights, predictors):
+    for weights, predictor in zip(args.weights, predictors):
         check_classes(weights, predictor, name)
     evaluations = []
-    for title, (predictor, _) in zip(titles(args.weights), predictors):
+    for title, predictor in zip(titles(args.weights), predictors):
         detections, seconds = detect(
             predictor,
             dataset_dicts,
@@ -87,14 +88,14 @@ def run(args: argparse.Namespace) -> List[str]:
         dataset_dicts,
         args.output,
         dataset=name,
-        device=device_name(predictors[0][0].model),
+        device=device_name(predictors[0].model),
         num_worst=args.num_worst,
     )
 
 
-def load(weights: str, args: argparse.Namespace) -> Tuple[Predictor, Any]:
-    """The detector of a file, which gives all its detections, and its config."""
-    return load_predictor(args.config_file, weights, args.opts, args.device)
+def load(weights: str, args: argparse.Namespace) -> Predictor:
+    """The detector of a file or of a folder of tools/publish.py."""
+    return predictor_of(argparse.Namespace(**{**vars(args), "weights": weights}))
 
 
 def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[str, COCO]:

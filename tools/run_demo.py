@@ -19,11 +19,12 @@ from typing import Dict, List, Mapping, Optional
 from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
+from smca import Predictor
 from smca.analysis import write_pictures
 from smca.config import load_config, quoted
 from smca.engine import main
 from smca.errors import exit_code
-from smca.inference import load_predictor, load_test_dataset
+from smca.inference import load_test_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,10 +61,10 @@ def run(args: argparse.Namespace) -> str:
     results = main(default_argument_parser().parse_args(arguments))
     trained = time.perf_counter()
 
-    predictor, cfg = load_predictor(args.config_file, weights, overrides)
+    predictor = Predictor(weights, config_file=args.config_file, overrides=overrides)
     metrics_file = os.path.join(run_dir, "metrics.json")
     pictures = write_pictures(
-        predictor, load_test_dataset(cfg), os.path.join(run_dir, "pictures"), metrics_file
+        predictor, load_test_dataset(predictor.cfg), os.path.join(run_dir, "pictures"), metrics_file
     )
     files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures]
     times = (trained - start, time.perf_counter() - start)

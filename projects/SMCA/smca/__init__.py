@@ -12,8 +12,22 @@ except Exception as error:
         "git+https://github.com/facebookresearch/detectron2.git'."
     ) from error
 
+from typing import TYPE_CHECKING, Any
+
 from . import data, modeling  # noqa: F401
 from .config import add_smca_config
 from .version import __version__
 
-__all__ = ["__version__", "add_smca_config"]
+if TYPE_CHECKING:
+    from .inference import Predictor
+
+__all__ = ["Predictor", "__version__", "add_smca_config"]
+
+
+def __getattr__(name: str) -> Any:
+    # Training needs neither the predictor nor what it draws with.
+    if name == "Predictor":
+        from .inference import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

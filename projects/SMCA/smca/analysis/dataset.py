@@ -1,5 +1,4 @@
-"""A data set before training: its problems, statistics, pictures as the model gets them, and which
-settings suit it."""
+"""A data set before training: its problems, statistics, and pictures as the model gets them."""
 
 import collections
 import hashlib
@@ -27,7 +26,6 @@ from smca.data import (
 )
 
 __all__ = [
-    "Advice",
     "DataSplit",
     "Statistics",
     "collect_statistics",
@@ -35,21 +33,11 @@ __all__ = [
     "draw_training_images",
     "examine",
     "find_remarks",
-    "recommend",
 ]
 
-_SMALL, _LARGE = 10, 90  # percentiles of the sizes of "small" and "large" objects
+SMALL, LARGE = 10, 90  # percentiles of the sizes of "small" and "large" objects
 _MAX_CLASSES_DRAWN = 40
 _FEW_OBJECTS = 20  # of a class
-# From the measured study, docs/convergence.md: its best models see a small object as 3 cells of
-# their finest scale (25 and 27 pixels at stride 8), with maps that start at 8 pixels, a third of
-# it. Its objects are alike in size, and 40 queries were enough for 30 objects an image.
-_CELLS = 3
-_START_RADIUS = 1 / 3  # of a small object
-_ALIKE = 3  # large by small objects: 2.5 and 1.5 in the study
-_QUERIES_BY_OBJECTS, _MIN_QUERIES = 1.4, 40
-_SHORT_SIDES = (128, 800)  # pixels: the study's least, and the published one
-_PUBLISHED_BETA = 8.0
 
 
 @dataclass
@@ -383,138 +371,3 @@ def draw_training_images(
             f"{image.shape[1]} x {image.shape[0]}"
         )
     return draw_contact_sheet(pictures, captions, num_columns=3)
-
-
-# Recommendation
-
-
-@dataclass
-class Advice:
-    """A setting that suits the data.
-
-    Attributes:
-        setting: its key, or what it is about.
-        value: for a key, what to set; else words.
-        reason: one sentence.
-    """
-
-    setting: str
-    value: Any
-    reason: str
-
-
-def recommend(
-    statistics: Statistics, finest_stride: int, num_scales: int, max_size: int = 1333
-) -> List[Advice]:
-    """Settings for the data, by what the measured study (docs/convergence.md) found.
-
-    Args:
-        statistics: of the training data.
-        finest_stride: of the model's scales, in pixels.
-        num_scales: of the model.
-        max_size: limit of the long side, in pixels.
-
-    Returns:
-        One for queries, image size, beta and the model's scales; none without objects.
-    """
-    if not len(statistics.boxes):
-        return []
-    short_side, cells = _short_side(statistics, finest_stride, max_size)
-    small, large = np.percentile(
-        statistics.scaled_sizes(short_side, max_size), [_SMALL, _LARGE]
-    ).tolist()
-    return [
-        _advise_queries(statistics),
-        Advice(
-            "short_sides",
-            short_side,
-            f"small objects (the {_SMALL}th percentile) become {small:.0f} pixels, {cells:.1f} "
-            f"cells of stride {finest_stride}; the study's models saw them as {_CELLS}"
-            + ("." if cells >= _CELLS - 0.1 else ", which larger images would cost too much.")
-            + _smallest_class(statistics, short_side, max_size, small),
-        ),
-        _advise_beta(small, finest_stride, num_scales),
-        _advise_scales(small, large, cells, finest_stride),
-    ]
-
-
-def _advise_queries(statistics: Statistics) -> Advice:
-    most = int(statistics.objects_per_image.max())
-    queries = max(_MIN_QUERIES, 10 * math.ceil(_QUERIES_BY_OBJECTS * most / 10))
-    reason = (
-        f"an image has up to {most} objects and a query finds one at most; in the study "
-        f"{_MIN_QUERIES} were enough for 30, and fewer are faster"
-    )
-    if most > 100:
-        reason += ". COCO's AP counts the best 100 detections of an image only"
-    return Advice("model.num_queries", queries, reason + ".")
-
-
-def _short_side(statistics: Statistics, stride: int, max_size: int) -> Tuple[int, float]:
-    """The least multiple of 32 at which small objects span enough cells, and how many they do."""
-    sides = range(_SHORT_SIDES[0], _SHORT_SIDES[1] + 1, 32)
-    for side in sides:
-        small = np.percentile(statistics.scaled_sizes(side, max_size), _SMALL)
-        if small >= _CELLS * stride:
-            break
-    return side, float(small / stride)
-
-
-def _smallest_class(statistics: Statistics, short_side: int, max_size: int, small: float) -> str:
-    """A sentence on the class of the smallest objects, if it is smaller than "small" ones."""
-    sizes = statistics.scaled_sizes(short_side, max_size)
-    medians = {
-        name: float(np.median(sizes[statistics.classes == index]))
-        for index, name in enumerate(statistics.class_names)
-        if (statistics.classes == index).any()
-    }
-    name = min(medians, key=lambda name: medians[name])
-    if medians[name] >= small:
-        return ""
-    return (
-        f" Objects of the class '{name}' become only {medians[name]:.0f} pixels (median): take "
-        "larger images if that class matters."
-    )
-
-
-def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
-    """Inverts the radius at which a map starts at the finest scale, sqrt(beta / 2) cells, with
-    several scales sqrt(16 beta stride) pixels."""
-    radius = _START_RADIUS * small
-    beta = 2 * (radius / stride) ** 2 if num_scales == 1 else radius**2 / (16 * stride)
-    beta = min(float(f"{beta:.1g}"), _PUBLISHED_BETA)
-    start = stride * math.sqrt(beta / 2) if num_scales == 1 else math.sqrt(16 * beta * stride)
-    return Advice(
-        "model.decoder.beta",
-        beta,
-        f"maps start with a radius of {start:.0f} pixels at stride {stride}, about a third of a "
-        f"small object ({small:.0f} pixels); starting so, not twice as wide, took the study's "
-        "models from AP 28.9 to 33.2 with one scale and from 16.6 to 21.9 with three.",
-    )
-
-
-def _advise_scales(small: float, large: float, cells: float, stride: int) -> Advice:
-    ratio = large / small
-    alike = f"large objects are {ratio:.1f} times as long as small ones"
-    if ratio <= _ALIKE and cells >= _CELLS - 0.1:
-        return Advice(
-            "scales",
-            f"one of stride {stride} is enough",
-            f"{alike}; in the study (2.5 and 1.5 times) several scales gained nothing over one, "
-            "and took two to three times as long (configs/convergence/coco_single_scale.py has "
-            "one of stride 8).",
-        )
-    if cells < _CELLS - 0.1 and stride > 8:
-        return Advice(
-            "scales",
-            "several, from stride 8",
-            f"small objects are {cells:.1f} cells of stride {stride}: the convolutional encoder "
-            "(configs/common/models/smca_conv.py) has stride 8.",
-        )
-    return Advice(
-        "scales",
-        "several",
-        f"{alike}; on COCO several scales are ahead of one (43.7 over 41.0 AP), and in the study "
-        "the convolutional encoder (configs/common/models/smca_conv.py) was ahead of the "
-        "attention encoder (30.5 over 21.9, and 37.1 over 31.0).",
-    )

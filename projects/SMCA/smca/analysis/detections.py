@@ -40,9 +40,9 @@ class ImageDetector(Protocol):
     model: nn.Module
     class_names: List[str]
 
-    def __call__(self, image: np.ndarray) -> Instances:
-        """Detections on a (height, width, 3) uint8 RGB image: on the CPU, in its pixels, best
-        first."""
+    def __call__(self, image: np.ndarray, /, *, threshold: float) -> Instances:
+        """Detections on a (height, width, 3) uint8 RGB image with at least the score `threshold`:
+        on the CPU, in the image's pixels, best first."""
 
 
 def draw_instances(

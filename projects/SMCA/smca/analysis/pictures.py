@@ -89,8 +89,7 @@ def _draw_validation(
     pictures, captions = [], []
     for item in dataset_dicts:
         image = read_image(item["file_name"], item["height"], item["width"])
-        truth, detections = truth_of(item), predictor(image)
-        detections = detections[detections.scores >= threshold]
+        truth, detections = truth_of(item), predictor(image, threshold=threshold)
         pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
         captions.append(
             f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "

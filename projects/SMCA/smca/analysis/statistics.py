@@ -207,7 +207,7 @@ def _match(
     model, truth = cast(SMCA, predictor.model), _objects_of(item)
     image = read_image(item["file_name"], item["height"], item["width"])
     with Recorder(model) as recorder:
-        predictor(image)
+        predictor(image, threshold=0)
     record = recorder.layer(layer)
     logits, boxes_cxcywh = model.predict(recorder.decoded)
     if truth.gt_classes.max() >= logits.shape[-1]:

@@ -107,7 +107,7 @@ def modulation_maps(
         UserError: it has no such layer.
     """
     with Recorder(predictor.model) as recorder:
-        instances = predictor(image)
+        instances = predictor(image, threshold=0)
     indices = [0] if select is None else list(select(instances))
     return maps_of(instances[indices], recorder.layer(layer), image)
 

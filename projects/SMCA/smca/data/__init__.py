@@ -8,7 +8,7 @@ from .coco_checks import Problem, file_problems, read_coco, record_problems
 from .convert import coco_from_voc, coco_from_yolo, yolo_images
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch, set_start_sample
-from .mapper import DetrDatasetMapper, check_image, detr_augmentations, read_image
+from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
 
 register_shapes()
@@ -18,6 +18,7 @@ __all__ = [
     "DetrDatasetMapper",
     "Problem",
     "SHAPE_CLASSES",
+    "as_rgb",
     "build_train_loader",
     "check_image",
     "check_same_categories",

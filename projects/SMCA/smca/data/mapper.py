@@ -17,7 +17,7 @@ from .errors import DatasetError
 
 PathLike = Union[str, "os.PathLike[str]"]
 
-__all__ = ["DetrDatasetMapper", "check_image", "detr_augmentations", "read_image"]
+__all__ = ["DetrDatasetMapper", "as_rgb", "check_image", "detr_augmentations", "read_image"]
 
 _EXIF_ORIENTATION = 274
 # What turns an image of the EXIF orientation upright.
@@ -96,8 +96,9 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB; transparency is dropped, as Detectron2 does."""
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode (grey, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB; transparency is
+    dropped, as Detectron2 does."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     elif image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
@@ -125,7 +126,7 @@ def read_image(
     """
     with _open_image(path) as image:
         transpose = _matching_transpose(image, path, height, width)
-        image = _to_rgb(image)
+        image = as_rgb(image)
         if transpose is not None:
             image = image.transpose(transpose)
         return np.asarray(image)

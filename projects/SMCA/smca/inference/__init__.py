@@ -1,5 +1,23 @@
-"""A trained detector as a function of an image."""
+"""A trained detector as a function of images."""
 
-from .predictor import Predictor, load_predictor, load_test_dataset
+from .build import WEIGHTS, TrainedDetector, load_detector, load_test_dataset, load_weights
+from .command_line import add_predictor_arguments, add_weights_kind, predictor_of
+from .detections import Detections
+from .predictor import Predictor
+from .pretrained import CARD_NAME, need_extra, save_pretrained
 
-__all__ = ["Predictor", "load_predictor", "load_test_dataset"]
+__all__ = [
+    "CARD_NAME",
+    "WEIGHTS",
+    "Detections",
+    "Predictor",
+    "TrainedDetector",
+    "add_predictor_arguments",
+    "add_weights_kind",
+    "load_detector",
+    "load_test_dataset",
+    "load_weights",
+    "need_extra",
+    "predictor_of",
+    "save_pretrained",
+]

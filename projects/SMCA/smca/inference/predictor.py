@@ -1,247 +1,199 @@
-"""A trained detector as a function of one image."""
+"""A trained detector as a function of images."""
 
+import numbers
 import os
-import re
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, overload
 
 import numpy as np
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg, instantiate
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model as build_yacs_model
-from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
 from torch import nn
 
 from smca.analysis.detections import class_name
-from smca.checkpoint import SMCACheckpointer
-from smca.config import (
-    add_smca_config,
-    build_model,
-    dataset_names,
-    get_config_file,
-    list_configs,
-    load_config,
-    resolve_device,
-)
-from smca.data import require_dataset
-from smca.errors import ConfigError
+from smca.config import AMP_DTYPES
+from smca.errors import UserError
+from smca.inference.build import TrainedDetector, load_detector
+from smca.inference.detections import Detections
+from smca.inference.images import ImageSource, rgb_array
+from smca.inference.pretrained import load_pretrained
 
-__all__ = ["Predictor", "load_predictor", "load_test_dataset"]
-
-Config = Union[DictConfig, CfgNode]
-
-# Model, test augmentations, channel order, names of the test data.
-_Built = Tuple[nn.Module, Sequence[T.Augmentation], str, List[str]]
-
-# Sections that only yacs configs have, at the beginning of a line.
-_YACS_SECTION = re.compile(r"^(_BASE_|MODEL|INPUT|DATASETS|SOLVER|VERSION)\s*:", re.MULTILINE)
+__all__ = ["Predictor"]
 
 
 class Predictor:
-    """Detects objects in one image at a time.
+    """Detects objects in images, with a detector from its checkpoint's file alone:
+
+        predictor = Predictor("output/demo/model_best.pth")
+        detections = predictor("photo.jpg")  # Detectron2's Instances
+        detections.names, detections.scores, detections.pred_boxes
+        detections.draw().save("drawn.jpg")
+
+    Channel order, resizing and class names are those of the checkpoint's config.
 
     Args:
-        model: follows Detectron2's contract; put in evaluation mode, used on the device that it
-            is on.
-        augmentations: of the image, as in evaluation.
-        image_format: "RGB" or "BGR", the order of channels that the model takes.
+        checkpoint: path or URL of a detector's checkpoint; None: the one that the config names.
+        config_file: LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the ``config.yaml``
+            that training wrote beside the checkpoint, else the config of that name that comes with
+            this package, with the overrides of the training.
+        overrides: ``key=value``; of a yacs config ``KEY VALUE`` pairs.
+        weights: "model" for the trained weights, "ema" for their average. None: the average where
+            the checkpoint is the best one by the average's metric
+            (``train.best_metric=ema/bbox/AP``), else the trained weights.
+        device: "auto", "cpu", "cuda", ...; None: as the config says.
+        dtype: "fp32", or "bf16" or "fp16" for mixed precision.
+
+    Attributes:
+        model: the detector, in evaluation mode.
         class_names: may be empty, if nothing says them.
         category_ids: from class index to the id in the data set's JSON; empty where the data set
             is not known, whose ids are then the indices.
+        cfg: the config (LazyConfig or yacs), overrides included; None if built from none.
+        weights: "model" or "ema", which the model has.
+
+    Raises:
+        UserError: a file is missing, is of another kind, or does not fit the others.
     """
 
     def __init__(
         self,
+        checkpoint: Union[str, "os.PathLike[str]", None] = None,
+        *,
+        config_file: Union[str, "os.PathLike[str]", None] = None,
+        overrides: Sequence[str] = (),
+        weights: Optional[str] = None,
+        device: Optional[str] = None,
+        dtype: str = "fp32",
+    ):
+        _check_dtype(dtype)
+        path = None if checkpoint is None else os.fspath(checkpoint)
+        config = None if config_file is None else os.fspath(config_file)
+        self._use(load_detector(path, config, overrides, weights, device), dtype)
+
+    @classmethod
+    def from_model(
+        cls,
         model: nn.Module,
         augmentations: Sequence[T.Augmentation] = (),
         *,
         image_format: str = "RGB",
         class_names: Sequence[str] = (),
         category_ids: Optional[Mapping[int, int]] = None,
-    ):
-        self.model = model.eval()
-        self.augmentations = T.AugmentationList(list(augmentations))
-        self.image_format = image_format
-        self.class_names = list(class_names)
-        self.category_ids = dict(category_ids or {})
+        dtype: str = "fp32",
+    ) -> "Predictor":
+        """A predictor of a model that is there already.
 
-    @torch.no_grad()
-    def __call__(self, image: np.ndarray) -> Instances:
+        Args:
+            model: follows Detectron2's contract; put in evaluation mode, used on the device that
+                it is on.
+            augmentations: of the image, as in evaluation.
+            image_format: "RGB" or "BGR", the order of channels that the model takes.
+            class_names, category_ids: see the class.
+            dtype: see the class.
+        """
+        _check_dtype(dtype)
+        predictor = cls.__new__(cls)
+        names, ids = list(class_names), dict(category_ids or {})
+        predictor._use(TrainedDetector(model, augmentations, image_format, names, ids), dtype)
+        return predictor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Union[str, "os.PathLike[str]"],
+        *,
+        revision: Optional[str] = None,
+        device: str = "auto",
+        dtype: str = "fp32",
+    ) -> "Predictor":
+        """A published detector (``tools/publish.py``). No code of its author runs.
+
+        Args:
+            name: a folder, or a repository on the Hugging Face Hub ("user/name").
+            revision: of the repository: a branch, a tag or a commit.
+            device, dtype: see the class.
+
+        Raises:
+            UserError: there is none, it cannot be read, or asks for more than parts of detectors.
+        """
+        _check_dtype(dtype)
+        predictor = cls.__new__(cls)
+        predictor._use(load_pretrained(os.fspath(name), revision=revision, device=device), dtype)
+        return predictor
+
+    def _use(self, detector: TrainedDetector, dtype: str) -> None:
+        self.model: nn.Module = detector.model.eval()
+        self.augmentations = T.AugmentationList(list(detector.augmentations))
+        self.image_format = detector.image_format
+        self.class_names: List[str] = detector.class_names
+        self.category_ids: Dict[int, int] = detector.category_ids
+        self.cfg: Any = detector.cfg
+        self.weights: str = detector.weights
+        self._amp_dtype = AMP_DTYPES.get(dtype)
+
+    @overload
+    def __call__(
+        self, images: ImageSource, *, threshold: float = 0.5, batch_size: int = 1
+    ) -> Detections: ...
+
+    @overload
+    def __call__(
+        self, images: Sequence[ImageSource], *, threshold: float = 0.5, batch_size: int = 1
+    ) -> List[Detections]: ...
+
+    def __call__(self, images: Any, *, threshold: float = 0.5, batch_size: int = 1) -> Any:
         """Detect objects.
 
         Args:
-            image: (height, width, 3) uint8, RGB, as of `smca.data.read_image`.
+            images: one image, or a list or tuple of them, each a path, a URL, a PIL image, an
+                array (height, width, 3) or a tensor (3, height, width), both uint8 RGB. Files and
+                URLs are turned upright as their EXIF says, all others are taken as they are.
+            threshold: lowest score of a detection, in [0, 1].
+            batch_size: how many images of a list go through the model together. Their padding
+                reaches the convolutions, so that in a batch of images of several sizes results
+                can differ slightly from those of each alone.
 
         Returns:
-            Detections on the CPU, with ``pred_boxes`` in pixels of `image`, best first.
+            Detections (of Detectron2's type Instances) on the CPU, with ``pred_boxes`` in pixels
+            of the image, best first; of a list, a list of them.
+
+        Raises:
+            UserError: an image cannot be read, or an argument has a wrong value.
         """
-        height, width = image.shape[:2]
-        aug_input = T.AugInput(image if self.image_format == "RGB" else image[:, :, ::-1])
-        self.augmentations(aug_input)
-        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
-        inputs = {"image": pixels, "height": height, "width": width}
-        return self.model([inputs])[0]["instances"].to("cpu")
+        if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+            raise UserError(f"The threshold has to be a number in [0, 1], not {threshold!r}.")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"The threshold has to be in [0, 1], {threshold:g} is not.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size has to be a positive whole number, not {batch_size!r}.")
+        if not isinstance(images, (list, tuple)):
+            return self._detect([images], threshold)[0]
+        batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+        return [found for batch in batches for found in self._detect(batch, threshold)]
 
     def class_name(self, index: int) -> str:
         """The name of a class, or its index if it has none."""
         return class_name(self.class_names, index)
 
+    @torch.no_grad()
+    def _detect(self, images: Sequence[ImageSource], threshold: float) -> List[Detections]:
+        inputs = [self._input(rgb_array(image)) for image in images]
+        device = next(self.model.parameters(), torch.empty(0)).device
+        with torch.autocast(device.type, self._amp_dtype, enabled=self._amp_dtype is not None):
+            outputs = [output["instances"].to("cpu") for output in self.model(inputs)]
+        return [
+            Detections(found[found.scores >= threshold], image, self.class_names, self.category_ids)
+            for found, image in zip(outputs, images)
+        ]
 
-def load_predictor(
-    config_file: Optional[str] = None,
-    weights: Optional[str] = None,
-    overrides: Sequence[str] = (),
-    device: Optional[str] = None,
-) -> Tuple[Predictor, Config]:
-    """Build a config's model and load its trained weights.
-
-    Args:
-        config_file: LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the ``config.yaml``
-            that training wrote beside the weights, else the config of that name that comes with
-            this package, with the overrides of the training.
-        weights: a detector's checkpoint; None: the one that the config names.
-        overrides: ``key=value``; of a yacs config ``KEY VALUE`` pairs.
-        device: "auto", "cpu", "cuda", ...; None: as the config says.
-
-    Returns:
-        The predictor, and the config, overrides included.
-
-    Raises:
-        UserError: a file is missing, is of another kind, or does not fit the others.
-    """
-    provenance = _provenance(weights)
-    trained_with: List[str] = []
-    if not config_file:
-        config_file, trained_with = _find_config(weights, provenance)
-    cfg = _load_any_config(config_file, [*trained_with, *overrides])
-    is_lazy = isinstance(cfg, DictConfig)
-    weights = weights or (cfg.train.init_checkpoint if is_lazy else cfg.MODEL.WEIGHTS)
-    if not weights:
-        raise ConfigError("No checkpoint given: add --weights with the file of a trained detector.")
-    build = _build_from_lazy if is_lazy else _build_from_yacs
-    model, augmentations, image_format, datasets = build(cfg, device, provenance)
-    SMCACheckpointer(model, need_detector=True).load(weights)
-    class_names, category_ids = _classes(provenance, datasets)
-    predictor = Predictor(
-        model,
-        augmentations,
-        image_format=image_format,
-        class_names=class_names,
-        category_ids=category_ids,
-    )
-    return predictor, cfg
+    def _input(self, image: np.ndarray) -> Dict[str, Any]:
+        """The model's input for an (H, W, 3) uint8 RGB image."""
+        height, width = image.shape[:2]
+        aug_input = T.AugInput(image if self.image_format == "RGB" else image[:, :, ::-1])
+        self.augmentations(aug_input)
+        pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
+        return {"image": pixels, "height": height, "width": width}
 
 
-def load_test_dataset(cfg: Config) -> List[Dict[str, Any]]:
-    """A config's test data in Detectron2's format.
-
-    Args:
-        cfg: as of `load_predictor`.
-
-    Raises:
-        DatasetError: they are not there.
-    """
-    if isinstance(cfg, DictConfig):
-        names = dataset_names(cfg, "test")
-        if names:
-            require_dataset(names)
-        return list(instantiate(cfg.dataloader.test.dataset))
-    require_dataset(list(cfg.DATASETS.TEST))
-    return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
-
-
-def _provenance(weights: Optional[str]) -> Dict[str, Any]:
-    """What the checkpoint says about itself; nothing if it is of another origin or cannot be read,
-    of which loading it into the model gives a better error."""
-    try:
-        path = PathManager.get_local_path(weights)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(checkpoint.get("smca") or {})
-    except Exception:
-        return {}
-
-
-def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:
-    """The config that a checkpoint belongs to, and the overrides that it was trained with."""
-    if not weights:
-        raise ConfigError("No model given: add --config-file, --weights or both.")
-    if "://" not in weights and not os.path.isfile(weights):
-        raise ConfigError(f"The checkpoint {weights} does not exist.")
-    beside = os.path.join(os.path.dirname(weights), "config.yaml")
-    if os.path.isfile(beside):
-        return beside, []
-    name = provenance.get("config")
-    if not name:
-        raise ConfigError(f"{weights} does not say which config it belongs to: add --config-file.")
-    for known in list_configs():
-        if Path(known).name == Path(name).stem:
-            return get_config_file(known), list(provenance.get("overrides") or [])
-    raise ConfigError(
-        f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
-        "among those of this package: add --config-file."
-    )
-
-
-def _load_any_config(config_file: str, overrides: Sequence[str]) -> Config:
-    if config_file.endswith((".yaml", ".yml")) and PathManager.isfile(config_file):
-        with PathManager.open(config_file) as file:
-            if _YACS_SECTION.search(file.read()):
-                return _load_yacs_config(config_file, overrides)
-    return load_config(config_file, list(overrides))
-
-
-def _load_yacs_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_smca_config(cfg)
-    try:
-        cfg.merge_from_file(config_file)
-        cfg.merge_from_list(list(overrides))
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        reason = error.args[0] if error.args else error
-        raise ConfigError(f"{config_file} with its overrides cannot be used: {reason}") from error
-    return cfg
-
-
-def _build_from_lazy(
-    cfg: DictConfig, device: Optional[str], provenance: Mapping[str, Any]
-) -> _Built:
-    """The model on its device, and what else of the config a predictor needs."""
-    if isinstance(cfg.model.get("num_classes"), DictConfig) and provenance.get("class_names"):
-        # A function counts the classes in the training data, which need not be here.
-        cfg.model.num_classes = len(provenance["class_names"])
-    cfg.train.device = str(resolve_device(device or cfg.train.device))
-    mapper = cfg.dataloader.test.mapper
-    augmentations = instantiate(mapper.augmentations)
-    image_format = mapper.get("image_format", "RGB")
-    return build_model(cfg), augmentations, image_format, dataset_names(cfg, "test")
-
-
-def _build_from_yacs(cfg: CfgNode, device: Optional[str], provenance: Mapping[str, Any]) -> _Built:
-    """As `_build_from_lazy`."""
-    cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
-    augmentation = T.ResizeShortestEdge(
-        [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
-    )
-    model = build_yacs_model(cfg)
-    return model, [augmentation], cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
-
-
-def _classes(
-    provenance: Mapping[str, Any], datasets: Sequence[str]
-) -> Tuple[List[str], Dict[int, int]]:
-    """Class names, of the checkpoint if it says them, else of the data set; category ids of the
-    data set if it has the same classes."""
-    names = list(provenance.get("class_names") or [])
-    if not datasets or datasets[0] not in MetadataCatalog.list():
-        return names, {}
-    metadata = MetadataCatalog.get(datasets[0])
-    known = list(metadata.get("thing_classes") or [])
-    if names and names != known:
-        return names, {}
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    return known, {index: category_id for category_id, index in ids.items()}
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("fp32", *AMP_DTYPES):
+        raise UserError(f"dtype has to be fp32, {' or '.join(AMP_DTYPES)}, not {dtype!r}.")

@@ -1,0 +1,268 @@
+"""Building a trained detector from its checkpoint and config."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model as build_yacs_model
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
+from torch import nn
+
+from smca.checkpoint import SMCACheckpointer
+from smca.config import (
+    add_smca_config,
+    build_model,
+    dataset_names,
+    get_config_file,
+    list_configs,
+    load_config,
+    resolve_device,
+)
+from smca.data import require_dataset
+from smca.errors import CheckpointError, ConfigError, UserError
+
+__all__ = [
+    "WEIGHTS",
+    "Config",
+    "TrainedDetector",
+    "load_detector",
+    "load_test_dataset",
+    "load_weights",
+]
+
+# Of a checkpoint: the trained ones, and their average over the training (model_ema).
+WEIGHTS = ("model", "ema")
+
+Config = Union[DictConfig, CfgNode]
+
+# Model, test augmentations, channel order, names of the test data.
+_Built = Tuple[nn.Module, Sequence[T.Augmentation], str, List[str]]
+
+# Sections that only yacs configs have, at the beginning of a line.
+_YACS_SECTION = re.compile(r"^(_BASE_|MODEL|INPUT|DATASETS|SOLVER|VERSION)\s*:", re.MULTILINE)
+
+
+@dataclass
+class TrainedDetector:
+    """A detector with what it takes to use it, see `smca.Predictor`.
+
+    Attributes:
+        model: follows Detectron2's contract.
+        augmentations: of the image, as in evaluation.
+        image_format: "RGB" or "BGR", the order of channels that the model takes.
+        class_names: may be empty.
+        category_ids: from class index to the id in the data set's JSON; may be empty.
+        cfg: the config, overrides included.
+        weights: "model" or "ema".
+        checkpoint: what its file says beside weights and optimizer: ``smca``, where it comes from,
+            ``iteration`` and ``best``, if it has them.
+    """
+
+    model: nn.Module
+    augmentations: Sequence[T.Augmentation]
+    image_format: str
+    class_names: List[str]
+    category_ids: Dict[int, int]
+    cfg: Optional[Config] = None
+    weights: str = "model"
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_detector(
+    checkpoint: Optional[str],
+    config_file: Optional[str] = None,
+    overrides: Sequence[str] = (),
+    weights: Optional[str] = None,
+    device: Optional[str] = None,
+) -> TrainedDetector:
+    """Build a config's model and load its trained weights; arguments and errors as of
+    `smca.Predictor`."""
+    provenance = _provenance(checkpoint)
+    trained_with: List[str] = []
+    if not config_file:
+        config_file, trained_with = _find_config(checkpoint, provenance)
+    cfg = _load_any_config(config_file, [*trained_with, *overrides])
+    is_lazy = isinstance(cfg, DictConfig)
+    checkpoint = checkpoint or (cfg.train.init_checkpoint if is_lazy else cfg.MODEL.WEIGHTS)
+    if not checkpoint:
+        raise ConfigError("No checkpoint given: add --weights with the file of a trained detector.")
+    build = _build_from_lazy if is_lazy else _build_from_yacs
+    model, augmentations, image_format, datasets = build(cfg, device, provenance)
+    weights, others = load_weights(model, checkpoint, weights)
+    names, category_ids = _classes(provenance, datasets)
+    return TrainedDetector(
+        model,
+        augmentations,
+        image_format,
+        names,
+        category_ids,
+        cfg=cfg,
+        weights=weights,
+        checkpoint={key: others[key] for key in ("smca", "iteration", "best") if key in others},
+    )
+
+
+def load_weights(
+    model: nn.Module, checkpoint: str, weights: Optional[str] = None
+) -> Tuple[str, Dict[str, Any]]:
+    """Load a detector's checkpoint, or the average of the weights in it.
+
+    Args:
+        model: of the checkpoint's architecture.
+        checkpoint: path or URL.
+        weights: "model", "ema" or None, see `smca.Predictor`.
+
+    Returns:
+        "model" or "ema", and what else the checkpoint holds.
+
+    Raises:
+        CheckpointError: it cannot be read, does not fit, or has no average.
+        UserError: `weights` is something else.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise UserError(f"weights has to be {' or '.join(WEIGHTS)}, not {weights!r}.")
+    others = SMCACheckpointer(model, need_detector=True).load(checkpoint)
+    average = others.pop("model_ema", None)
+    if weights is None:
+        chosen_by = (others.get("best") or {}).get("metric", "")
+        weights = "ema" if average is not None and chosen_by.startswith("ema/") else "model"
+    if weights == "ema":
+        if average is None:
+            raise CheckpointError(
+                f"{checkpoint} has no average of the weights, it was trained without "
+                "train.model_ema.enabled=True: take the weights 'model'."
+            )
+        model.load_state_dict(average)
+    return weights, others
+
+
+def load_test_dataset(cfg: Optional[Config]) -> List[Dict[str, Any]]:
+    """A config's test data in Detectron2's format.
+
+    Args:
+        cfg: of a `smca.Predictor`.
+
+    Raises:
+        ConfigError: there is none, as of a published detector.
+        DatasetError: they are not there.
+    """
+    if cfg is None:
+        raise ConfigError(
+            "A published detector does not say what data it was tested on: give a checkpoint of "
+            "its training."
+        )
+    if isinstance(cfg, DictConfig):
+        names = dataset_names(cfg, "test")
+        if names:
+            require_dataset(names)
+        return list(instantiate(cfg.dataloader.test.dataset))
+    require_dataset(list(cfg.DATASETS.TEST))
+    return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
+
+
+def _provenance(weights: Optional[str]) -> Dict[str, Any]:
+    """What the checkpoint says about itself; nothing if it is of another origin or cannot be read,
+    of which loading it into the model gives a better error."""
+    try:
+        path = PathManager.get_local_path(weights)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(checkpoint.get("smca") or {})
+    except Exception:
+        return {}
+
+
+def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:
+    """The config that a checkpoint belongs to, and the overrides that it was trained with."""
+    if not weights:
+        raise ConfigError("No model given: add --config-file, --weights or both.")
+    if os.path.isdir(weights):
+        raise ConfigError(
+            f"{weights} is a folder: give a checkpoint in it (a published detector's folder is for "
+            "Predictor.from_pretrained)."
+        )
+    if "://" not in weights and not os.path.isfile(weights):
+        raise ConfigError(f"The checkpoint {weights} does not exist.")
+    beside = os.path.join(os.path.dirname(weights), "config.yaml")
+    if os.path.isfile(beside):
+        return beside, []
+    name = provenance.get("config")
+    if not name:
+        raise ConfigError(
+            f"{weights} does not say which config it belongs to: add --config-file FILE (in code, "
+            "config_file=FILE)."
+        )
+    for known in list_configs():
+        if Path(known).name == Path(name).stem:
+            return get_config_file(known), list(provenance.get("overrides") or [])
+    raise ConfigError(
+        f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
+        "among those of this package: add --config-file FILE (in code, config_file=FILE)."
+    )
+
+
+def _load_any_config(config_file: str, overrides: Sequence[str]) -> Config:
+    if config_file.endswith((".yaml", ".yml")) and PathManager.isfile(config_file):
+        with PathManager.open(config_file) as file:
+            if _YACS_SECTION.search(file.read()):
+                return _load_yacs_config(config_file, overrides)
+    return load_config(config_file, list(overrides))
+
+
+def _load_yacs_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
+    cfg = get_cfg()
+    add_smca_config(cfg)
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(list(overrides))
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        reason = error.args[0] if error.args else error
+        raise ConfigError(f"{config_file} with its overrides cannot be used: {reason}") from error
+    return cfg
+
+
+def _build_from_lazy(
+    cfg: DictConfig, device: Optional[str], provenance: Mapping[str, Any]
+) -> _Built:
+    """The model on its device, and what else of the config a predictor needs."""
+    if isinstance(cfg.model.get("num_classes"), DictConfig) and provenance.get("class_names"):
+        # A function counts the classes in the training data, which need not be here.
+        cfg.model.num_classes = len(provenance["class_names"])
+    cfg.train.device = str(resolve_device(device or cfg.train.device))
+    mapper = cfg.dataloader.test.mapper
+    augmentations = instantiate(mapper.augmentations)
+    image_format = mapper.get("image_format", "RGB")
+    return build_model(cfg), augmentations, image_format, dataset_names(cfg, "test")
+
+
+def _build_from_yacs(cfg: CfgNode, device: Optional[str], provenance: Mapping[str, Any]) -> _Built:
+    """As `_build_from_lazy`."""
+    cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
+    augmentation = T.ResizeShortestEdge(
+        [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+    )
+    model = build_yacs_model(cfg)
+    return model, [augmentation], cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
+
+
+def _classes(
+    provenance: Mapping[str, Any], datasets: Sequence[str]
+) -> Tuple[List[str], Dict[int, int]]:
+    """Class names, of the checkpoint if it says them, else of the data set; category ids of the
+    data set if it has the same classes."""
+    names = list(provenance.get("class_names") or [])
+    if not datasets or datasets[0] not in MetadataCatalog.list():
+        return names, {}
+    metadata = MetadataCatalog.get(datasets[0])
+    known = list(metadata.get("thing_classes") or [])
+    if names and names != known:
+        return names, {}
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return known, {index: category_id for category_id, index in ids.items()}

@@ -1,0 +1,58 @@
+"""The options of command lines that take a trained detector."""
+
+import argparse
+import os
+
+from smca.errors import UserError
+from smca.inference.build import WEIGHTS
+from smca.inference.predictor import Predictor
+
+__all__ = ["add_predictor_arguments", "add_weights_kind", "predictor_of"]
+
+
+def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config-file``, ``--weights``, ``--weights-kind`` and ``--device``."""
+    parser.add_argument(
+        "--config-file",
+        metavar="FILE",
+        help="LazyConfig (.py, .yaml) or yacs (.yaml); not needed where the weights say it",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint of a trained detector, or a folder of tools/publish.py",
+    )
+    add_weights_kind(parser)
+    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+
+
+def add_weights_kind(parser: argparse.ArgumentParser) -> None:
+    """``--weights-kind`` alone, for a command line with other options for the rest."""
+    parser.add_argument(
+        "--weights-kind",
+        choices=WEIGHTS,
+        help="the trained weights or their average; default: the average if the checkpoint is the "
+        "best one by it, else the trained weights",
+    )
+
+
+def predictor_of(args: argparse.Namespace) -> Predictor:
+    """The predictor that the options name, and the overrides in ``args.opts``.
+
+    Raises:
+        UserError: see `Predictor`.
+    """
+    if args.weights and os.path.isdir(args.weights):
+        if args.config_file or args.weights_kind or args.opts:
+            raise UserError(
+                f"{args.weights} is a folder, whose detector has its config and weights in it: "
+                "leave out --config-file, --weights-kind and overrides."
+            )
+        return Predictor.from_pretrained(args.weights, device=args.device or "auto")
+    return Predictor(
+        args.weights,
+        config_file=args.config_file,
+        overrides=args.opts,
+        weights=args.weights_kind,
+        device=args.device,
+    )

@@ -1,0 +1,231 @@
+"""Published detectors: a folder or a repository on the Hugging Face Hub, with the weights as
+``model.safetensors`` and what else inference needs in ``config.yaml``.
+
+Reading one runs no code of its author: the weights are tensors only, and the config may build
+nothing but parts of detectors."""
+
+import contextlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, Iterator, Optional
+
+import yaml
+from detectron2.config import instantiate
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+from smca.config import resolve_device
+from smca.errors import CheckpointError, ConfigError, UserError
+from smca.inference.build import TrainedDetector
+from smca.version import __version__
+
+__all__ = ["CARD_NAME", "load_pretrained", "need_extra", "save_pretrained"]
+
+CONFIG_NAME = "config.yaml"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+
+# Where the parts of a detector come from: modules that may define what a published config calls.
+_PARTS = (
+    "smca.modeling.",
+    "smca.data.mapper.",
+    "detectron2.modeling.",
+    "detectron2.layers.",
+    "detectron2.data.transforms.",
+    "torch.nn.modules.",
+)
+_KEYS = {"model", "augmentations", "image_format", "class_names", "category_ids", "weights"}
+
+
+def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
+    """Write what inference needs of a detector, for `smca.Predictor.from_pretrained`.
+
+    Args:
+        detector: built from a LazyConfig.
+        folder: made if it is not there, else one that this wrote before.
+
+    Returns:
+        What the config file says.
+
+    Raises:
+        ConfigError: the detector's config cannot be published.
+        UserError: safetensors is not installed, the folder holds something else (a training's has
+            a config.yaml of its own), or cannot be written.
+    """
+    safetensors = need_extra("safetensors.torch")
+    present = {file.name for file in Path(folder).glob("[!.]*")}
+    foreign = sorted(present - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
+    if foreign:
+        raise UserError(f"{folder} holds other files ({foreign[0]}): give a new folder.")
+    cfg = detector.cfg
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError("A detector of a yacs config cannot be published: use its LazyConfig.")
+    model = _plain(OmegaConf.to_container(cfg.model, resolve=True))
+    if "criterion" in model:  # which only training needs
+        model["criterion"] = None
+    mapper = _plain(OmegaConf.to_container(cfg.dataloader.test.mapper, resolve=True))
+    published = {
+        "smca_version": __version__,
+        "model": model,
+        "augmentations": mapper["augmentations"],
+        "image_format": detector.image_format,
+        "class_names": list(detector.class_names),
+        "category_ids": dict(detector.category_ids),
+        "weights": detector.weights,
+    }
+    try:
+        text = yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The detector's config cannot be published, it has a value that is no plain one: "
+            f"{error.args[-1]!r}."
+        ) from error
+    _check_parts(published, "The detector's config")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
+        safetensors.save_model(detector.model, os.path.join(folder, WEIGHTS_NAME))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+    return published
+
+
+def load_pretrained(
+    name: str, *, revision: Optional[str] = None, device: str = "auto"
+) -> TrainedDetector:
+    """A published detector.
+
+    Args:
+        name: a folder, or a repository on the Hugging Face Hub ("user/name").
+        revision: of the repository: a branch, a tag or a commit.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        CheckpointError: there is no such folder or repository, or it cannot be read.
+        ConfigError: its config is of another kind, or calls what is no part of a detector.
+    """
+    safetensors = need_extra("safetensors.torch")
+    folder = name if os.path.isdir(name) else _download(name, revision)
+    paths = [os.path.join(folder, file) for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise CheckpointError(
+                f"{name} is no published detector, {os.path.basename(path)} is not in it: "
+                "tools/publish.py writes one."
+            )
+    published = _read_config(paths[0])
+    try:
+        model = instantiate(published["model"])
+        augmentations = instantiate(published["augmentations"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever the called part says to its arguments
+        raise ConfigError(f"{paths[0]} cannot be built: {error}") from error
+    try:
+        safetensors.load_model(model, paths[1])
+    except Exception as error:  # SafetensorError is no type of Python's own errors
+        raise CheckpointError(f"{paths[1]} cannot be read or does not fit: {error}") from error
+    return TrainedDetector(
+        model.to(resolve_device(device)),
+        augmentations,
+        published["image_format"],
+        published["class_names"],
+        published["category_ids"],
+        weights=published["weights"],
+    )
+
+
+def need_extra(module: str) -> ModuleType:
+    """A module of the extra ``publish``, which the package does not require.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"Published detectors need {package}: run pip install {package} (or install the extra "
+            "'publish' of this package)."
+        ) from error
+
+
+def _download(name: str, revision: Optional[str]) -> str:
+    """The folder of a repository's copy on this machine."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:  # which no repository's name is
+        raise CheckpointError(f"The folder {name} does not exist.")
+    hub = need_extra("huggingface_hub")
+    try:
+        return hub.snapshot_download(
+            name, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]
+        )
+    except Exception as error:  # of huggingface_hub, httpx and the system
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name} is no folder, and cannot be had from the Hugging Face Hub: {reason}"
+        ) from error
+
+
+def _read_config(path: str) -> Dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            published = yaml.safe_load(file)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read as plain YAML: {reason}") from error
+    absent = _KEYS - set(published if isinstance(published, dict) else ())
+    if absent:
+        raise ConfigError(
+            f"{path} is no published detector's config, it lacks {', '.join(sorted(absent))}."
+        )
+    _check_parts(published, path)
+    return published
+
+
+def _check_parts(value: Any, path: str) -> None:
+    """Raise unless all that a config calls is defined where parts of detectors are. What counts is
+    the function or class itself, for its name may lead through any module that one imports."""
+    for name in _targets(value):
+        target = None
+        if str(name).startswith((*_PARTS, "smca.data.")):
+            with contextlib.suppress(Exception):  # there is no such thing
+                target = locate(name)
+        if not f"{getattr(target, '__module__', '')}.".startswith(_PARTS):
+            raise ConfigError(
+                f"{path} calls {name}, which is refused: only parts of detectors of smca, "
+                "detectron2 and torch.nn are built."
+            )
+
+
+def _targets(value: Any) -> Iterator[Any]:
+    """All that a config calls."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value["_target_"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _targets(item)
+
+
+def _plain(value: Any) -> Any:
+    """A config's value with names for what it calls."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return _public_name(value) if callable(value) else value
+
+
+def _public_name(target: Callable[..., Any]) -> str:
+    """The shortest name that a function or class can be imported by, which outlives its file's."""
+    parts = target.__module__.split(".")
+    for length in range(1, len(parts) + 1):
+        package = ".".join(parts[:length])
+        if getattr(sys.modules.get(package), target.__qualname__, None) is target:
+            return f"{package}.{target.__qualname__}"
+    return f"{target.__module__}.{target.__qualname__}"

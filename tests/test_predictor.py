@@ -1,0 +1,335 @@
+"""smca.Predictor: a detector from its file, whatever images it is given."""
+
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+import smca
+from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
+from smca.analysis import draw_instances
+from smca.errors import CheckpointError, UserError
+from smca.inference import Detections
+
+SHORT_SIDE, LONG_SIDE = 96, 160  # of the tiny config's evaluation
+
+
+def write_checkpoint(folder, **others):
+    """A checkpoint beside its config.yaml, as training leaves it."""
+    config = write_smca_config(folder)
+    LazyConfig.save(LazyConfig.load(config), str(folder / "config.yaml"))
+    path = folder / "model_best.pth"
+    provenance = {"class_names": CLASS_NAMES, "num_classes": 3}
+    torch.save({"model": make_smca(config).state_dict(), "smca": provenance, **others}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("predictor"))
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint):
+    return smca.Predictor(checkpoint)
+
+
+def assert_same(found, expected, atol=0.0):
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=atol)
+    boxes = (found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    torch.testing.assert_close(*boxes, rtol=0, atol=100 * atol)
+    assert torch.equal(found.pred_classes, expected.pred_classes)
+
+
+# What it takes
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder and the address that it is served at."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_kind_of_image_gives_the_same_detections(predictor, served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, address = served
+    image = write_image(folder / "a.png", 70, 110)
+    expected = predictor(image, threshold=0)
+    assert len(expected) == 6
+    for given in (
+        folder / "a.png",
+        str(folder / "a.png"),
+        f"{address}/a.png",
+        Image.fromarray(image),
+        image[:, ::-1][:, ::-1],  # of other strides
+        torch.from_numpy(image.transpose(2, 0, 1).copy()),
+    ):
+        assert_same(predictor(given, threshold=0), expected)
+
+
+def test_two_addresses_with_one_path_are_two_images(predictor, served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, address = served
+    sizes = []
+    for seed, size in ((0, (40, 60)), (1, (50, 30))):
+        write_image(folder / "a.png", *size, seed)
+        sizes.append(predictor(f"{address}/a.png?version={seed}").image_size)
+    assert sizes == [(40, 60), (50, 30)]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_pil_images_of_any_mode_are_taken(predictor, tmp_path, mode):
+    image = Image.fromarray(make_image())
+    if mode == "I;16":
+        image = Image.fromarray(make_image()[..., 0].astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.tif")
+    expected = predictor(tmp_path / "a.tif", threshold=0)
+    assert_same(predictor(image, threshold=0), expected)
+
+
+def test_a_file_is_turned_upright_and_pixels_are_taken_as_they_are(predictor, served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, address = served
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees
+    Image.fromarray(make_image(40, 60)).save(folder / "a.jpg", exif=exif)
+    assert predictor(folder / "a.jpg").image_size == (60, 40)
+    assert predictor(f"{address}/a.jpg").image_size == (60, 40)
+    with Image.open(folder / "a.jpg") as image:
+        assert predictor(image).image_size == (40, 60)
+
+
+def test_the_threshold_keeps_the_surer_detections(predictor):
+    everything = predictor(make_image(), threshold=0)
+    threshold = float(everything.scores[:2].mean())
+    assert_same(predictor(make_image(), threshold=threshold), everything[:1])
+    assert len(predictor(make_image())) == int((everything.scores >= 0.5).sum())
+    assert len(predictor(make_image(), threshold=1)) == 0
+
+
+# Batches
+
+
+def test_a_list_gives_each_images_own_detections(predictor):
+    images = [make_image(70, 110, 0), make_image(120, 50, 1), make_image(90, 91, 2)]
+    expected = [predictor(image, threshold=0) for image in images]
+    for found, alone, image in zip(predictor(images, threshold=0), expected, images):
+        assert_same(found, alone)
+        assert found.image_size == alone.image_size == image.shape[:2]
+
+
+def test_a_batch_of_several_sizes_is_the_models_own_batch(checkpoint, predictor):
+    # Of sizes that the config's evaluation leaves as they are: its short side and below its long.
+    images = [make_image(*size, 0) for size in ((96, 130), (130, 96), (96, 96))]
+    inputs = [{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())} for image in images]
+    model = make_smca(str(checkpoint.with_name("tiny_smca.py")))
+    with torch.no_grad():
+        expected = model(inputs[:2]) + model(inputs[2:])
+    found = predictor(images, threshold=0, batch_size=2)
+    for detections, output, image in zip(found, expected, images):
+        assert_same(detections, output["instances"], atol=1e-5)
+        assert detections.image_size == image.shape[:2]
+
+
+def test_images_of_one_size_are_the_same_in_a_batch(predictor):
+    images = [make_image(60, 90, seed) for seed in range(3)]
+    found = predictor(images, threshold=0, batch_size=3)
+    for detections, image in zip(found, images):
+        assert_same(detections, predictor(image, threshold=0), atol=1e-4)
+
+
+def test_batches_have_the_size_asked_for(predictor):
+    sizes = []
+    handle = predictor.model.register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0]))
+    )
+    predictor([make_image()] * 5, batch_size=2)
+    predictor((make_image(),) * 2)
+    handle.remove()
+    assert sizes == [2, 2, 1, 1, 1]
+    assert predictor([]) == []
+
+
+# What it gives
+
+
+def test_detections_are_instances_with_names(predictor):
+    found = predictor(make_image(), threshold=0)
+    assert isinstance(found, Instances) and isinstance(found[:2], Detections)
+    assert found.names == [CLASS_NAMES[index] for index in found.pred_classes]
+    chosen = found[found.scores > found.scores[2]]
+    assert len(chosen) == 2 and chosen.names == found.names[:2]
+    assert found.to("cpu").names == found.names
+    assert len(Instances.cat([found, found])) == 12
+
+
+def test_coco_results_have_corner_and_size():
+    instances = Instances(
+        (90, 120), pred_boxes=Boxes(torch.tensor([[1.0, 2, 31, 42], [0, 0, 5, 6]]))
+    )
+    instances.scores, instances.pred_classes = torch.tensor([0.75, 0.5]), torch.tensor([2, 0])
+    found = Detections(instances, make_image(), CLASS_NAMES, {0: 11, 1: 12, 2: 90})
+    assert found.names == ["long", "round"]
+    results = json.loads(json.dumps(found.to_coco(image_id=7)))
+    assert results == [
+        dict(image_id=7, category_id=90, category_name="long", bbox=[1, 2, 30, 40], score=0.75),
+        dict(image_id=7, category_id=11, category_name="round", bbox=[0, 0, 5, 6], score=0.5),
+    ]
+    unknown = Detections(instances, make_image())
+    assert unknown.names == ["2", "0"]
+    assert [result["category_id"] for result in unknown.to_coco()] == [2, 0]
+
+
+def test_names_and_ids_of_the_model_reach_the_detections(checkpoint):
+    model = make_smca(str(checkpoint.with_name("tiny_smca.py")))
+    names, ids = ["a", "b", "c"], {0: 11, 1: 12, 2: 90}
+    predictor = smca.Predictor.from_model(model, class_names=names, category_ids=ids)
+    found = predictor(make_image(), threshold=0)
+    classes = found.pred_classes.tolist()
+    assert found.names == [names[index] for index in classes]
+    assert [result["category_id"] for result in found.to_coco()] == [ids[i] for i in classes]
+
+
+def test_the_drawing_is_that_of_the_boxes_and_names(predictor, tmp_path):
+    image = write_image(tmp_path / "a.png", 480, 500)
+    found = predictor(tmp_path / "a.png", threshold=0)
+    drawn = np.asarray(found.draw())
+    assert drawn.shape == image.shape and not np.array_equal(drawn, image)
+    assert np.array_equal(drawn, draw_instances(image, found, CLASS_NAMES))
+    assert np.array_equal(np.asarray(found[:0].draw()), image)
+
+
+# The average of the weights
+
+
+@pytest.mark.parametrize(
+    "best, asked, expected",
+    [
+        ({}, None, "model"),
+        ({"metric": "bbox/AP"}, None, "model"),
+        ({"metric": "ema/bbox/AP"}, None, "ema"),
+        ({"metric": "ema/bbox/AP"}, "model", "model"),
+        ({"metric": "bbox/AP"}, "ema", "ema"),
+    ],
+)
+def test_the_average_is_used_if_the_best_was_chosen_by_it_or_if_asked_for(
+    tmp_path, best, asked, expected
+):
+    trained = make_smca(write_smca_config(tmp_path)).state_dict()
+    average = {name: value + 0.01 for name, value in trained.items()}
+    path = write_checkpoint(tmp_path, model_ema=average, best=best)
+    predictor = smca.Predictor(path, weights=asked)
+    assert predictor.weights == expected
+    source = average if expected == "ema" else trained
+    for name, value in predictor.model.state_dict().items():
+        assert torch.equal(value, source[name]), name
+
+
+# Precision
+
+
+def test_half_precision_runs_and_is_near(checkpoint, predictor):
+    image = make_image()
+    half = smca.Predictor(checkpoint, dtype="bf16")
+    kinds = []
+    handle = half.model.backbone.register_forward_hook(
+        lambda module, inputs, output: kinds.extend(value.dtype for value in output.values())
+    )
+    found, expected = half(image, threshold=0), predictor(image, threshold=0)
+    handle.remove()
+    assert set(kinds) == {torch.bfloat16}
+    order = found.query_indices.argsort(), expected.query_indices.argsort()
+    assert (found.scores[order[0]] - expected.scores[order[1]]).abs().max() < 0.1
+    assert found.pred_boxes.tensor.dtype == torch.float32
+
+
+# The config's channel order
+
+
+def test_the_channels_are_in_the_models_order(checkpoint):
+    seen = []
+
+    class Keep(torch.nn.Module):
+        def forward(self, batch):
+            seen.extend(batch)
+            size = (batch[0]["height"], batch[0]["width"])
+            return [{"instances": Instances(size, scores=torch.zeros(0))}]
+
+    image = make_image(20, 30)
+    smca.Predictor.from_model(Keep(), [T.Resize((20, 30))], image_format="BGR")(image)
+    assert (seen[0]["image"].permute(1, 2, 0).numpy() == image[:, :, ::-1]).all()
+    resized = smca.Predictor(checkpoint)._input(image)["image"].shape
+    assert resized == (3, SHORT_SIDE, SHORT_SIDE * 30 // 20)
+
+
+# Errors
+
+
+def test_what_is_no_image_is_named(predictor, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "notes.txt").write_text("no image")
+    write_image(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    for given, words in (
+        ("gone.png", "The image gone.png does not exist."),
+        (tmp_path, "is a folder, no image."),
+        (tmp_path / "notes.txt", "notes.txt is no image, or of a kind that cannot be read."),
+        (tmp_path / "cut.png", "cut.png cannot be decoded: "),
+        ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png cannot be downloaded: "),
+        (7, "An image is a path, a URL, a PIL image, an array or a tensor, or a list of them, not"),
+        (make_image() / 255, "An array has to be an image of uint8 (height, width, 3), RGB"),
+        (make_image()[..., 0], "not uint8 (90, 120)."),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "not uint8 (2, 3, 8, 8)."),
+        (torch.zeros(3, 8, 8), "A tensor has to be an image of uint8 (3, height, width), RGB"),
+    ):
+        for images in (given, [make_image(), given]):
+            with pytest.raises(UserError) as error:
+                predictor(images)
+            assert words in str(error.value)
+            assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_alone_needs_its_config(checkpoint, predictor, tmp_path):
+    alone = tmp_path / "alone.pth"
+    alone.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(UserError, match="alone.pth does not say which .* config_file=FILE"):
+        smca.Predictor(alone)
+    found = smca.Predictor(alone, config_file=checkpoint.with_name("config.yaml"))(make_image())
+    assert_same(found, predictor(make_image()))
+
+
+def test_wrong_settings_are_named(checkpoint, predictor):
+    for threshold in (-0.1, 50, float("nan"), "0.5", None, True):
+        with pytest.raises(UserError, match="The threshold has to be "):
+            predictor(make_image(), threshold=threshold)
+    for batch_size in (0, 1.5):
+        with pytest.raises(UserError, match="batch_size has to be a positive whole number"):
+            predictor(make_image(), batch_size=batch_size)
+    with pytest.raises(UserError, match="dtype has to be fp32, bf16 or fp16, not 'int8'"):
+        smca.Predictor(checkpoint, dtype="int8")
+    with pytest.raises(UserError, match="weights has to be model or ema, not 'best'"):
+        smca.Predictor(checkpoint, weights="best")
+    with pytest.raises(CheckpointError, match="model_best.pth has no average of the weights"):
+        smca.Predictor(checkpoint, weights="ema")
+    with pytest.raises(UserError, match="gone.pth does not exist"):
+        smca.Predictor("gone.pth")

@@ -1,0 +1,321 @@
+"""tools/publish.py and smca.Predictor.from_pretrained: a folder that can be given away."""
+
+import hashlib
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from detectron2.config import LazyConfig
+
+import demo
+import draw
+import publish
+from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
+from smca import Predictor
+from smca.errors import CheckpointError, ConfigError, UserError
+from smca.inference import save_pretrained
+from smca.inference.build import load_detector
+
+safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'publish' is missing")
+hub = pytest.importorskip("huggingface_hub", reason="the extra 'publish' is missing")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """As a training leaves it: config, metrics, and the average of the weights, which was best."""
+    folder = tmp_path_factory.mktemp("training")
+    config = write_smca_config(folder)
+    LazyConfig.save(LazyConfig.load(config), str(folder / "config.yaml"))
+    state = make_smca(config).state_dict()
+    average = {name: value * 1.01 for name, value in state.items()}
+    best = {"metric": "ema/bbox/AP", "value": 31.2, "iteration": 9}
+    provenance = {
+        "config": "tiny_smca.py",
+        "overrides": ["model.num_queries=6", "data.train_json=/home/me/private.json"],
+        "class_names": CLASS_NAMES,
+        "num_classes": 3,
+    }
+    rows = [
+        {"iteration": 4, "bbox/AP": 10.0, "ema/bbox/AP": 20.0},
+        {"iteration": 9, "bbox/AP": 11.14, "bbox/AP50": 30.0, "ema/bbox/AP": 31.24},
+        {"iteration": 14, "bbox/AP": 12.0, "bbox/APl": math.nan, "ema/bbox/AP": 25.0},
+    ]
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    path = folder / "model_best.pth"
+    others = dict(model_ema=average, best=best, smca=provenance, trainer={"a": 1})
+    torch.save({"model": state, **others}, path)
+    return path
+
+
+def run(checkpoint, output, *args):
+    arguments = ["--weights", str(checkpoint), "--output", str(output), "--license", "cc-by-4.0"]
+    return publish.run(publish.get_parser().parse_args([*arguments, *args]))
+
+
+@pytest.fixture(scope="module")
+def published(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "smca"
+    run(checkpoint, folder, "--data", "Photographs of mine")
+    return folder
+
+
+@pytest.fixture
+def copy(published, tmp_path):
+    """A folder of the same, to be changed."""
+    for file in published.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def test_a_published_detector_gives_the_same_detections(checkpoint, published):
+    image = make_image(70, 110)
+    expected = Predictor(checkpoint)(image, threshold=0)
+    predictor = Predictor.from_pretrained(published, device="cpu")
+    found = predictor(image, threshold=0)
+    assert len(found) == 6 and found.names == expected.names
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert (predictor.weights, predictor.class_names) == ("ema", CLASS_NAMES)
+
+
+@pytest.mark.parametrize("kind, key", [("ema", "model_ema"), ("model", "model")])
+def test_the_file_holds_the_chosen_weights_and_nothing_else(checkpoint, tmp_path, kind, key):
+    run(checkpoint, tmp_path, "--weights-kind", kind)
+    saved = safetensors.load_file(tmp_path / "model.safetensors")
+    expected = torch.load(checkpoint, weights_only=True)[key]
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items())
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "config.yaml",
+        "README.md",
+    }
+
+
+def test_the_config_is_plain_yaml_that_the_hub_and_people_can_read(published):
+    config = yaml.safe_load((published / "config.yaml").read_text())
+    assert config["model"]["_target_"] == "smca.modeling.SMCA"
+    assert config["augmentations"]["_target_"] == "smca.data.detr_augmentations"
+    assert config["model"]["decoder"]["embed_dim"] == 16  # a reference in the LazyConfig
+    assert config["model"]["criterion"] is None
+    assert config["class_names"] == CLASS_NAMES
+    for private in ("/home/me", str(published.parent), "dataset"):
+        assert private not in (published / "config.yaml").read_text()
+
+
+def test_the_card_says_what_the_detector_is(published):
+    text = (published / "README.md").read_text()
+    front, card = text.removeprefix("---\n").split("---\n", 1)
+    front = yaml.safe_load(front)
+    assert front["license"] == "cc-by-4.0" and front["pipeline_tag"] == "object-detection"
+    digest = hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest()
+    for words in (
+        digest,
+        "tiny_smca",
+        "3: round, square, long.",
+        "Photographs of mine",
+        "their moving average (ema)",
+        "model.num_queries=6",
+        "on smca_shapes_val",
+        'Predictor.from_pretrained("smca")',
+        "| iterations             | 10 ",
+    ):
+        assert words in card
+    assert "/home/me" not in text and str(published.parent) not in text
+    # The evaluation of this checkpoint's iteration and of its average.
+    table = [line for line in card.splitlines() if line.startswith("| AP") or "31.2" in line]
+    assert [cell.strip() for cell in table[0].strip("|").split("|")] == ["AP"]
+    assert "31.2" in table[1] and "11.1" not in card
+
+
+def test_the_card_of_trained_weights_has_their_ap(checkpoint, tmp_path):
+    run(checkpoint, tmp_path, "--weights-kind", "model")
+    card = (tmp_path / "README.md").read_text()
+    assert "11.1" in card and "30.0" in card and "31.2" not in card and "as trained" in card
+
+
+def test_the_card_of_the_last_weights_has_the_evaluation_after_the_training(checkpoint, tmp_path):
+    # A training of 14 iterations writes model_final.pth at the 14th, 13 from 0, and evaluates it
+    # when the count stands at 14.
+    contents = torch.load(checkpoint, weights_only=True)
+    del contents["best"]
+    for name in ("config.yaml", "metrics.json"):
+        (tmp_path / name).write_text(checkpoint.with_name(name).read_text())
+    final = tmp_path / "model_final.pth"
+    torch.save({**contents, "iteration": 13}, final)
+    run(final, tmp_path / "out", "train.max_iter=14")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "12.0" in card and "nan" not in card and "| iterations             | 14 " in card
+
+
+def test_without_an_evaluation_the_card_says_so(checkpoint, tmp_path):
+    (tmp_path / "config.yaml").write_text(checkpoint.with_name("config.yaml").read_text())
+    alone = tmp_path / "alone.pth"
+    alone.write_bytes(checkpoint.read_bytes())
+    run(alone, tmp_path / "out")
+    assert "There is no evaluation beside" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_demo_takes_a_published_folder(published, tmp_path):
+    write_image(tmp_path / "a.png")
+    args = ["--weights", published, "--input", tmp_path / "a.png", "--output", tmp_path / "out"]
+    assert demo.main([str(arg) for arg in [*args, "--confidence-threshold", 0]]) == 0
+    assert len(json.loads((tmp_path / "out" / demo.JSON_NAME).read_text())) == 6
+
+
+def test_a_folder_takes_no_config_and_has_no_data(published, tmp_path):
+    for given, words in (
+        (["--config-file", "a.py"], "leave out --config-file, --weights-kind and overrides"),
+        (["--weights-kind", "ema"], "leave out --config-file, --weights-kind and overrides"),
+        (["model.num_queries=3"], "leave out --config-file, --weights-kind and overrides"),
+        ([], "does not say what data it was tested on"),
+    ):
+        arguments = ["--weights", str(published), "--device", "cpu", *given]
+        with pytest.raises(UserError, match=words):
+            draw.run(draw.get_parser().parse_args(arguments))
+
+
+# The Hub
+
+
+def test_a_repository_of_the_hub_is_read_at_its_revision(published, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(published)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    predictor = Predictor.from_pretrained("me/my-smca", revision="v1", device="cpu")
+    assert asked == [("me/my-smca", "v1", ["config.yaml", "model.safetensors"])]
+    assert predictor.class_names == CLASS_NAMES
+
+
+def test_push_makes_the_repository_and_uploads_the_folder(checkpoint, tmp_path, monkeypatch):
+    calls = []
+    api = SimpleNamespace(
+        create_repo=lambda name, **kwargs: calls.append((name, kwargs)),
+        upload_folder=lambda **kwargs: calls.append(kwargs) or "https://hub/me/my-smca",
+    )
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    run(checkpoint, tmp_path, "--push", "me/my-smca", "--private")
+    assert calls == [
+        ("me/my-smca", {"private": True, "exist_ok": True}),
+        {"repo_id": "me/my-smca", "folder_path": str(tmp_path)},
+    ]
+    assert 'from_pretrained("me/my-smca")' in (tmp_path / "README.md").read_text()
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error(checkpoint, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="me/my-smca is no folder, and cannot .*: no route$"):
+        Predictor.from_pretrained("me/my-smca")
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=fail))
+    with pytest.raises(UserError, match="could not be uploaded as me/my-smca: no route$"):
+        run(checkpoint, tmp_path, "--push", "me/my-smca")
+
+
+# Folders of others
+
+
+class Mark:
+    """What a dangerous config would call leaves its mark in the file that it names."""
+
+
+def rewrite(folder, change):
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    change(config)
+    path.write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.mkdir",
+        "smca.data.mapper.os.mkdir",
+        "smca.modeling.detector.torch.load",
+        "detectron2.modeling.backbone.resnet.np.load",
+        "smca.modeling.no_such_part",
+        "torch.load",
+        ["os", "mkdir"],
+    ],
+)
+@pytest.mark.parametrize("place", ["model", "backbone", "augmentations"])
+def test_a_config_that_calls_other_code_is_refused(copy, tmp_path, target, place):
+    mark = tmp_path / "mark"
+    call = {"_target_": target, "path": str(mark)}
+
+    def plant(config):
+        if place == "backbone":
+            config["model"]["backbone"] = call
+        else:
+            config[place] = call
+
+    rewrite(copy, plant)
+    with pytest.raises(ConfigError, match="config.yaml calls .*, which is refused: only parts of"):
+        Predictor.from_pretrained(copy, device="cpu")
+    assert not mark.exists()
+
+
+def test_a_yaml_file_with_python_objects_is_refused(copy, tmp_path):
+    mark = tmp_path / "mark"
+    text = f"augmentations: !!python/object/apply:os.mkdir ['{mark}']\n"
+    (copy / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="config.yaml cannot be read as plain YAML"):
+        Predictor.from_pretrained(copy)
+    assert not mark.exists()
+
+
+def test_folders_that_are_no_detectors_are_named(copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, words in (
+        (tmp_path / "empty", "empty is no published detector, config.yaml is not in it"),
+        (tmp_path / "gone", "gone does not exist"),
+        ("./gone/there", "The folder ./gone/there does not exist"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            Predictor.from_pretrained(folder)
+        assert words in str(error.value)
+    (copy / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read or does not fit"):
+        Predictor.from_pretrained(copy)
+
+
+def test_weights_of_another_model_do_not_fit(copy):
+    rewrite(copy, lambda config: config["model"].update(num_queries=7))
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read or does not fit"):
+        Predictor.from_pretrained(copy)
+
+
+def test_a_trainings_config_is_not_overwritten(checkpoint, capsys):
+    before = checkpoint.with_name("config.yaml").read_text()
+    with pytest.raises(UserError, match="holds other files .*: give a new folder"):
+        run(checkpoint, checkpoint.parent)
+    assert checkpoint.with_name("config.yaml").read_text() == before
+
+
+def test_a_detector_with_parts_of_ones_own_is_not_published(checkpoint, tmp_path):
+    detector = load_detector(str(checkpoint))
+    detector.cfg.model.backbone._target_ = Mark
+    with pytest.raises(ConfigError, match="The detector's config calls .*Mark, which is refused"):
+        save_pretrained(detector, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_its_extra_publishing_says_what_to_install(published, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="need safetensors: run pip install safetensors"):
+        Predictor.from_pretrained(published)
+
+
+def test_a_folder_is_no_checkpoint(published):
+    with pytest.raises(UserError, match="is a folder: .*Predictor.from_pretrained"):
+        Predictor(published)

@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""Make a folder of a trained detector that can be given away.
+
+It holds what inference needs of a checkpoint (model.safetensors, config.yaml) and a model card
+(README.md); `smca.Predictor.from_pretrained` and demo.py read it:
+
+    publish.py --weights output/demo/model_best.pth --output published --license cc-by-4.0
+    publish.py --weights FILE --output DIR --license mit --data "My photographs" --push me/my-smca
+
+AP in the card is what the training's metrics.json says of the checkpoint's iteration. --push
+uploads the folder to the Hugging Face Hub; log in before, with `hf auth login`.
+"""
+
+import argparse
+import hashlib
+import math
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from smca.analysis import read_metrics
+from smca.config import dataset_names
+from smca.errors import UserError, exit_code
+from smca.inference import (
+    CARD_NAME,
+    TrainedDetector,
+    add_weights_kind,
+    load_detector,
+    need_extra,
+    save_pretrained,
+)
+
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_MAX_CLASSES = 100  # named in the card
+
+_CARD = """\
+# {title}
+
+An SMCA object detector ([Fast Convergence of DETR with Spatially Modulated Co-Attention, ICCV
+2021](https://arxiv.org/abs/2108.02404)) for Detectron2.
+
+```python
+from smca import Predictor
+
+predictor = Predictor.from_pretrained("{name}")
+detections = predictor("photo.jpg", threshold=0.5)
+detections.draw().save("drawn.jpg")
+```
+
+## The model
+
+{model}
+
+## Classes
+
+{classes}
+
+## Results
+
+{results}
+
+## Files
+
+{files}
+"""
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a training")
+    add_weights_kind(parser)
+    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument(
+        "--license", required=True, metavar="ID", help="of the weights, such as cc-by-4.0 or other"
+    )
+    parser.add_argument("--title", help="of the model card; default: the config's name")
+    parser.add_argument("--data", metavar="TEXT", help="what it was trained on; default: the name")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload it to the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="a repository that --push makes is")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+def run(args: argparse.Namespace) -> List[str]:
+    """The command's work; gives the paths of the files."""
+    hub = need_extra("huggingface_hub") if args.push else None
+    detector = load_detector(args.weights, args.config_file, args.opts, args.weights_kind, "cpu")
+    published = save_pretrained(detector, args.output)
+    path = Path(args.output, CARD_NAME)
+    path.write_text(model_card(args, detector, published), encoding="utf-8")
+    if hub is not None:
+        _push(hub, args)
+    return [str(file) for file in sorted(Path(args.output).iterdir())]
+
+
+def model_card(
+    args: argparse.Namespace, detector: TrainedDetector, published: Dict[str, Any]
+) -> str:
+    """The text of the model card, with the front matter that the Hub reads.
+
+    Args:
+        args: of the command line.
+        detector: what is published.
+        published: what its config file says.
+    """
+    provenance = detector.checkpoint.get("smca") or {}
+    config_name = Path(args.config_file or provenance.get("config") or "").stem or "SMCA"
+    title = args.title or config_name
+    cfg: Any = detector.cfg  # a LazyConfig, as `save_pretrained` requires
+    data = args.data or ", ".join(dataset_names(cfg, "train")) or "not said"
+    model, iteration = published["model"], _iteration(detector.checkpoint, cfg.train.max_iter)
+    # Others would tell paths of the machine that trained it.
+    overrides = [*(provenance.get("overrides") or []), *args.opts]
+    overrides = [text for text in overrides if text.lstrip("+").startswith("model.")]
+    num_parameters = sum(p.numel() for p in detector.model.parameters())
+    rows = [
+        ("config", config_name),
+        ("overrides", ", ".join(overrides)),
+        ("parameters", f"{num_parameters:,}"),
+        ("queries", model.get("num_queries")),
+        ("modulation", (model.get("decoder") or {}).get("modulation")),
+        ("weights", _kind(detector.weights)),
+        ("iterations", iteration and f"{min(iteration + 1, cfg.train.max_iter):,}"),
+        ("trained on", data),
+        ("licence of the weights", args.license),
+        ("smca", published["smca_version"]),
+        ("torch", torch.__version__.partition("+")[0]),
+    ]
+    front = {
+        "license": args.license,
+        "pipeline_tag": "object-detection",
+        "library_name": "smca",
+        "tags": ["detectron2", "object-detection", "smca"],
+    }
+    card = _CARD.format(
+        title=title,
+        name=args.push or Path(args.output).name,
+        model=tabulate([row for row in rows if row[1]], ["", ""], "github", disable_numparse=True),
+        classes=_classes(detector.class_names, model.get("num_classes")),
+        results=_results(cfg, args.weights, detector.weights, iteration),
+        files=_files(args.output),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}"
+
+
+def _iteration(checkpoint: Mapping[str, Any], max_iter: int) -> Optional[int]:
+    """Of the weights' evaluation, as metrics.json counts; None where the checkpoint says none. The
+    last evaluation, after the training, counts one more than the last iteration from 0."""
+    iteration = (checkpoint.get("best") or checkpoint).get("iteration")
+    return max_iter if iteration == max_iter - 1 else iteration
+
+
+def _kind(weights: str) -> str:
+    return "their moving average (ema)" if weights == "ema" else "as trained"
+
+
+def _classes(names: List[str], number: Optional[int]) -> str:
+    if not names:
+        return f"{number}, without names."
+    left_out = len(names) - _MAX_CLASSES
+    shown = ", ".join(names[:_MAX_CLASSES])
+    return f"{len(names)}: {shown}" + (f" and {left_out} more." if left_out > 0 else ".")
+
+
+def _results(cfg: DictConfig, weights: str, kind: str, iteration: Optional[int]) -> str:
+    """A table of the evaluation that the training made of these weights."""
+    file = Path(weights).with_name("metrics.json")
+    if not file.is_file() or iteration is None:
+        return "There is no evaluation beside the checkpoint."
+    metrics, prefix = read_metrics(str(file)), "ema/" if kind == "ema" else ""
+    found = {}
+    for name in _METRICS:
+        values = dict(zip(*metrics.get(f"{prefix}bbox/{name}", ((), ()))))
+        if math.isfinite(values.get(iteration, math.nan)):  # nan without objects of that size
+            found[name] = f"{values[iteration]:.1f}"
+    if not found:
+        return "The training made no evaluation of this checkpoint."
+    data = ", ".join(dataset_names(cfg, "test")) or "the validation data"
+    table = tabulate([found.values()], found.keys(), "github", disable_numparse=True)
+    return f"COCO's box AP in % on {data}:\n\n{table}"
+
+
+def _files(folder: str) -> str:
+    rows = []
+    for file in sorted(Path(folder).iterdir()):
+        if file.is_file() and file.name != CARD_NAME:
+            content = file.read_bytes()
+            rows.append([file.name, f"{len(content):,}", hashlib.sha256(content).hexdigest()])
+    return tabulate(rows, ["file", "bytes", "sha256"], "github", disable_numparse=True)
+
+
+def _push(hub: Any, args: argparse.Namespace) -> None:
+    api = hub.HfApi()
+    try:
+        api.create_repo(args.push, private=args.private, exist_ok=True)
+        url = api.upload_folder(repo_id=args.push, folder_path=args.output)
+    except Exception as error:  # of huggingface_hub, httpx and the system
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{args.output} could not be uploaded as {args.push}: {reason}") from error
+    print(f"Uploaded: {url}")
+
+
+def main() -> None:
+    """Run the command line."""
+    print("Written:", *run(get_parser().parse_args()), sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

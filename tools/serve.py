@@ -1,0 +1,281 @@
+#!/usr/bin/env python
+"""A page in the browser: give an image, see the detections, and where the query of one looks.
+
+    serve.py --weights output/demo/model_best.pth
+    serve.py --weights published --host 0.0.0.0 --port 8000
+
+Choose a detection in the list or by a click into its box: below are the centre that its query
+predicts, the map of each head over the image and the weights of the scales, in each decoder layer.
+The server listens on this machine alone unless --host says otherwise.
+"""
+
+import argparse
+import io
+import sys
+import threading
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+from PIL import Image
+
+from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
+from smca.errors import UserError, exit_code
+from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of
+
+ALL_SCALES = "all, as the query weighs them"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_predictor_arguments(parser)
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score of a detection that the page begins with; default: %(default)s",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
+    return parser
+
+
+@dataclass
+class Seen:
+    """What the detector said about an image.
+
+    Attributes:
+        image: (height, width, 3) uint8 RGB.
+        detections: all of them, best first.
+        layers: of each decoder layer; none where the model has no modulation.
+    """
+
+    image: np.ndarray
+    detections: Detections
+    layers: List[LayerRecord]
+
+
+class Viewer:
+    """What the page shows, without the page; several threads may call it.
+
+    Args:
+        predictor: its model is looked into.
+    """
+
+    def __init__(self, predictor: Predictor):
+        self.predictor = predictor
+        self.strides: List[int] = []
+        self.num_layers = 0
+        # A recorder keeps the last call of the model, which must not be another visitor's.
+        self._lock = threading.Lock()
+        blank = self.look(np.zeros((64, 64, 3), np.uint8))
+        if blank.layers:
+            self.strides, self.num_layers = blank.layers[0].strides, len(blank.layers)
+
+    def look(self, image: np.ndarray) -> Seen:
+        """Detect objects in a (height, width, 3) uint8 RGB image."""
+        with self._lock:
+            try:
+                recorder = Recorder(self.predictor.model)
+            except NoModulationError:
+                return Seen(image, self.predictor(image, threshold=0), [])
+            with recorder:
+                detections = self.predictor(image, threshold=0)
+            num_layers = recorder.layer(-1).num_layers
+            return Seen(image, detections, [recorder.layer(i) for i in range(num_layers)])
+
+    def names(self, seen: Seen, threshold: float) -> List[str]:
+        """The detections from that score on, best first, in words."""
+        found = seen.detections[seen.detections.scores >= threshold]
+        pairs = zip(found.names, found.scores.tolist())
+        return [f"{i + 1}: {name} {100 * score:.0f}%" for i, (name, score) in enumerate(pairs)]
+
+    def draw(self, seen: Seen, threshold: float) -> Image.Image:
+        """The image with the detections from that score on."""
+        return seen.detections[seen.detections.scores >= threshold].draw()
+
+    def draw_maps(self, seen: Seen, index: int, layer: int, scale: Optional[int]) -> Image.Image:
+        """Where the query of a detection looks, see `smca.analysis.draw_gaussians`."""
+        (maps,) = maps_of(seen.detections[[index]], seen.layers[layer], seen.image)
+        file = io.BytesIO()
+        draw_gaussians([maps], self.predictor.class_names, scale).savefig(file, format="png")
+        return Image.open(file)
+
+    def layer_rows(self, seen: Seen, index: int) -> List[List[Any]]:
+        """For each decoder layer its number, the query's centre (x, y in pixels of the image) and
+        its scale weights in %."""
+        rows: List[List[Any]] = []
+        query, size = seen.detections.query_indices[[index]], seen.image.shape[:2]
+        for number, record in enumerate(seen.layers):
+            centre = record.centres_in_pixels(query, size)
+            shares = [f"{100 * share:.0f}" for share in record.scale_shares(query)[0].tolist()]
+            rows.append([number + 1, *(f"{value:.0f}" for value in centre[0].tolist()), *shares])
+        return rows
+
+    def at(self, seen: Seen, threshold: float, x: float, y: float) -> Optional[int]:
+        """The smallest detected box around a point of the image, None if there is none."""
+        detections = seen.detections[seen.detections.scores >= threshold]
+        x0, y0, x1, y1 = detections.pred_boxes.tensor.unbind(1)
+        inside = (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
+        if not inside.any():
+            return None
+        return int(detections.pred_boxes.area().masked_fill(~inside, float("inf")).argmin())
+
+
+def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
+    """The page, a `gradio.Blocks`, which begins with this lowest score of a detection."""
+    gr = import_gradio()
+    scales = [f"stride {stride}" for stride in viewer.strides]
+    with gr.Blocks(title="SMCA", analytics_enabled=False) as page:
+        seen = gr.State(None)
+        gr.Markdown("# SMCA: what it detects, and where it looks")
+        # Without the button that shows a picture to others.
+        quiet: Dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}
+        with gr.Row():
+            image = gr.Image(label="Image", elem_id="image", height=380, buttons=["fullscreen"])
+            drawn = gr.Image(
+                label="Detections: click into a box", elem_id="drawn", height=380, **quiet
+            )
+        threshold = gr.Slider(
+            0, 1, confidence_threshold, step=0.01, label="Lowest score", elem_id="threshold"
+        )
+        chosen = gr.Radio([], label="Detection", elem_id="chosen")
+        with gr.Column(visible=viewer.num_layers > 0):
+            with gr.Row():
+                # A slider needs two ends, of a decoder with one layer too.
+                layer = gr.Slider(
+                    1,
+                    max(2, viewer.num_layers),
+                    max(1, viewer.num_layers),
+                    step=1,
+                    label="Decoder layer",
+                    elem_id="layer",
+                    interactive=viewer.num_layers > 1,
+                )
+                scale = gr.Dropdown(
+                    [ALL_SCALES, *scales],
+                    value=ALL_SCALES,
+                    label="Map of the scale",
+                    elem_id="scale",
+                    visible=len(scales) > 1,
+                )
+            maps = gr.Image(label="Where the detection's query looks", elem_id="maps", **quiet)
+            table = gr.Dataframe(
+                headers=["layer", "centre x", "centre y", *(f"{name} (%)" for name in scales)],
+                label="Over the layers: the centre in pixels, and the weights of the scales",
+                elem_id="table",
+                interactive=False,
+            )
+
+        def look(pixels: Optional[np.ndarray], least: float) -> Tuple[Any, ...]:
+            if pixels is None:
+                return None, None, gr.Radio([], value=None)
+            try:
+                result = viewer.look(pixels)
+            except UserError as error:
+                raise gr.Error(str(error)) from error
+            return result, *show(result, least)
+
+        def show(result: Optional[Seen], least: float) -> Tuple[Any, Any]:
+            if result is None:
+                return None, gr.Radio([], value=None)
+            names = viewer.names(result, least)
+            choices = [(name, index) for index, name in enumerate(names)]
+            info = None if names else "No detection has such a score: move the slider down."
+            return viewer.draw(result, least), gr.Radio(
+                choices, value=0 if names else None, info=info
+            )
+
+        def show_maps(
+            result: Optional[Seen], index: Optional[int], number: float, name: str
+        ) -> Any:
+            if result is None or index is None or not result.layers:
+                return None
+            which = scales.index(name) if name in scales else None
+            return viewer.draw_maps(result, index, int(number) - 1, which)
+
+        def show_table(result: Optional[Seen], index: Optional[int]) -> List[List[Any]]:
+            return [] if result is None or index is None else viewer.layer_rows(result, index)
+
+        # Gradio gives the click to the argument of this type.
+        def choose(
+            result: Optional[Seen],
+            least: float,
+            event: gr.SelectData,  # type: ignore[name-defined]
+        ) -> Any:
+            if result is None:
+                return None
+            # A small image is drawn enlarged.
+            factor = result.image.shape[1] / viewer.draw(result, least).width
+            x, y = event.index
+            index = viewer.at(result, least, factor * x, factor * y)
+            return gr.skip() if index is None else index
+
+        arguments = [seen, chosen, layer, scale]
+        image.change(look, [image, threshold], [seen, drawn, chosen]).then(
+            show_maps, arguments, maps
+        ).then(show_table, [seen, chosen], table)
+        threshold.release(show, [seen, threshold], [drawn, chosen])
+        drawn.select(choose, [seen, threshold], chosen)
+        for control in (chosen, layer, scale):
+            control.change(show_maps, arguments, maps)
+        chosen.change(show_table, [seen, chosen], table)
+    return page
+
+
+def launch_options(gr: ModuleType) -> Dict[str, Any]:
+    """Of `gradio.Blocks.launch`: no fonts from elsewhere, no server beside this one."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return {"theme": theme, "ssr_mode": False, "quiet": True}
+
+
+def import_gradio() -> ModuleType:
+    """Gradio, which the package does not require.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(
+            "The page needs Gradio: run pip install gradio (or install the extra 'serve' of this "
+            "package)."
+        ) from error
+    return gradio
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command's work, until Ctrl-C."""
+    gr = import_gradio()
+    if not 0 <= args.confidence_threshold <= 1:
+        raise UserError(
+            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
+        )
+    page = build_page(Viewer(predictor_of(args)), args.confidence_threshold)
+    address, options = f"http://{args.host}:{args.port}", launch_options(gr)
+    try:
+        page.launch(
+            server_name=args.host, server_port=args.port, prevent_thread_lock=True, **options
+        )
+    except OSError as error:
+        raise UserError(
+            f"The page cannot be served at {address}: give another --host or --port."
+        ) from error
+    print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
+    page.block_thread()
+
+
+def main() -> None:
+    """Run the command line."""
+    run(get_parser().parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
