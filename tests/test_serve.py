@@ -2,7 +2,7 @@
 
 The picture in the documentation is the last test's, of the demo's model:
 
-    python tests/test_serve.py output/demo/model_best.pth IMAGE docs/serve.png 0.4
+    PYTHONPATH=tools python tests/test_serve.py output/demo/model_best.pth IMAGE docs/serve.png 0.4
 """
 
 import contextlib
