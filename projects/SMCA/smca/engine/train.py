@@ -1,16 +1,19 @@
+import argparse
 import copy
 import itertools
 import logging
 import os
 import random
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar, cast
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
+from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table, setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.files import remove_temporary_files
@@ -23,10 +26,12 @@ from smca.engine.hooks import (
     ModelEMA,
     ProgressPrinter,
 )
+from smca.engine.peers import PeerWatch
 from smca.engine.run_folder import newest_previous_run, set_previous_run_aside
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.errors import CheckpointError, ConfigError, UserError
+from smca.modeling import SMCA
 
 __all__ = ["do_eval", "do_test", "do_train", "main"]
 
@@ -35,17 +40,19 @@ logger = logging.getLogger(__name__)
 _DEV_RUN_STEPS, _DEV_RUN_IMAGES = 3, 4
 _EVAL_LOG = "log_eval.txt"
 
+_T = TypeVar("_T")
+_Results = Dict[str, Any]  # {task: {metric: value}}
 
-def main(args, peers=None):
-    """
-    Train or evaluate, in one process of possibly several.
+
+def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> _Results:
+    """Train or evaluate, in one process of possibly several.
 
     Args:
-        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
-        peers (PeerWatch or None): of the other processes.
+        args: of Detectron2's `default_argument_parser`.
+        peers: of the other processes.
 
     Returns:
-        dict: results of the (last) evaluation, empty if there was none; ``bbox`` with those of
+        Results of the (last) evaluation, empty if there was none; ``bbox`` with those of
         the trained weights, ``ema/bbox`` with those of their average. Only in the main process.
 
     Raises:
@@ -77,7 +84,7 @@ def main(args, peers=None):
     return do_train(cfg, args, last, peers)
 
 
-def _from_main_process(function, *args):
+def _from_main_process(function: Callable[..., _T], *args: Any) -> _T:
     """What a function returns in the main process, or the UserError that it raises there."""
     result = error = None
     if comm.is_main_process():
@@ -91,10 +98,10 @@ def _from_main_process(function, *args):
     return result
 
 
-def _find_checkpoint(train):
+def _find_checkpoint(train: DictConfig) -> str:
     """
     Returns:
-        str: path of the checkpoint to resume from, "" to start anew.
+        Path of the checkpoint to resume from, "" to start anew.
     """
     remove_temporary_files(train.output_dir)
     last = SMCACheckpointer(torch.nn.Module(), train.output_dir).find_resumable()
@@ -110,7 +117,7 @@ def _find_checkpoint(train):
     return ""
 
 
-def _choose_seed(train, last):
+def _choose_seed(train: DictConfig, last: str) -> int:
     """The seed, for a negative one that of the run to resume, or else a random one."""
     if train.seed >= 0:
         return train.seed
@@ -120,7 +127,7 @@ def _choose_seed(train, last):
     return checkpoint["trainer"].get("seed", 0)
 
 
-def _setup_eval(cfg, args):
+def _setup_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Detectron2's `default_setup`, but for the training's files: a log of its own, no config."""
     log_file = os.path.join(cfg.train.output_dir, _EVAL_LOG)
     for name in ("smca", "fvcore", "detectron2"):
@@ -132,7 +139,7 @@ def _setup_eval(cfg, args):
     default_setup(without_output, args)
 
 
-def _shorten(train):
+def _shorten(train: DictConfig) -> None:
     """Settings for a run that takes every path once, apart from the real one's files."""
     train.output_dir = os.path.join(train.output_dir, "fast_dev_run")
     train.max_iter = _DEV_RUN_STEPS
@@ -140,7 +147,7 @@ def _shorten(train):
     train.log_period = 1
 
 
-def _resolve_data_settings(cfg):
+def _resolve_data_settings(cfg: DictConfig) -> None:
     """Replace what a config computes from the data by its value: names of data sets that it
     registers, and the number of classes (``configs/custom_coco.py``). config.yaml, written
     before this, keeps how they are computed."""
@@ -158,12 +165,12 @@ def _resolve_data_settings(cfg):
         )
 
 
-def _check_datasets(cfg, *splits):
+def _check_datasets(cfg: DictConfig, *splits: str) -> None:
     for split in splits:
         require_dataset(dataset_names(cfg, split))
 
 
-def _check_class_counts(cfg, *splits):
+def _check_class_counts(cfg: DictConfig, *splits: str) -> None:
     """To be called when the data are loaded, which is when their classes are known."""
     num_classes = OmegaConf.select(cfg, "model.num_classes")
     for name in [name for split in splits for name in dataset_names(cfg, split)]:
@@ -175,7 +182,7 @@ def _check_class_counts(cfg, *splits):
             )
 
 
-def _build_test_loader(cfg):
+def _build_test_loader(cfg: DictConfig) -> Iterable[Any]:
     """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
     loader = build(cfg.dataloader.test, "dataloader.test")
     if cfg.train.fast_dev_run:
@@ -183,19 +190,23 @@ def _build_test_loader(cfg):
     return loader
 
 
-def do_test(cfg, model, test_loader=None, prefix=""):
-    """
-    Evaluate a model on the config's test data, and log the results.
+def do_test(
+    cfg: DictConfig,
+    model: nn.Module,
+    test_loader: Optional[Iterable[Any]] = None,
+    prefix: str = "",
+) -> _Results:
+    """Evaluate a model on the config's test data, and log the results.
 
     Args:
-        cfg (DictConfig): ``dataloader.test`` and ``dataloader.evaluator`` are used; without
-            an evaluator there is nothing to do.
-        model (nn.Module): not wrapped in DistributedDataParallel.
-        test_loader (iterable or None): built from `cfg` if None.
-        prefix (str): put before the names of the tasks in the results.
+        cfg: ``dataloader.test`` and ``dataloader.evaluator`` are used; without an evaluator
+            there is nothing to do.
+        model: not wrapped in DistributedDataParallel.
+        test_loader: built from `cfg` if None.
+        prefix: put before the names of the tasks in the results.
 
     Returns:
-        dict: ``{prefix + task: {metric: value}}``, empty in all but the main process.
+        ``{prefix + task: {metric: value}}``, empty in all but the main process.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -209,9 +220,8 @@ def do_test(cfg, model, test_loader=None, prefix=""):
     return results
 
 
-def do_eval(cfg, args):
-    """
-    Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
+def do_eval(cfg: DictConfig, args: argparse.Namespace) -> _Results:
+    """Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
     _check_datasets(cfg, "test")
@@ -233,19 +243,23 @@ def do_eval(cfg, args):
     return results
 
 
-def do_train(cfg, args, resume_from=None, peers=None):
-    """
-    Train as the config says.
+def do_train(
+    cfg: DictConfig,
+    args: argparse.Namespace,
+    resume_from: Optional[str] = None,
+    peers: Optional[PeerWatch] = None,
+) -> _Results:
+    """Train as the config says.
 
     Args:
-        cfg (DictConfig):
-        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
-        resume_from (str or None): a checkpoint of this training to go on from, or "". None: with
-            ``--resume`` the newest in ``train.output_dir``.
-        peers (PeerWatch or None): of the other processes.
+        cfg: the whole config.
+        args: of Detectron2's `default_argument_parser`.
+        resume_from: a checkpoint of this training to go on from, or "". None: with ``--resume``
+            the newest in ``train.output_dir``.
+        peers: of the other processes.
 
     Returns:
-        dict: results of the last evaluation, see :func:`main`.
+        Results of the last evaluation, see :func:`main`.
     """
     train = cfg.train
     if resume_from is None:
@@ -275,9 +289,9 @@ def do_train(cfg, args, resume_from=None, peers=None):
     checkpointer.add_checkpointable("trainer", trainer)
     if ema is not None:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
-    results = {}
+    results: _Results = {}
 
-    def evaluate():
+    def evaluate() -> _Results:
         results.update(do_test(cfg, model, test_loader))
         if ema is not None:
             results.update(do_test(cfg, ema.model, test_loader, prefix="ema/"))
@@ -291,13 +305,13 @@ def do_train(cfg, args, resume_from=None, peers=None):
     return results
 
 
-def _build_trainer(cfg, model, train_loader):
+def _build_trainer(cfg: DictConfig, model: nn.Module, train_loader: Iterable[Any]) -> Trainer:
     train = cfg.train
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     if train.compile:
-        model.compile_parts()
-    ddp = OmegaConf.to_container(train.ddp, resolve=True)
+        cast(SMCA, model).compile_parts()
+    ddp = cast(Dict[str, Any], OmegaConf.to_container(train.ddp, resolve=True))
     is_cuda = torch.device(train.device).type == "cuda"
     return Trainer(
         create_ddp_model(
@@ -315,7 +329,13 @@ def _build_trainer(cfg, model, train_loader):
     )
 
 
-def _build_hooks(cfg, checkpointer, ema, evaluate, peers):
+def _build_hooks(
+    cfg: DictConfig,
+    checkpointer: SMCACheckpointer,
+    ema: Optional[ModelEMA],
+    evaluate: Callable[[], _Results],
+    peers: Optional[PeerWatch],
+) -> List[Optional[HookBase]]:
     train = cfg.train
     state_hooks = [
         hooks.IterationTimer(),
@@ -336,10 +356,12 @@ def _build_hooks(cfg, checkpointer, ema, evaluate, peers):
     ]
 
 
-def _resume(checkpointer, trainer, ema, path):
+def _resume(
+    checkpointer: SMCACheckpointer, trainer: Trainer, ema: Optional[ModelEMA], path: str
+) -> int:
     """
     Returns:
-        int: the iteration to go on with.
+        The iteration to go on with.
     """
     others = checkpointer.resume(path)
     # Checkpoints hold the number of the iteration that was just finished.
@@ -356,7 +378,7 @@ def _resume(checkpointer, trainer, ema, path):
     return start_iter
 
 
-def _provenance(cfg, args):
+def _provenance(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Any]:
     """What a checkpoint says about itself, in plain types."""
     names = dataset_names(cfg, "train")
     class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
@@ -369,13 +391,13 @@ def _provenance(cfg, args):
     }
 
 
-def _written_files(output_dir, checkpointer):
+def _written_files(output_dir: str, checkpointer: SMCACheckpointer) -> Tuple[List[str], List[str]]:
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
     paths = [os.path.join(output_dir, name) for name in names]
     return [checkpointer.get_checkpoint_file()], [path for path in paths if os.path.exists(path)]
 
 
-def _log_summary(results, checkpoints, others):
+def _log_summary(results: _Results, checkpoints: Sequence[str], others: Sequence[str]) -> None:
     if not comm.is_main_process():
         return
     for task, metrics in results.items():
