@@ -1,6 +1,7 @@
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -103,6 +104,19 @@ class SMCACheckpointer(DetectionCheckpointer):
         self._write(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
         self._remove_old()
+
+    def keep_as(self, path: str, name: str) -> None:
+        """Copy a checkpoint to another name in `save_dir`, unless it has that one.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        copy = os.path.join(self.save_dir, f"{name}.pth")
+        if os.path.realpath(path) == os.path.realpath(copy):
+            return
+        with open(path, "rb") as source:
+            self._write(copy, lambda file: shutil.copyfileobj(source, file))
+        self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         text = last_filename_basename.encode()

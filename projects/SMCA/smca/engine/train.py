@@ -300,6 +300,9 @@ def do_train(
 
     trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate, peers))
     start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
+    if resume_from and start_iter >= train.max_iter and comm.is_main_process():
+        # The run before was killed between its last two files.
+        checkpointer.keep_as(resume_from, "model_final")
     trainer.train(start_iter, train.max_iter)
     _log_summary(results, *_written_files(train.output_dir, checkpointer))
     return results
