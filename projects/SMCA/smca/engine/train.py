@@ -1,24 +1,29 @@
 import argparse
 import copy
-import itertools
 import logging
 import os
 import random
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar, cast
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar, cast
 
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import create_small_table, setup_logger
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.files import remove_temporary_files
 from smca.config import AMP_DTYPES, build, build_model, dataset_names, load_config, resolve_device
-from smca.data import require_dataset
+from smca.engine.evaluate import (
+    Results,
+    build_test_loader,
+    check_class_counts,
+    check_datasets,
+    do_test,
+    log_summary,
+)
 from smca.engine.hooks import (
     BestCheckpointer,
     EmergencyCheckpointer,
@@ -33,18 +38,17 @@ from smca.engine.trainer import Trainer
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.modeling import SMCA
 
-__all__ = ["do_eval", "do_test", "do_train", "main"]
+__all__ = ["do_eval", "do_train", "main"]
 
 logger = logging.getLogger(__name__)
 
-_DEV_RUN_STEPS, _DEV_RUN_IMAGES = 3, 4
+_DEV_RUN_STEPS = 3
 _EVAL_LOG = "log_eval.txt"
 
 _T = TypeVar("_T")
-_Results = Dict[str, Any]  # {task: {metric: value}}
 
 
-def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> _Results:
+def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results:
     """Train or evaluate, in one process of possibly several.
 
     Args:
@@ -165,68 +169,13 @@ def _resolve_data_settings(cfg: DictConfig) -> None:
         )
 
 
-def _check_datasets(cfg: DictConfig, *splits: str) -> None:
-    for split in splits:
-        require_dataset(dataset_names(cfg, split))
-
-
-def _check_class_counts(cfg: DictConfig, *splits: str) -> None:
-    """To be called when the data are loaded, which is when their classes are known."""
-    num_classes = OmegaConf.select(cfg, "model.num_classes")
-    for name in [name for split in splits for name in dataset_names(cfg, split)]:
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if num_classes is not None and len(classes) > num_classes:
-            raise ConfigError(
-                f"Data set '{name}' has {len(classes)} classes, the model {num_classes}: set "
-                f"model.num_classes={len(classes)}."
-            )
-
-
-def _build_test_loader(cfg: DictConfig) -> Iterable[Any]:
-    """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
-    loader = build(cfg.dataloader.test, "dataloader.test")
-    if cfg.train.fast_dev_run:
-        return list(itertools.islice(loader, _DEV_RUN_IMAGES))
-    return loader
-
-
-def do_test(
-    cfg: DictConfig,
-    model: nn.Module,
-    test_loader: Optional[Iterable[Any]] = None,
-    prefix: str = "",
-) -> _Results:
-    """Evaluate a model on the config's test data, and log the results.
-
-    Args:
-        cfg: ``dataloader.test`` and ``dataloader.evaluator`` are used; without an evaluator
-            there is nothing to do.
-        model: not wrapped in DistributedDataParallel.
-        test_loader: built from `cfg` if None.
-        prefix: put before the names of the tasks in the results.
-
-    Returns:
-        ``{prefix + task: {metric: value}}``, empty in all but the main process.
-    """
-    if cfg.dataloader.get("evaluator") is None:
-        return {}
-    if test_loader is None:
-        test_loader = _build_test_loader(cfg)
-    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
-    results = inference_on_dataset(model, test_loader, evaluator)
-    results = {prefix + task: metrics for task, metrics in results.items()}
-    if comm.is_main_process():
-        print_csv_format(results)
-    return results
-
-
-def do_eval(cfg: DictConfig, args: argparse.Namespace) -> _Results:
+def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     """Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
-    _check_datasets(cfg, "test")
-    test_loader = _build_test_loader(cfg)
-    _check_class_counts(cfg, "test")
+    check_datasets(cfg, "test")
+    test_loader = build_test_loader(cfg)
+    check_class_counts(cfg, "test")
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
     last = _from_main_process(checkpointer.find_resumable, False) if args.resume else ""
@@ -239,7 +188,7 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> _Results:
     if "model_ema" in others:
         model.load_state_dict(others["model_ema"])
         results.update(do_test(cfg, model, test_loader, prefix="ema/"))
-    _log_summary(results, [path], [os.path.join(cfg.train.output_dir, _EVAL_LOG)])
+    log_summary(results, [path], [os.path.join(cfg.train.output_dir, _EVAL_LOG)])
     return results
 
 
@@ -248,7 +197,7 @@ def do_train(
     args: argparse.Namespace,
     resume_from: Optional[str] = None,
     peers: Optional[PeerWatch] = None,
-) -> _Results:
+) -> Results:
     """Train as the config says.
 
     Args:
@@ -265,10 +214,10 @@ def do_train(
     if resume_from is None:
         resume_from = _from_main_process(_find_checkpoint, train) if args.resume else ""
     # Data first: what is wrong with them should not take the time to build a model.
-    _check_datasets(cfg, "train", "test")
+    check_datasets(cfg, "train", "test")
     train_loader = build(cfg.dataloader.train, "dataloader.train")
-    test_loader = _build_test_loader(cfg)
-    _check_class_counts(cfg, "train", "test")
+    test_loader = build_test_loader(cfg)
+    check_class_counts(cfg, "train", "test")
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
 
@@ -289,9 +238,9 @@ def do_train(
     checkpointer.add_checkpointable("trainer", trainer)
     if ema is not None:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
-    results: _Results = {}
+    results: Results = {}
 
-    def evaluate() -> _Results:
+    def evaluate() -> Results:
         results.update(do_test(cfg, model, test_loader))
         if ema is not None:
             results.update(do_test(cfg, ema.model, test_loader, prefix="ema/"))
@@ -304,7 +253,7 @@ def do_train(
         # The run before was killed between its last two files.
         checkpointer.keep_as(resume_from, "model_final")
     trainer.train(start_iter, train.max_iter)
-    _log_summary(results, *_written_files(train.output_dir, checkpointer))
+    log_summary(results, *_written_files(train.output_dir, checkpointer))
     return results
 
 
@@ -336,7 +285,7 @@ def _build_hooks(
     cfg: DictConfig,
     checkpointer: SMCACheckpointer,
     ema: Optional[ModelEMA],
-    evaluate: Callable[[], _Results],
+    evaluate: Callable[[], Results],
     peers: Optional[PeerWatch],
 ) -> List[Optional[HookBase]]:
     train = cfg.train
@@ -398,13 +347,3 @@ def _written_files(output_dir: str, checkpointer: SMCACheckpointer) -> Tuple[Lis
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
     paths = [os.path.join(output_dir, name) for name in names]
     return [checkpointer.get_checkpoint_file()], [path for path in paths if os.path.exists(path)]
-
-
-def _log_summary(results: _Results, checkpoints: Sequence[str], others: Sequence[str]) -> None:
-    if not comm.is_main_process():
-        return
-    for task, metrics in results.items():
-        overall = {name: value for name, value in metrics.items() if not name.startswith("AP-")}
-        logger.info("%s:\n%s", task, create_small_table(overall))
-    logger.info("Checkpoint: %s", ", ".join(checkpoints))
-    logger.info("Written: %s", ", ".join(others))
