@@ -118,8 +118,7 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
 
 
 def read_state_dict(path: str) -> Dict[str, Tensor]:
-    """
-    The tensors of a checkpoint: of its entry ``model`` or ``state_dict`` if it has one.
+    """The tensors of a checkpoint: of its entry ``model`` or ``state_dict`` if it has one.
 
     Raises:
         CheckpointError: the file cannot be read, holds something else than tensors there, or would
