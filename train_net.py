@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""
-Train or evaluate a model from a LazyConfig:
+"""Train or evaluate a model from a LazyConfig:
 
     train_net.py --config-file configs/smca_shapes.py train.output_dir=output/shapes
     train_net.py --config-file configs/smca_r50_50ep.py --num-gpus 8 train.amp.enabled=True

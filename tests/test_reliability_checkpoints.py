@@ -97,6 +97,28 @@ def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
     assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]
 
 
+def test_a_process_killed_before_its_last_file_leaves_that_to_the_resume(finished, tmp_path):
+    def die_in_the_last_write():
+        original = SMCACheckpointer.save
+
+        def save(self, name, **kwargs):
+            if name == "model_final":
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self, name, **kwargs)
+
+        SMCACheckpointer.save = save
+
+    config, source = finished
+    output = f"train.output_dir={tmp_path}/run"
+    assert train(tmp_path, config, output, prepare=die_in_the_last_write)[0] == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+    assert train(tmp_path, config, "--resume", output)[0] == 0
+    final, expected = (load(folder / "model_final.pth") for folder in (tmp_path / "run", source))
+    assert final["trainer"]["iteration"] == expected["trainer"]["iteration"] == 5
+    assert all(torch.equal(final["model"][key], expected["model"][key]) for key in final["model"])
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
+
+
 @pytest.mark.parametrize("tag", ["", "model_0000005.pth", "model_0000009.pth", "\0\0\0\0"])
 def test_resume_takes_the_newest_file_that_can_be_read_and_says_so(finished, tmp_path, tag):
     config, run, out = copy_of(finished, tmp_path)

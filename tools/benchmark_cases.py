@@ -104,7 +104,7 @@ def build_co_attention(
     centres = torch.rand(shape, device=device) * torch.tensor(cells[::-1], device=device)
     spreads = 0.5 + torch.rand(shape, device=device)
     inputs = [x.requires_grad_(backward) for x in (*tokens, centres, spreads)]
-    attention = slow_co_attention if reference else fast_co_attention
+    attention: Callable[..., Tensor] = slow_co_attention if reference else fast_co_attention
     if options.compile:
         attention = torch.compile(attention)
     output_gradient = torch.randn_like(tokens[0])

@@ -13,6 +13,7 @@ The data are those of the first file's config.
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> List[str]:
             predictor,
             dataset_dicts,
             sorted(truth.getCatIds()),
-            progress=lambda items, title=title: tqdm(items, desc=title, unit="image"),
+            progress=functools.partial(tqdm, desc=title, unit="image"),
         )
         evaluations.append(evaluate(title, truth, detections, seconds, args.confidence_threshold))
     print(summary(evaluations))

@@ -37,7 +37,8 @@ class ModulatedDetr(nn.Module):
     ) -> DetrObjectDetectionOutput:
         """As of `DetrForObjectDetection`; pixel_mask (B, H, W) is 1 on the image."""
         sizes = [pixel_mask[:, 0].sum(1), pixel_mask[:, :, 0].sum(1)]  # without padding
-        self.sizes, self.reference = torch.stack(sizes, dim=1)[:, None], None
+        self.sizes = torch.stack(sizes, dim=1)[:, None]
+        self.reference: Any = None  # a Tensor once the first layer has it
         return self.detr(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels)
 
     def _keep_grid(self, module: nn.Module, inputs: Tuple, features: Sequence) -> None:

@@ -8,7 +8,7 @@ is, and print its validation loss; see docs/plug_in.md.
 
 import argparse
 import time
-from typing import Dict
+from typing import Any, Dict
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ SIDE = 160  # pixels that a batch is padded to
 PARTS = ("loss_ce", "loss_bbox", "loss_giou")
 
 
-def make_detr(**settings) -> DetrForObjectDetection:
+def make_detr(**settings: Any) -> DetrForObjectDetection:
     """A small DETR with random weights, nothing of it frozen."""
     resnet = ResNetConfig(
         embedding_size=32,

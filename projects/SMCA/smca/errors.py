@@ -12,23 +12,22 @@ _BEGIN, _END = "\x02", "\x03"
 
 
 class UserError(ValueError):
-    """
-    Something that the user can put right. The message names the file or the config key and says
+    """Something that the user can put right. The message names the file or the config key and says
     what to do, in one sentence or in one and a list; command lines print it without a traceback.
     """
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any) -> None:
         # PyTorch raises an error of a worker again as `type(error)(traceback)`.
         if len(args) == 1 and isinstance(args[0], str) and _BEGIN in args[0]:
             args = (args[0].rpartition(_BEGIN)[2].partition(_END)[0],)
         super().__init__(*args)
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = super().__str__()
         return f"{_BEGIN}{text}{_END}" if _is_loader_worker() else text
 
 
-def _is_loader_worker():
+def _is_loader_worker() -> bool:
     data = sys.modules.get("torch.utils.data")
     return data is not None and data.get_worker_info() is not None
 
@@ -59,8 +58,7 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
-    """
-    Run a command line's work.
+    """Run a command line's work.
 
     Returns:
         What `command` returns (0 for None), or 1 after a :class:`UserError`, which is printed.

@@ -218,7 +218,7 @@ def _match(
     height, width = truth.image_size
     boxes = truth.gt_boxes.tensor / torch.tensor([width, height] * 2)
     targets = Targets(truth.gt_classes, box_convert(boxes, "xyxy", "cxcywh"))
-    matcher = (model.criterion or SetCriterion()).matcher
+    matcher = cast(SetCriterion, model.criterion or SetCriterion()).matcher
     logits = logits.cpu()
     matching = matcher(logits, boxes_cxcywh.cpu(), [targets])
     truth = truth[matching.targets]

@@ -1,9 +1,11 @@
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import IO, Any, Callable, Collection, Dict, Iterable, List, Optional, Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import _IncompatibleKeys
+from torch import nn
 
 from smca.checkpoint.files import (
     RefusedCode,
@@ -48,8 +52,7 @@ _BROKEN = (
 
 
 class SMCACheckpointer(DetectionCheckpointer):
-    """
-    Detectron2's checkpointer for a detector with a ``backbone``, which loads a checkpoint whole
+    """Detectron2's checkpointer for a detector with a ``backbone``, which loads a checkpoint whole
     or not at all.
 
     A file fits if it has exactly the detector's weights, or if it is a backbone's: none but the
@@ -58,37 +61,35 @@ class SMCACheckpointer(DetectionCheckpointer):
 
     It also writes where a checkpoint comes from under the key ``smca``. Files are written whole
     or not at all, and opening one never runs code in it, Detectron2's own model zoo excepted.
+
+    Args:
+        model: may be wrapped in DistributedDataParallel.
+        save_dir: where checkpoints are written.
+        need_detector: a backbone's file is an error in :meth:`load`.
+        provenance: plain values to keep in the checkpoints, for instance the config's name and the
+            class names.
+        max_to_keep: of the files ``model_<iteration>.pth`` in `save_dir`, whichever run wrote them,
+            so many of the last written stay after a save.
+        kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
     """
 
     def __init__(
         self,
-        model,
-        save_dir="",
+        model: nn.Module,
+        save_dir: str = "",
         *,
-        need_detector=False,
-        provenance=None,
-        max_to_keep=None,
-        **kwargs,
-    ):
-        """
-        Args:
-            model (nn.Module): may be wrapped in DistributedDataParallel.
-            save_dir (str): where checkpoints are written.
-            need_detector (bool): a backbone's file is an error in :meth:`load`.
-            provenance (dict or None): plain values to keep in the checkpoints, for instance
-                the config's name and the class names.
-            max_to_keep (int or None): of the files ``model_<iteration>.pth`` in `save_dir`,
-                whichever run wrote them, so many of the last written stay after a save.
-            kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
-        """
+        need_detector: bool = False,
+        provenance: Optional[Dict[str, Any]] = None,
+        max_to_keep: Optional[int] = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, save_dir, **kwargs)
         self.need_detector = need_detector
         self.max_to_keep = max_to_keep
         self.provenance = {**(provenance or {}), "version": __version__}
 
-    def save(self, name, **kwargs):
-        """
-        Same as in Detectron2.
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Same as in Detectron2.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -104,11 +105,24 @@ class SMCACheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
         self._remove_old()
 
-    def tag_last_checkpoint(self, last_filename_basename):
+    def keep_as(self, path: str, name: str) -> None:
+        """Copy a checkpoint to another name in `save_dir`, unless it has that one.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        copy = os.path.join(self.save_dir, f"{name}.pth")
+        if os.path.realpath(path) == os.path.realpath(copy):
+            return
+        with open(path, "rb") as source:
+            self._write(copy, lambda file: shutil.copyfileobj(source, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         text = last_filename_basename.encode()
         self._write(os.path.join(self.save_dir, "last_checkpoint"), lambda file: file.write(text))
 
-    def _write(self, path, write):
+    def _write(self, path: str, write: Callable[[IO[bytes]], Any]) -> None:
         try:
             write_atomically(path, write)
         except OSError as error:
@@ -117,30 +131,29 @@ class SMCACheckpointer(DetectionCheckpointer):
                 "the rights, then go on with --resume."
             ) from error
 
-    def _remove_old(self):
+    def _remove_old(self) -> None:
         if self.max_to_keep is None:
             return
         for path in numbered_checkpoints(self.save_dir)[: -self.max_to_keep]:
             if os.path.basename(path) != read_tag(self.save_dir):
                 os.remove(path)
 
-    def has_checkpoint(self):
+    def has_checkpoint(self) -> bool:
         return bool(self.get_checkpoint_file())
 
-    def get_checkpoint_file(self):
+    def get_checkpoint_file(self) -> str:
         """
         Returns:
-            str: path of the file that ``last_checkpoint`` names (which may be gone), where
-            there is no such name of the newest in `save_dir`, or "".
+            Path of the file that ``last_checkpoint`` names (which may be gone), where there is no
+            such name of the newest in `save_dir`, or "".
         """
         tagged = read_tag(self.save_dir)
         if tagged:
             return os.path.join(self.save_dir, tagged)
         return next(iter(find_checkpoints(self.save_dir)), "")
 
-    def load(self, path, *args, **kwargs):
-        """
-        Same as in Detectron2.
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """Same as in Detectron2.
 
         Raises:
             CheckpointError: the file cannot be found or read, or does not fit the model.
@@ -169,21 +182,20 @@ class SMCACheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
 
-    def find_resumable(self, need_trainer=True):
-        """
-        The newest checkpoint in `save_dir` that can be read. Others before it are named in a
+    def find_resumable(self, need_trainer: bool = True) -> str:
+        """The newest checkpoint in `save_dir` that can be read. Others before it are named in a
         warning.
 
         Args:
-            need_trainer (bool): weights alone are not enough.
+            need_trainer: weights alone are not enough.
 
         Returns:
-            str: its path, or "" where there is no checkpoint.
+            Its path, or "" where there is no checkpoint.
 
         Raises:
             CheckpointError: there are checkpoints, none of which can be read.
         """
-        problems = []
+        problems: List[str] = []
         for path in find_checkpoints(self.save_dir):
             try:
                 checkpoint = load_tensors(path)
@@ -201,34 +213,33 @@ class SMCACheckpointer(DetectionCheckpointer):
         return ""
 
     @staticmethod
-    def _said(path, problems):
+    def _said(path: str, problems: Sequence[str]) -> str:
         for problem in problems:
             logger.warning("%s Resuming from %s in its place.", problem, path)
         return path
 
-    def resume(self, path=None):
-        """
-        Load a training's checkpoint with everything in it; it must be a detector's. All
+    def resume(self, path: Optional[str] = None) -> Dict[str, Any]:
+        """Load a training's checkpoint with everything in it; it must be a detector's. All
         processes call this together: those that cannot read the file get it from the first.
 
         Args:
-            path (str or None): None takes :meth:`find_resumable`'s of the first process.
+            path: None takes :meth:`find_resumable`'s of the first process.
 
         Returns:
-            dict: what no checkpointable object took.
+            What no checkpointable object took.
         """
         self.need_detector = True
         path = path or self.find_resumable()
         if all(comm.all_gather(os.path.isfile(path))):
             return self.load(path)
-        content = [Path(path).read_bytes() if comm.is_main_process() else None]
+        content = [Path(path).read_bytes() if comm.is_main_process() else b""]
         dist.broadcast_object_list(content)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, os.path.basename(path))
             copy.write_bytes(content[0])
             return self.load(str(copy))
 
-    def _load_file(self, filename):
+    def _load_file(self, filename: str) -> Dict[str, Any]:
         if filename.endswith(".pkl") and not self._path.startswith(_MODEL_ZOO):
             data = load_arrays(filename)
             if "model" not in data or "__author__" not in data:
@@ -242,10 +253,10 @@ class SMCACheckpointer(DetectionCheckpointer):
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         return super()._load_file(filename)
 
-    def _torch_load(self, f):
+    def _torch_load(self, f: str) -> Any:
         return load_tensors(f)
 
-    def _load_model(self, checkpoint):
+    def _load_model(self, checkpoint: Dict[str, Any]) -> _IncompatibleKeys:
         model_weights = self.model.state_dict()
         has_own_names = any(
             key in checkpoint["model"] or "module." + key in checkpoint["model"]
@@ -267,10 +278,10 @@ class SMCACheckpointer(DetectionCheckpointer):
         self._check(incompatible, left_over)
         return incompatible
 
-    def _log_incompatible_keys(self, incompatible):
+    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """Said in `_check`, for the keys that matter."""
 
-    def _check(self, incompatible, left_over):
+    def _check(self, incompatible: _IncompatibleKeys, left_over: List[str]) -> None:
         # Batch norm's counter is absent from some files, and PyTorch then calls it loaded.
         model_keys = {
             key for key in self.model.state_dict() if not key.endswith(".num_batches_tracked")
@@ -289,7 +300,9 @@ class SMCACheckpointer(DetectionCheckpointer):
         elif missing or wrong_shape or incompatible.unexpected_keys:
             self._raise_does_not_fit(incompatible, sorted(missing))
 
-    def _check_backbone(self, backbone, loaded, left_over):
+    def _check_backbone(
+        self, backbone: Set[str], loaded: Set[str], left_over: Sequence[str]
+    ) -> None:
         if self.need_detector:
             raise CheckpointError(
                 f"{self._path} holds the weights of a backbone only, a trained detector is needed."
@@ -309,7 +322,9 @@ class SMCACheckpointer(DetectionCheckpointer):
         if lacking:
             logger.warning("Weights of the backbone that start from scratch: %s", _some(lacking))
 
-    def _raise_does_not_fit(self, incompatible, missing):
+    def _raise_does_not_fit(
+        self, incompatible: _IncompatibleKeys, missing: Collection[str]
+    ) -> None:
         wrong_shape = incompatible.incorrect_shapes
         class_counts = {
             (old[0], new[0])
@@ -342,7 +357,7 @@ class SMCACheckpointer(DetectionCheckpointer):
         )
 
 
-def _strip_backbone_prefix(weights):
+def _strip_backbone_prefix(weights: Dict[str, Any]) -> Dict[str, Any]:
     """A detector's weights reduced to its backbone's; weights without such a prefix as they are."""
     for prefix in ("backbone.bottom_up.", _BACKBONE):
         stripped = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
@@ -351,7 +366,7 @@ def _strip_backbone_prefix(weights):
     return weights
 
 
-def _unreachable_message(path):
+def _unreachable_message(path: str) -> str:
     if "://" in path:
         return (
             f"{path} cannot be downloaded: give a local copy with train.init_checkpoint=FILE, "
@@ -362,11 +377,11 @@ def _unreachable_message(path):
     return f"The checkpoint {path} cannot be read."
 
 
-def _first_line(error):
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _some(keys, num=4):
+def _some(keys: Iterable[str], num: int = 4) -> str:
     """The first few keys, in words."""
     keys = list(keys)
     return ", ".join(keys[:num]) + (f" and {len(keys) - num} more" if len(keys) > num else "")

@@ -23,8 +23,7 @@ _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """
-    A LazyConfig with overrides, checked.
+    """A LazyConfig with overrides, checked.
 
     Args:
         config_file: path of a .py or .yaml LazyConfig. Where a .py file leaves

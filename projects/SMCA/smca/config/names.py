@@ -56,8 +56,7 @@ def get_config(name: str) -> DictConfig:
 
 
 def load_file(config_file: str) -> DictConfig:
-    """
-    ``LazyConfig.load``, and ``train.output_dir`` after the config's name where a .py file leaves
+    """``LazyConfig.load``, and ``train.output_dir`` after the config's name where a .py file leaves
     it at its default: ``output/smca_r50_50ep``, ``output/ablations/head_shared``.
     """
     cfg = LazyConfig.load(config_file)

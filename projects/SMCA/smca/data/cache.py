@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any, Callable
 
 from iopath.common.file_io import file_lock
 
@@ -12,23 +13,22 @@ from .errors import DatasetError
 __all__ = ["cache_dir", "create_once", "is_stamped", "stamp"]
 
 
-def cache_dir():
+def cache_dir() -> Path:
     """
     Returns:
-        pathlib.Path: the folder named by the environment variable ``SMCA_CACHE``, else
+        The folder named by the environment variable ``SMCA_CACHE``, else
         ``~/.cache/smca``. It need not exist yet.
     """
     return Path(os.environ.get("SMCA_CACHE") or "~/.cache/smca").expanduser().absolute()
 
 
-def create_once(path, write):
-    """
-    Make sure that `path` exists, whole: several processes may call this at the same time (one
+def create_once(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make sure that `path` exists, whole: several processes may call this at the same time (one
     writes, the others wait), and one that is killed leaves nothing under `path`.
 
     Args:
-        path (pathlib.Path): file or folder to create unless it is there.
-        write (callable): creates the file or folder under the temporary path that it is given.
+        path: file or folder to create unless it is there.
+        write: creates the file or folder under the temporary path that it is given.
 
     Raises:
         DatasetError: the cache folder cannot be created.
@@ -52,14 +52,14 @@ def create_once(path, write):
         os.replace(partial, path)
 
 
-def is_stamped(path, state):
+def is_stamped(path: Path, state: str) -> bool:
     """
     Args:
-        path (pathlib.Path): of a file in the cache.
-        state (str): of what was checked.
+        path: of a file in the cache.
+        state: of what was checked.
 
     Returns:
-        bool: whether :func:`stamp` has noted that very state there.
+        Whether :func:`stamp` has noted that very state there.
     """
     try:
         return path.read_text() == state
@@ -67,7 +67,7 @@ def is_stamped(path, state):
         return False
 
 
-def stamp(path, state):
+def stamp(path: Path, state: str) -> None:
     """Note that a check of this state has succeeded; without a writable cache, forget it."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -219,7 +219,7 @@ def _annotation_problems(
             continue
         if annotation["image_id"] not in sizes:
             text = "has an image_id that no image has; correct or remove it."
-            problem = "unknown image_id", text
+            problem: Optional[Rule] = ("unknown image_id", text)
         elif annotation["category_id"] not in category_ids:
             text = (
                 f"has category_id {annotation['category_id']}, which no category has; add the "

@@ -1,6 +1,7 @@
+from .evaluate import do_test
 from .hooks import BestCheckpointer, EmergencyCheckpointer, EvalHook, ModelEMA, ProgressPrinter
 from .launch import run
-from .train import do_eval, do_test, do_train, main
+from .train import do_eval, do_train, main
 from .trainer import Trainer
 
 __all__ = [

@@ -3,20 +3,24 @@ import logging
 import os
 import sys
 import threading
+from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Tuple
 
 import torch
+from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, get_event_storage
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from smca.checkpoint.files import load_tensors
+from smca.engine.peers import Failure, PeerWatch
 from smca.engine.signals import React, stop_error
 
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 __all__ = [
     "BestCheckpointer",
@@ -32,34 +36,31 @@ logger = logging.getLogger(__name__)
 class _AveragedWeights(AveragedModel):
     """An average whose state dict has the keys of the model itself, so that it loads as one."""
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]
         return self.module.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Zero would make the next update start over with a copy of the weights.
         self.n_averaged.fill_(1)
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
 
 class ModelEMA(HookBase):
-    """
-    Keeps the exponential moving average of the weights: after each iteration
+    """Keeps the exponential moving average of the weights: after each iteration
     ``average = decay * average + (1 - decay) * weights``, beginning with the weights after the
     first. Buffers, such as the running statistics of batch norm, are averaged like weights.
 
     Give `averaged` to the checkpointer (``model_ema=hook.averaged``) to save and restore it.
 
+    Args:
+        model: not wrapped in DistributedDataParallel.
+        decay: in [0, 1).
+
     Attributes:
-        model (nn.Module): the average, for evaluation.
-        averaged (AveragedModel): the average with what it takes to continue it.
+        averaged: the average with what it takes to continue it.
     """
 
-    def __init__(self, model, decay):
-        """
-        Args:
-            model (nn.Module): not wrapped in DistributedDataParallel.
-            decay (float): in [0, 1).
-        """
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self._source = model
         self.averaged = _AveragedWeights(
             model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
@@ -67,16 +68,16 @@ class ModelEMA(HookBase):
         self.averaged.requires_grad_(False)
 
     @property
-    def model(self):
+    def model(self) -> nn.Module:
+        """The average, for evaluation."""
         return self.averaged.module
 
-    def after_step(self):
+    def after_step(self) -> None:
         self.averaged.update_parameters(self._source)
 
 
 class EmergencyCheckpointer(HookBase):
-    """
-    When the training ends by an error, ctrl-C, SIGTERM or SIGUSR1, saves the state after the
+    """When the training ends by an error, ctrl-C, SIGTERM or SIGUSR1, saves the state after the
     last complete iteration as ``model_<iteration>.pth``, from where ``--resume`` continues.
 
     Put it behind the hooks that change what is saved (schedule, average of the weights) and
@@ -84,35 +85,35 @@ class EmergencyCheckpointer(HookBase):
     after the same one; a second one at once, but for an update of the weights that has begun,
     because half an update cannot be resumed. In an evaluation (:class:`EvalHook`), and while a
     process alone waits for data, the first one takes effect at once.
+
+    Args:
+        checkpointer: saves the state.
+        peers: says when another process has failed, since this one may be waiting for it in vain,
+            and is then saved by another thread.
     """
 
-    def __init__(self, checkpointer, peers=None):
-        """
-        Args:
-            checkpointer (Checkpointer):
-            peers (PeerWatch or None): says when another process has failed, since this one may
-                be waiting for it in vain, and is then saved by another thread.
-        """
+    def __init__(self, checkpointer: Checkpointer, peers: Optional[PeerWatch] = None) -> None:
         self._checkpointer = checkpointer
         self._peers = peers
         # Held while the weights change, and by whoever saves them for the last time.
         self._lock = threading.RLock()
         self._updating = contextlib.ExitStack()
         self._is_updating = self._is_over = False
-        self._whole = None  # on a GPU, an event: the last complete iteration is done there
+        # On a GPU, the last complete iteration is done there.
+        self._whole: Optional[torch.cuda.Event] = None
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._last_complete = self.trainer.start_iter - 1
         self.trainer.before_update = self._before_update
         self.trainer.signals.install()
         if self._peers is not None:
             self._peers.rescue = self._rescue_in_thread
 
-    def _before_update(self):
+    def _before_update(self) -> None:
         self._updating.enter_context(self._lock)
         self._is_updating = True
 
-    def after_step(self):
+    def after_step(self) -> None:
         self._is_updating = False
         self._last_complete = self.trainer.iter
         if self.trainer.device.type == "cuda":
@@ -124,7 +125,7 @@ class EmergencyCheckpointer(HookBase):
         if number is not None:
             raise stop_error(number)
 
-    def after_train(self):
+    def after_train(self) -> None:
         with self._lock:
             error = sys.exc_info()[1]
             if error is not None and comm.is_main_process():
@@ -132,7 +133,7 @@ class EmergencyCheckpointer(HookBase):
             self._is_over = True
         self._updating.close()
 
-    def _rescue_in_thread(self, failure):
+    def _rescue_in_thread(self, failure: Failure) -> None:
         """Save the training while its own thread waits for a process that is gone."""
         with self._lock, contextlib.ExitStack() as stack:
             if self._is_over or not comm.is_main_process():
@@ -148,7 +149,7 @@ class EmergencyCheckpointer(HookBase):
             # The main thread shall not go on from here.
             self._lock.acquire()
 
-    def _rescue(self, error):
+    def _rescue(self, error: "BaseException | Failure") -> None:
         iteration = self._last_complete
         name = f"model_{iteration:07d}"
         last = self._checkpointer.get_checkpoint_file()
@@ -178,25 +179,24 @@ class EmergencyCheckpointer(HookBase):
 class EvalHook(hooks.EvalHook):
     """Detectron2's :class:`EvalHook`, which a signal ends at once: the state is whole."""
 
-    def _do_eval(self):
+    def _do_eval(self) -> None:
         with self.trainer.signals.reacting(React.AT_ONCE):
             super()._do_eval()
 
-    def after_train(self):
+    def after_train(self) -> None:
         if sys.exc_info()[1] is None:  # not even if it failed in the last iteration
             super().after_train()
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """
-    Detectron2's :class:`BestCheckpointer`, resumable: the best value so far is kept in the best
-    checkpoint itself, and that checkpoint is never what ``--resume`` continues from (unless
-    there is no other). A missing or nan metric is no error.
+    """Detectron2's :class:`BestCheckpointer`, resumable: the best value so far is kept in the best
+    checkpoint itself, and that checkpoint is never what ``--resume`` continues from (unless there
+    is no other). A missing or nan metric is no error.
     """
 
     _is_warned = False
 
-    def before_train(self):
+    def before_train(self) -> None:
         path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
         if self.trainer.start_iter > 0 and os.path.isfile(path):
             try:
@@ -209,7 +209,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             if best.get("metric") == self._val_metric:
                 self.best_metric, self.best_iter = best["value"], best["iteration"]
 
-    def _best_checking(self):
+    def _best_checking(self) -> None:
         latest = self.trainer.storage.latest()
         value, iteration = latest.get(self._val_metric, (None, None))
         if value is None:
@@ -227,7 +227,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self._checkpointer.tag_last_checkpoint(os.path.basename(last))
         logger.info("Best %s so far: %.3f at iteration %d.", self._val_metric, value, iteration)
 
-    def _warn_of_missing(self, metrics):
+    def _warn_of_missing(self, metrics: List[str]) -> None:
         if metrics and not self._is_warned:
             self._is_warned = True
             logger.warning(
@@ -238,7 +238,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
 
 
-def _peak_memory_mb():
+def _peak_memory_mb() -> float:
     """Largest resident memory of this process so far, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
@@ -247,7 +247,9 @@ def _peak_memory_mb():
 class _LineEnd(logging.LoggerAdapter):
     """Appends what Detectron2's progress line lacks."""
 
-    def process(self, msg, kwargs):
+    def process(
+        self, msg: str, kwargs: MutableMapping[str, Any]
+    ) -> Tuple[str, MutableMapping[str, Any]]:
         grad_norm, _ = get_event_storage().latest().get("grad_norm", (None, None))
         if grad_norm is not None:
             msg += f"  grad_norm: {grad_norm:.4g}"
@@ -257,16 +259,15 @@ class _LineEnd(logging.LoggerAdapter):
 
 
 class ProgressPrinter(CommonMetricPrinter):
-    """
-    Detectron2's progress line (losses, ETA, times, learning rate, memory of the GPU), with the
+    """Detectron2's progress line (losses, ETA, times, learning rate, memory of the GPU), with the
     norm of the gradient and, without a GPU, the peak memory of the process.
     """
 
-    def __init__(self, max_iter=None, window_size=20):
+    def __init__(self, max_iter: Optional[int] = None, window_size: int = 20) -> None:
         super().__init__(max_iter, window_size)
-        self.logger = _LineEnd(self.logger, {})
+        self.logger: Any = _LineEnd(self.logger, {})
 
-    def _get_eta(self, storage):
+    def _get_eta(self, storage: EventStorage) -> Optional[str]:
         # Called twice in an iteration that fails early, the original divides by zero.
         if self._last_write is not None and self._last_write[0] == storage.iter:
             return None

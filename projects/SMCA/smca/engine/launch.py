@@ -36,10 +36,9 @@ _Place = Tuple[str, int, int, int, int, str]
 
 
 def run(args: argparse.Namespace) -> int:
-    """
-    Run :func:`smca.engine.main` in as many processes as asked for: ``--num-gpus`` of them on
-    each machine, which are CPU processes (gloo) if the device is the CPU; or in this one alone,
-    as one of those that ``torchrun`` has started.
+    """Run :func:`smca.engine.main` in as many processes as asked for: ``--num-gpus`` of them on
+    each machine, which are CPU processes (gloo) if the device is the CPU; or in this one alone, as
+    one of those that ``torchrun`` has started.
 
     Args:
         args: of Detectron2's `default_argument_parser`.
@@ -110,7 +109,8 @@ def _launch(args: argparse.Namespace) -> int:
         if args.num_machines > 1:
             raise ConfigError("--dist-url has to be tcp://HOST:PORT where there are machines.")
         args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    received, processes = [], []
+    received: List[int] = []
+    processes: List[Any] = []
 
     def forward(number: int, frame: Optional[FrameType]) -> None:
         received.append(number)
@@ -130,7 +130,7 @@ def _launch(args: argparse.Namespace) -> int:
         processes += context.processes
         if received:  # between the processes' start and here
             forward(received[0], None)
-        texts = []
+        texts: List[str] = []
         code = _wait(processes, received, messages, texts)
     finally:
         for number, handler in previous.items():
@@ -210,10 +210,9 @@ def _run_torchrun(args: argparse.Namespace) -> int:
 
 
 def _guarded(
-    args: argparse.Namespace, place: Optional[_Place], report: Callable[[str], int]
+    args: argparse.Namespace, place: Optional[_Place], report: Optional[Callable[[str], int]]
 ) -> int:
-    """
-    Run `main` in this process, as one of several if `place` says which.
+    """Run `main` in this process, as one of several if `place` says which.
 
     Args:
         report: makes a message known, and returns the exit code.

@@ -5,6 +5,7 @@ NCCL it cannot even run a signal handler. A thread of each process listens for t
 """
 
 import contextlib
+import functools
 import logging
 import multiprocessing.connection as mpc
 import os
@@ -13,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 
 from detectron2.utils import comm
 
@@ -28,8 +29,8 @@ _BYE = b"bye"
 class Failure:
     """
     Attributes:
-        exit_code (int): what the job's processes are to end with.
-        text (str): what happened.
+        exit_code: what the job's processes are to end with.
+        text: what happened.
     """
 
     def __init__(self, exit_code: int, text: str) -> None:
@@ -45,14 +46,13 @@ class Failure:
 
 
 class PeerWatch:
-    """
-    Connects all processes with the first one. If one ends without a goodbye, be it with an
+    """Connects all processes with the first one. If one ends without a goodbye, be it with an
     error, killed, or with its machine (the systems then miss each other's sign of life), all are
     told. One that does not end by itself within seconds is ended, after `rescue` has run.
 
     Attributes:
-        failure (Failure or None): of another process, the first that became known.
-        rescue (callable or None): saves what is to be saved, given the failure. It may be
+        failure: of another process, the first that became known.
+        rescue: saves what is to be saved, given the failure. It may be
             called in a thread, and waits until the state is whole.
     """
 
@@ -71,16 +71,14 @@ class PeerWatch:
         self._rank, self._size = comm.get_rank(), comm.get_world_size()
         if self._size == 1:
             return
-        listener, address = None, None
         if self._rank == 0:
             key = secrets.token_bytes(16)
             listener = mpc.Listener(("", 0), backlog=self._size, authkey=key)
-            address = (host, listener.address[1], key)
-        host, port, key = comm.all_gather(address)[0]
-        if self._rank == 0:
-            target = lambda: self._lead(listener)  # noqa: E731
+            comm.all_gather((host, listener.address[1], key))
+            target = functools.partial(self._lead, listener)
         else:
-            target = lambda: self._follow((host, port), key)  # noqa: E731
+            host, port, key = comm.all_gather(None)[0]
+            target = functools.partial(self._follow, (host, port), key)
         threading.Thread(target=target, name="peers", daemon=True).start()
 
     def fail(self, failure: Failure) -> None:
@@ -117,7 +115,7 @@ class PeerWatch:
                 time.sleep(0.1)
                 continue
             for connection in mpc.wait(connections, timeout=0.5):
-                self._receive(connection)
+                self._receive(cast(mpc.Connection, connection))
 
     def _accept(self, listener: mpc.Listener) -> None:
         num_missing = self._size - 1
@@ -165,29 +163,29 @@ class PeerWatch:
         if message == _BYE:
             self._forget(connection)
         elif self.failure is None:
-            self.failure = Failure.decode(message)
+            self.failure = failure = Failure.decode(message)
             self._failed.set()
             if self._rank == 0:
                 self._broadcast(message, but=connection)
-            threading.Thread(target=self._end, daemon=True).start()
+            threading.Thread(target=self._end, args=(failure,), daemon=True).start()
 
     def _forget(self, connection: mpc.Connection) -> None:
         with self._lock:
             self._connections.pop(connection, None)
 
-    def _end(self) -> None:
+    def _end(self, failure: Failure) -> None:
         if self._ended.wait(_GRACE):
             return
         if self.rescue is not None:
-            self.rescue(self.failure)
+            self.rescue(failure)
             # The main thread was saving itself perhaps, and has the rest to do.
             if self._ended.wait(1):
                 return
-        logger.error("Process %d ends: %s", self._rank, self.failure.text)
+        logger.error("Process %d ends: %s", self._rank, failure.text)
         for stream in (sys.stdout, sys.stderr, *_log_streams()):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(self.failure.exit_code)
+        os._exit(failure.exit_code)
 
 
 def _log_streams() -> List[Any]:

@@ -31,8 +31,7 @@ _FILES = (
 
 
 def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
-    """
-    Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
+    """Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
     own, where that run can still be resumed. (Those of a fast_dev_run are removed.)
 
     Args:

@@ -30,12 +30,11 @@ class React(enum.Enum):
 
 
 class StopSignals:
-    """
-    Handlers of the stop signals, which raise what ends a Python program: KeyboardInterrupt for
+    """Handlers of the stop signals, which raise what ends a Python program: KeyboardInterrupt for
     SIGINT, else SystemExit with 128 + the signal's number.
 
     Attributes:
-        received (int or None): the first signal.
+        received: the first signal.
     """
 
     def __init__(self) -> None:
@@ -91,8 +90,7 @@ def stop_error(number: int) -> BaseException:
 
 
 def protect_workers(loader: Any) -> None:
-    """
-    Let a data loader's workers live on when a stop signal is sent to all processes: the
+    """Let a data loader's workers live on when a stop signal is sent to all processes: the
     training, which needs them to finish its step, ends them itself.
     """
     if not isinstance(loader, DataLoader):  # Detectron2's own loader of batches has one inside

@@ -1,21 +1,29 @@
+import argparse
 import copy
-import itertools
 import logging
 import os
 import random
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar, cast
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
 from detectron2.utils import comm
-from detectron2.utils.logger import create_small_table, setup_logger
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.files import remove_temporary_files
 from smca.config import AMP_DTYPES, build, build_model, dataset_names, load_config, resolve_device
-from smca.data import require_dataset
+from smca.engine.evaluate import (
+    Results,
+    build_test_loader,
+    check_class_counts,
+    check_datasets,
+    do_test,
+    log_summary,
+)
 from smca.engine.hooks import (
     BestCheckpointer,
     EmergencyCheckpointer,
@@ -23,29 +31,32 @@ from smca.engine.hooks import (
     ModelEMA,
     ProgressPrinter,
 )
+from smca.engine.peers import PeerWatch
 from smca.engine.run_folder import newest_previous_run, set_previous_run_aside
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.errors import CheckpointError, ConfigError, UserError
+from smca.modeling import SMCA
 
-__all__ = ["do_eval", "do_test", "do_train", "main"]
+__all__ = ["do_eval", "do_train", "main"]
 
 logger = logging.getLogger(__name__)
 
-_DEV_RUN_STEPS, _DEV_RUN_IMAGES = 3, 4
+_DEV_RUN_STEPS = 3
 _EVAL_LOG = "log_eval.txt"
 
+_T = TypeVar("_T")
 
-def main(args, peers=None):
-    """
-    Train or evaluate, in one process of possibly several.
+
+def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results:
+    """Train or evaluate, in one process of possibly several.
 
     Args:
-        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
-        peers (PeerWatch or None): of the other processes.
+        args: of Detectron2's `default_argument_parser`.
+        peers: of the other processes.
 
     Returns:
-        dict: results of the (last) evaluation, empty if there was none; ``bbox`` with those of
+        Results of the (last) evaluation, empty if there was none; ``bbox`` with those of
         the trained weights, ``ema/bbox`` with those of their average. Only in the main process.
 
     Raises:
@@ -77,7 +88,7 @@ def main(args, peers=None):
     return do_train(cfg, args, last, peers)
 
 
-def _from_main_process(function, *args):
+def _from_main_process(function: Callable[..., _T], *args: Any) -> _T:
     """What a function returns in the main process, or the UserError that it raises there."""
     result = error = None
     if comm.is_main_process():
@@ -91,10 +102,10 @@ def _from_main_process(function, *args):
     return result
 
 
-def _find_checkpoint(train):
+def _find_checkpoint(train: DictConfig) -> str:
     """
     Returns:
-        str: path of the checkpoint to resume from, "" to start anew.
+        Path of the checkpoint to resume from, "" to start anew.
     """
     remove_temporary_files(train.output_dir)
     last = SMCACheckpointer(torch.nn.Module(), train.output_dir).find_resumable()
@@ -110,7 +121,7 @@ def _find_checkpoint(train):
     return ""
 
 
-def _choose_seed(train, last):
+def _choose_seed(train: DictConfig, last: str) -> int:
     """The seed, for a negative one that of the run to resume, or else a random one."""
     if train.seed >= 0:
         return train.seed
@@ -120,7 +131,7 @@ def _choose_seed(train, last):
     return checkpoint["trainer"].get("seed", 0)
 
 
-def _setup_eval(cfg, args):
+def _setup_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Detectron2's `default_setup`, but for the training's files: a log of its own, no config."""
     log_file = os.path.join(cfg.train.output_dir, _EVAL_LOG)
     for name in ("smca", "fvcore", "detectron2"):
@@ -132,7 +143,7 @@ def _setup_eval(cfg, args):
     default_setup(without_output, args)
 
 
-def _shorten(train):
+def _shorten(train: DictConfig) -> None:
     """Settings for a run that takes every path once, apart from the real one's files."""
     train.output_dir = os.path.join(train.output_dir, "fast_dev_run")
     train.max_iter = _DEV_RUN_STEPS
@@ -140,7 +151,7 @@ def _shorten(train):
     train.log_period = 1
 
 
-def _resolve_data_settings(cfg):
+def _resolve_data_settings(cfg: DictConfig) -> None:
     """Replace what a config computes from the data by its value: names of data sets that it
     registers, and the number of classes (``configs/custom_coco.py``). config.yaml, written
     before this, keeps how they are computed."""
@@ -158,65 +169,13 @@ def _resolve_data_settings(cfg):
         )
 
 
-def _check_datasets(cfg, *splits):
-    for split in splits:
-        require_dataset(dataset_names(cfg, split))
-
-
-def _check_class_counts(cfg, *splits):
-    """To be called when the data are loaded, which is when their classes are known."""
-    num_classes = OmegaConf.select(cfg, "model.num_classes")
-    for name in [name for split in splits for name in dataset_names(cfg, split)]:
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if num_classes is not None and len(classes) > num_classes:
-            raise ConfigError(
-                f"Data set '{name}' has {len(classes)} classes, the model {num_classes}: set "
-                f"model.num_classes={len(classes)}."
-            )
-
-
-def _build_test_loader(cfg):
-    """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
-    loader = build(cfg.dataloader.test, "dataloader.test")
-    if cfg.train.fast_dev_run:
-        return list(itertools.islice(loader, _DEV_RUN_IMAGES))
-    return loader
-
-
-def do_test(cfg, model, test_loader=None, prefix=""):
-    """
-    Evaluate a model on the config's test data, and log the results.
-
-    Args:
-        cfg (DictConfig): ``dataloader.test`` and ``dataloader.evaluator`` are used; without
-            an evaluator there is nothing to do.
-        model (nn.Module): not wrapped in DistributedDataParallel.
-        test_loader (iterable or None): built from `cfg` if None.
-        prefix (str): put before the names of the tasks in the results.
-
-    Returns:
-        dict: ``{prefix + task: {metric: value}}``, empty in all but the main process.
-    """
-    if cfg.dataloader.get("evaluator") is None:
-        return {}
-    if test_loader is None:
-        test_loader = _build_test_loader(cfg)
-    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
-    results = inference_on_dataset(model, test_loader, evaluator)
-    results = {prefix + task: metrics for task, metrics in results.items()}
-    if comm.is_main_process():
-        print_csv_format(results)
-    return results
-
-
-def do_eval(cfg, args):
-    """
-    Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
+def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
+    """Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
-    _check_datasets(cfg, "test")
-    test_loader = _build_test_loader(cfg)
-    _check_class_counts(cfg, "test")
+    check_datasets(cfg, "test")
+    test_loader = build_test_loader(cfg)
+    check_class_counts(cfg, "test")
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
     last = _from_main_process(checkpointer.find_resumable, False) if args.resume else ""
@@ -229,32 +188,36 @@ def do_eval(cfg, args):
     if "model_ema" in others:
         model.load_state_dict(others["model_ema"])
         results.update(do_test(cfg, model, test_loader, prefix="ema/"))
-    _log_summary(results, [path], [os.path.join(cfg.train.output_dir, _EVAL_LOG)])
+    log_summary(results, [path], [os.path.join(cfg.train.output_dir, _EVAL_LOG)])
     return results
 
 
-def do_train(cfg, args, resume_from=None, peers=None):
-    """
-    Train as the config says.
+def do_train(
+    cfg: DictConfig,
+    args: argparse.Namespace,
+    resume_from: Optional[str] = None,
+    peers: Optional[PeerWatch] = None,
+) -> Results:
+    """Train as the config says.
 
     Args:
-        cfg (DictConfig):
-        args (argparse.Namespace): of Detectron2's `default_argument_parser`.
-        resume_from (str or None): a checkpoint of this training to go on from, or "". None: with
-            ``--resume`` the newest in ``train.output_dir``.
-        peers (PeerWatch or None): of the other processes.
+        cfg: the whole config.
+        args: of Detectron2's `default_argument_parser`.
+        resume_from: a checkpoint of this training to go on from, or "". None: with ``--resume``
+            the newest in ``train.output_dir``.
+        peers: of the other processes.
 
     Returns:
-        dict: results of the last evaluation, see :func:`main`.
+        Results of the last evaluation, see :func:`main`.
     """
     train = cfg.train
     if resume_from is None:
         resume_from = _from_main_process(_find_checkpoint, train) if args.resume else ""
     # Data first: what is wrong with them should not take the time to build a model.
-    _check_datasets(cfg, "train", "test")
+    check_datasets(cfg, "train", "test")
     train_loader = build(cfg.dataloader.train, "dataloader.train")
-    test_loader = _build_test_loader(cfg)
-    _check_class_counts(cfg, "train", "test")
+    test_loader = build_test_loader(cfg)
+    check_class_counts(cfg, "train", "test")
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
 
@@ -275,9 +238,9 @@ def do_train(cfg, args, resume_from=None, peers=None):
     checkpointer.add_checkpointable("trainer", trainer)
     if ema is not None:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
-    results = {}
+    results: Results = {}
 
-    def evaluate():
+    def evaluate() -> Results:
         results.update(do_test(cfg, model, test_loader))
         if ema is not None:
             results.update(do_test(cfg, ema.model, test_loader, prefix="ema/"))
@@ -286,18 +249,21 @@ def do_train(cfg, args, resume_from=None, peers=None):
 
     trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate, peers))
     start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
+    if resume_from and start_iter >= train.max_iter and comm.is_main_process():
+        # The run before was killed between its last two files.
+        checkpointer.keep_as(resume_from, "model_final")
     trainer.train(start_iter, train.max_iter)
-    _log_summary(results, *_written_files(train.output_dir, checkpointer))
+    log_summary(results, *_written_files(train.output_dir, checkpointer))
     return results
 
 
-def _build_trainer(cfg, model, train_loader):
+def _build_trainer(cfg: DictConfig, model: nn.Module, train_loader: Iterable[Any]) -> Trainer:
     train = cfg.train
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     if train.compile:
-        model.compile_parts()
-    ddp = OmegaConf.to_container(train.ddp, resolve=True)
+        cast(SMCA, model).compile_parts()
+    ddp = cast(Dict[str, Any], OmegaConf.to_container(train.ddp, resolve=True))
     is_cuda = torch.device(train.device).type == "cuda"
     return Trainer(
         create_ddp_model(
@@ -315,7 +281,13 @@ def _build_trainer(cfg, model, train_loader):
     )
 
 
-def _build_hooks(cfg, checkpointer, ema, evaluate, peers):
+def _build_hooks(
+    cfg: DictConfig,
+    checkpointer: SMCACheckpointer,
+    ema: Optional[ModelEMA],
+    evaluate: Callable[[], Results],
+    peers: Optional[PeerWatch],
+) -> List[Optional[HookBase]]:
     train = cfg.train
     state_hooks = [
         hooks.IterationTimer(),
@@ -336,10 +308,12 @@ def _build_hooks(cfg, checkpointer, ema, evaluate, peers):
     ]
 
 
-def _resume(checkpointer, trainer, ema, path):
+def _resume(
+    checkpointer: SMCACheckpointer, trainer: Trainer, ema: Optional[ModelEMA], path: str
+) -> int:
     """
     Returns:
-        int: the iteration to go on with.
+        The iteration to go on with.
     """
     others = checkpointer.resume(path)
     # Checkpoints hold the number of the iteration that was just finished.
@@ -356,7 +330,7 @@ def _resume(checkpointer, trainer, ema, path):
     return start_iter
 
 
-def _provenance(cfg, args):
+def _provenance(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Any]:
     """What a checkpoint says about itself, in plain types."""
     names = dataset_names(cfg, "train")
     class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
@@ -369,17 +343,7 @@ def _provenance(cfg, args):
     }
 
 
-def _written_files(output_dir, checkpointer):
+def _written_files(output_dir: str, checkpointer: SMCACheckpointer) -> Tuple[List[str], List[str]]:
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
     paths = [os.path.join(output_dir, name) for name in names]
     return [checkpointer.get_checkpoint_file()], [path for path in paths if os.path.exists(path)]
-
-
-def _log_summary(results, checkpoints, others):
-    if not comm.is_main_process():
-        return
-    for task, metrics in results.items():
-        overall = {name: value for name, value in metrics.items() if not name.startswith("AP-")}
-        logger.info("%s:\n%s", task, create_small_table(overall))
-    logger.info("Checkpoint: %s", ", ".join(checkpoints))
-    logger.info("Written: %s", ", ".join(others))

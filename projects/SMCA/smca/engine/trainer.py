@@ -5,6 +5,7 @@ import math
 import os
 import random
 import time
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smca.checkpoint.files import read_tag, write_atomically
@@ -30,7 +32,7 @@ _MODEL = 2
 _LEAST_SCALE = 2.0**-14
 
 
-def _seed_random_states(*entropy):
+def _seed_random_states(*entropy: int) -> None:
     """Seed `random`, `numpy.random` and `torch` (all devices) from non-negative integers."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
@@ -39,48 +41,45 @@ def _seed_random_states(*entropy):
 
 
 class Trainer(SimpleTrainer):
-    """
-    Detectron2's :class:`SimpleTrainer` with mixed precision, gradient accumulation, gradient
+    """Detectron2's :class:`SimpleTrainer` with mixed precision, gradient accumulation, gradient
     clipping and exact resuming.
 
     On the CPU, a training that was stopped after any iteration and resumed from its checkpoint
     ends with the same bits as one that never stopped, if the data loader can start in the
     middle (:func:`smca.data.build_train_loader`).
+
+    Args:
+        model: from a batch to a dict of scalar losses whose sum is minimised; may be wrapped in
+            DistributedDataParallel.
+        data_loader: batches, endless.
+        optimizer: of the model's parameters.
+        amp_dtype: bfloat16 or float16 runs the model under autocast; float16 scales the loss as
+            well. None: no mixed precision.
+        accumulate: batches per iteration. Their losses are averaged, each as the model normalised
+            it for its own batch.
+        clip_grad_norm: largest norm of all gradients together. None or 0 does not clip.
+        seed: not negative, the same in all processes.
+        total_batch_size: images of one batch over all processes, by which a resumed run knows how
+            far it has got in the data.
+        skip_nonfinite: iterations in a row that are skipped, in all processes, where the loss or
+            the gradient is nan or infinite, before that is an error.
+        report_dir: where a file tells of each such iteration.
     """
 
     def __init__(
         self,
-        model,
-        data_loader,
-        optimizer,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
         *,
-        amp_dtype=None,
-        accumulate=1,
-        clip_grad_norm=None,
-        seed=0,
-        total_batch_size=None,
-        skip_nonfinite=0,
-        report_dir=None,
-    ):
-        """
-        Args:
-            model (nn.Module): from a batch to a dict of scalar losses whose sum is minimised;
-                may be wrapped in DistributedDataParallel.
-            data_loader (iterable): batches, endless.
-            optimizer (torch.optim.Optimizer):
-            amp_dtype (torch.dtype or None): bfloat16 or float16 runs the model under autocast;
-                float16 scales the loss as well. None: no mixed precision.
-            accumulate (int): batches per iteration. Their losses are averaged, each as the
-                model normalised it for its own batch.
-            clip_grad_norm (float or None): largest norm of all gradients together. None or 0
-                does not clip.
-            seed (int): not negative, the same in all processes.
-            total_batch_size (int or None): images of one batch over all processes, by which a
-                resumed run knows how far it has got in the data.
-            skip_nonfinite (int): iterations in a row that are skipped, in all processes, where
-                the loss or the gradient is nan or infinite, before that is an error.
-            report_dir (str or None): where a file tells of each such iteration.
-        """
+        amp_dtype: Optional[torch.dtype] = None,
+        accumulate: int = 1,
+        clip_grad_norm: Optional[float] = None,
+        seed: int = 0,
+        total_batch_size: Optional[int] = None,
+        skip_nonfinite: int = 0,
+        report_dir: Optional[str] = None,
+    ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.amp_dtype = amp_dtype
         self.accumulate = accumulate
@@ -90,23 +89,25 @@ class Trainer(SimpleTrainer):
         self.skip_nonfinite = skip_nonfinite
         self.report_dir = report_dir
         self.signals = StopSignals()
-        self.stop_signal = None  # once all processes know of one: stop after this iteration
+        # Once all processes know of one: stop after this iteration.
+        self.stop_signal: Optional[int] = None
         self._num_skipped = 0  # in a row
-        self._start_sample = None  # in the stream of data, as a checkpoint says
+        # In the stream of data, as a checkpoint says.
+        self._start_sample: Optional[int] = None
         batch_norms = get_bn_modules(model)
         self._running = [buffer for module in batch_norms for buffer in module.buffers()]
-        self._statistics = []
+        self._statistics: List[Tensor] = []
         self.device = next(model.parameters()).device
         # float16 alone has too narrow a range for unscaled gradients.
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=amp_dtype == torch.float16
         )
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._seek_data()
         super().before_train()
 
-    def _seek_data(self):
+    def _seek_data(self) -> None:
         num_batches = self.start_iter * self.accumulate
         if self._start_sample is None and self.total_batch_size is not None:
             self._start_sample = num_batches * self.total_batch_size
@@ -119,7 +120,7 @@ class Trainer(SimpleTrainer):
             if num_batches > 0:
                 logger.warning("The data start over, the run does not go on exactly: %s", error)
 
-    def after_train(self):
+    def after_train(self) -> None:
         # Ends the loader's processes. Left to the garbage collector, each would take seconds.
         self._data_loader_iter_obj = None
         try:
@@ -127,7 +128,7 @@ class Trainer(SimpleTrainer):
         finally:
             self.signals.restore()
 
-    def run_step(self):
+    def run_step(self) -> None:
         """
         Raises:
             NonFiniteError: a loss or the gradient is nan or infinite. It is raised in all
@@ -149,12 +150,15 @@ class Trainer(SimpleTrainer):
                 self.grad_scaler.update()
         self._statistics = []
 
-    def _compute_gradients(self):
+    def _compute_gradients(self) -> bool:
         """
         Returns:
-            bool: whether they are fit for a step, else it is to be skipped.
+            Whether they are fit for a step, else it is to be skipped.
         """
-        losses, data_time, own_losses, file_names = {}, 0.0, [], []
+        sums: Dict[str, Any] = {}
+        own_losses: List[Dict[str, Tensor]] = []
+        file_names: List[str] = []
+        data_time = 0.0
         self.optimizer.zero_grad()
         for micro_batch in range(self.accumulate):
             start = time.perf_counter()
@@ -163,7 +167,7 @@ class Trainer(SimpleTrainer):
             batch_losses = self._forward_backward(data, micro_batch)
             own_losses.append({k: v.detach().float() for k, v in batch_losses.items()})
             for name, loss in own_losses[-1].items():
-                losses[name] = losses.get(name, 0) + loss / self.accumulate
+                sums[name] = sums.get(name, 0) + loss / self.accumulate
             if isinstance(data, (list, tuple)):
                 images = [x for x in data if isinstance(x, dict)]
                 file_names += [x["file_name"] for x in images if "file_name" in x]
@@ -171,8 +175,8 @@ class Trainer(SimpleTrainer):
 
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        losses, grad_norm, scale = self._to_host(losses, grad_norm)
+        total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        losses, grad_norm, scale = self._to_host(sums, total_norm)
         problem = self._nonfinite(losses, grad_norm, scale)
         if problem is not None:
             self._report(problem, losses, grad_norm, own_losses, file_names)
@@ -181,21 +185,21 @@ class Trainer(SimpleTrainer):
         self._put_metrics(losses, grad_norm, scale, data_time)
         return True
 
-    def before_update(self):
+    def before_update(self) -> None:
         """Called when all processes have done their part, and the weights change next."""
 
-    def _next_batch(self):
+    def _next_batch(self) -> Any:
         # Of several processes, none stops in an iteration that others go through with.
         is_alone = comm.get_world_size() == 1
         with self.signals.reacting(React.AT_ONCE if is_alone else React.AFTER_STEP):
             return next(self._data_loader_iter)
 
-    def restore_statistics(self):
+    def restore_statistics(self) -> None:
         """Put the statistics of batch norm back to those of the last complete iteration."""
         for buffer, value in zip(self._running, self._statistics):
             buffer.copy_(value)
 
-    def _forward_backward(self, data, micro_batch):
+    def _forward_backward(self, data: Any, micro_batch: int) -> Dict[str, Tensor]:
         # Random states are a function of the position in the training, so that a checkpoint
         # need not hold them: the iteration number restores them, on any number of GPUs.
         batch = self.iter * self.accumulate + micro_batch
@@ -213,12 +217,13 @@ class Trainer(SimpleTrainer):
             self.grad_scaler.scale(sum(losses.values()) / self.accumulate).backward()
         return losses
 
-    def _to_host(self, losses, grad_norm):
-        """
-        Losses, averaged over the processes, the gradient norm and the loss's scale as Python
+    def _to_host(
+        self, losses: Dict[str, Tensor], grad_norm: Tensor
+    ) -> Tuple[Dict[str, float], float, float]:
+        """Losses, averaged over the processes, the gradient norm and the loss's scale as Python
         numbers; and whether to stop. This is the step's only wait for the device. It has to be
-        before the optimizer steps: later, a nan would be in the weights already, and perhaps in
-        a checkpoint.
+        before the optimizer steps: later, a nan would be in the weights already, and perhaps in a
+        checkpoint.
         """
         values = torch.cat([torch.stack(list(losses.values())), grad_norm.float().view(1)])
         stop = values.new_zeros(len(STOP_SIGNALS))
@@ -231,11 +236,11 @@ class Trainer(SimpleTrainer):
             values, stop = both[: len(values)] / comm.get_world_size(), both[len(values) :]
         scale = self.grad_scaler.scale(values.new_ones(1))
         numbers = torch.cat([values, stop, scale]).tolist()
-        grad_norm, *stop, scale = numbers[len(losses) :]
-        self.stop_signal = next((n for n, count in zip(STOP_SIGNALS, stop) if count), None)
-        return dict(zip(losses, numbers)), grad_norm, scale
+        norm, *counts, scale = numbers[len(losses) :]
+        self.stop_signal = next((n for n, count in zip(STOP_SIGNALS, counts) if count), None)
+        return dict(zip(losses, numbers)), norm, scale
 
-    def _nonfinite(self, losses, grad_norm, scale):
+    def _nonfinite(self, losses: Dict[str, float], grad_norm: float, scale: float) -> Optional[str]:
         """What is not finite, in words, or None."""
         if not all(map(math.isfinite, losses.values())):
             return "The loss became nan or infinite ({})".format(
@@ -249,7 +254,14 @@ class Trainer(SimpleTrainer):
             return f"The norm of the gradient is {grad_norm} even with a loss scale of {scale:.2g}"
         return None  # the scaler skips the step and lowers its scale, as is normal
 
-    def _report(self, problem, losses, grad_norm, own_losses, file_names):
+    def _report(
+        self,
+        problem: str,
+        losses: Dict[str, float],
+        grad_norm: float,
+        own_losses: List[Dict[str, Tensor]],
+        file_names: List[str],
+    ) -> None:
         """Say that the iteration is skipped; raise, after too many in a row."""
         self._num_skipped += 1
         report = self._write_report(losses, grad_norm, own_losses, file_names)
@@ -269,10 +281,16 @@ class Trainer(SimpleTrainer):
             report and f"; see {report}",
         )
 
-    def _write_report(self, losses, grad_norm, own_losses, file_names):
+    def _write_report(
+        self,
+        losses: Dict[str, float],
+        grad_norm: float,
+        own_losses: List[Dict[str, Tensor]],
+        file_names: List[str],
+    ) -> str:
         """
         Returns:
-            str: path of the report, "" if there is none.
+            Path of the report, "" if there is none.
         """
         if self.report_dir is None:
             return ""
@@ -294,7 +312,9 @@ class Trainer(SimpleTrainer):
             write_atomically(path, lambda file: file.write(content))
         return path
 
-    def _put_metrics(self, losses, grad_norm, scale, data_time):
+    def _put_metrics(
+        self, losses: Dict[str, float], grad_norm: float, scale: float, data_time: float
+    ) -> None:
         self.storage.put_scalar("data_time", data_time)
         self.storage.put_scalar("total_loss", sum(losses.values()))
         if len(losses) > 1:
@@ -304,7 +324,7 @@ class Trainer(SimpleTrainer):
         if self.grad_scaler.is_enabled():
             self.storage.put_scalar("grad_scale", scale)
 
-    def _stream(self):
+    def _stream(self) -> Dict[str, Any]:
         """What decides which data and random numbers belong to an iteration."""
         try:
             dataset_size = len(self.data_loader.dataset)
@@ -318,7 +338,7 @@ class Trainer(SimpleTrainer):
             "dataset_size": dataset_size,
         }
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
         state.update(self._stream())
@@ -328,7 +348,7 @@ class Trainer(SimpleTrainer):
             state["sample"] = self._start_sample + num_samples
         return state
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
@@ -345,7 +365,7 @@ class Trainer(SimpleTrainer):
                 )
 
 
-def _sample_of_old(state_dict):
+def _sample_of_old(state_dict: Dict[str, Any]) -> Optional[int]:
     """Where a checkpoint that does not say so is in the stream of data, or None."""
     if not state_dict.get("total_batch_size") or not state_dict.get("accumulate"):
         return None

@@ -79,7 +79,7 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
         conversion = convert(read_state_dict(local_path), classes)
     except CheckpointError as error:
         raise CheckpointError(f"{input_path} {error}") from error
-    provenance = {
+    provenance: Dict[str, Any] = {
         "config": None if conversion.config is None else f"{conversion.config}.py",
         "overrides": conversion.overrides,
         "class_names": conversion.class_names or [],
@@ -118,8 +118,7 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
 
 
 def read_state_dict(path: str) -> Dict[str, Tensor]:
-    """
-    The tensors of a checkpoint: of its entry ``model`` or ``state_dict`` if it has one.
+    """The tensors of a checkpoint: of its entry ``model`` or ``state_dict`` if it has one.
 
     Raises:
         CheckpointError: the file cannot be read, holds something else than tensors there, or would

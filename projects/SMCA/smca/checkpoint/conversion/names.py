@@ -1,11 +1,12 @@
 """The official names of this project's tensors."""
 
 import re
+from typing import Callable, List, Match, Tuple, Union
 
 __all__ = ["official_name"]
 
 # What turns a name here into an official one: every rule is applied, in this order.
-_RULES = [
+_RULES: List[Tuple[str, Union[str, Callable[[Match[str]], str]]]] = [
     (r"^backbone\.", r"backbone.0.body."),
     (r"body\.stem\.", r"body."),
     (r"body\.res2\.", r"body.layer1."),

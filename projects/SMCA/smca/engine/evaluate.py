@@ -1,0 +1,98 @@
+"""Evaluation on a config's test data, and what has to be right with the data before."""
+
+import itertools
+import logging
+from typing import Any, Dict, Iterable, Optional, Sequence
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from smca.config import build, dataset_names
+from smca.data import require_dataset
+from smca.errors import ConfigError
+
+__all__ = [
+    "Results",
+    "build_test_loader",
+    "check_class_counts",
+    "check_datasets",
+    "do_test",
+    "log_summary",
+]
+
+logger = logging.getLogger(__name__)
+
+_DEV_RUN_IMAGES = 4
+
+Results = Dict[str, Any]  # {task: {metric: value}}
+
+
+def check_datasets(cfg: DictConfig, *splits: str) -> None:
+    """Find, or make, the data sets of the splits "train" and "test", and check their files."""
+    for split in splits:
+        require_dataset(dataset_names(cfg, split))
+
+
+def check_class_counts(cfg: DictConfig, *splits: str) -> None:
+    """Compare the data sets' classes with the model's, once the data are loaded and known."""
+    num_classes = OmegaConf.select(cfg, "model.num_classes")
+    for name in [name for split in splits for name in dataset_names(cfg, split)]:
+        classes = MetadataCatalog.get(name).get("thing_classes", [])
+        if num_classes is not None and len(classes) > num_classes:
+            raise ConfigError(
+                f"Data set '{name}' has {len(classes)} classes, the model {num_classes}: set "
+                f"model.num_classes={len(classes)}."
+            )
+
+
+def build_test_loader(cfg: DictConfig) -> Iterable[Any]:
+    """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
+    loader = build(cfg.dataloader.test, "dataloader.test")
+    if cfg.train.fast_dev_run:
+        return list(itertools.islice(loader, _DEV_RUN_IMAGES))
+    return loader
+
+
+def do_test(
+    cfg: DictConfig,
+    model: nn.Module,
+    test_loader: Optional[Iterable[Any]] = None,
+    prefix: str = "",
+) -> Results:
+    """Evaluate a model on the config's test data, and log the results.
+
+    Args:
+        cfg: ``dataloader.test`` and ``dataloader.evaluator`` are used; without an evaluator
+            there is nothing to do.
+        model: not wrapped in DistributedDataParallel.
+        test_loader: built from `cfg` if None.
+        prefix: put before the names of the tasks in the results.
+
+    Returns:
+        ``{prefix + task: {metric: value}}``, empty in all but the main process.
+    """
+    if cfg.dataloader.get("evaluator") is None:
+        return {}
+    if test_loader is None:
+        test_loader = build_test_loader(cfg)
+    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
+    results = inference_on_dataset(model, test_loader, evaluator)
+    results = {prefix + task: metrics for task, metrics in results.items()}
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def log_summary(results: Results, checkpoints: Sequence[str], others: Sequence[str]) -> None:
+    """Log the last results, without those of single classes, and the paths of the run's files."""
+    if not comm.is_main_process():
+        return
+    for task, metrics in results.items():
+        overall = {name: value for name, value in metrics.items() if not name.startswith("AP-")}
+        logger.info("%s:\n%s", task, create_small_table(overall))
+    logger.info("Checkpoint: %s", ", ".join(checkpoints))
+    logger.info("Written: %s", ", ".join(others))
