@@ -1,7 +1,5 @@
 import logging
 import os
-import pickle
-import zipfile
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -67,16 +65,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"The checkpoint {path} does not exist.") from error
         except (OSError, AssertionError) as error:
             raise CheckpointError(_unreachable_message(path)) from error
-        except (
-            AttributeError,
-            EOFError,
-            KeyError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
+        except Exception as error:  # other structures, and damaged ones, raise nearly every type
             raise CheckpointError(
                 f"The checkpoint {path} cannot be read, perhaps it was cut short or is of "
                 f"another kind: {_first_line(error)}"
