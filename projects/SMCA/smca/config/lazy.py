@@ -173,8 +173,12 @@ def _names(node: Any) -> List[str]:
         return []
     names = [str(name) for name in node.keys()]
     if "_target_" in names:
-        target = node._target_
-        target = locate(target) if isinstance(target, str) else target
+        target = _child(node, "_target_")
+        try:
+            target = locate(target) if isinstance(target, str) else target
+        except Exception as error:  # of a module that cannot be imported, too
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"There is no _target_ {target}: {reason}") from error
         if callable(target):
             names += [
                 name
