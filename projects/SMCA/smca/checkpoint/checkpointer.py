@@ -1,5 +1,6 @@
 import logging
 import os
+import zipfile
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -82,6 +83,18 @@ class SMCACheckpointer(DetectionCheckpointer):
         """
         self.need_detector = True
         return self.load(self.get_checkpoint_file())
+
+    def _load_file(self, filename):
+        # PyTorch does not look at the sums that it writes: a flipped bit would be a wrong weight.
+        if zipfile.is_zipfile(filename):
+            with zipfile.ZipFile(filename) as file:
+                damaged = file.testzip()
+            if damaged is not None:
+                raise CheckpointError(
+                    f"The checkpoint {self._path} is damaged ({damaged} has another sum than when "
+                    "it was written): take another copy of it."
+                )
+        return super()._load_file(filename)
 
     def _load_model(self, checkpoint):
         model_weights = self.model.state_dict()
