@@ -6,6 +6,8 @@ import logging
 import pytest
 import torch
 
+from smca.checkpoint.conversion import read_state_dict
+from smca.errors import CheckpointError
 from stress import fuzz
 
 EXAMPLES = 20  # of each of the five kinds
@@ -59,16 +61,29 @@ def test_a_category_id_that_is_a_list(tmp_path):
         ("dataloader", "${model.embed_dim}"),
         ("dataloader.test.dataset", "null"),
         ("model.embed_dim", "${no.key}"),
+        ("model._target_", "${no.key}"),
+        ("model._target_", "no.such.module"),
     ],
     ids=str,
 )
 def test_an_override_of_the_wrong_type(override, tmp_path):
+    later = ("model.backbone", "0")  # which looks for the names that a target takes
     assert not fuzz.check_overrides(tmp_path, [override])
+    assert not fuzz.check_overrides(tmp_path, [override, later])
 
 
 @pytest.mark.parametrize("text", ["", "a", "[1]", "a: [", "model: 1", "\udc80"])
 def test_a_config_file_of_another_structure(text, tmp_path):
     assert not fuzz.check_config_file(tmp_path, text.encode(errors="surrogateescape"))
+
+
+def test_a_flipped_bit_of_a_weight(tmp_path):
+    data = bytearray(fuzz.saved(fuzz.checkpoint()))
+    weights = fuzz.checkpoint()["model"]["weight"].numpy().tobytes()
+    data[data.index(weights)] ^= 1
+    assert not fuzz.check_checkpoint(tmp_path, bytes(data))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_state_dict(str(tmp_path / "model.pth"))
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def check_overrides(folder: Path, value: List[Tuple[str, str]]) -> bool:
     try:
         cfg = load_config(get_config_file("smca_r50_50ep"), [*_SMALL, *texts])
     except UserError as error:
-        return _refused(error, *map(repr, texts), *sections, "from what it refers to")
+        return _refused(error, *map(repr, texts), *sections, "from what it refers to", "_target_")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_override_values(cfg, texts)
