@@ -61,6 +61,7 @@ def test_a_category_id_that_is_a_list(tmp_path):
         ("dataloader", "${model.embed_dim}"),
         ("dataloader.test.dataset", "null"),
         ("model.embed_dim", "${no.key}"),
+        ("train.compile", "${no.key}"),
         ("model._target_", "${no.key}"),
         ("model._target_", "no.such.module"),
     ],

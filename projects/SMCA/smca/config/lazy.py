@@ -43,7 +43,6 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     # An evaluation needs no training data.
     splits = [name for name in ("train", "test") if name in cfg.dataloader]
     _require_sections(cfg.dataloader, splits, "dataloader.")
-    check_train(cfg.train)
     missing = list(_missing_keys(cfg))
     if missing:
         raise ConfigError(
@@ -51,6 +50,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
             f"{' '.join(f'{key}=...' for key in missing)} to the command."
         )
     _check_references(cfg)
+    check_train(cfg.train)
     return cfg
 
 
