@@ -97,9 +97,8 @@ def _load_file(config_file: str) -> DictConfig:
     absent = [name for name in _SECTIONS if not _is_section(cfg, name)]
     if absent:
         raise ConfigError(
-            f"{config_file} is no config for this script, it does not define the "
-            f"{'section' if len(absent) == 1 else 'sections'} {', '.join(absent)}: start from a "
-            "file in configs/."
+            f"{config_file} is no config for this script, it does not define "
+            f"{', '.join(absent)}: start from a file in configs/."
         )
     return cfg
 
