@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Train or evaluate a model from a LazyConfig:
 
-    train_net.py --config-file configs/smca_shapes.py train.output_dir=output/shapes
-    train_net.py --config-file configs/smca_r50_50ep.py --num-gpus 8 train.amp.enabled=True
-    torchrun --nproc-per-node=8 train_net.py --config-file CONFIG
-    train_net.py --config-file CONFIG --resume train.output_dir=output/shapes
-    train_net.py --config-file CONFIG --eval-only train.init_checkpoint=FILE
+train_net.py --config-file configs/smca_shapes.py train.output_dir=output/shapes
+train_net.py --config-file configs/smca_r50_50ep.py --num-gpus 8 train.amp.enabled=True
+torchrun --nproc-per-node=8 train_net.py --config-file CONFIG
+train_net.py --config-file CONFIG --resume train.output_dir=output/shapes
+train_net.py --config-file CONFIG --eval-only train.init_checkpoint=FILE
 """
 
 import sys

@@ -174,7 +174,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             ) from error
         except (OSError, AssertionError) as error:
             raise CheckpointError(_unreachable_message(path)) from error
-        except _BROKEN as error:
+        except Exception as error:  # other structures, and damaged ones, raise nearly every type
             raise CheckpointError(
                 f"The checkpoint {path} cannot be read, perhaps it was cut short or is of "
                 f"another kind: {_first_line(error)}"

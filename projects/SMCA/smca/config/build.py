@@ -25,8 +25,11 @@ def build(section: DictConfig, name: str) -> Any:
         return instantiate(section)
     except UserError:
         raise
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        reason = error if isinstance(error, OSError) or not error.args else error.args[0]
+    except Exception as error:  # a value of the wrong type can fail anywhere, and in any way
+        if isinstance(error, (AssertionError, KeyError, ValueError)) and error.args:
+            reason = error.args[0]
+        else:
+            reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"The config's {name} cannot be built: {reason}") from error
 
 

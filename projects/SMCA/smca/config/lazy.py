@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from smca.config.names import load_file
 from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
@@ -37,13 +38,18 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     cfg = _load_file(config_file)
     for override in overrides:
         _apply_override(cfg, override)
-    check_train(cfg.train)
+    _require_sections(cfg, _SECTIONS)
+    # An evaluation needs no training data.
+    splits = [name for name in ("train", "test") if name in cfg.dataloader]
+    _require_sections(cfg.dataloader, splits, "dataloader.")
     missing = list(_missing_keys(cfg))
     if missing:
         raise ConfigError(
             f"{config_file} needs values for {', '.join(missing)}: add "
             f"{' '.join(f'{key}=...' for key in missing)} to the command."
         )
+    _check_references(cfg)
+    check_train(cfg.train)
     return cfg
 
 
@@ -61,6 +67,20 @@ def _missing_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _missing_keys(node[name], f"{prefix}{name}.")
 
 
+def _check_references(node: DictConfig, prefix: str = "") -> None:
+    """Raise if a value refers to what is not there, or computes from it what cannot be."""
+    for name in map(str, node.keys()):
+        try:
+            value = node[name]
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{prefix}{name} cannot be computed from what it refers to: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        if isinstance(value, DictConfig) and not OmegaConf.is_interpolation(node, name):
+            _check_references(value, f"{prefix}{name}.")
+
+
 def _load_file(config_file: str) -> DictConfig:
     if not config_file:
         raise ConfigError("No config given: add --config-file with a file from configs/.")
@@ -68,17 +88,31 @@ def _load_file(config_file: str) -> DictConfig:
         raise ConfigError(f"The config file {config_file} does not exist.")
     try:
         cfg = load_file(config_file)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError(f"{config_file} cannot be loaded: {error.__cause__ or error}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    absent = [name for name in _SECTIONS if name not in cfg]
+    except Exception as error:  # a .py config is code, and can fail in any way
+        reason = error.__cause__ or error
+        if not isinstance(error, (SyntaxError, ImportError, ValueError, YAMLError)):
+            reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{config_file} cannot be loaded: {reason}") from error
+    absent = [name for name in _SECTIONS if not _is_section(cfg, name)]
     if absent:
         raise ConfigError(
             f"{config_file} is no config for this script, it does not define "
             f"{', '.join(absent)}: start from a file in configs/."
         )
     return cfg
+
+
+def _require_sections(cfg: DictConfig, names: Sequence[str], prefix: str = "") -> None:
+    for name in names:
+        if not _is_section(cfg, name):
+            raise ConfigError(f"{prefix}{name} has to be a section, as in configs/common.")
+
+
+def _is_section(cfg: Any, name: str) -> bool:
+    try:
+        return isinstance(cfg, DictConfig) and isinstance(cfg.get(name), DictConfig)
+    except (OmegaConfBaseException, TypeError):  # a reference to nothing; an empty file
+        return False
 
 
 def _apply_override(cfg: DictConfig, text: str) -> None:
@@ -137,8 +171,12 @@ def _names(node: Any) -> List[str]:
         return []
     names = [str(name) for name in node.keys()]
     if "_target_" in names:
-        target = node._target_
-        target = locate(target) if isinstance(target, str) else target
+        target = _child(node, "_target_")
+        try:
+            target = locate(target) if isinstance(target, str) else target
+        except Exception as error:  # of a module that cannot be imported, too
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"There is no _target_ {target}: {reason}") from error
         if callable(target):
             names += [
                 name

@@ -212,7 +212,7 @@ def _annotation_problems(
     annotations: Sequence[Any], images: Sequence[Record], categories: Sequence[Any]
 ) -> List[Problem]:
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    category_ids = {category.get("id") for category in categories if isinstance(category, dict)}
+    category_ids = {c["id"] for c in categories if not _record_problem(c, _CATEGORY_KEYS)}
     problems = _list_problems("annotation", annotations, _ANNOTATION_KEYS)
     for index, annotation in enumerate(annotations):
         if _record_problem(annotation, _ANNOTATION_KEYS) is not None:

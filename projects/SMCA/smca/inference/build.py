@@ -174,9 +174,19 @@ def _provenance(weights: Optional[str]) -> Dict[str, Any]:
     try:
         path = PathManager.get_local_path(weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(checkpoint.get("smca") or {})
+        provenance = dict(checkpoint.get("smca") or {})
     except Exception:
         return {}
+    # A stranger's file may hold anything under these names.
+    texts = {name: provenance.get(name) for name in ("overrides", "class_names")}
+    result: Dict[str, Any] = {
+        name: value
+        for name, value in texts.items()
+        if isinstance(value, list) and all(isinstance(text, str) for text in value)
+    }
+    if isinstance(provenance.get("config"), str):
+        result["config"] = provenance["config"]
+    return result
 
 
 def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:

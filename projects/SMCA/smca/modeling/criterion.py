@@ -89,7 +89,9 @@ class SetCriterion(nn.Module):
 
     @staticmethod
     def _num_objects(targets: List[Targets], device: torch.device) -> Tensor:
-        count = torch.tensor(float(sum(len(t.labels) for t in targets)), device=device)
+        # Made on the device, it would wait for all that a GPU still has to do.
+        count = torch.tensor(float(sum(len(t.labels) for t in targets)))
+        count = count.to(device, non_blocking=True)
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
         return (count / comm.get_world_size()).clamp(min=1)

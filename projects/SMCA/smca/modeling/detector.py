@@ -232,13 +232,16 @@ class SMCA(nn.Module):
         scores = predictions.logits[-1].sigmoid().flatten(1)
         scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         queries, classes = indices // self.num_classes, indices % self.num_classes
+        image_sizes = [
+            (item.get("height", height), item.get("width", width))
+            for item, (height, width) in zip(batched_inputs, image_sizes)
+        ]
         boxes = box_convert(predictions.boxes_cxcywh[-1], "cxcywh", "xyxy")
+        boxes = boxes * _corner_sizes(image_sizes, boxes)[:, None]
         results = []
-        for image, (item, (own_height, own_width)) in enumerate(zip(batched_inputs, image_sizes)):
-            height, width = item.get("height", own_height), item.get("width", own_width)
-            size = boxes.new_tensor([width, height, width, height])
-            instances = Instances((height, width))
-            instances.pred_boxes = Boxes(boxes[image, queries[image]] * size)
+        for image, image_size in enumerate(image_sizes):
+            instances = Instances(image_size)
+            instances.pred_boxes = Boxes(boxes[image, queries[image]])
             instances.scores = scores[image]
             instances.pred_classes = classes[image]
             instances.query_indices = queries[image]
@@ -247,8 +250,13 @@ class SMCA(nn.Module):
 
     def _targets(self, instances: Instances) -> Targets:
         """Labels, and boxes relative to the image."""
-        height, width = instances.image_size
         boxes = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
-        boxes = box_convert(boxes, "xyxy", "cxcywh")
-        size = boxes.new_tensor([width, height, width, height])
-        return Targets(instances.gt_classes.to(self.device, non_blocking=True), boxes / size)
+        boxes = box_convert(boxes, "xyxy", "cxcywh") / _corner_sizes([instances.image_size], boxes)
+        return Targets(instances.gt_classes.to(self.device, non_blocking=True), boxes)
+
+
+def _corner_sizes(image_sizes: Sequence[Size], boxes: Tensor) -> Tensor:
+    """(B, 4) width, height, width, height of each (height, width), where the boxes are. Made by
+    `boxes.new_tensor`, they would wait for all that a GPU still has to do."""
+    sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
+    return sizes.to(boxes.device, non_blocking=True)

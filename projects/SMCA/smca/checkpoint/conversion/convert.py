@@ -6,7 +6,6 @@ their tensors' names and shapes.
 
 import argparse
 import os
-import pickle
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -133,9 +132,9 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
             f"would run code when it is opened ({error}), which is refused: only files of "
             "tensors and plain values are converted."
         ) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError("cannot be read, perhaps it was cut short.") from error
-    except (EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged files raise nearly every type
         raise CheckpointError(
             "cannot be read, perhaps it was cut short or is of another kind."
         ) from error
