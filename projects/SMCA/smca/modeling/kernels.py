@@ -120,7 +120,8 @@ def _attend_in_pieces(
             return dropout(logits.softmax(dim=-1), dropout_p) @ value
 
     num_queries = max(_MIN_QUERIES, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
-    if num_queries >= query.shape[2]:
+    # An exported graph takes one way for all sizes.
+    if torch.compiler.is_compiling() or num_queries >= query.shape[2]:
         return attend_piece(query, key, value, weight_map).to(dtype)
     queries = query.split(num_queries, dim=2)
     parts: List[Optional[WeightMap]] = [None] * len(queries)

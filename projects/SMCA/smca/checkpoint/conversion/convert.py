@@ -8,7 +8,6 @@ import argparse
 import os
 import pickle
 import re
-import tempfile
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -24,6 +23,7 @@ from smca.errors import CheckpointError
 from smca.modeling import build_resnet
 from smca.version import __version__
 
+from ..files import whole_file
 from .names import official_name
 from .recognition import find_detr, find_smca, has, resnet_depth
 
@@ -272,27 +272,11 @@ def _local_path(path: str) -> str:
 
 
 def _save(checkpoint: Dict[str, Any], path: str) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        # In the same folder, so that it can be renamed in one step.
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            torch.save(checkpoint, file)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"The output {path} cannot be written: {error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with whole_file(path, CheckpointError) as temporary:
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # of a full disk, for one
+            raise OSError(str(error)) from error
 
 
 def _some(keys: List[str], num: int = 4) -> str:
