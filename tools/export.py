@@ -5,7 +5,8 @@
     export.py --weights FILE --format pt2 --output model.pt2
 
 onnx is for onnxruntime, OpenVINO, TensorRT and the like: tools/onnx_example.py runs it. pt2 is
-PyTorch's own (torch.export.load). The graph takes `images` (B, 3, H, W) float32 RGB, 0 to 255,
+PyTorch's own (torch.export.load), for images of at least two of the coarsest cells a side (65
+pixels). The graph takes `images` (B, 3, H, W) float32 RGB, 0 to 255,
 padded at the right and bottom, and `image_sizes` (B, 2) int64, (height, width) of each image inside
 its padding; it gives `boxes` (B, K, 4) x0, y0, x1, y1 in pixels of the image, `scores` (B, K) and
 `labels` (B, K), best first. Class names, the size to resize to and the threshold are in the file's
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     """The command's work."""
     check_export(args.output, args.format)
     if not 0 <= args.confidence_threshold <= 1:
-        raise UserError(f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1].")
+        raise UserError(
+            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
+        )
     predictor, _ = load_predictor(args.config_file, args.weights, args.opts, device="cpu")
     export_detector(predictor, args.output, args.format, args.confidence_threshold)
     size = f"{os.path.getsize(args.output) / 1e6:.1f} MB"

@@ -180,9 +180,7 @@ def _trace(detector: ExportableDetector) -> torch.export.ExportedProgram:
         return torch.export.export(detector, (images, image_sizes), dynamic_shapes=shapes)
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram, metadata: Dict[str, Any], path: str
-) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, metadata: Dict[str, Any], path: str) -> None:
     with _quiet():
         onnx_program = torch.onnx.export(
             program,

@@ -85,7 +85,8 @@ def padding_mask(image_sizes: Tensor, padded_size: Size, size: Size) -> Tensor:
     """
     row_is_padding, column_is_padding = (
         # floor(i H / h) < n, for a whole number n, is i H < n h.
-        torch.arange(cells, device=image_sizes.device) * pixels >= image_sizes[:, axis, None] * cells
+        torch.arange(cells, device=image_sizes.device) * pixels
+        >= image_sizes[:, axis, None] * cells
         for axis, (pixels, cells) in enumerate(zip(padded_size, size))
     )
     return row_is_padding[:, :, None] | column_is_padding[:, None, :]
