@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         splits[name] = examine(
             json_file,
             image_root,
-            categories_from=first and first.json_file,
+            categories_from=None if first is None else first.json_file,
             check_images=not args.no_decode,
             progress=progress,
         )

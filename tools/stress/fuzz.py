@@ -39,7 +39,7 @@ from smca.config import build, get_config, get_config_file, load_config
 from smca.data import DetrDatasetMapper, read_image, register_coco
 from smca.data.mapper import check_image
 from smca.errors import UserError
-from smca.inference import load_predictor
+from smca.inference import Predictor
 
 __all__ = ["COCO", "KINDS", "checkpoint", "image_files", "run", "saved", "small_yaml"]
 
@@ -410,11 +410,11 @@ def check_checkpoint(folder: Path, data: bytes) -> bool:
     (folder / "tiny.yaml").write_text(small_yaml())
     (folder / "config.yaml").unlink(missing_ok=True)
     try:
-        load_predictor(None, str(path))
+        Predictor(str(path))
     except UserError as error:
         _refused(error, path)
     try:
-        predictor, _ = load_predictor(str(folder / "tiny.yaml"), str(path))
+        predictor = Predictor(str(path), config_file=str(folder / "tiny.yaml"))
     except UserError as error:
         return _refused(error, path)
     assert all(isinstance(name, str) for name in predictor.class_names)

@@ -89,7 +89,7 @@ def _load_file(config_file: str) -> DictConfig:
     try:
         cfg = load_file(config_file)
     except Exception as error:  # a .py config is code, and can fail in any way
-        reason = error.__cause__ or error
+        reason = str(error.__cause__ or error)
         if not isinstance(error, (SyntaxError, ImportError, ValueError, YAMLError)):
             reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{config_file} cannot be loaded: {reason}") from error

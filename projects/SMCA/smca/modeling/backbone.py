@@ -1,7 +1,8 @@
 """DETR's ResNets, put together from Detectron2's blocks, and faster frozen batch norm."""
 
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
+import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
@@ -83,11 +84,24 @@ class FrozenNormConv2d(Conv2d):
         norm = self.norm
         if not isinstance(norm, FrozenBatchNorm2d):
             return super().forward(x)
+        x = self._conv_forward(x, *self._folded(norm))
+        return x if self.activation is None else self.activation(x)
+
+    def _folded(self, norm: FrozenBatchNorm2d) -> Tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution and its norm in one."""
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = self.weight * factor[:, None, None, None]
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        x = self._conv_forward(x, weight, norm.bias - mean * factor)
-        return x if self.activation is None else self.activation(x)
+        return weight, norm.bias - mean * factor
+
+    @torch.no_grad()
+    def absorb_norm(self) -> None:
+        """Take the frozen norm into weight and bias for good: the same function without the norm's
+        buffers, for graphs that are not trained further."""
+        if isinstance(self.norm, FrozenBatchNorm2d):
+            weight, bias = self._folded(self.norm)
+            self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.norm = None
 
 
 def fold_frozen_norms(module: nn.Module) -> nn.Module:

@@ -31,6 +31,22 @@ class Predictions(NamedTuple):
     boxes_cxcywh: Tensor
 
 
+class Detections(NamedTuple):
+    """The K best pairs of a query and a class, best first.
+
+    Attributes:
+        boxes_xyxy: (B, K, 4) relative to each image's own size, not clipped to it.
+        scores: (B, K) probabilities.
+        classes: (B, K) indices.
+        queries: (B, K) indices.
+    """
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    classes: Tensor
+    queries: Tensor
+
+
 class SMCA(nn.Module):
     """DETR with spatially modulated co-attention (SMCA, ICCV 2021), single- or multi-scale.
 
@@ -195,7 +211,7 @@ class SMCA(nn.Module):
     def decode(self, images: ImageList) -> DecoderOutput:
         """Everything but the heads."""
         scales = self.encoder(self.scales(images))
-        sizes = torch.tensor([(w, h) for h, w in images.image_sizes], dtype=torch.float32)
+        sizes = torch.as_tensor(images.image_sizes, dtype=torch.float32).flip(1)
         sizes = sizes.to(self.device, non_blocking=True)
         return self.decoder(scales, self.query_embed.weight, sizes)
 
@@ -210,16 +226,25 @@ class SMCA(nn.Module):
                 boxes = torch.cat([centre + decoded.reference, size], dim=-1)
             return Predictions(logits, boxes.sigmoid())
 
+    def best(self, predictions: Predictions) -> Detections:
+        """The best of all Q * C pairs of query and class, of the last layer.
+
+        Several detections may come from one query; there is no non-maximum suppression (DETR).
+        """
+        scores = predictions.logits[-1].sigmoid().flatten(1)
+        scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
+        queries, classes = indices // self.num_classes, indices % self.num_classes
+        boxes = box_convert(predictions.boxes_cxcywh[-1], "cxcywh", "xyxy")
+        boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        return Detections(boxes, scores, classes, queries)
+
     def inference(
         self,
         predictions: Predictions,
         batched_inputs: List[Dict[str, Any]],
         image_sizes: Sequence[Tuple[int, int]],
     ) -> List[Dict[str, Instances]]:
-        """The best of all Q * C pairs of query and class, boxes scaled to the original image.
-
-        Several detections may come from one query; there is no non-maximum suppression, and
-        boxes are not clipped to the image (DETR).
+        """The best detections, boxes scaled to the original image.
 
         Args:
             predictions: of the last layer at least.
@@ -229,22 +254,19 @@ class SMCA(nn.Module):
         Returns:
             As `forward` in evaluation.
         """
-        scores = predictions.logits[-1].sigmoid().flatten(1)
-        scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        queries, classes = indices // self.num_classes, indices % self.num_classes
         image_sizes = [
             (item.get("height", height), item.get("width", width))
             for item, (height, width) in zip(batched_inputs, image_sizes)
         ]
-        boxes = box_convert(predictions.boxes_cxcywh[-1], "cxcywh", "xyxy")
-        boxes = boxes * _corner_sizes(image_sizes, boxes)[:, None]
+        best = self.best(predictions)
+        all_boxes = best.boxes_xyxy * _corner_sizes(image_sizes, best.boxes_xyxy)[:, None]
         results = []
-        for image, image_size in enumerate(image_sizes):
+        for boxes, scores, classes, queries, image_size in zip(all_boxes, *best[1:], image_sizes):
             instances = Instances(image_size)
-            instances.pred_boxes = Boxes(boxes[image, queries[image]])
-            instances.scores = scores[image]
-            instances.pred_classes = classes[image]
-            instances.query_indices = queries[image]
+            instances.pred_boxes = Boxes(boxes)
+            instances.scores = scores
+            instances.pred_classes = classes
+            instances.query_indices = queries
             results.append({"instances": instances})
         return results
 

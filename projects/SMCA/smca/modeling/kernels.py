@@ -122,7 +122,8 @@ def _attend_in_pieces(
 
     by_query = [query] if weight_map is None else [query, weight_map.centres, weight_map.spreads]
     num_queries = max(_MIN_QUERIES, _MAX_LOGITS // (key.shape[0] * key.shape[1] * key.shape[2]))
-    if num_queries >= query.shape[2]:
+    # An exported graph takes one way for all sizes.
+    if torch.compiler.is_compiling() or num_queries >= query.shape[2]:
         return attend_piece(key, value, *by_query).to(query.dtype)
     return _InPieces.apply(attend_piece, num_queries, key, value, *by_query).to(query.dtype)
 

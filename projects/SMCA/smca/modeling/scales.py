@@ -5,8 +5,7 @@ L scales, S_l = h_l * w_l cells of scale l, S their sum. Tokens are batch first.
 True on padding.
 """
 
-import math
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -52,31 +51,42 @@ def join_padding_masks(scales: Sequence[Scale]) -> Optional[Tensor]:
 
 
 def padding_masks(
-    image_sizes: Sequence[Size], padded_size: Size, sizes: Sequence[Size], device: torch.device
+    image_sizes: Union[Sequence[Size], Tensor],
+    padded_size: Size,
+    sizes: Sequence[Size],
+    device: torch.device,
 ) -> List[Optional[Tensor]]:
     """Each scale's padding mask: the pixel mask resized with nearest neighbour.
 
-    Cell i of h is padding if pixel floor(i * H / h) is, so a partly padded cell counts as valid.
-
     Args:
-        image_sizes: (height, width) of each image in pixels, before the batch was padded.
+        image_sizes: (height, width) of each image in pixels, before the batch was padded. As a
+            (B, 2) tensor nothing is asked of its values, so that a graph holds for all of them.
         padded_size: (H, W) of the batch in pixels.
         sizes: (h, w) of each scale in cells.
         device: of the result.
 
     Returns:
-        (B, h, w) bool for each scale, True on padding; None for all if no cell of any is padding.
+        (B, h, w) bool for each scale, True on padding; None for all if no cell of any is padding
+        (never for a tensor).
     """
-    H, W = padded_size
-    # floor(i H / h) < n is i < n h / H: the valid cells are the first ceil(n h / H) of each axis.
-    valid = [
-        [(math.ceil(n * h / H), math.ceil(m * w / W)) for n, m in image_sizes] for h, w in sizes
-    ]
-    if all(set(cells) == {tuple(size)} for cells, size in zip(valid, sizes)):
-        return [None] * len(sizes)
-    masks = []
-    for (rows, columns), cells in zip(sizes, torch.tensor(valid).to(device, non_blocking=True)):
-        row_is_padding = torch.arange(rows, device=device) >= cells[:, :1]
-        column_is_padding = torch.arange(columns, device=device) >= cells[:, 1:]
-        masks.append(row_is_padding[:, :, None] | column_is_padding[:, None, :])
-    return masks
+    if not isinstance(image_sizes, Tensor):
+        last_cells = [(n, m, h, w) for n, m in image_sizes for h, w in sizes]
+        H, W = padded_size
+        if all((h - 1) * H < n * h and (w - 1) * W < m * w for n, m, h, w in last_cells):
+            return [None] * len(sizes)
+        image_sizes = torch.tensor(image_sizes).to(device, non_blocking=True)
+    return [padding_mask(image_sizes, padded_size, size) for size in sizes]
+
+
+def padding_mask(image_sizes: Tensor, padded_size: Size, size: Size) -> Tensor:
+    """One scale's padding mask, (B, h, w). Arguments as of `padding_masks`.
+
+    Cell i of h is padding if pixel floor(i H / h) is, so a partly padded cell counts as valid.
+    """
+    row_is_padding, column_is_padding = (
+        # floor(i H / h) < n, for a whole number n, is i H < n h.
+        torch.arange(cells, device=image_sizes.device) * pixels
+        >= image_sizes[:, axis, None] * cells
+        for axis, (pixels, cells) in enumerate(zip(padded_size, size))
+    )
+    return row_is_padding[:, :, None] | column_is_padding[:, None, :]

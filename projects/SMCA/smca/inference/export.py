@@ -1,0 +1,231 @@
+"""A trained detector as one file that runs without this package: ONNX, or PyTorch's own .pt2.
+
+The graph is the model's own forward pass, traced by `torch.export`, with normalisation and the
+choice of the best detections inside. Resizing is left to the caller; how to do it is said in the
+file's metadata.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections import Counter
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from smca.checkpoint.files import write_atomically
+from smca.errors import UserError, did_you_mean
+from smca.modeling import SMCA
+from smca.modeling.backbone import FrozenNormConv2d
+from smca.modeling.scales import padding_mask
+from smca.version import __version__
+
+from .predictor import Predictor
+
+__all__ = ["FORMATS", "ExportableDetector", "check_export", "count_nodes", "export_detector"]
+
+INPUTS = ("images", "image_sizes")
+OUTPUTS = ("boxes", "scores", "labels")
+# The oldest with all operators that the graph needs: what reads ONNX files reads this.
+OPSET = 18
+METADATA_NAME = "metadata.json"  # the file in a .pt2
+
+
+class ExportableDetector(nn.Module):
+    """A model as a function of tensors alone, for batches and images of any size.
+
+    Args:
+        model: copied, not changed.
+        image_format: "RGB" or "BGR", the order of channels that the model takes.
+    """
+
+    def __init__(self, model: SMCA, image_format: str = "RGB"):
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model.criterion = None
+        for module in self.model.modules():
+            if isinstance(module, FrozenNormConv2d):
+                module.absorb_norm()
+        self.reverse_channels = image_format == "BGR"
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            images: (B, 3, H, W) float32 RGB, 0 to 255, padded at the right and bottom with any
+                numbers.
+            image_sizes: (B, 2) int64, (height, width) of each image inside its padding.
+
+        Returns:
+            boxes (B, K, 4) xyxy in pixels of the image, not clipped to it; scores (B, K); labels
+            (B, K) int64, class indices; best first.
+        """
+        model = self.model
+        if self.reverse_channels:
+            images = images.flip(1)
+        size = images.shape[-2], images.shape[-1]
+        padding = padding_mask(image_sizes, size, size)[:, None]
+        images = ((images - model.pixel_mean) / model.pixel_std).masked_fill(padding, 0)
+        decoded = model.decode(ImageList(images, image_sizes))
+        boxes, scores, labels, _ = model.best(model.predict(decoded))
+        return boxes * image_sizes.flip(1).repeat(1, 2)[:, None], scores, labels
+
+
+def check_export(output: str, format: str) -> None:
+    """What can be found wrong before a model is loaded.
+
+    Args:
+        output, format: as of `export_detector`.
+
+    Raises:
+        UserError: as `export_detector`.
+    """
+    if format == "torchscript":
+        raise UserError(
+            "--format torchscript is not written, for PyTorch has deprecated torch.jit in favour "
+            "of torch.export: take --format pt2 for PyTorch, or onnx for other runtimes."
+        )
+    if format not in FORMATS:
+        raise UserError(f"There is no --format {format}{did_you_mean(format, list(FORMATS))}")
+    if not output.endswith(f".{format}"):
+        raise UserError(f"The output {output} needs a name that ends in .{format}.")
+    if format == "onnx":
+        missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+        if missing:
+            raise UserError(
+                f"--format onnx needs {' and '.join(missing)}: run pip install onnx onnxscript "
+                "onnxruntime (or install the extra 'export'), or take --format pt2."
+            )
+
+
+def export_detector(
+    predictor: Predictor, output: str, format: str = "onnx", threshold: float = 0.5
+) -> None:
+    """Write a detector as one file, whole or not at all.
+
+    Args:
+        predictor: of a model on the CPU.
+        output: file to write; its name ends in the format's.
+        format: one of `FORMATS`.
+        threshold: of scores, to be written into the metadata. The graph gives all K detections.
+
+    Raises:
+        UserError: there is no such format, its packages are missing, `output` cannot be written,
+            or the model or its preprocessing are of a kind that cannot be exported.
+    """
+    check_export(output, format)
+    if not isinstance(predictor.model, SMCA):
+        kind = type(predictor.model).__name__
+        raise UserError(f"Only an SMCA or DETR model of this package can be exported, not {kind}.")
+    metadata = _metadata(predictor, threshold)
+    program = _trace(ExportableDetector(predictor.model, predictor.image_format))
+    try:
+        write_atomically(output, lambda file: FORMATS[format](program, metadata, file.name))
+    except OSError as error:
+        raise UserError(f"The output {output} cannot be written: {error}") from error
+
+
+def count_nodes(path: str) -> Dict[str, int]:
+    """How many nodes of each operator an ONNX file has, the most frequent first.
+
+    Operators of another domain than ONNX's own are named with it.
+    """
+    import onnx
+
+    nodes = onnx.load(path).graph.node
+    return dict(Counter(":".join(filter(None, [n.domain, n.op_type])) for n in nodes).most_common())
+
+
+def _metadata(predictor: Predictor, threshold: float) -> Dict[str, Any]:
+    """What a user of the file has to know beside the graph."""
+    short_side, max_size = _resizing(predictor.augmentations.augs)
+    return {
+        "class_names": predictor.class_names,
+        "short_side": short_side,
+        "max_size": max_size,
+        "threshold": threshold,
+        "smca_version": __version__,
+    }
+
+
+def _resizing(augmentations: List[T.Augmentation]) -> Tuple[Optional[int], Optional[int]]:
+    """Short side and greatest long side that the evaluation resizes to; None: it does not."""
+    if not augmentations:
+        return None, None
+    resize = augmentations[0]
+    if len(augmentations) == 1 and isinstance(resize, T.ResizeShortestEdge):
+        sides = set(resize.short_edge_length)
+        if len(sides) == 1:
+            return int(sides.pop()), int(resize.max_size)
+    raise UserError(
+        "The config's test augmentations are more than one resizing of the short side, which the "
+        "exported file cannot say: keep T.ResizeShortestEdge of one size in "
+        "dataloader.test.mapper.augmentations."
+    )
+
+
+def _trace(detector: ExportableDetector) -> torch.export.ExportedProgram:
+    """The graph, for any number and size of images."""
+    dynamic = torch.export.Dim.DYNAMIC
+    # Sizes without a common divisor: none is taken for another's multiple.
+    height, width = 165, 203
+    images = torch.zeros(2, 3, height, width)
+    image_sizes = torch.tensor([[height, width - 50], [height - 50, width]])
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic})
+    with torch.no_grad(), _quiet():
+        return torch.export.export(detector, (images, image_sizes), dynamic_shapes=shapes)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, metadata: Dict[str, Any], path: str) -> None:
+    with _quiet():
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_shapes=({0: "B", 2: "H", 3: "W"}, {0: "B"}),  # names only
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    for node in onnx_program.model.graph:
+        node.metadata_props.clear()  # the lines of Python that it comes from
+    onnx_program.model.metadata_props.update(
+        {key: json.dumps(value) for key, value in metadata.items()}
+    )
+    onnx_program.save(path, external_data=False)
+
+
+def _write_pt2(program: torch.export.ExportedProgram, metadata: Dict[str, Any], path: str) -> None:
+    try:
+        torch.export.save(program, path, extra_files={METADATA_NAME: json.dumps(metadata)})
+    except RuntimeError as error:  # of a full disk, for one
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say of their own inner workings."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), open(os.devnull, "w") as null:
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stdout(null):
+                yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+_Writer = Callable[[torch.export.ExportedProgram, Dict[str, Any], str], None]
+
+FORMATS: Dict[str, _Writer] = {"onnx": _write_onnx, "pt2": _write_pt2}

@@ -1,0 +1,348 @@
+"""Exported detectors give what the model itself gives, in onnxruntime, OpenVINO and PyTorch."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+
+import compare_export
+import export as tool
+from helpers import (
+    CLASS_NAMES,
+    ROOT,
+    error_of,
+    make_image,
+    match_detections,
+    write_image,
+    write_smca_config,
+    write_weights,
+)
+from smca.inference import Predictor
+from smca.inference.export import (
+    METADATA_NAME,
+    ExportableDetector,
+    count_nodes,
+    export_detector,
+)
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="ONNX files need the extra 'export': onnx, onnxscript, onnxruntime",
+)
+BASES = ["smca_single_scale", "smca", "smca_conv", "detr"]
+
+# Of the tiny models: what they are about and no more, for an export takes seconds.
+CHANGES = {
+    "smca": """
+    model.update(in_features=["res5"], num_extra_scales=1)
+    model.encoder.pattern = "M"
+    """,
+    "smca_conv": """
+    model.update(in_features=["res4", "res5"], num_extra_scales=0)
+    model.encoder.pop("pattern"), model.encoder.pop("num_heads")
+    model.encoder.update(num_layers=1, kernel_size=3)
+    """,
+}
+CHANGES = {base: textwrap.dedent(text) for base, text in CHANGES.items()}
+
+# Batches of (height, width); what is smaller than the largest is padded.
+BATCHES = [
+    [(96, 128)],
+    [(97, 131)],
+    [(160, 67)],
+    [(70, 300)],
+    [(129, 65), (65, 129)],
+    [(101, 99), (40, 99), (101, 33)],
+    [(20, 33)],  # smaller than a cell of the coarsest scale
+]
+
+
+@pytest.fixture(scope="module", params=BASES)
+def exported(request, tmp_path_factory):
+    """A tiny detector's predictor, the ONNX file that the tool writes and its folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    num_layers = 2 if request.param == "smca_single_scale" else 1
+    config = write_smca_config(folder, request.param, num_layers=num_layers)
+    with open(config, "a") as file:
+        file.write(CHANGES.get(request.param, ""))
+    weights = write_weights(folder, config, smca={"class_names": CLASS_NAMES})
+    output = folder / "new" / "model.onnx"
+    arguments = ["--config-file", config, "--weights", weights, "--output", str(output)]
+    assert tool.main([*arguments, "--confidence-threshold", "0.2"]) == 0
+    return Predictor(weights, config_file=config), str(output), folder
+
+
+def make_batch(sizes, seed=0):
+    """Random images of these sizes; the same as one array, padded with noise, and the sizes."""
+    images = [make_image(*size, seed=seed + i) for i, size in enumerate(sizes)]
+    padded = np.random.default_rng(seed).uniform(0, 255, (len(sizes), 3, *np.max(sizes, axis=0)))
+    padded = padded.astype(np.float32)
+    for pixels, image in zip(padded, images):
+        pixels[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+    return images, padded, np.array(sizes, dtype=np.int64)
+
+
+def detect(model, images):
+    """The model's own detections of a batch, in Detectron2's format."""
+    items = [{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())} for image in images]
+    with torch.no_grad():
+        return [result["instances"] for result in model(items)]
+
+
+def assert_same(outputs, expected, box_tolerance, score_tolerance=1e-5):
+    """Outputs of a graph and the model's detections; boxes in parts of the image's long side."""
+    boxes, scores, labels = map(torch.as_tensor, outputs)
+    assert boxes.dtype == scores.dtype == torch.float32 and labels.dtype == torch.int64
+    for image, wanted in enumerate(expected):
+        assert (scores[image].diff() <= 0).all()
+        torch.testing.assert_close(scores[image], wanted.scores, rtol=0, atol=score_tolerance)
+        chosen = match_detections(
+            wanted, scores[image], labels[image], boxes[image], score_tolerance
+        )
+        difference = (wanted.pred_boxes.tensor[chosen] - boxes[image]).abs().max()
+        assert difference <= box_tolerance * max(wanted.image_size)
+
+
+@needs_onnx
+def test_onnx_runtime_gives_the_models_detections_for_every_size_and_batch(exported):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    predictor, path, _ = exported
+    session = onnxruntime.InferenceSession(path)
+    for sizes in BATCHES:
+        images, padded, image_sizes = make_batch(sizes)
+        outputs = session.run(None, {"images": padded, "image_sizes": image_sizes})
+        assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
+
+
+@needs_onnx
+def test_openvino_gives_the_models_detections(exported):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    predictor, path, _ = exported
+    # Its plug-in for the CPU may else take bfloat16.
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for sizes in BATCHES:
+        images, padded, image_sizes = make_batch(sizes)
+        outputs = compiled({"images": padded, "image_sizes": image_sizes})
+        outputs = [outputs[name] for name in ("boxes", "scores", "labels")]
+        assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
+
+
+@needs_onnx
+def test_graph_has_standard_operators_dynamic_sizes_and_metadata(exported):
+    onnx = pytest.importorskip("onnx")
+    _, path, _ = exported
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+    assert not model.functions
+    assert not any(":" in name for name in count_nodes(path))
+    values = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert values == {
+        "images": ["B", 3, "H", "W"],
+        "image_sizes": ["B", 2],
+        "boxes": ["B", 6, 4],
+        "scores": ["B", 6],
+        "labels": ["B", 6],
+    }
+    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert metadata.pop("smca_version")
+    assert metadata == {
+        "class_names": CLASS_NAMES,
+        "short_side": 96,
+        "max_size": 160,
+        "threshold": 0.2,
+    }
+
+
+@needs_onnx
+def test_example_without_torch_prints_the_models_detections(exported):
+    predictor, path, folder = exported
+    items, names = [], [str(folder / "a.png"), str(folder / "b.png")]
+    for name, size in zip(names, [(90, 120), (200, 90)]):
+        resized = T.AugInput(write_image(name, *size))
+        predictor.augmentations(resized)
+        pixels = torch.from_numpy(resized.image.transpose(2, 0, 1).copy())
+        items.append({"image": pixels, "height": size[0], "width": size[1]})
+    with torch.no_grad():
+        results = [result["instances"] for result in predictor.model(items)]
+    code = (
+        "import sys, runpy\n"
+        "sys.modules['torch'] = sys.modules['detectron2'] = sys.modules['smca'] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    example = str(ROOT / "tools" / "onnx_example.py")
+    command = [sys.executable, "-c", code, example, path, *names]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line.split(" ") for line in output.splitlines()]
+    for name, found in zip(names, results):
+        confident = found[found.scores >= 0.2]
+        printed = [line[1:] for line in lines if line[0] == name]
+        assert len(printed) == len(confident) > 0
+        labels = torch.tensor([CLASS_NAMES.index(label) for label, *_ in printed])
+        scores, boxes = torch.tensor([[float(x) for x in line[1:]] for line in printed]).split(
+            [1, 4], dim=1
+        )
+        chosen = match_detections(confident, scores[:, 0], labels, boxes, tolerance=6e-4)
+        torch.testing.assert_close(confident.pred_boxes.tensor[chosen], boxes, rtol=0, atol=0.06)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny detector's config and weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = write_smca_config(folder, "smca_single_scale", num_layers=1)
+    return ["--config-file", config, "--weights", write_weights(folder, config)]
+
+
+def test_pt2_gives_the_models_detections(tiny, tmp_path):
+    path = str(tmp_path / "model.pt2")
+    assert tool.main([*tiny, "--format", "pt2", "--output", path]) == 0
+    extra_files = {METADATA_NAME: ""}
+    program = torch.export.load(path, extra_files=extra_files).module()
+    predictor = Predictor(tiny[3], config_file=tiny[1])
+    for sizes in BATCHES[:-1]:  # it wants two cells a side
+        images, padded, image_sizes = make_batch(sizes)
+        with torch.no_grad():
+            outputs = program(torch.from_numpy(padded), torch.from_numpy(image_sizes))
+        assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
+    metadata = json.loads(extra_files[METADATA_NAME])
+    assert (metadata["short_side"], metadata["max_size"], metadata["threshold"]) == (96, 160, 0.5)
+
+
+# ---- The function that is exported
+
+
+def test_what_lies_under_padding_does_not_matter(tiny):
+    detector = ExportableDetector(Predictor(tiny[3], config_file=tiny[1]).model)
+    _, padded, image_sizes = make_batch([(101, 99), (40, 60)])
+    images = torch.from_numpy(padded)
+    other = images.clone()
+    other[1, :, 40:], other[1, :, :, 60:] = torch.nan, 0.0
+    for one, two in zip(*(detector(x, torch.from_numpy(image_sizes)) for x in (images, other))):
+        assert torch.equal(one, two)
+
+
+def test_images_of_a_model_that_takes_bgr_are_rgb_too(tiny):
+    model = Predictor(tiny[3], config_file=tiny[1]).model
+    _, padded, image_sizes = make_batch([(96, 128)])
+    images, sizes = torch.from_numpy(padded), torch.from_numpy(image_sizes)
+    boxes = ExportableDetector(model)(images, sizes)[0]
+    assert torch.equal(ExportableDetector(model, "BGR")(images.flip(1), sizes)[0], boxes)
+
+
+@pytest.mark.parametrize("spread", ["covariance", "rotated"])
+def test_other_maps_than_the_papers_can_be_traced(spread, tmp_path):
+    torch.manual_seed(0)
+    config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1, spread=spread)
+    predictor = Predictor(write_weights(tmp_path, config), config_file=config)
+    path = str(tmp_path / "model.pt2")
+    export_detector(predictor, path, "pt2")
+    images, padded, image_sizes = make_batch([(129, 65), (65, 129)])
+    with torch.no_grad():
+        program = torch.export.load(path).module()
+        outputs = program(torch.from_numpy(padded), torch.from_numpy(image_sizes))
+    assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
+
+
+def test_frozen_norms_are_absorbed_without_a_change(tmp_path):
+    torch.manual_seed(0)
+    config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1)
+    with open(config, "a") as file:
+        file.write('model.backbone.update(norm="FrozenBN")\n')
+    model = Predictor(write_weights(tmp_path, config), config_file=config).model
+    before = set(model.state_dict())
+    images, padded, image_sizes = make_batch([(101, 99), (40, 60)])
+    detector = ExportableDetector(model)
+    outputs = detector(torch.from_numpy(padded), torch.from_numpy(image_sizes))
+    assert_same([x.detach() for x in outputs], detect(model, images), box_tolerance=1e-6)
+    assert set(model.state_dict()) == before
+    assert not any("running_var" in name for name in detector.state_dict())
+
+
+# ---- The tool that compares
+
+
+def test_differences_are_of_the_nearest_detection_of_the_same_class_and_score():
+    wanted = Instances((500, 250))
+    wanted.pred_boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [5, 5, 9, 9], [0, 0, 5, 5]]))
+    wanted.scores = torch.tensor([0.9, 0.9, 0.1])
+    wanted.pred_classes = torch.tensor([1, 1, 0])
+    # The first two have changed places, the last is another one of the same score.
+    boxes = torch.tensor([[5, 5, 9, 9.25], [0, 0, 10, 10], [90, 90, 99, 99]])
+    scores = torch.tensor([0.9, 0.9, 0.100001])
+    box, score = compare_export.differences(wanted, boxes, scores, torch.tensor([1, 1, 2]))
+    assert (box, score) == (pytest.approx(0.5), pytest.approx(1e-6, rel=0.1))
+    box, _ = compare_export.differences(wanted, boxes, scores, torch.tensor([1, 0, 2]))
+    assert box > 1e5  # a detection is missing
+
+
+# ---- Errors
+
+
+def test_torchscript_is_refused_with_the_reason(tiny, tmp_path, capsys):
+    arguments = [*tiny, "--format", "torchscript", "--output", tmp_path / "model.pt"]
+    message = error_of(capsys, tool.main, *arguments)
+    assert "deprecated torch.jit" in message and "pt2" in message
+
+
+def test_unknown_formats_and_other_names_of_the_file_are_refused(tiny, tmp_path, capsys):
+    message = error_of(capsys, tool.main, *tiny, "--format", "onxn", "--output", "a.onnx")
+    assert message.endswith("There is no --format onxn, did you mean onnx?")
+    message = error_of(capsys, tool.main, *tiny, "--format", "pt2", "--output", "a.onnx")
+    assert message.endswith("The output a.onnx needs a name that ends in .pt2.")
+
+
+def test_missing_packages_are_named_with_the_extra(tiny, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    message = error_of(capsys, tool.main, *tiny, "--output", tmp_path / "model.onnx")
+    assert "onnxscript" in message and "extra 'export'" in message
+
+
+def test_an_output_that_cannot_be_written_is_said_at_once_and_nothing_is_left(
+    tiny, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "model.pt2"
+    message = error_of(capsys, tool.main, *tiny, "--format", "pt2", "--output", output)
+    assert f"The output {output} cannot be written" in message
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_export_leaves_the_old_file(tiny, tmp_path, monkeypatch):
+    output = tmp_path / "model.pt2"
+    output.write_text("old")
+    monkeypatch.setattr("smca.inference.export._trace", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tool.main([*tiny, "--format", "pt2", "--output", str(output)])
+    assert output.read_text() == "old" and os.listdir(tmp_path) == ["model.pt2"]
+
+
+def test_other_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Only an SMCA or DETR model .* not Linear"):
+        export_detector(
+            Predictor.from_model(torch.nn.Linear(1, 1)), str(tmp_path / "model.pt2"), "pt2"
+        )
+
+
+def test_other_preprocessing_than_a_resize_is_refused(tiny, tmp_path):
+    predictor = Predictor(tiny[3], config_file=tiny[1])
+    predictor.augmentations = T.AugmentationList([T.RandomFlip()])
+    with pytest.raises(ValueError, match="keep T.ResizeShortestEdge of one size"):
+        export_detector(predictor, str(tmp_path / "model.pt2"), "pt2")
+    assert os.listdir(tmp_path) == []
