@@ -243,10 +243,9 @@ def test_images_of_a_model_that_takes_bgr_are_rgb_too(tiny):
     assert torch.equal(ExportableDetector(model, "BGR")(images.flip(1), sizes)[0], boxes)
 
 
-@pytest.mark.parametrize("spread", ["covariance", "rotated"])
-def test_other_maps_than_the_papers_can_be_traced(spread, tmp_path):
+def test_a_map_without_channels_can_be_traced(tmp_path):
     torch.manual_seed(0)
-    config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1, spread=spread)
+    config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1, spread="covariance")
     predictor = Predictor(write_weights(tmp_path, config), config_file=config)
     path = str(tmp_path / "model.pt2")
     export_detector(predictor, path, "pt2")

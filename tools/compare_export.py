@@ -12,20 +12,21 @@ of one image of the first size.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
 from detectron2.structures import Instances
 from scipy.optimize import linear_sum_assignment
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmark import CONFIGS, MAIN_MODELS
 from benchmark_cases import Size, build_model
@@ -55,7 +56,7 @@ def varied_model(options: argparse.Namespace, config: str) -> SMCA:
     model = build_model(options, load_config(config)).eval()
     with torch.no_grad():
         model.class_embed.weight.normal_(std=0.1)
-        for layer in model.decoder.layers:
+        for layer in cast(nn.ModuleList, model.decoder.layers):
             if layer.modulation is not None and layer.modulation.spread is not None:
                 layer.modulation.spread.weight.normal_(std=0.02)
     return model
@@ -146,7 +147,7 @@ def compare(config: str, options: argparse.Namespace) -> List[List[str]]:
         items, inputs = make_batch(BATCHES[0])
         eager = median_seconds(lambda: model(items), options.repeats)
         for name, run in runs.items():
-            seconds = median_seconds(lambda run=run: run(inputs), options.repeats)
+            seconds = median_seconds(functools.partial(run, inputs), options.repeats)
             box, score = largest[name]
             rows.append(
                 [Path(config).stem, name, f"{box:.1e}", f"{score:.1e}", str(nodes)]

@@ -219,7 +219,7 @@ def image_files() -> List[bytes]:
     exif = Image.Exif()
     exif[274] = 6
     files = []
-    for picture, kwargs in [
+    kinds: List[Tuple[Image.Image, Dict[str, Any]]] = [
         (image, dict(format="PNG")),
         (image, dict(format="JPEG")),
         (image.transpose(Image.Transpose.ROTATE_90), dict(format="JPEG", exif=exif)),
@@ -230,7 +230,8 @@ def image_files() -> List[bytes]:
         (image, dict(format="WEBP")),
         (grey16, dict(format="PNG")),
         (image.convert("P"), dict(format="PNG", transparency=0)),
-    ]:
+    ]
+    for picture, kwargs in kinds:
         file = io.BytesIO()
         picture.save(file, **kwargs)
         files.append(file.getvalue())

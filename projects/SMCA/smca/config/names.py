@@ -6,7 +6,7 @@ from typing import List
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
-import smca.configs
+import smca.configs as configs
 from smca.errors import ConfigError, did_you_mean
 
 __all__ = ["get_config", "get_config_file", "list_configs", "load_file"]
@@ -18,7 +18,7 @@ _DEFAULT_OUTPUT_DIR = "output"
 def list_configs() -> List[str]:
     """Names of all configs, for instance ``smca_r50_50ep`` and ``ablations/head_shared``."""
     names = set()
-    for folder in map(Path, smca.configs.__path__):
+    for folder in map(Path, configs.__path__):
         for path in folder.rglob("*.py"):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if path.stem != "__init__" and not name.startswith("common/"):
@@ -39,7 +39,7 @@ def get_config_file(name: str) -> str:
     known = list_configs()
     if name not in known:
         raise ConfigError(f"There is no config {name}{did_you_mean(name, known)}")
-    candidates = [Path(folder, f"{name}.py") for folder in smca.configs.__path__]
+    candidates = [Path(folder, f"{name}.py") for folder in configs.__path__]
     return str(next(path for path in candidates if path.is_file()))
 
 
@@ -70,7 +70,7 @@ def load_file(config_file: str) -> DictConfig:
 def _name(config_file: str) -> str:
     """Of one of this package's configs as in :func:`list_configs`, of others the file's."""
     path = Path(config_file).resolve().with_suffix("")
-    for folder in smca.configs.__path__:
+    for folder in configs.__path__:
         if path.is_relative_to(Path(folder).resolve()):
             return path.relative_to(Path(folder).resolve()).as_posix()
     return path.name
