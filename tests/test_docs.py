@@ -89,7 +89,7 @@ def test_blocks_and_commands_in_the_text_are_found(tmp_path, monkeypatch):
     page = (
         "Run `make test` or `tools/draw.py\n--help`, not `train.seed`.\n\n"
         "<!-- run: train.seed=1 -->\n```\npython a.py \\\n  --b\n```\n\n"
-        "```text\npython c.py\n```\n\n```python\nx = 1\n```\n"
+        "```text\npython c.py\n```\n\n```python\nx = 1\n```\n\n    python d.py \\\n      --e\n"
     )
     (tmp_path / "page.md").write_text(page)
     blocks = list(blocks_of("page.md"))
@@ -101,6 +101,7 @@ def test_blocks_and_commands_in_the_text_are_found(tmp_path, monkeypatch):
         ("text", "python c.py", False),
         ("python", "x = 1", False),
         ("", "make test", False),
+        ("", "python d.py \\\n      --e", False),
         ("", "python tools/draw.py --help", False),
     }
 
@@ -110,6 +111,23 @@ def test_a_fence_that_is_not_closed_is_found(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("```\nmake test\n")
     with pytest.raises(Problem, match="not closed"):
         list(blocks_of("page.md"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.decoder.betas", "no config has the key model.decoder.betas"),
+        ("'train.amp.dtype=fp8'", "train.amp.dtype has to be bf16 or fp16"),
+        ("train.accumulate=0", "train.accumulate has to be"),
+    ],
+)
+def test_a_wrong_setting_in_the_text_is_found(tmp_path, monkeypatch, capsys, setting, message):
+    page = "Right: `train.seed`, `model.encoder.kernel_size=5`, `train.seed=N`, `data.names=[a]`.\n"
+    (tmp_path / "page.md").write_text(f"{page}Wrong: `{setting}`.\n")
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    assert check_docs.main(["page.md"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("page.md:2: ") and message in line
 
 
 def test_marked_blocks_run_and_failures_are_told(tmp_path):

@@ -6,8 +6,10 @@
     tools/check_docs.py README.md --run
 
 Of a command the script has to exist, its options to parse, and its config with its overrides to
-load; of Python the syntax, the imports and the names taken from them. A block without a language
-(or with bash) is of commands; `text` is what something prints. Words in capitals are placeholders.
+load; a setting in the text, `key` or `key=value`, has to be one of the main configs'; of Python
+the syntax, the imports and the names taken from them. A block without a language (or with bash) is
+of commands; `text` is what something prints. Words in capitals are placeholders. Settings of other
+projects stand in <code>.
 
 A block after `<!-- run -->` is run with --run, in a folder with a short training of the demo in
 output/demo, photo.jpg, and train.json, val.json and images as data of your own. What follows the
@@ -19,10 +21,12 @@ import ast
 import builtins
 import configparser
 import contextlib
+import functools
 import glob
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import runpy
@@ -32,11 +36,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import OmegaConf
 
 from smca import model_zoo
 from smca.config import load_config
+from smca.config.lazy import _all_keys
 from smca.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +54,15 @@ _FENCE = re.compile(r"^(?:<!-- run(?::\s*(?P<more>[^>]*?))?\s*-->\n)?```(?P<lang
 _SPAN = re.compile(
     r"(?<!`)`((?:python|make|pip|torchrun|smca-\w+)\s[^`]+|tools/\w+\.py\s[^`]+)`(?!`)"
 )
+_INDENTED = re.compile(
+    r"^ {4}((?:python|make|pip|torchrun|sbatch|smca-\w+)\s(?:[^\n]*\\\n)*[^\n]*)", re.M
+)
+_SETTING = re.compile(
+    r"(?<!`)`'?((?:model|dataloader|optimizer|lr_multiplier|train|data)(?:\.(?!py`)\w+)+)"
+    r"(?:=([^`'\s]*))?'?`(?!`)"
+)
+# Of which each setting in the text has to be one.
+CONFIGS = ("smca_r50_50ep", "smca_conv_r50_50ep", "custom_coco", "custom_yolo", "custom_voc")
 
 
 class Block(NamedTuple):
@@ -98,6 +115,8 @@ def blocks_of(page: str) -> Iterator[Block]:
         position = end + len("\n```")
     outside.append(text[position:])
     text = "".join(outside)
+    for indented in _INDENTED.finditer(text):
+        yield Block(page, text.count("\n", 0, indented.start()) + 1, "", indented[1])
     for span in _SPAN.finditer(text):
         command = span[1] if not span[1].startswith("tools/") else f"python {span[1]}"
         line = text.count("\n", 0, span.start()) + 1
@@ -364,6 +383,38 @@ def member(owner: Any, owner_name: str, name: str) -> Any:
     return getattr(owner, name)
 
 
+# ---- Settings in the text
+
+
+def settings_of(page: str) -> Iterator[Tuple[int, str, Optional[str]]]:
+    """The settings, `key` or `key=value`, in a page's text: line, key, value if there is one."""
+    text = (ROOT / page).read_text()
+    for match in _SETTING.finditer(text):
+        yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
+
+
+@functools.lru_cache(maxsize=None)
+def keys_of(name: str) -> Set[str]:
+    """Every key that may be set in a config."""
+    return set(_all_keys(model_zoo.get_config(name)))
+
+
+def check_setting(key: str, value: Optional[str]) -> None:
+    """
+    Raises:
+        Problem: none of the main configs has the key.
+        ConfigError: the value is not possible.
+    """
+    having = [name for name in CONFIGS if key in keys_of(name)]
+    if not having:
+        raise Problem(f"no config has the key {key}")
+    if value and not is_placeholder(value):
+        config = model_zoo.get_config(having[0])
+        missing = [f"data.{name}=x" for name in config.get("data", ()) if f"data.{name}" != key]
+        needed = [word for word in missing if OmegaConf.is_missing(config.data, word[5:-2])]
+        load_config(model_zoo.get_config_file(having[0]), [*needed, f"{key}={value}"])
+
+
 # ---- All pages
 
 
@@ -395,14 +446,20 @@ def prepare(folder: Path) -> None:
     for path in ROOT.iterdir():
         if path.name not in (".git", "output", ".pytest_cache"):
             (folder / path.name).symlink_to(path)
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    for split in ("train", "val"):
-        samples = DatasetCatalog.get(f"smca_shapes_{split}")
-        source = Path(MetadataCatalog.get(f"smca_shapes_{split}").json_file)
-        shutil.copy(source, folder / f"{split}.json")
-    (folder / "images").symlink_to(Path(samples[0]["file_name"]).parents[1])
-    shutil.copy(samples[0]["file_name"], folder / "photo.jpg")
+    (folder / "images").mkdir()
+    for split, num_images in (("train", 40), ("val", 20)):
+        DatasetCatalog.get(f"smca_shapes_{split}")  # draws it where it is not there yet
+        metadata = MetadataCatalog.get(f"smca_shapes_{split}")
+        coco = json.loads(Path(metadata.json_file).read_text())
+        coco["images"] = coco["images"][:num_images]
+        ids = {image["id"] for image in coco["images"]}
+        coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+        for image in coco["images"]:
+            source = Path(metadata.image_root, image["file_name"])
+            image["file_name"] = f"{split}_{image['file_name']}"
+            shutil.copy(source, folder / "images" / image["file_name"])
+        (folder / f"{split}.json").write_text(json.dumps(coco))
+    shutil.copy(next((folder / "images").glob("val_*")), folder / "photo.jpg")
     settings = ["train.max_iter=20", "train.eval_period=20", "train.output_dir=output/demo"]
     train = [sys.executable, "train_net.py", "--config-file", "configs/smca_shapes.py", *settings]
     subprocess.run(train, cwd=folder, check=True, capture_output=True)
@@ -438,12 +495,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         str(path.relative_to(ROOT)) for pattern in PAGES for path in sorted(ROOT.glob(pattern))
     ]
     problems: List[str] = []
-    num_checked = 0
+    num_checked = num_settings = 0
     os.chdir(ROOT)  # where the commands are meant to be given
     blocks = [block for page in pages for block in blocks_of(page)]
     for block in blocks:
         problems += check_block(block)
         num_checked += block.language in (*COMMANDS, "python")
+    for page in pages:
+        for line, key, value in settings_of(page):
+            num_settings += 1
+            try:
+                check_setting(key, value)
+            except (Problem, UserError) as error:
+                problems.append(f"{page}:{line}: {error}")
     marked = [block for block in blocks if block.is_run]
     if args.run and marked:
         with tempfile.TemporaryDirectory() as name:
@@ -451,7 +515,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for block in marked:
                 problems += run_block(block, Path(name))
     print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
-    print(f"{len(pages)} pages, {num_checked} blocks and commands, {len(problems)} problems")
+    print(
+        f"{len(pages)} pages, {num_checked} blocks and commands, {num_settings} settings, "
+        f"{len(problems)} problems"
+    )
     return 1 if problems else 0
 
 
