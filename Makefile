@@ -1,18 +1,24 @@
 # make demo    set up, train the demo model, evaluate it, draw its detections
 # make test    set up, run the test suite
 # make lint    set up, check style, imports, format and types
-# make setup   make .venv and install everything; DETECTRON2=<pip requirement> puts
-#              another build of Detectron2 there
+# make setup   make .venv and install everything; EXTRAS=all (or names in setup.cfg, with commas)
+#              adds what optional tools need, DETECTRON2=<pip requirement> puts another build of
+#              Detectron2 there
+# make check-release   build wheel and sdist, and try the wheel away from the checkout
 # constraints.txt says what is pinned and why.
 
 PYTHON ?= python3
 VENV ?= .venv
 DETECTRON2 ?=
+# What the test suite needs.
+EXTRAS ?= dev,publish,study,video
 OUTPUT ?= output/demo
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# One for each choice of extras: pip adds those that are not there yet.
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint check-release clean
 
 setup: $(STAMP)
 ifneq ($(strip $(DETECTRON2)),)
@@ -24,7 +30,7 @@ $(STAMP): setup.cfg constraints.txt tools/install_detectron2.py
 	  { echo "SMCA needs Python 3.10 to 3.12: run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,publish,study,video]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
 	$(BIN)/python tools/install_detectron2.py
 	touch $(STAMP)
 
@@ -38,6 +44,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+
+check-release: setup
+	$(BIN)/python tools/check_release.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info projects/SMCA/*.egg-info

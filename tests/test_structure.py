@@ -21,6 +21,7 @@ ROWS = [
     {"model_zoo", "analysis"},
     {"inference"},
     {"engine"},
+    {"cli"},
 ]
 FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
 MAX_LINES = 400

@@ -19,14 +19,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from detectron2.structures import Instances
 from scipy.optimize import linear_sum_assignment
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmark import CONFIGS, MAIN_MODELS
 from benchmark_cases import Size, build_model
@@ -56,7 +56,8 @@ def varied_model(options: argparse.Namespace, config: str) -> SMCA:
     model = build_model(options, load_config(config)).eval()
     with torch.no_grad():
         model.class_embed.weight.normal_(std=0.1)
-        for layer in cast(nn.ModuleList, model.decoder.layers):
+        layers: Any = model.decoder.layers
+        for layer in layers:
             if layer.modulation is not None and layer.modulation.spread is not None:
                 layer.modulation.spread.weight.normal_(std=0.02)
     return model

@@ -79,9 +79,11 @@ class FrozenNormConv2d(Conv2d):
     of the frozen one it is Detectron2's convolution again.
     """
 
+    norm: Optional[nn.Module]
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, c', h', w')"""
-        norm: Optional[nn.Module] = self.norm
+        norm = self.norm
         if not isinstance(norm, FrozenBatchNorm2d):
             return super().forward(x)
         x = self._conv_forward(x, *self._folded(norm))
@@ -98,7 +100,7 @@ class FrozenNormConv2d(Conv2d):
     def absorb_norm(self) -> None:
         """Take the frozen norm into weight and bias for good: the same function without the norm's
         buffers, for graphs that are not trained further."""
-        norm: Optional[nn.Module] = self.norm
+        norm = self.norm
         if isinstance(norm, FrozenBatchNorm2d):
             weight, bias = self._folded(norm)
             self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)

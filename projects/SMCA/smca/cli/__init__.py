@@ -1,0 +1,1 @@
+"""The commands that an installation has, each a module with ``main(argv)``."""

@@ -1,0 +1,255 @@
+"""Detect objects in images or a video: ``smca-predict``, in a checkout ``demo.py``."""
+
+import argparse
+import glob
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+from PIL import Image
+
+from smca.errors import UserError, exit_code
+from smca.inference import add_predictor_arguments, predictor_of
+
+__all__ = ["JSON_NAME", "get_parser", "main", "output_paths"]
+
+_DESCRIPTION = """\
+Detect objects in images or a video, and write them drawn and as COCO-style JSON:
+
+    %(prog)s --weights output/demo/model_final.pth --input a.jpg b.png
+    %(prog)s --config-file CONFIG --weights FILE --input 'photos/*.jpg' --output results
+    %(prog)s --config-file CONFIG --weights FILE --video-input film.mp4 --opts train.device=cpu
+
+In instances_predictions.json, boxes are [x, y, width, height] in pixels of the image; category_id
+is that of the data set's own JSON where the config's data set is known here, else the class index.
+"""
+JSON_NAME = "instances_predictions.json"
+_WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_VIDEO_SUFFIX = ".mp4"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_predictor_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, glob patterns")
+    source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
+    parser.add_argument(
+        "--output",
+        default=os.path.join("output", "predictions"),
+        metavar="PATH",
+        help="a folder, or for a single image or a video a file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score of a detection, in [0, 1]; default: %(default)s",
+    )
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="overrides, the last option: key=value (of a yacs config: KEY VALUE)",
+    )
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code, 1 if something could not be read.
+    """
+    return exit_code(run, get_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command's work; gives its exit code."""
+    if not 0 <= args.confidence_threshold <= 1:
+        raise UserError(
+            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
+        )
+    # What is wrong with the files should not take the time to build a model.
+    if args.video_input:
+        return run_on_video(args)
+    return run_on_images(args)
+
+
+# Images
+
+
+def run_on_images(args: argparse.Namespace) -> int:
+    """Detect, draw and write; images that cannot be read are skipped. Gives the exit code."""
+    paths = find_images(args.input)
+    outputs = output_paths(paths, args.output)
+    predictor = predictor_of(args)
+    os.makedirs(os.path.dirname(outputs[0]) or ".", exist_ok=True)
+    results: List[Dict[str, Any]] = []
+    num_failed = 0
+    for image_id, (path, output) in enumerate(zip(paths, outputs)):
+        try:
+            detections = predictor(path, threshold=args.confidence_threshold)
+        except UserError as error:
+            print(f"Skipped: {error}", file=sys.stderr)
+            num_failed += 1
+            continue
+        detections.draw().save(output)
+        results += detections.to_coco(file_name=path, image_id=image_id)
+        print(f"{path}: {len(detections)} detections, drawn in {output}")
+    json_file = os.path.join(os.path.dirname(outputs[0]), JSON_NAME)
+    write_json(results, json_file)
+    if num_failed:
+        print(f"{num_failed} of {len(paths)} images could not be read.", file=sys.stderr)
+    return 1 if num_failed else 0
+
+
+def find_images(patterns: Sequence[str]) -> List[str]:
+    """The image files that the command line names.
+
+    Args:
+        patterns: files, folders or glob patterns.
+
+    Returns:
+        Files in the order given, those of a folder or pattern by name.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    image_suffixes = set(Image.registered_extensions())
+    paths: List[str] = []
+    for pattern in patterns:
+        pattern = os.path.expanduser(pattern)
+        if os.path.isfile(pattern):
+            found = [pattern]
+        elif os.path.isdir(pattern):
+            found = sorted(str(path) for path in Path(pattern).iterdir() if path.is_file())
+            found = [path for path in found if Path(path).suffix.lower() in image_suffixes]
+            if not found:
+                raise UserError(f"There is no image in the folder {pattern}.")
+        else:
+            found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+            if not found:
+                raise UserError(f"The input {pattern} does not exist: give an image or a folder.")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def output_paths(paths: Sequence[str], output: str) -> List[str]:
+    """Where the drawn images go.
+
+    Returns:
+        One file for each image: `output` itself, or a file in that folder with the image's name,
+        made unique, and its type if that can be written, else .png.
+
+    Raises:
+        UserError: there are several images for one file, or an image would be overwritten.
+    """
+    if Path(output).suffix.lower() in _WRITABLE and not os.path.isdir(output):
+        if len(paths) > 1:
+            raise UserError(f"--output {output} is a file: give a folder for {len(paths)} images.")
+        outputs = [output]
+    else:
+        outputs, taken = [], set()
+        for source in map(Path, paths):
+            suffix = source.suffix if source.suffix.lower() in _WRITABLE else ".png"
+            candidate, number = source.stem + suffix, 1
+            while candidate in taken:
+                number += 1
+                candidate = f"{source.stem}_{number}{suffix}"
+            taken.add(candidate)
+            outputs.append(os.path.join(output, candidate))
+    sources = {os.path.realpath(path) for path in paths}
+    for path in outputs:
+        if os.path.realpath(path) in sources:
+            raise UserError(f"--output would overwrite the input {path}: give another folder.")
+    return outputs
+
+
+# Video
+
+
+def run_on_video(args: argparse.Namespace) -> int:
+    """As `run_on_images`, of a video's frames; `image_id` counts them."""
+    cv2 = import_cv2()
+    if not os.path.isfile(args.video_input):
+        raise UserError(f"The video {args.video_input} does not exist.")
+    video = cv2.VideoCapture(args.video_input)
+    is_readable, frame = video.read()
+    if not is_readable:
+        raise UserError(f"{args.video_input} is no video that OpenCV can read.")
+    output = video_output_path(args.video_input, args.output)
+    predictor = predictor_of(args)
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+    frames_per_second = video.get(cv2.CAP_PROP_FPS)
+    if not 0 < frames_per_second < 1000:  # which some files do not say
+        frames_per_second = 25.0
+    results: List[Dict[str, Any]] = []
+    writer: Any = None  # its size is that of the first drawn frame
+    index = 0
+    while is_readable:
+        image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        detections = predictor(image, threshold=args.confidence_threshold)
+        drawn = even_sized(np.asarray(detections.draw()))
+        if writer is None:
+            codec, size = cv2.VideoWriter_fourcc(*"mp4v"), drawn.shape[1::-1]
+            writer = cv2.VideoWriter(output, codec, frames_per_second, size)
+            if not writer.isOpened():
+                raise UserError(f"OpenCV cannot write {output}: is the folder writable?")
+        writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+        results += detections.to_coco(file_name=args.video_input, image_id=index)
+        index += 1
+        is_readable, frame = video.read()
+    writer.release()
+    video.release()
+    write_json(results, os.path.join(os.path.dirname(output), JSON_NAME))
+    print(f"{args.video_input}: {index} frames, {len(results)} detections, drawn in {output}")
+    return 0
+
+
+def import_cv2() -> ModuleType:
+    """OpenCV, which the package does not require."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(
+            "Videos need OpenCV: run pip install opencv-python-headless (or install the extra "
+            "'video' of this package)."
+        ) from error
+    return cv2
+
+
+def video_output_path(path: str, output: str) -> str:
+    """The drawn video's file: `output` itself, or one in that folder with the video's name."""
+    if Path(output).suffix.lower() != _VIDEO_SUFFIX:
+        if Path(output).suffix.lower() in _WRITABLE:
+            raise UserError(f"--output {output} has to be a folder or a {_VIDEO_SUFFIX} file.")
+        output = os.path.join(output, Path(path).stem + _VIDEO_SUFFIX)
+    if os.path.realpath(output) == os.path.realpath(path):
+        raise UserError(f"--output would overwrite the input {path}: give another folder.")
+    return output
+
+
+def even_sized(image: np.ndarray) -> np.ndarray:
+    """An (h, w, 3) image without its last row or column where their number is odd, which video
+    codecs refuse."""
+    height, width = image.shape[:2]
+    return image[: max(2, height // 2 * 2), : max(2, width // 2 * 2)]
+
+
+# Results
+
+
+def write_json(results: List[Dict[str, Any]], path: str) -> None:
+    """Write the results, and say so."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=1)
+    print(f"{len(results)} detections in {path}")

@@ -1,0 +1,35 @@
+"""Train or evaluate a model from a LazyConfig: ``smca-train``, in a checkout ``train_net.py``."""
+
+import os
+from typing import Optional, Sequence
+
+from detectron2.engine import default_argument_parser
+
+from smca.config.names import get_config_file, list_configs
+from smca.engine import run
+
+__all__ = ["main"]
+
+_EXAMPLES = """
+CONFIG is a file, or the name of a config that comes with the package:
+
+    %(prog)s --config-file configs/smca_shapes.py train.output_dir=output/shapes
+    %(prog)s --config-file smca_r50_50ep --num-gpus 8 train.amp.enabled=True
+    torchrun --nproc-per-node=8 train_net.py --config-file CONFIG
+    %(prog)s --config-file CONFIG --resume train.output_dir=output/shapes
+    %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=FILE
+"""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; gives the exit code."""
+    args = default_argument_parser(epilog=_EXAMPLES).parse_args(argv)
+    args.config_file = _config_file(args.config_file)
+    return run(args)
+
+
+def _config_file(text: str) -> str:
+    """The file that is meant: an installation has no folder configs/ to name one in."""
+    if not os.path.isfile(text) and text.removesuffix(".py") in list_configs():
+        return get_config_file(text)
+    return text

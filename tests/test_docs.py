@@ -1,0 +1,224 @@
+"""The documentation: commands and code are right, generated pages fresh, links whole."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import check_docs
+import update_docs
+from check_docs import Block, Problem, blocks_of, check_block, commands_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [path for pattern in check_docs.PAGES for path in sorted(ROOT.glob(pattern))]
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_command_and_piece_of_python_in_the_documentation_is_right(capsys):
+    assert check_docs.main([]) == 0, capsys.readouterr().err
+    num_checked = int(re.search(r"(\d+) blocks and commands", capsys.readouterr().out).group(1))
+    assert num_checked > 50
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("python no_such.py --help", "no_such.py does not exist"),
+        ("python train_net.py --config configs/smca_shapes.py --resum", "--resum"),
+        ("python train_net.py --config-file configs/smca_shape.py", "smca_shape.py does not exist"),
+        ("python train_net.py --config-file configs/smca_shapes.py train.max_itr=1", "max_iter"),
+        ("python train_net.py --config-file configs/custom_coco.py", "data.train_json"),
+        ("torchrun --nproc-per-node=2 train_net.py --config-file configs/gone.py", "gone.py"),
+        ("sbatch tools/slurm_train.sh --config-file configs/gone.py", "gone.py"),
+        ("python demo.py --weights FILE", "--input"),
+        ("python tools/evaluate.py --output report", "--weights"),
+        ("python tools/benchmark.py matcher --repeats many", "many"),
+        ("python tools/draw_official_log.py --size 3", "no options"),
+        ("python -m pytest tests/test_gone.py", "test_gone.py does not exist"),
+        ("smca-train --config-file configs/smca_shapes.py optimizer.rl=1", "optimizer.lr"),
+        ("make tests", "no tests"),
+        ("make setup EXTRA=all", "no EXTRA"),
+        ('pip install -e ".[exports]"', "no extra exports"),
+        ("trian_net.py --resume", "no program"),
+        ("python demo.py --input 'a", "No closing quotation"),
+    ],
+)
+def test_a_wrong_command_is_found(text, message):
+    (problem,) = check_block(Block("page.md", 7, "", text))
+    assert problem.startswith("page.md:7: ") and message in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = (", "was never closed"),
+        ("from smca import Predicter", "smca has no Predicter"),
+        ("import smca.modell", "smca.modell cannot be imported"),
+        ("from smca import model_zoo\nmodel_zoo.get_cfg('a')", "model_zoo has no get_cfg"),
+        ("from smca import Predictor\nPredictor('a', weight='ema')", "no argument weight"),
+        ("from smca import Predictor\nPredictor.from_files('a')", "Predictor has no from_files"),
+        ("from .smca_r50_50ep import dataloaders", "has no dataloaders"),
+    ],
+)
+def test_wrong_python_is_found(text, message):
+    (problem,) = check_block(Block("page.md", 7, "python", text))
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "OMP_NUM_THREADS=1 pytest -n 2  # a comment",
+        "python train_net.py --config-file CONFIG --resume",
+        "python train_net.py --config-file configs/smca_shapes.py \\\n    train.max_iter=3",
+        "make setup EXTRAS=all",
+        'pip install -e ".[convert,report]"',
+    ],
+)
+def test_right_commands_pass(text):
+    assert check_block(Block("page.md", 1, "bash", text)) == []
+
+
+def test_blocks_and_commands_in_the_text_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    page = (
+        "Run `make test` or `tools/draw.py\n--help`, not `train.seed`.\n\n"
+        "<!-- run: train.seed=1 -->\n```\npython a.py \\\n  --b\n```\n\n"
+        "```text\npython c.py\n```\n\n```python\nx = 1\n```\n\n    python d.py \\\n      --e\n"
+    )
+    (tmp_path / "page.md").write_text(page)
+    blocks = list(blocks_of("page.md"))
+    first, *_ = blocks
+    assert first == Block("page.md", 5, "", "python a.py \\\n  --b", True, "train.seed=1")
+    assert commands_of(first.text) == [["python", "a.py", "--b"]]
+    found = {(block.language, block.text, block.is_run) for block in blocks[1:]}
+    assert found == {
+        ("text", "python c.py", False),
+        ("python", "x = 1", False),
+        ("", "make test", False),
+        ("", "python d.py \\\n      --e", False),
+        ("", "python tools/draw.py --help", False),
+    }
+
+
+def test_a_fence_that_is_not_closed_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("```\nmake test\n")
+    with pytest.raises(Problem, match="not closed"):
+        list(blocks_of("page.md"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.decoder.betas", "no config has the key model.decoder.betas"),
+        ("'train.amp.dtype=fp8'", "train.amp.dtype has to be bf16 or fp16"),
+        ("train.accumulate=0", "train.accumulate has to be"),
+    ],
+)
+def test_a_wrong_setting_in_the_text_is_found(tmp_path, monkeypatch, capsys, setting, message):
+    page = "Right: `train.seed`, `model.encoder.kernel_size=5`, `train.seed=N`, `data.names=[a]`.\n"
+    (tmp_path / "page.md").write_text(f"{page}Wrong: `{setting}`.\n")
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    assert check_docs.main(["page.md"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("page.md:2: ") and message in line
+
+
+def test_marked_blocks_run_and_failures_are_told(tmp_path):
+    block = Block("page.md", 3, "python", "import sys; sys.exit('it failed')", True)
+    (problem,) = check_docs.run_block(block, tmp_path)
+    assert problem.startswith("page.md:3: ended with 1") and "it failed" in problem
+    command = Block("page.md", 3, "", "python -c 'import sys; print(sys.argv)' a", True, "b c")
+    assert check_docs.run_block(command, tmp_path) == []
+
+
+def test_generated_pages_are_fresh(capsys):
+    assert update_docs.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_stale_page_is_named_and_written_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(update_docs, "ROOT", tmp_path)
+    monkeypatch.setattr(update_docs, "PAGES", {"page.md": lambda: "new\n"})
+    (tmp_path / "page.md").write_text("old\n")
+    assert update_docs.main(["--check"]) == 1
+    assert "page.md" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == "old\n"
+    assert update_docs.main([]) == 0
+    assert (tmp_path / "page.md").read_text() == "new\n"
+    assert update_docs.main(["--check"]) == 0
+
+
+def test_the_configuration_page_has_every_key_of_the_main_config():
+    from smca import model_zoo
+
+    page = (ROOT / "docs" / "configuration.md").read_text()
+
+    def keys(node, prefix):
+        for name, value in node.items():
+            if name != "_target_":
+                yield f"{prefix}.{name}"
+                if hasattr(value, "items"):
+                    yield from keys(value, f"{prefix}.{name}")
+
+    config = model_zoo.get_config("smca_r50_50ep")
+    for section in ("model", "dataloader", "optimizer"):
+        for key in keys(config[section], section):
+            assert f"| `{key}` |" in page
+    for key in ("train.amp.dtype", "train.model_ema.decay", "data.train_json"):
+        assert f"| `{key}` |" in page
+
+
+def anchors(text):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file.read_text()), target
+
+
+def texts_of_the_code():
+    """Every text in the code, with ... where values are filled in, and what the Makefile prints."""
+    for folder in ("projects", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield re.sub(r"%[sdg]", "...", node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    yield "".join(getattr(part, "value", "...") if isinstance(part, ast.Constant)
+                                  else "..." for part in node.values)  # fmt: skip
+    yield (ROOT / "Makefile").read_text()
+
+
+def test_messages_in_the_troubleshooting_page_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    messages = [
+        message
+        for row in rows
+        if "(PyTorch's)" not in row
+        for message in re.findall("`(.*?)`", row)
+    ]
+    texts = list(texts_of_the_code())
+
+    def is_in_the_code(message):
+        pieces = [piece.strip(" '\"") for piece in message.split("...") if piece.strip(" '\".:")]
+        return any(all(piece in text for piece in pieces) for text in texts)
+
+    assert len(messages) > 20
+    assert [message for message in messages if not is_in_the_code(message)] == []

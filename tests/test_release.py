@@ -1,0 +1,91 @@
+"""What is built and given away: packages, extras, commands, versions."""
+
+import configparser
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smca
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
+
+
+def settings():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def words(text):
+    return {line for line in text.split("\n") if line and not line.startswith("#")}
+
+
+def test_setup_cfg_lists_every_package():
+    on_disk = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("__init__.py")
+    }
+    assert words(settings()["options"]["packages"]) == on_disk
+
+
+def test_every_folder_with_modules_is_a_package():
+    for folder in FOLDERS.values():
+        for path in folder.rglob("*.py"):
+            assert (path.parent / "__init__.py").is_file(), path
+
+
+def test_the_extra_all_has_every_other_one():
+    extras = settings()["options.extras_require"]
+    named = re.fullmatch(r"smca\[(.*)\]", *words(extras["all"])).group(1).split(",")
+    assert named == sorted(set(extras) - {"all"})
+
+
+def test_the_commands_are_functions_of_the_package():
+    for line in words(settings()["options.entry_points"]["console_scripts"]):
+        module, _, function = line.partition("=")[2].strip().partition(":")
+        assert callable(getattr(importlib.import_module(module), function)), line
+
+
+def test_changelog_and_citation_have_the_packages_version():
+    assert f"\n## {smca.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {smca.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("extras", ["all", "dev,serve"])
+def test_make_setup_notices_other_extras(tmp_path, extras):
+    def commands(*variables):
+        make = ["make", "-n", "-C", ROOT, "setup", f"VENV={tmp_path}", *variables]
+        return subprocess.run(make, check=True, capture_output=True, text=True).stdout
+
+    before = commands()
+    assert "[dev,publish,study,video]" in before
+    Path(re.search(r"^touch (.*)$", before, re.MULTILINE).group(1)).touch()
+    assert "pip" not in commands()
+    assert f"[{extras}]" in commands(f"EXTRAS={extras}")
+
+
+def test_the_training_command_takes_the_name_of_a_config(monkeypatch):
+    from smca.cli import train
+
+    configs = []
+    monkeypatch.setattr(train, "run", lambda args: configs.append(args.config_file) or 0)
+    for name in ("smca_shapes", "ablations/head_shared.py", str(ROOT / "README.md"), "nothing"):
+        train.main(["--config-file", name])
+    assert configs[2:] == [str(ROOT / "README.md"), "nothing"]
+    expected = [ROOT / "configs" / "smca_shapes.py", ROOT / "configs/ablations/head_shared.py"]
+    assert [Path(path).resolve() for path in configs[:2]] == expected
+
+
+def test_sdist_and_wheel_work_away_from_the_checkout(tmp_path):
+    command = [sys.executable, "tools/check_release.py", "--output", tmp_path]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert output.returncode == 0, output.stdout + output.stderr
+    assert "40 detections of a small model" in output.stdout
+    assert "usage: smca-train" in output.stdout and "usage: smca-predict" in output.stdout
+    assert {path.suffix for path in tmp_path.iterdir()} == {".gz", ".whl"}
