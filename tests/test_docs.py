@@ -1,6 +1,7 @@
 """The documentation: commands and code are right, generated pages fresh, links whole."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -152,6 +153,25 @@ def test_a_stale_page_is_named_and_written_anew(tmp_path, monkeypatch, capsys):
     assert update_docs.main([]) == 0
     assert (tmp_path / "page.md").read_text() == "new\n"
     assert update_docs.main(["--check"]) == 0
+
+
+def test_a_table_follows_the_results_of_the_study(tmp_path, monkeypatch):
+    folder = tmp_path / "docs" / "convergence"
+    folder.mkdir(parents=True)
+    for study in ("shapes", "blood_cells"):
+        runs = [
+            {"name": name, "final": {"AP": ap, "AP50": ap50}}
+            for name, ap, ap50 in [("A", 1.0, 3.0), ("B", 7.0, 8.26), ("A", 2.0, 5.0), ("C", 9, 9)]
+        ]
+        report = {"comparisons": {"main": ["B", "A"]}, "runs": runs}
+        (folder / f"{study}.json").write_text(json.dumps(report))
+    page = "Before\n<!-- table: convergence -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "README.md").write_text(page)
+    monkeypatch.setattr(update_docs, "ROOT", tmp_path)
+    text = update_docs.PAGES["README.md"]()
+    assert text.startswith("Before\n<!--") and text.endswith("\n<!-- end -->\nafter\n")
+    assert "old" not in text and "| AP (AP50) | B | A |" in text
+    assert text.count("| 7.0 (8.3) | 1.5 (4.0) |") == 2
 
 
 def test_the_configuration_page_has_every_key_of_the_main_config():

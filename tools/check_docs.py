@@ -238,7 +238,7 @@ def parse_with(program: str, words: List[str], name: str) -> None:
     # What a shell would have found: a name that stands for the files.
     words = [found for word in words for found in (glob.glob(word) or [word])]
     output = io.StringIO()
-    patches = [
+    patches: List[contextlib.AbstractContextManager[Any]] = [
         mock.patch.object(argparse.ArgumentParser, "parse_args", stop(parse)),
         mock.patch.object(argparse.ArgumentParser, "parse_intermixed_args", stop(parse_intermixed)),
         mock.patch.object(sys, "argv", [name, *words]),

@@ -1,69 +1,11 @@
 #!/usr/bin/env python
-"""Write a trained detector as one file that runs without this package:
+"""Write a trained detector as ONNX or pt2: see ``export.py --help``."""
 
-    export.py --weights output/demo/model_final.pth --format onnx --output model.onnx
-    export.py --weights FILE --format pt2 --output model.pt2
-
-onnx is for onnxruntime, OpenVINO, TensorRT and the like: tools/onnx_example.py runs it. pt2 is
-PyTorch's own (torch.export.load), for images of at least two of the coarsest cells a side (65
-pixels). The graph takes `images` (B, 3, H, W) float32 RGB, 0 to 255,
-padded at the right and bottom, and `image_sizes` (B, 2) int64, (height, width) of each image inside
-its padding; it gives `boxes` (B, K, 4) x0, y0, x1, y1 in pixels of the image, `scores` (B, K) and
-`labels` (B, K), best first. Class names, the size to resize to and the threshold are in the file's
-metadata.
-"""
-
-import argparse
-import os
 import sys
-from typing import Optional, Sequence
 
-from smca.errors import UserError, exit_code
-from smca.inference import Predictor
-from smca.inference.export import check_export, count_nodes, export_detector
+from smca.cli.export import get_parser, main
 
-
-def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of a trained detector")
-    parser.add_argument("--format", default="onnx", help="onnx (default) or pt2")
-    parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
-        help="for the metadata; the graph gives all detections; default: %(default)s",
-    )
-    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
-    return parser
-
-
-def run(args: argparse.Namespace) -> None:
-    """The command's work."""
-    check_export(args.output, args.format)
-    if not 0 <= args.confidence_threshold <= 1:
-        raise UserError(
-            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
-        )
-    predictor = Predictor(
-        args.weights, config_file=args.config_file, overrides=args.opts, device="cpu"
-    )
-    export_detector(predictor, args.output, args.format, args.confidence_threshold)
-    size = f"{os.path.getsize(args.output) / 1e6:.1f} MB"
-    if args.format == "onnx":
-        size += f", {sum(count_nodes(args.output).values())} nodes"
-    print(f"Written: {args.output} ({size})")
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line; gives the exit code."""
-    return exit_code(run, get_parser().parse_args(argv))
-
+__all__ = ["get_parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

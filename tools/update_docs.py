@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Write the documentation that is made of the code: docs/configuration.md.
+"""Write the documentation that is made of the code and of results: docs/configuration.md, and the
+tables between `<!-- table: ... -->` and `<!-- end -->` in README.md and docs/convergence.md.
 
     tools/update_docs.py           # write what is not as it should be
     tools/update_docs.py --check   # write nothing; exit code 1 if something is stale
@@ -11,6 +12,7 @@ key means is in the docstring of what the config calls there, or in the config's
 import argparse
 import inspect
 import io
+import json
 import re
 import sys
 import tokenize
@@ -340,7 +342,61 @@ def data_default(node: DictConfig, key: Any) -> str:
     return f"made by `{called.__name__}`" if called else plain_text(node[key])
 
 
-PAGES = {"docs/configuration.md": configuration_page}
+# ---- Tables of the convergence study
+
+
+def final_means(study: str) -> Dict[str, tuple[str, str]]:
+    """Of each run of the study's main comparison AP and AP50 at its end, means of its seeds."""
+    report = json.loads((ROOT / "docs" / "convergence" / f"{study}.json").read_text())
+    means = {}
+    for name in report["comparisons"]["main"]:
+        finals = [run["final"] for run in report["runs"] if run["name"] == name]
+        ap, ap50 = (sum(final[key] for final in finals) / len(finals) for key in ("AP", "AP50"))
+        means[name] = (f"{ap:.1f}", f"{ap50:.1f}")
+    return means
+
+
+def convergence_in_readme() -> str:
+    """A row for each data set."""
+    labels = {
+        "shapes": "embedded shapes, 1,500 steps",
+        "blood_cells": "292 photographs of blood cells, 1,000 steps",
+    }
+    means = {study: final_means(study) for study in labels}
+    lines = [f"| AP (AP50) | {' | '.join(means['shapes'])} |", "|---" * 6 + "|"]
+    for study, label in labels.items():
+        cells = [f"{ap} ({ap50})" for ap, ap50 in means[study].values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def convergence_in_its_page() -> str:
+    """A row of AP and one of AP50 for each data set."""
+    labels = {"shapes": "textured shapes, 1,500 steps", "blood_cells": "blood cells, 1,000 steps"}
+    means = {study: final_means(study) for study in labels}
+    lines = [f"| | {' | '.join(means['shapes'])} |", "| --- " * 6 + "|"]
+    for study, label in labels.items():
+        lines.append(f"| {label}: AP | {' | '.join(ap for ap, _ in means[study].values())} |")
+        lines.append(f"| AP50 | {' | '.join(ap50 for _, ap50 in means[study].values())} |")
+    return "\n".join(lines)
+
+
+def filled(page: str, table_name: str, table_text: str) -> str:
+    """A page with another table between its marks."""
+    start, end = f"<!-- table: {table_name} -->\n", "\n<!-- end -->"
+    before, mark, rest = (ROOT / page).read_text().partition(start)
+    if not mark or end not in rest:
+        sys.exit(f"{page} has no table between {start.strip()} and {end.strip()}: restore them.")
+    return before + mark + table_text + end + rest.partition(end)[2]
+
+
+PAGES = {
+    "docs/configuration.md": configuration_page,
+    "README.md": lambda: filled("README.md", "convergence", convergence_in_readme()),
+    "docs/convergence.md": lambda: filled(
+        "docs/convergence.md", "convergence", convergence_in_its_page()
+    ),
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
