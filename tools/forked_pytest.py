@@ -9,6 +9,7 @@ stdout that answers it is pytest's exit code, or "late". `mutate.py` uses it.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ def main(modules: list[str]) -> None:
         importlib.import_module(name)
     # This folder: the tests belong to another checkout, which has one of its own.
     del sys.path[0]
+    gc.freeze()  # so that forks share it all
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for line in sys.stdin:

@@ -23,10 +23,13 @@ they do not end in time counts as caught.
 
 import argparse
 import ast
+import compileall
 import contextlib
 import fnmatch
+import functools
 import json
 import os
+import py_compile
 import random
 import shutil
 import subprocess
@@ -37,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import yaml
 from tabulate import tabulate
@@ -109,18 +113,23 @@ def read_mutants(names: list[str], match: str) -> list[Mutant]:
         raise UserError(f"There is no list {unknown[0]}: choose among {', '.join(known)}.")
     mutants = []
     for name in names or known:
-        for entry in yaml.safe_load(known[name].read_text()) or []:
+        for entry in _read_yaml(known[name]) or []:
             mutant = Mutant(list_name=name, **entry)
             mutant.tests = mutant.tests or tests_of(mutant.file)
             mutants.append(mutant)
     return [m for m in mutants if match in m.file or match in m.bug]
 
 
+@functools.cache
+def _read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
 def tests_of(file: str) -> list[str]:
     """The tests that belong to a file, by the first fitting pattern of tests/mutants/tests.yml."""
-    for pattern, tests in yaml.safe_load((LISTS / "tests.yml").read_text()).items():
+    for pattern, tests in _read_yaml(LISTS / "tests.yml").items():
         if fnmatch.fnmatch(file, pattern):
-            return tests
+            return list(tests)
     raise UserError(f"No tests belong to {file}: name them in tests/mutants/tests.yml.")
 
 
@@ -244,6 +253,10 @@ def copy_checkout(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    # Compiled once, and by the sources' hashes: a changed file may have the second and size of before.
+    compileall.compile_dir(
+        folder, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+    )
     # Installed, smca.configs would be that of the checkout.
     (folder / "projects" / "SMCA" / "smca" / "configs").symlink_to(folder / "configs")
     return folder
@@ -261,7 +274,6 @@ class Checkout:
         self.folder = copy_checkout(folder)
         package = str(folder / "projects" / "SMCA")
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-        # Without bytecode, which a changed file of the same second and size would leave valid.
         environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, str(_FORKED_PYTEST), *_LIBRARIES],
@@ -282,7 +294,7 @@ class Checkout:
             What became of them: "survived" if all pass, "caught" or "late".
         """
         assert self._process.stdin and self._process.stdout
-        arguments = ["-x", "-q", "-n0", "--no-header", "--tb=no", "-p", "no:cacheprovider", *tests]
+        arguments = ["-x", "-q", "-n0", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", *tests]
         print(json.dumps([_TIMEOUT_S, arguments]), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline().strip()
         if not answer:
