@@ -22,6 +22,7 @@ from smca.data import (
     write_shapes,
 )
 from smca.data.cache import create_once
+from smca.data.shapes import _is_visible_enough
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,15 @@ def test_visible_parts_do_not_overlap_although_objects_do():
         boxes = Boxes(torch.tensor(_xyxy(scene.masks)))
         num_overlaps += (pairwise_intersection(boxes, boxes) > 0).sum() - len(boxes)
     assert num_overlaps > 10
+
+
+def test_an_object_has_to_show_60_percent_of_its_area_and_8_pixels_a_side():
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[:8, :20] = True
+    assert _is_visible_enough(mask, full_area=160 / 0.61)
+    assert not _is_visible_enough(mask, full_area=160 / 0.59)
+    assert not _is_visible_enough(mask[:7], full_area=140)
+    assert not _is_visible_enough(mask & False, full_area=0)
 
 
 def _xyxy(masks):
