@@ -5,8 +5,9 @@ import json
 import subprocess
 import sys
 
-import mutate
 import pytest
+
+import mutate
 
 CODE = """\
 def mean(values):
@@ -138,6 +139,7 @@ def test_forked_pytest_gives_the_exit_code_of_each_run(tmp_path):
     )
     for answer, code in (("right", "0"), ("wrong", "1"), ("right", "0")):
         (tmp_path / "answer").write_text(answer)
-        print(json.dumps([60, ["-q", "-n0", "-p", "no:cacheprovider"]]), file=process.stdin, flush=True)
+        job = json.dumps([60, ["-q", "-n0", "-p", "no:cacheprovider"]])
+        print(job, file=process.stdin, flush=True)
         assert process.stdout.readline() == f"{code}\n"
     process.communicate()

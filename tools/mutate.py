@@ -253,7 +253,7 @@ def copy_checkout(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    # Compiled once, and by the sources' hashes: a changed file may have the second and size of before.
+    # Compiled once, by the sources' hashes: a changed file may have the time and size of before.
     compileall.compile_dir(
         folder, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
     )
@@ -294,8 +294,9 @@ class Checkout:
             What became of them: "survived" if all pass, "caught" or "late".
         """
         assert self._process.stdin and self._process.stdout
-        arguments = ["-x", "-q", "-n0", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", *tests]
-        print(json.dumps([_TIMEOUT_S, arguments]), file=self._process.stdin, flush=True)
+        arguments = ["-x", "-q", "-n0", "--tb=no", "--assert=plain", "-p", "no:cacheprovider"]
+        job = json.dumps([_TIMEOUT_S, [*arguments, *tests]])
+        print(job, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline().strip()
         if not answer:
             raise UserError("The process that runs the tests is gone.")
