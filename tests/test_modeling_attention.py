@@ -111,6 +111,13 @@ def test_multihead_attention_reads_the_weights_of_torch():
     assert_close(attention(query, key, key), theirs(query, key, key)[0], 1e-5)
 
 
+def test_stacked_projections_start_as_one_tensor_does():
+    torch.manual_seed(0)
+    attention = MultiheadAttention(256, 8)
+    # 0.077; each (d, d) drawn alone would have 0.108.
+    assert 0.076 < attention.in_proj_weight.abs().max() < (6 / (768 + 256)) ** 0.5
+
+
 def test_attention_without_padding_equals_an_empty_padding_mask():
     attention = randomize(MultiheadAttention(D, H))
     x = random_tensor(B, 12, D)

@@ -383,6 +383,12 @@ def test_missing_and_unexpected_weights_are_counted_and_named(tmp_path):
     )
 
 
+def test_one_weight_too_many_is_named(tmp_path):
+    state = {**TinyDetector().state_dict(), "decoder.0": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"config's: 1 unexpected \(decoder.0\)"):
+        load(TinyDetector(), save(tmp_path / "a.pth", state))
+
+
 def test_weights_of_something_else_are_an_error(tmp_path):
     path = save(tmp_path / "a.pth", nn.Linear(2, 2).state_dict())
     with pytest.raises(CheckpointError, match="No weight in .*a.pth"):
@@ -431,6 +437,18 @@ def test_weights_of_a_backbone_load_whatever_their_prefix(tmp_path, prefix, suff
     for key, value in source.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[key], value)
     assert torch.equal(model.class_embed.weight, head)
+
+
+def test_the_optimizers_momentum_in_a_caffe2_file_is_not_taken_for_weights(tmp_path):
+    source, model = TinyDetector().backbone, TinyDetector()
+    caffe2 = {"norm.running_mean": "bn_rm", "norm.running_var": "bn_riv"}
+    blobs = {caffe2.get(key, key): value.numpy() for key, value in source.state_dict().items()}
+    blobs.update({f"{key}_momentum": value for key, value in blobs.items()})
+    path = tmp_path / "backbone.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs}))
+    load(model, path)
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[key], value)
 
 
 def test_weights_of_a_backbone_are_not_enough_to_evaluate(tmp_path):
