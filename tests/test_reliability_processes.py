@@ -332,7 +332,7 @@ def test_the_end_of_one_process_is_told_to_every_other(monkeypatch):
     monkeypatch.setattr(peers.comm, "get_world_size", lambda: 3)
     monkeypatch.setattr(peers.comm, "all_gather", lambda own: addresses.append(own) or addresses)
     for rank in range(3):
-        monkeypatch.setattr(peers.comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(peers.comm, "get_rank", lambda rank=rank: rank)
         watches.append(peers.PeerWatch("127.0.0.1"))
     try:
         deadline = time.monotonic() + 20

@@ -442,12 +442,13 @@ def test_weights_of_a_backbone_load_whatever_their_prefix(tmp_path, prefix, suff
 def test_the_optimizers_momentum_in_a_caffe2_file_is_not_taken_for_weights(tmp_path):
     source, model = TinyDetector().backbone, TinyDetector()
     caffe2 = {"norm.running_mean": "bn_rm", "norm.running_var": "bn_riv"}
-    blobs = {caffe2.get(key, key): value.numpy() for key, value in source.state_dict().items()}
+    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    blobs = {caffe2.get(key, key): value.numpy() for key, value in state.items()}
     blobs.update({f"{key}_momentum": value for key, value in blobs.items()})
     path = tmp_path / "backbone.pkl"
     path.write_bytes(pickle.dumps({"blobs": blobs}))
     load(model, path)
-    for key, value in source.state_dict().items():
+    for key, value in state.items():
         assert torch.equal(model.backbone.state_dict()[key], value)
 
 
