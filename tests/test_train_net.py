@@ -251,6 +251,8 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
         ("train.max_iter=2.5", "train.max_iter has to be a whole number"),
         ("train.accumulate=0", "train.accumulate has to be"),
         ("train.clip_grad_norm=-1", "train.clip_grad_norm has to be"),
+        ("train.max_iter=true", "train.max_iter has to be a number, it cannot be True"),
+        ("train.model_ema.decay=-0.1", "train.model_ema.decay has to be a number in [0, 1)"),
         ("train.model_ema.decay=1.0", "train.model_ema.decay has to be a number in [0, 1)"),
         ("train.fast_dev_run=1", "train.fast_dev_run has to be true or false, it cannot be 1"),
         ("train.amp=True", "train.amp has to be a section"),
