@@ -3,6 +3,7 @@ import copy
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_registered_data_set_has_contiguous_classes_in_the_order_of_their_ids(tm
     assert metadata.thing_classes == ["dog", "cat"] == class_names(json_file)
     assert metadata.json_file == str(json_file) and metadata.evaluator_type == "coco"
     assert num_classes(json_file) == 2
+
+
+def test_classes_are_read_again_when_the_file_has_changed(tmp_path):
+    coco = _coco()
+    json_file, _ = _write(tmp_path, coco)
+    assert class_names(json_file) == ["dog", "cat"]
+    for category in coco["categories"]:
+        category["name"] += "s"
+    _write(tmp_path, coco)
+    os.utime(json_file, ns=(0, 0))  # whatever the clock's resolution
+    assert class_names(json_file) == ["dogs", "cats"]
 
 
 def test_registering_again_returns_the_same_name(tmp_path):
@@ -320,6 +332,7 @@ def test_a_repeated_id_is_an_error(tmp_path, kind):
         ({"ignore": 1}, "annotation 1 .*'ignore'"),
         ({"bbox": [1, 2, 3]}, "annotation 1 .*4 numbers"),
         ({"bbox": [1, 2, 3, "4"]}, "annotation 1 .*4 numbers"),
+        ({"bbox": [1, 2, 3, True]}, "annotation 1 .*4 numbers"),
         ({"bbox": "1 2 3 4"}, "annotation 1 .*must be a list"),
         ({"bbox": [1, math.nan, 3, 4]}, "annotation 1 .*not finite"),
         ({"bbox": [1, 2, math.inf, 4]}, "annotation 1 .*not finite"),

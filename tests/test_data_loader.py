@@ -44,6 +44,12 @@ def test_same_seed_gives_the_same_samples_and_another_seed_others():
     assert _image_ids(_batches(3, seed=3)) != _image_ids(_batches(3, seed=4))
 
 
+def test_the_seed_decides_the_augmentation_of_an_image_too():
+    one, other = (_batches(1, dataset=DATASET[:1], seed=seed) for seed in (3, 4))
+    assert _image_ids(one) == _image_ids(other) == [0] * 4
+    assert {sample[1:] for sample in one[0]}.isdisjoint(sample[1:] for sample in other[0])
+
+
 def test_an_image_is_augmented_differently_in_every_pass():
     samples = [sample for batch in _batches(5) for sample in batch]
     assert len({sample[1:] for sample in samples}) == len(samples)

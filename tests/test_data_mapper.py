@@ -245,6 +245,12 @@ def test_in_evaluation_there_are_no_instances_and_the_original_size_is_kept(png)
     assert (sample["height"], sample["width"]) == (12, 20)
 
 
+def test_the_size_of_an_image_whose_dict_has_none_is_that_of_its_file(png):
+    mapper = DetrDatasetMapper(False, detr_augmentations(60, 1000, flip=False))
+    sample = mapper({"file_name": png})
+    assert (sample["height"], sample["width"]) == (12, 20)
+
+
 # Recipe
 
 
@@ -264,12 +270,21 @@ def test_short_side_is_one_of_those_given_and_long_side_is_limited():
     assert {max(s) for s in _sizes(detr_augmentations((96, 128), 200), 50, 150)} == {200}
 
 
+def test_images_are_flipped_unless_told_otherwise():
+    flips, no_flips = (
+        [a for a in detr_augmentations(**settings) if isinstance(a, T.RandomFlip)]
+        for settings in ({}, {"flip": False})
+    )
+    assert len(flips) == 1 and no_flips == []
+
+
 def test_crop_takes_its_range_of_the_first_resized_image():
     augmentations = detr_augmentations(crop_range=(384, 600))
     _, first_resize, crop, second_resize = augmentations
     assert first_resize.short_edge_length == [400, 500, 600]
     cropped = _sizes([first_resize, crop], 480, 640)
     assert 384 <= min(map(min, cropped)) < 400 and 550 < max(map(max, cropped)) <= 600
+    assert len({height for height, _ in cropped}) > 10 and len({width for _, width in cropped}) > 10
     assert second_resize.short_edge_length == list(range(480, 801, 32))
     assert second_resize.max_size == 1333
 

@@ -19,6 +19,7 @@ from smca.data import (
     register_coco,
     register_shapes,
     require_dataset,
+    shapes,
     write_shapes,
 )
 from smca.data.cache import create_once
@@ -51,6 +52,54 @@ def _scenes(count=40):
 
 
 # The pictures
+
+# Of four scenes: size, classes, visible pixels of the objects; mean of each quarter and deviation
+# of the image; deviation within each object. Other pictures are another version of the data set.
+VERSION_6 = [
+    [
+        (156, 149),
+        [0, 1, 2, 2, 1],
+        [1227, 812, 726, 255, 942],
+        [107.0, 109.3, 158.7, 128.1, 58.07],
+        [79.1, 68.1, 24.2, 75.0, 60.0],
+    ],
+    [
+        (143, 144),
+        [1, 2, 1, 0, 1],
+        [2064, 1612, 3413, 3288, 840],
+        [169.6, 133.8, 125.9, 130.5, 63.7],
+        [54.7, 65.7, 41.7, 75.5, 24.5],
+    ],
+    [
+        (155, 136),
+        [1, 1, 0],
+        [782, 814, 658],
+        [113.5, 118.0, 105.5, 108.8, 56.28],
+        [75.2, 67.3, 71.1],
+    ],
+    [
+        (154, 130),
+        [2, 0, 0, 1, 2, 2],
+        [569, 1087, 1636, 373, 3034, 1700],
+        [111.7, 133.3, 131.1, 126.1, 72.46],
+        [44.1, 65.5, 12.2, 75.3, 98.9, 64.6],
+    ],
+]
+
+
+@pytest.mark.parametrize("seed, expected", enumerate(VERSION_6))
+def test_the_pictures_are_those_of_the_version(seed, expected):
+    assert shapes._VERSION == 6
+    scene = draw_scene(np.random.default_rng(seed))
+    size, classes, areas, of_image, of_objects = expected
+    assert (scene.image.shape[:2], scene.classes) == (size, classes)
+    assert [mask.sum() for mask in scene.masks] == pytest.approx(areas, rel=0.02, abs=2)
+    top, bottom = np.split(scene.image.astype(float), [size[0] // 2])
+    quarters = [q for half in (top, bottom) for q in np.split(half, [size[1] // 2], axis=1)]
+    values = [*(quarter.mean() for quarter in quarters), scene.image.std()]
+    assert values == pytest.approx(of_image, abs=1)
+    deviations = [scene.image[mask].std() for mask in scene.masks]
+    assert deviations == pytest.approx(of_objects, abs=1)
 
 
 def test_boxes_are_tight_around_the_drawn_masks(folder):
@@ -95,6 +144,15 @@ def test_visible_parts_do_not_overlap_although_objects_do():
         boxes = Boxes(torch.tensor(_xyxy(scene.masks)))
         num_overlaps += (pairwise_intersection(boxes, boxes) > 0).sum() - len(boxes)
     assert num_overlaps > 10
+
+
+def test_an_object_has_to_show_60_percent_of_its_area_and_8_pixels_a_side():
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[:8, :20] = True
+    assert shapes._is_visible_enough(mask, full_area=160 / 0.61)
+    assert not shapes._is_visible_enough(mask, full_area=160 / 0.59)
+    assert not shapes._is_visible_enough(mask[:7], full_area=140)
+    assert not shapes._is_visible_enough(mask & False, full_area=0)
 
 
 def _xyxy(masks):

@@ -9,6 +9,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from helpers import MeanLoss
+from smca.data import build_train_loader
 from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
 from smca.errors import NonFiniteError
 
@@ -178,6 +179,14 @@ def test_random_numbers_of_an_iteration_depend_on_seed_and_iteration_only():
     assert not set(draw(0, 4, seed=0)) & set(draw(0, 4, seed=1))
 
 
+def test_a_loader_without_a_batch_size_starts_at_the_accumulated_batch(model):
+    loader = build_train_loader([{}], mapper=lambda record: torch.ones(3), total_batch_size=2)
+    trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=3)
+    trainer.start_iter = 4
+    trainer.before_train()
+    assert loader.batch_sampler.start_sample == 4 * 3 * 2
+
+
 def test_average_of_the_weights_follows_its_formula(model):
     ema = ModelEMA(model, decay=0.75)
     weights = Record(lambda trainer: trainer.model.layer.weight.detach().clone())
@@ -187,6 +196,15 @@ def test_average_of_the_weights_follows_its_formula(model):
         expected = 0.75 * expected + 0.25 * weight
     torch.testing.assert_close(ema.model.layer.weight, expected)
     assert not torch.equal(ema.model.layer.weight, model.layer.weight)
+
+
+def test_buffers_are_averaged_like_weights(model):
+    model.register_buffer("statistic", torch.zeros(1))
+    ema = ModelEMA(model, decay=0.75)
+    for value in (1.0, 5.0):
+        model.statistic.fill_(value)
+        ema.after_step()
+    assert ema.model.statistic.item() == 0.75 * 1.0 + 0.25 * 5.0
 
 
 def test_state_of_the_average_loads_into_the_model_and_goes_on(model):
@@ -226,6 +244,32 @@ def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, erro
     state = saved(checkpointer.get_checkpoint_file())
     assert state["trainer"]["iteration"] == 2
     assert torch.equal(state["model"]["layer.weight"], weights.values[2]["layer.weight"])
+
+
+def test_a_signal_in_the_forward_pass_waits_for_the_step(model, tmp_path):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGTERM))
+    trainer = Trainer(model, batches(2), torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
+    with pytest.raises(SystemExit):
+        trainer.train(0, 2)
+    state = saved(tmp_path / "model_0000000.pth")
+    assert torch.equal(state["model"]["layer.weight"], model.layer.weight)
+
+
+def test_an_update_that_breaks_off_is_not_saved(model, tmp_path):
+    class Breaking(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            if trainer.iter == 1:
+                raise OSError("half of the weights are new")
+
+    checkpointer = Checkpointer(model, str(tmp_path))
+    trainer = Trainer(model, batches(3), Breaking(model.parameters(), lr=0.1))
+    trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
+    with pytest.raises(OSError):
+        trainer.train(0, 3)
+    assert not checkpointer.has_checkpoint()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -290,6 +334,16 @@ def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
     expected = saved(tmp_path / "model_0000003.pth")["model"]["layer.weight"]
     assert torch.equal(best["model"]["layer.weight"], expected)
     assert checkpointer.get_checkpoint_file().endswith("model_final.pth")
+
+
+def test_the_best_checkpoint_is_not_the_one_to_resume_from(model, tmp_path):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model_0000000")
+    train(
+        model, batches(2), 2, hooks=[Metric([1, 2]), BestCheckpointer(1, checkpointer, "bbox/AP")]
+    )
+    assert (tmp_path / "model_best.pth").exists()
+    assert checkpointer.get_checkpoint_file().endswith("model_0000000.pth")
 
 
 def test_a_resumed_run_keeps_a_better_checkpoint_of_before(model, tmp_path):

@@ -305,5 +305,10 @@ def test_a_score_of_one_is_in_the_last_bin():
     assert calibration.bins[-1].count == 1 and calibration.error == 0
 
 
+def test_a_score_between_two_bins_is_in_the_upper_one():
+    calibration = calibrate(Matches(np.array([0.5]), np.array([True]), np.array([1]), {1: 1}))
+    assert [b.low for b in calibration.bins if b.count] == [0.5]
+
+
 def test_calibration_without_detections_is_not_a_number():
     assert math.isnan(calibrate(match(TRUTH, [])).error)

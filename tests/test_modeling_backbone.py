@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from torch import nn
 
+from smca.modeling import neck
 from smca.modeling.backbone import FrozenNormConv2d, build_resnet, fold_frozen_norms
 
 
@@ -109,3 +110,19 @@ def test_half_precision_stays_half_precision():
         features = model(torch.randn(1, 3, 64, 64))["res5"]
     assert features.dtype == torch.bfloat16
     assert features.isfinite().all()
+
+
+def test_each_extra_scale_is_made_from_the_one_before():
+    shapes = {"res4": ShapeSpec(channels=6, stride=16), "res5": ShapeSpec(channels=10, stride=32)}
+    projection = neck.ScaleProjection(shapes, ["res4", "res5"], num_extra_scales=2, embed_dim=4)
+    fine, coarse = torch.randn(1, 6, 16, 24), torch.randn(1, 10, 8, 12)
+    first = projection.extra[0](coarse)
+    expected = [
+        projection.projections["res4"](fine),
+        projection.projections["res5"](coarse),
+        first,
+        projection.extra[1](first),
+    ]
+    maps = projection({"res4": fine, "res5": coarse})
+    assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
+    assert projection.strides == [16, 32, 64, 128]

@@ -77,6 +77,13 @@ def test_each_loss_has_its_weight(kind):
         assert_close(heavy[name], plain[name] * factor, 1e-5)
 
 
+def test_the_focal_loss_has_its_alpha_and_gamma():
+    inputs, targets = random_inputs(1, [0, 0])
+    losses = SetCriterion(class_weight=1.0, alpha=0.4, gamma=1.0)(*inputs.values(), targets)
+    p = inputs["logits"].sigmoid()  # nothing is there to be found
+    assert_close(losses["loss_ce"], (0.6 * p * -(1 - p).log()).sum(), 1e-5)
+
+
 def test_matching_has_the_weights_of_the_losses():
     weights = dict(class_weight=1.5, box_weight=3.0, giou_weight=0.5, alpha=0.4, gamma=1.0)
     criterion = SetCriterion(**weights)
@@ -148,9 +155,9 @@ def test_losses_of_certain_and_empty_predictions_are_finite():
 
 def test_half_precision_logits_give_float32_losses():
     inputs, targets = random_inputs(2, [2, 1])
-    rounded = leaves({"logits": inputs["logits"].bfloat16().float(), "boxes": inputs["boxes"]})
+    rounded = leaves({name: x.bfloat16().float() for name, x in inputs.items()})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = SetCriterion()(rounded["logits"].bfloat16(), rounded["boxes"], targets)
+        losses = SetCriterion()(*(x.bfloat16() for x in rounded.values()), targets)
     for name, value in reference_losses(rounded, targets).items():
         assert losses[name].dtype == torch.float32
         assert_close(losses[name], value, 1e-5)

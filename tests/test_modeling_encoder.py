@@ -21,6 +21,7 @@ from helpers import (
     with_leaves,
 )
 from official_names import official_state_dict
+from smca.modeling import layers
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.scales import Scale
@@ -245,6 +246,17 @@ def test_checkpointing_keeps_less_and_changes_nothing(name, dropout):
     for expected, value in zip(outputs + gradients, same_outputs + same_gradients, strict=True):
         assert_close(value, expected, 1e-6)
     assert kept_with_checkpointing < kept / 2
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_checkpointing_is_off_in_evaluation(name, monkeypatch):
+    make, strides = ENCODERS[name]
+    encoder, scales = make(), make_scales(strides)
+    encoder.checkpointing = True
+    monkeypatch.setattr(layers, "checkpoint", None)
+    encoder.eval()(scales)
+    with pytest.raises(TypeError):
+        encoder.train()(scales)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

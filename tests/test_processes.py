@@ -8,12 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-import smca.engine.launch
 from helpers import write_dataset, write_smca_config
-from smca.engine import Trainer, main, run
+from smca.engine import Trainer, launch, main
 
 # Objects of the images. Any two have as many as there are processes: the losses are divided by the
 # number of objects of a process on average, but at least by 1, and so differ for fewer.
@@ -135,21 +134,25 @@ def notes(case):
         list of dict: what each process noted.
     """
 
-    def launch_for_more(worker, *args, **kwargs):
-        kwargs["args"] = (worker, *kwargs["args"], case)
-        launch(_work, *args, **kwargs)
-
     # A file, since a free port may be taken by another test before it is used.
     rendezvous = f"file://{case.folder / 'rendezvous'}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smca.engine.launch, "launch", launch_for_more)
-        assert run(case.arguments("two", flags=["--num-gpus", 2, "--dist-url", rendezvous])) == 0
+        patch.setattr(launch, "_spawned", _spawned_for_more)
+        arguments = case.arguments("two", flags=["--num-gpus", 2, "--dist-url", rendezvous])
+        arguments.case = case
+        assert launch.run(arguments) == 0
     return [torch.load(case.folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
-def _work(worker, args, case):
+def _spawned_for_more(*args):
     """In each process."""
-    worker(args)
+    launch.main = _work
+    launch._spawned(*args)
+
+
+def _work(args, peers):
+    main(args, peers)
+    case = args.case
     resume_in_the_middle(case)
     results = main(evaluation_arguments(case, "evaluated"))
     notes = {"results": results, **train_with_dropout(case)}

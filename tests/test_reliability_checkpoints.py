@@ -226,6 +226,15 @@ def test_a_run_with_such_a_file_in_its_folder_is_refused_too(finished, tmp_path)
     assert not (tmp_path / "trace").exists()
 
 
+def test_a_training_is_resumed_from_more_than_weights(tmp_path):
+    state = {"model": TinyDetector().state_dict()}
+    torch.save({**state, "trainer": {"iteration": 1}}, tmp_path / "model_0000001.pth")
+    torch.save(state, tmp_path / "model_0000003.pth")
+    checkpointer = SMCACheckpointer(TinyDetector(), str(tmp_path))
+    assert checkpointer.find_resumable().endswith("model_0000001.pth")
+    assert checkpointer.find_resumable(need_trainer=False).endswith("model_0000003.pth")
+
+
 def test_a_pickle_of_the_model_zoo_is_opened_as_detectron2_does(tmp_path, monkeypatch):
     state = {key: value.numpy() for key, value in TinyDetector().backbone.state_dict().items()}
     data = {"model": state, "__author__": "x", "matching_heuristics": True}

@@ -15,6 +15,7 @@ import torch
 
 from helpers import TinyDetector, write_dataset, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
+from smca.engine import peers
 from test_train_net import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -324,3 +325,24 @@ def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_pa
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     name = (tmp_path / "run" / "last_checkpoint").read_text()
     assert iteration_of(tmp_path / "run" / name) >= 3
+
+
+def test_the_end_of_one_process_is_told_to_every_other(monkeypatch):
+    watches, addresses = [], []
+    monkeypatch.setattr(peers.comm, "get_world_size", lambda: 3)
+    monkeypatch.setattr(peers.comm, "all_gather", lambda own: addresses.append(own) or addresses)
+    for rank in range(3):
+        monkeypatch.setattr(peers.comm, "get_rank", lambda rank=rank: rank)
+        watches.append(peers.PeerWatch("127.0.0.1"))
+    try:
+        deadline = time.monotonic() + 20
+        while len(watches[0]._connections) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        watches[1].fail(peers.Failure(3, "the disk is full"))
+        for other in (watches[0], watches[2]):
+            failure = other.wait_for_failure(20)
+            assert (failure.exit_code, failure.text) == (3, "the disk is full")
+        assert watches[1].failure is None
+    finally:
+        for watch in watches:
+            watch.close()

@@ -251,6 +251,8 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
         ("train.max_iter=2.5", "train.max_iter has to be a whole number"),
         ("train.accumulate=0", "train.accumulate has to be"),
         ("train.clip_grad_norm=-1", "train.clip_grad_norm has to be"),
+        ("train.max_iter=true", "train.max_iter has to be a number, it cannot be True"),
+        ("train.model_ema.decay=-0.1", "train.model_ema.decay has to be a number in [0, 1)"),
         ("train.model_ema.decay=1.0", "train.model_ema.decay has to be a number in [0, 1)"),
         ("train.fast_dev_run=1", "train.fast_dev_run has to be true or false, it cannot be 1"),
         ("train.amp=True", "train.amp has to be a section"),
@@ -383,6 +385,12 @@ def test_missing_and_unexpected_weights_are_counted_and_named(tmp_path):
     )
 
 
+def test_one_weight_too_many_is_named(tmp_path):
+    state = {**TinyDetector().state_dict(), "decoder.0": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"config's: 1 unexpected \(decoder.0\)"):
+        load(TinyDetector(), save(tmp_path / "a.pth", state))
+
+
 def test_weights_of_something_else_are_an_error(tmp_path):
     path = save(tmp_path / "a.pth", nn.Linear(2, 2).state_dict())
     with pytest.raises(CheckpointError, match="No weight in .*a.pth"):
@@ -431,6 +439,19 @@ def test_weights_of_a_backbone_load_whatever_their_prefix(tmp_path, prefix, suff
     for key, value in source.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[key], value)
     assert torch.equal(model.class_embed.weight, head)
+
+
+def test_the_optimizers_momentum_in_a_caffe2_file_is_not_taken_for_weights(tmp_path):
+    source, model = TinyDetector().backbone, TinyDetector()
+    caffe2 = {"norm.running_mean": "bn_rm", "norm.running_var": "bn_riv"}
+    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    blobs = {caffe2.get(key, key): value.numpy() for key, value in state.items()}
+    blobs.update({f"{key}_momentum": value for key, value in blobs.items()})
+    path = tmp_path / "backbone.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs}))
+    load(model, path)
+    for key, value in state.items():
+        assert torch.equal(model.backbone.state_dict()[key], value)
 
 
 def test_weights_of_a_backbone_are_not_enough_to_evaluate(tmp_path):

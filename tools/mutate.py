@@ -23,20 +23,24 @@ they do not end in time counts as caught.
 
 import argparse
 import ast
+import compileall
+import contextlib
 import fnmatch
+import functools
 import json
 import os
+import py_compile
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import yaml
 from tabulate import tabulate
@@ -47,6 +51,19 @@ from smca.errors import UserError, exit_code
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "tests" / "mutants"
 _TIMEOUT_S = 300.0
+_FORKED_PYTEST = Path(__file__).with_name("forked_pytest.py")
+# Imported once and not for each bug, which would take seconds.
+_LIBRARIES = [
+    "detectron2.config",
+    "detectron2.data",
+    "detectron2.engine",
+    "detectron2.evaluation",
+    "detectron2.modeling",
+    "matplotlib.pyplot",
+    "scipy.optimize",
+    "torch.optim.swa_utils",
+    "torchvision.ops",
+]
 _RANDOM = "random"
 
 
@@ -96,18 +113,23 @@ def read_mutants(names: list[str], match: str) -> list[Mutant]:
         raise UserError(f"There is no list {unknown[0]}: choose among {', '.join(known)}.")
     mutants = []
     for name in names or known:
-        for entry in yaml.safe_load(known[name].read_text()) or []:
+        for entry in _read_yaml(known[name]) or []:
             mutant = Mutant(list_name=name, **entry)
             mutant.tests = mutant.tests or tests_of(mutant.file)
             mutants.append(mutant)
     return [m for m in mutants if match in m.file or match in m.bug]
 
 
+@functools.cache
+def _read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
 def tests_of(file: str) -> list[str]:
     """The tests that belong to a file, by the first fitting pattern of tests/mutants/tests.yml."""
-    for pattern, tests in yaml.safe_load((LISTS / "tests.yml").read_text()).items():
+    for pattern, tests in _read_yaml(LISTS / "tests.yml").items():
         if fnmatch.fnmatch(file, pattern):
-            return tests
+            return list(tests)
     raise UserError(f"No tests belong to {file}: name them in tests/mutants/tests.yml.")
 
 
@@ -231,79 +253,103 @@ def copy_checkout(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    # Compiled once, by the sources' hashes: a changed file may have the time and size of before.
+    compileall.compile_dir(
+        folder, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+    )
     # Installed, smca.configs would be that of the checkout.
     (folder / "projects" / "SMCA" / "smca" / "configs").symlink_to(folder / "configs")
     return folder
 
 
-def run_tests(folder: Path, tests: list[str]) -> str:
-    """
-    Returns:
-        What became of them: "survived" if all pass, "caught" or "late".
-    """
-    package = str(folder / "projects" / "SMCA")
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--no-header", "--tb=no"]
-    command += ["--durations=0", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, timeout=_TIMEOUT_S
+class Checkout:
+    """A copy of the checkout to plant bugs in, and a process that runs its tests."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: to copy to; created.
+        """
+        folder.mkdir()
+        self.folder = copy_checkout(folder)
+        package = str(folder / "projects" / "SMCA")
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+        environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(_FORKED_PYTEST), *_LIBRARIES],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
-    except subprocess.TimeoutExpired:
-        return "late"
-    if done.returncode in (0, 1):
-        return "caught" if done.returncode else "survived"
-    # 2: an import fails; the others are mistakes in the command line.
-    if done.returncode == 2:
-        return "caught"
-    raise UserError(f"pytest cannot run {' '.join(tests)}: {done.stdout.decode()[-500:]}")
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def run_tests(self, tests: list[str]) -> str:
+        """
+        Returns:
+            What became of them: "survived" if all pass, "caught" or "late".
+        """
+        assert self._process.stdin and self._process.stdout
+        arguments = ["-x", "-q", "-n0", "--tb=no", "--assert=plain", "-p", "no:cacheprovider"]
+        job = json.dumps([_TIMEOUT_S, [*arguments, *tests]])
+        print(job, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise UserError("The process that runs the tests is gone.")
+        # Exit codes other than 1: a bug with which nothing can be imported.
+        return answer if answer == "late" else "survived" if answer == "0" else "caught"
+
+    def try_bug(self, mutant: Mutant) -> None:
+        """Fill in what becomes of a bug."""
+        path = self.folder / mutant.file
+        original = path.read_text()
+        start = time.perf_counter()
+        try:
+            mutant.apply(self.folder)
+            mutant.outcome = self.run_tests(mutant.tests)
+        finally:
+            path.write_text(original)
+        mutant.seconds = round(time.perf_counter() - start, 1)
 
 
-def check_tests(folder: Path, mutants: list[Mutant]) -> None:
+def check_tests(checkout: Checkout, mutants: list[Mutant]) -> None:
     """
     Raises:
         UserError: tests fail without any bug.
     """
     tests = sorted({test for mutant in mutants for test in mutant.tests})
-    if tests and run_tests(folder, tests) != "survived":
+    if tests and checkout.run_tests(tests) != "survived":
         raise UserError(f"The tests fail without a bug: run pytest {' '.join(tests)}.")
 
 
-def plant(mutants: list[Mutant], num_jobs: int, checks_first: bool = True) -> None:
-    """Fill in the outcome of each, in `num_jobs` copies of the checkout at a time."""
+def plant(mutants: list[Mutant], num_jobs: int) -> None:
+    """Fill in what becomes of each, in `num_jobs` copies of the checkout at a time."""
     with tempfile.TemporaryDirectory(prefix="mutants_") as temporary:
-        folders: Queue[Path] = Queue()
-        for index in range(num_jobs):
-            folder = Path(temporary, str(index))
-            folder.mkdir()
-            folders.put(copy_checkout(folder))
-        if checks_first:
-            folder = folders.get()
-            check_tests(folder, mutants)
-            folders.put(folder)
-        progress, lock = tqdm(total=len(mutants), unit="bug"), threading.Lock()
+        checkouts: Queue[Checkout] = Queue()
+        with contextlib.ExitStack() as stack:
+            for index in range(num_jobs):
+                checkout = Checkout(Path(temporary, str(index)))
+                stack.callback(checkout.close)
+                checkouts.put(checkout)
+            check_tests(checkout, mutants)
+            progress = stack.enter_context(tqdm(total=len(mutants), unit="bug"))
 
-        def try_one(mutant: Mutant) -> None:
-            folder = folders.get()
-            original = (folder / mutant.file).read_text()
-            start = time.perf_counter()
-            try:
-                mutant.apply(folder)
-                mutant.outcome = run_tests(folder, mutant.tests)
-            finally:
-                (folder / mutant.file).write_text(original)
-                folders.put(folder)
-            mutant.seconds = round(time.perf_counter() - start, 1)
-            with lock:
+            def try_one(mutant: Mutant) -> None:
+                checkout = checkouts.get()
+                try:
+                    checkout.try_bug(mutant)
+                finally:
+                    checkouts.put(checkout)
                 progress.update()
                 if mutant.outcome == "survived":
                     progress.write(f"survived: {mutant.file}: {mutant.bug}")
 
-        with ThreadPoolExecutor(num_jobs) as pool:
-            list(pool.map(try_one, mutants))
-        progress.close()
+            with ThreadPoolExecutor(num_jobs) as pool:
+                list(pool.map(try_one, mutants))
 
 
 def make_table(mutants: list[Mutant]) -> str:
