@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from smca.checkpoint.files import (
     RefusedCode,
@@ -21,6 +22,7 @@ from smca.checkpoint.files import (
     read_tag,
     write_atomically,
 )
+from smca.checkpoint.fine_tuning import CLASS_ROWS, QUERY_ROWS, adapt
 from smca.errors import CheckpointError
 from smca.version import __version__
 
@@ -56,6 +58,9 @@ class SMCACheckpointer(DetectionCheckpointer):
     backbone's weights are found in it, with the prefix ``backbone.``, Detectron2's
     ``backbone.bottom_up.``, or without one (``detectron2://ImageNetPretrained/...``).
 
+    Unless `need_detector`, a detector's file of other classes or another number of queries fits
+    too (:func:`smca.checkpoint.fine_tuning.adapt`).
+
     It also writes where a checkpoint comes from under the key ``smca``. Files are written whole
     or not at all, and opening one never runs code in it, Detectron2's own model zoo excepted.
     """
@@ -74,9 +79,10 @@ class SMCACheckpointer(DetectionCheckpointer):
         Args:
             model (nn.Module): may be wrapped in DistributedDataParallel.
             save_dir (str): where checkpoints are written.
-            need_detector (bool): a backbone's file is an error in :meth:`load`.
+            need_detector (bool): a backbone's file, or a detector's of other classes or queries,
+                is an error in :meth:`load`.
             provenance (dict or None): plain values to keep in the checkpoints, for instance
-                the config's name and the class names.
+                the config's name and the class names (``class_names``).
             max_to_keep (int or None): of the files ``model_<iteration>.pth`` in `save_dir`,
                 whichever run wrote them, so many of the last written stay after a save.
             kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
@@ -260,12 +266,24 @@ class SMCACheckpointer(DetectionCheckpointer):
                 _strip_backbone_prefix(checkpoint["model"]),
                 c2_conversion=checkpoint.get("__author__") == "Caffe2",
             )
+        adapted = [] if self.need_detector or match_names else self._adapt(checkpoint)
         incompatible = super()._load_model(checkpoint)
         left_over = [
             key for key in incompatible.unexpected_keys if match_names or key.startswith(_BACKBONE)
         ]
         self._check(incompatible, left_over)
+        if adapted:
+            logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
         return incompatible
+
+    def _adapt(self, checkpoint):
+        weights = checkpoint["model"]
+        consume_prefix_in_state_dict_if_present(weights, "module.")
+        self._convert_ndarray_to_tensor(weights)
+        own = self.model.state_dict()
+        consume_prefix_in_state_dict_if_present(own, "module.")
+        old_names = (checkpoint.get("smca") or {}).get("class_names") or []
+        return adapt(weights, own, old_names, self.provenance.get("class_names") or [])
 
     def _log_incompatible_keys(self, incompatible):
         """Said in `_check`, for the keys that matter."""
@@ -311,19 +329,22 @@ class SMCACheckpointer(DetectionCheckpointer):
 
     def _raise_does_not_fit(self, incompatible, missing):
         wrong_shape = incompatible.incorrect_shapes
-        class_counts = {
-            (old[0], new[0])
-            for key, old, new in wrong_shape
-            if "class" in key and old[1:] == new[1:]
-        }
-        only_classes = all("class" in key for key, _, _ in wrong_shape)
-        if len(class_counts) == 1 and only_classes and not missing:
-            old, new = class_counts.pop()
-            raise CheckpointError(
-                f"{self._path} was trained with {old} classes, the config says {new}: set "
-                f"model.num_classes={old}, or start from a backbone's weights "
-                "(train.init_checkpoint) to train for other classes."
-            )
+        # Else all but the rows of classes and queries would fit.
+        has_other_rows = {k for k, _, _ in wrong_shape} <= {*CLASS_ROWS, *QUERY_ROWS}
+        if self.need_detector and has_other_rows and not missing:
+            counts = {
+                "classes" if key in CLASS_ROWS else "queries": (old[0], new[0])
+                for key, old, new in wrong_shape
+                if old[1:] == new[1:]
+            }
+            if counts:
+                old = " and ".join(f"{old} {what}" for what, (old, _) in counts.items())
+                new = " and ".join(str(new) for _, new in counts.values())
+                keys = " ".join(f"model.num_{k}={old}" for k, (old, _) in counts.items())
+                raise CheckpointError(
+                    f"{self._path} was trained with {old}, the config says {new}: set {keys}; to "
+                    "train for others from these weights, give them as train.init_checkpoint."
+                )
         parts = [
             f"{len(keys)} {what} ({_some(keys)})"
             for what, keys in (

@@ -1,10 +1,18 @@
-from .hooks import BestCheckpointer, EmergencyCheckpointer, EvalHook, ModelEMA, ProgressPrinter
+from .hooks import (
+    BestCheckpointer,
+    EarlyStopping,
+    EmergencyCheckpointer,
+    EvalHook,
+    ModelEMA,
+    ProgressPrinter,
+)
 from .launch import run
 from .train import do_eval, do_test, do_train, main
 from .trainer import Trainer
 
 __all__ = [
     "BestCheckpointer",
+    "EarlyStopping",
     "EmergencyCheckpointer",
     "EvalHook",
     "ModelEMA",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,6 +91,7 @@ class Trainer(SimpleTrainer):
         self.skip_nonfinite = skip_nonfinite
         self.report_dir = report_dir
         self.signals = StopSignals()
+        self.stopped_early = False
         self.stop_signal = None  # once all processes know of one: stop after this iteration
         self._num_skipped = 0  # in a row
         self._start_sample = None  # in the stream of data, as a checkpoint says
@@ -101,6 +103,26 @@ class Trainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=amp_dtype == torch.float16
         )
+
+    def train(self, start_iter, max_iter):
+        """As in Detectron2, but the training ends after an iteration in which a hook sets
+        `stopped_early`, in all processes."""
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter and not self.stopped_early:
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    self.iter += 1
+            except Exception:
+                logger.exception("Exception during training:")
+                raise
+            finally:
+                self.after_train()
 
     def before_train(self):
         self._seek_data()
