@@ -24,8 +24,11 @@ from smca.errors import ConfigError
 
 def metrics_of(folder):
     """{iteration: values} as metrics.json has them."""
-    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return {row["iteration"]: row for row in rows}
+    metrics = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        row = json.loads(line)
+        metrics.setdefault(row["iteration"], {}).update(row)
+    return metrics
 
 
 def test_tensorboard_gets_detections_at_each_evaluation(tmp_path):

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+from tqdm import tqdm
+
 from smca.analysis import (
     DetectionMaps,
     ModulationStatistics,
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> List[str]:
     checkpointer = SMCACheckpointer(predictor.model, need_detector=True)
     statistics: Dict[int, ModulationStatistics] = {}
     examples: Dict[int, List[DetectionMaps]] = {}
-    for file in files:
+    for file in tqdm(files, desc="checkpoints", disable=None):
         iteration = checkpointer.load(file).get("iteration")
         if iteration is None:
             raise CheckpointError(f"{file} does not say at which iteration it was written.")
