@@ -238,6 +238,9 @@ def run(weights, period):
         "compile": False,
         "best_metric": "bbox/AP",
         "log_period": 20,
+        "early_stopping": 0,
+        "writers": [],
+        "num_pictures": 4,
         "cudnn_benchmark": False,
         "fast_dev_run": False,
     }
@@ -304,6 +307,14 @@ TABLE = {
     "custom_coco": CUSTOM,
     "custom_yolo": CUSTOM,  # of files that tests/test_data_convert.py converts
     "custom_voc": CUSTOM,
+    "fine_tune": (
+        MULTI_SCALE | OWN_CLASSES,
+        COCO | OWN_FILES,
+        adamw(5e-5, 5e-6),
+        # 50 epochs of two images in batches of 8.
+        (12, {0: 0.01, 6: 0.505, 12: 0.01}),
+        run("???", 1) | {"early_stopping": 5, "max_epochs": 50, "eval_epochs": 2},
+    ),
     "smca_shapes": (DEMO, *DEMO_RECIPE),
     "detr_shapes": (changed(DEMO, decoder=NO_MODULATION), *DEMO_RECIPE),
     "convergence/shapes_multi_scale": (DEMO_MULTI_SCALE, *SLOW_DEMO_RECIPE),
@@ -548,14 +559,18 @@ def read_optimizer(config, model):
 
 def read_schedule(config, iterations):
     multiplier = instantiate(config.lr_multiplier)
-    steps = config.train.max_iter
+    steps = instantiate(config.train.max_iter)
     return steps, {i: round(multiplier(i / steps), 6) for i in iterations}
 
 
 def read_run(config):
     """Without the path, and the number of iterations that the schedule has."""
-    values = OmegaConf.to_container(config.train, resolve=True)
-    return {key: value for key, value in values.items() if key not in ("max_iter", "output_dir")}
+    train = config.train.copy()
+    train.eval_period = instantiate(config.train.eval_period)
+    train.checkpointer.period = instantiate(config.train.checkpointer.period)
+    del train.max_iter
+    values = OmegaConf.to_container(train, resolve=True)
+    return {key: value for key, value in values.items() if key != "output_dir"}
 
 
 # -------------------------------------------------------------------------------------------- tests

@@ -20,6 +20,7 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
 from omegaconf import DictConfig
 from tabulate import tabulate
+from tqdm import tqdm
 
 from smca.config import load_config
 from smca.errors import exit_code
@@ -73,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     files = [args.config] if args.config else [CONFIGS / f"{name}.py" for name in PUBLISHED]
     rows: List[List[Any]] = []
-    for file in files:
+    for file in tqdm(files, unit="model", disable=None):
         trainable, total, flops = analyze(load_config(str(file), args.opts), *args.size)
         published = PUBLISHED.get(Path(file).stem, (None, None))
         rows.append(

@@ -44,6 +44,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
+from tqdm import tqdm
 
 from benchmark_cases import MEASUREMENTS, REFERENCE, Job, Options
 from smca.config import AMP_DTYPES, load_config
@@ -341,8 +342,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of imports, in each process
     records: List[Record] = []
-    for job in itertools.chain.from_iterable(MEASUREMENTS[name](options) for name in options.what):
-        print(f"{job.name} {Path(job.config or '').stem} {job.size}", flush=True)
+    jobs = list(itertools.chain.from_iterable(MEASUREMENTS[n](options) for n in options.what))
+    for job in tqdm(jobs, unit="measurement", disable=None):
+        with tqdm.external_write_mode():
+            print(f"{job.name} {Path(job.config or '').stem} {job.size}", flush=True)
         records.append(run_job(job, options))
         if options.output:  # after each, so that a long run that is stopped leaves its results
             write_records(options.output, records)

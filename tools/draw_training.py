@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+from tqdm import tqdm
+
 from smca import Predictor
 from smca.analysis import (
     DetectionMaps,
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> List[str]:
     dataset_dicts = evenly(load_test_dataset(predictor.cfg), args.num_images)
     statistics: Dict[int, ModulationStatistics] = {}
     examples: Dict[int, List[DetectionMaps]] = {}
-    for file in files:
+    for file in tqdm(files, desc="checkpoints", disable=None):
         _, others = load_weights(predictor.model, file, args.weights_kind)
         iteration = others.get("iteration")
         if iteration is None:

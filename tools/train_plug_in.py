@@ -13,6 +13,7 @@ from typing import Any, Dict
 import numpy as np
 import torch
 from torchvision.ops import box_convert, masks_to_boxes
+from tqdm import tqdm, trange
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from plug_in_example import ModulatedDetr
@@ -81,7 +82,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     validation = [make_batch(np.random.default_rng(10**6 + index)) for index in range(8)]
     rng, start = np.random.default_rng(args.seed), time.perf_counter()
-    for step in range(1, args.steps + 1):
+    for step in trange(1, args.steps + 1, unit="step", disable=None):
         optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 100)
         optimizer.zero_grad()
         model(**make_batch(rng)).loss.backward()
@@ -92,7 +93,9 @@ def main() -> None:
                 losses = [model(**batch).loss_dict for batch in validation]
             means = {key: float(torch.stack([x[key] for x in losses]).mean()) for key in PARTS}
             numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-            print(f"step {step}  {numbers}  ({time.perf_counter() - start:.0f} s)", flush=True)
+            seconds = time.perf_counter() - start
+            with tqdm.external_write_mode():
+                print(f"step {step}  {numbers}  ({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,12 @@ train = dict(
     checkpointer=dict(period=5000, max_to_keep=5),
     best_metric="bbox/AP",  # the checkpoint with the highest one is kept as model_best.pth
     eval_period=5000,  # 0: only after the training
+    # Evaluations in a row without a better best_metric that end the training. 0: off.
+    early_stopping=0,
     log_period=20,
+    # Beside TensorBoard, metrics.json and log.txt: wandb, mlflow (the extra "tracking").
+    writers=[],
+    num_pictures=4,  # of detections and weight maps, to the writers at each evaluation. 0: none
     cudnn_benchmark=False,
     # A few steps, an evaluation on a few images and a checkpoint, in output_dir/fast_dev_run.
     fast_dev_run=False,

@@ -2,7 +2,7 @@
 
 from .curves import draw_curves, read_metrics
 from .detections import draw_contact_sheet, draw_instances, draw_truth_and_detections, truth_of
-from .pictures import evenly, write_pictures
+from .pictures import draw_pictures, evenly, write_pictures
 from .recorder import LayerRecord, NoModulationError, Recorder
 from .statistics import ModulationStatistics, collect, collect_examples, summarize
 from .training import draw_examples, draw_training
@@ -21,6 +21,7 @@ __all__ = [
     "draw_examples",
     "draw_gaussians",
     "draw_instances",
+    "draw_pictures",
     "draw_training",
     "draw_truth_and_detections",
     "evenly",

@@ -17,7 +17,7 @@ from smca.analysis.recorder import NoModulationError
 from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, modulation_maps
 from smca.data import read_image
 
-__all__ = ["evenly", "write_pictures"]
+__all__ = ["draw_pictures", "evenly", "write_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,36 @@ def write_pictures(
         UserError: see the functions above and `smca.data.read_image`.
     """
     os.makedirs(output_dir, exist_ok=True)
+    figures = draw_pictures(
+        predictor,
+        dataset_dicts,
+        num_images=num_images,
+        num_detections=num_detections,
+        confidence_threshold=confidence_threshold,
+        layer=layer,
+        scale=scale,
+    )
+    if metrics_file is not None:
+        figures["curves.png"] = draw_curves(read_metrics(metrics_file))
+    paths = []
+    for name, figure in figures.items():
+        paths.append(os.path.join(output_dir, name))
+        figure.savefig(paths[-1])
+    return paths
+
+
+def draw_pictures(
+    predictor: ImageDetector,
+    dataset_dicts: Sequence[Dict[str, Any]],
+    *,
+    num_images: int = 8,
+    num_detections: int = 4,
+    confidence_threshold: float = 0.3,
+    layer: int = -1,
+    scale: Optional[int] = None,
+) -> Dict[str, Figure]:
+    """The pictures of `write_pictures` by their files' names, but for the curves; arguments are
+    those of that function."""
     chosen = evenly(dataset_dicts, num_images)
     figures: Dict[str, Figure] = {}
     if chosen:
@@ -68,13 +98,7 @@ def write_pictures(
             )
         except NoModulationError as error:
             logger.warning("%s", error)
-    if metrics_file is not None:
-        figures["curves.png"] = draw_curves(read_metrics(metrics_file))
-    paths = []
-    for name, figure in figures.items():
-        paths.append(os.path.join(output_dir, name))
-        figure.savefig(paths[-1])
-    return paths
+    return figures
 
 
 def evenly(items: Sequence[Item], count: int) -> List[Item]:

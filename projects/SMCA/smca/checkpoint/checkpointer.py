@@ -1,9 +1,7 @@
 import logging
 import os
-import pickle
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import IO, Any, Callable, Collection, Dict, Iterable, List, Optional, Sequence, Set
 
@@ -15,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from smca.checkpoint.files import (
     RefusedCode,
@@ -25,6 +24,7 @@ from smca.checkpoint.files import (
     read_tag,
     write_atomically,
 )
+from smca.checkpoint.fine_tuning import CLASS_ROWS, QUERY_ROWS, adapt
 from smca.errors import CheckpointError
 from smca.version import __version__
 
@@ -38,17 +38,6 @@ _BACKBONE = "backbone."
 _SAME_BACKBONE = 0.9
 # Detectron2's own model zoo, whose pickles are opened like any program of Detectron2.
 _MODEL_ZOO = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
-_BROKEN = (
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
 
 
 class SMCACheckpointer(DetectionCheckpointer):
@@ -59,13 +48,17 @@ class SMCACheckpointer(DetectionCheckpointer):
     backbone's weights are found in it, with the prefix ``backbone.``, Detectron2's
     ``backbone.bottom_up.``, or without one (``detectron2://ImageNetPretrained/...``).
 
+    Unless `need_detector`, a detector's file of other classes or another number of queries fits
+    too (:func:`smca.checkpoint.fine_tuning.adapt`).
+
     It also writes where a checkpoint comes from under the key ``smca``. Files are written whole
     or not at all, and opening one never runs code in it, Detectron2's own model zoo excepted.
 
     Args:
         model: may be wrapped in DistributedDataParallel.
         save_dir: where checkpoints are written.
-        need_detector: a backbone's file is an error in :meth:`load`.
+        need_detector: a backbone's file, or a detector's of other classes or queries, is an error
+            in :meth:`load`.
         provenance: plain values to keep in the checkpoints, for instance the config's name and the
             class names.
         max_to_keep: of the files ``model_<iteration>.pth`` in `save_dir`, whichever run wrote them,
@@ -204,7 +197,7 @@ class SMCACheckpointer(DetectionCheckpointer):
                 problems.append(f"The checkpoint {path} is none of a training.")
             except FileNotFoundError:
                 problems.append(f"The checkpoint {path} does not exist.")
-            except (OSError, RefusedCode, *_BROKEN) as error:
+            except Exception as error:  # a broken file can raise anything
                 problems.append(f"The checkpoint {path} cannot be read: {_first_line(error)}.")
         if problems:
             raise CheckpointError(
@@ -271,12 +264,24 @@ class SMCACheckpointer(DetectionCheckpointer):
                 _strip_backbone_prefix(checkpoint["model"]),
                 c2_conversion=checkpoint.get("__author__") == "Caffe2",
             )
+        adapted = [] if self.need_detector or match_names else self._adapt(checkpoint)
         incompatible = super()._load_model(checkpoint)
         left_over = [
             key for key in incompatible.unexpected_keys if match_names or key.startswith(_BACKBONE)
         ]
         self._check(incompatible, left_over)
+        if adapted:
+            logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
         return incompatible
+
+    def _adapt(self, checkpoint: Dict[str, Any]) -> List[str]:
+        weights = checkpoint["model"]
+        consume_prefix_in_state_dict_if_present(weights, "module.")
+        self._convert_ndarray_to_tensor(weights)
+        own = self.model.state_dict()
+        consume_prefix_in_state_dict_if_present(own, "module.")
+        old_names = (checkpoint.get("smca") or {}).get("class_names") or []
+        return adapt(weights, own, old_names, self.provenance.get("class_names") or [])
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """Said in `_check`, for the keys that matter."""
@@ -326,19 +331,22 @@ class SMCACheckpointer(DetectionCheckpointer):
         self, incompatible: _IncompatibleKeys, missing: Collection[str]
     ) -> None:
         wrong_shape = incompatible.incorrect_shapes
-        class_counts = {
-            (old[0], new[0])
-            for key, old, new in wrong_shape
-            if "class" in key and old[1:] == new[1:]
-        }
-        only_classes = all("class" in key for key, _, _ in wrong_shape)
-        if len(class_counts) == 1 and only_classes and not missing:
-            old, new = class_counts.pop()
-            raise CheckpointError(
-                f"{self._path} was trained with {old} classes, the config says {new}: set "
-                f"model.num_classes={old}, or start from a backbone's weights "
-                "(train.init_checkpoint) to train for other classes."
-            )
+        # Else all but the rows of classes and queries would fit.
+        has_other_rows = {k for k, _, _ in wrong_shape} <= {*CLASS_ROWS, *QUERY_ROWS}
+        if self.need_detector and has_other_rows and not missing:
+            counts = {
+                "classes" if key in CLASS_ROWS else "queries": (old[0], new[0])
+                for key, old, new in wrong_shape
+                if old[1:] == new[1:]
+            }
+            if counts:
+                old = " and ".join(f"{old} {what}" for what, (old, _) in counts.items())
+                new = " and ".join(str(new) for _, new in counts.values())
+                keys = " ".join(f"model.num_{k}={old}" for k, (old, _) in counts.items())
+                raise CheckpointError(
+                    f"{self._path} was trained with {old}, the config says {new}: set {keys}; to "
+                    "train for others from these weights, give them as train.init_checkpoint."
+                )
         parts = [
             f"{len(keys)} {what} ({_some(keys)})"
             for what, keys in (

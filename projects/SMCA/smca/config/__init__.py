@@ -4,14 +4,16 @@ from . import resolvers  # noqa: F401
 from .build import build, build_model, dataset_names
 from .lazy import load_config, quoted
 from .names import get_config, get_config_file, list_configs
-from .train import AMP_DTYPES, resolve_device
+from .train import AMP_DTYPES, WRITERS, check_train, resolve_device
 from .yacs import add_smca_config
 
 __all__ = [
     "AMP_DTYPES",
+    "WRITERS",
     "add_smca_config",
     "build",
     "build_model",
+    "check_train",
     "dataset_names",
     "get_config",
     "get_config_file",

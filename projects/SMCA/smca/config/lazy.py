@@ -13,18 +13,23 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from smca.config.names import load_file
+from smca.config.names import get_config_file, load_file
 from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
 
 __all__ = ["load_config", "quoted"]
 
+# Of configs/fine_tune.py: another config, of the model to start from.
+_BASE = "base.config"
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A LazyConfig with overrides, checked.
+
+    Where it has a ``base``, ``base.config=NAME`` takes the model and the sizes of images of
+    another config.
 
     Args:
         config_file: path of a .py or .yaml LazyConfig. Where a .py file leaves
@@ -36,8 +41,13 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
         ConfigError: names the file or the key, and the nearest valid key.
     """
     cfg = _load_file(config_file)
-    for override in overrides:
+    base = OmegaConf.select(cfg, _BASE)
+    # The base first, so that the other overrides change its model.
+    for override in sorted(overrides, key=lambda text: not text.startswith(f"{_BASE}=")):
         _apply_override(cfg, override)
+        if OmegaConf.select(cfg, _BASE) != base:
+            base = OmegaConf.select(cfg, _BASE)
+            _take_from_base(cfg, base)
     _require_sections(cfg, _SECTIONS)
     # An evaluation needs no training data.
     splits = [name for name in ("train", "test") if name in cfg.dataloader]
@@ -51,6 +61,16 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     _check_references(cfg)
     check_train(cfg.train)
     return cfg
+
+
+def _take_from_base(cfg: DictConfig, name: str) -> None:
+    """The model (but for its number of classes) and what happens to an image before it become those
+    of another config, which is given by name or path."""
+    base = _load_file(name if PathManager.isfile(name) else get_config_file(name))
+    base.model.num_classes = cfg.model.num_classes
+    cfg.model = base.model
+    for split in ("train", "test"):
+        cfg.dataloader[split].mapper = base.dataloader[split].mapper
 
 
 def quoted(text: str) -> str:
@@ -186,6 +206,13 @@ def _names(node: Any) -> List[str]:
     return names
 
 
+def _gives_number(node: DictConfig) -> bool:
+    """Whether it is a call, such as of :func:`smca.data.num_classes`, that computes a number."""
+    target = node.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    return callable(target) and inspect.signature(target).return_annotation in (int, float)
+
+
 def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:
     for name in _names(node):
         yield prefix + name
@@ -204,6 +231,8 @@ def _check_kind(key: str, old: Any, new: Any) -> None:
     if isinstance(old, bool):
         check_value(key, new, TRUE_OR_FALSE)
     elif isinstance(old, (int, float)) and isinstance(new, (str, bool)):
+        check_value(key, new, NUMBER)
+    elif isinstance(old, DictConfig) and _gives_number(old):
         check_value(key, new, NUMBER)
     elif isinstance(old, DictConfig):
         keys = ", ".join(map(str, old.keys()))

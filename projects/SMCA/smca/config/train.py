@@ -1,9 +1,9 @@
 """The ``train`` section of a config: which values its keys may have, and the device it names."""
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from smca.config.schema import (
     SECTION,
@@ -17,9 +17,15 @@ from smca.config.schema import (
 )
 from smca.errors import ConfigError
 
-__all__ = ["AMP_DTYPES", "check_train", "resolve_device"]
+__all__ = ["AMP_DTYPES", "WRITERS", "check_train", "resolve_device"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WRITERS = ("wandb", "mlflow")
+
+
+def _is_list_of(value: Any, names: Sequence[str]) -> bool:
+    return isinstance(value, ListConfig) and all(name in names for name in value)
+
 
 # Of each key what its value may be; there may be other keys.
 _TRAIN = {
@@ -35,6 +41,7 @@ _TRAIN = {
     "accumulate": whole_number(least=1),
     "clip_grad_norm": or_null(number("a number of at least 0", least=0)),
     "skip_nonfinite": whole_number(least=0),
+    "early_stopping": whole_number(least=0),
     "model_ema": {
         "enabled": TRUE_OR_FALSE,
         "decay": number("a number in [0, 1)", least=0, below=1),
@@ -47,10 +54,12 @@ _TRAIN = {
     "best_metric": text("the name of a metric, such as bbox/AP"),
     "eval_period": whole_number(least=0),
     "log_period": whole_number(least=1),
+    "num_pictures": whole_number(least=0),
+    "writers": Kind(f"a list of {' and '.join(WRITERS)}", lambda v: _is_list_of(v, WRITERS)),
     "fast_dev_run": TRUE_OR_FALSE,
 }
 # Newer than configs that users may have saved.
-_OPTIONAL = {"skip_nonfinite"}
+_OPTIONAL = {"skip_nonfinite", "early_stopping", "num_pictures", "writers"}
 
 
 def check_train(train: DictConfig) -> None:
@@ -70,11 +79,17 @@ def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
             continue
         if key not in section:
             raise ConfigError(f"The config lacks {full_name}: start from configs/common/train.py.")
+        if _is_call(section[key]):  # computed from the data, and checked then
+            continue
         if isinstance(kind, Kind):
             check_value(full_name, section[key], kind)
         else:
             check_value(full_name, section[key], SECTION)
             _check(section[key], kind, full_name)
+
+
+def _is_call(value: Any) -> bool:
+    return isinstance(value, DictConfig) and "_target_" in value
 
 
 def resolve_device(name: str) -> torch.device:

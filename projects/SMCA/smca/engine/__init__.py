@@ -1,11 +1,19 @@
 from .evaluate import do_test
-from .hooks import BestCheckpointer, EmergencyCheckpointer, EvalHook, ModelEMA, ProgressPrinter
+from .hooks import (
+    BestCheckpointer,
+    EarlyStopping,
+    EmergencyCheckpointer,
+    EvalHook,
+    ModelEMA,
+    ProgressPrinter,
+)
 from .launch import run
 from .train import do_eval, do_train, main
 from .trainer import Trainer
 
 __all__ = [
     "BestCheckpointer",
+    "EarlyStopping",
     "EmergencyCheckpointer",
     "EvalHook",
     "ModelEMA",

@@ -1,5 +1,6 @@
 import contextlib
 import logging
+import math
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ except ImportError:  # Windows
 
 __all__ = [
     "BestCheckpointer",
+    "EarlyStopping",
     "EmergencyCheckpointer",
     "EvalHook",
     "ModelEMA",
@@ -236,6 +238,69 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self._val_metric,
                 ", ".join(sorted(metrics)),
             )
+
+
+class EarlyStopping(HookBase):
+    """Ends the training, in all processes, when a metric has not become better for so many
+    evaluations in a row.
+
+    The last state is saved as ``model_final.pth``, and what was best so far is in the checkpoints,
+    so that a resumed training ends where an unbroken one does. Put it behind `EvalHook`. An
+    evaluation that has no such metric does not count.
+
+    Args:
+        period: iterations from one evaluation to the next, as of the `EvalHook`.
+        patience: evaluations, at least 1.
+        checkpointer: saves the last state.
+        metric: such as ``bbox/AP``; more is better.
+    """
+
+    def __init__(self, period: int, patience: int, checkpointer: Checkpointer, metric: str):
+        self._period = period
+        self._patience = patience
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._best: Optional[float] = None
+        self._num_worse = 0  # since the best
+
+    def before_train(self) -> None:
+        self._stop_if_due()
+
+    def after_step(self) -> None:
+        next_iter = self.trainer.iter + 1
+        if self._period <= 0 or next_iter % self._period or next_iter == self.trainer.max_iter:
+            return
+        # Only the main process has results.
+        value, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
+        value = comm.all_gather(value if iteration == self.trainer.iter else None)[0]
+        if value is None:
+            return
+        if math.isfinite(value) and (self._best is None or value > self._best):
+            self._best, self._num_worse = float(value), 0
+        else:
+            self._num_worse += 1
+        if self._stop_if_due():
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
+
+    def _stop_if_due(self) -> bool:
+        if self._num_worse < self._patience:
+            return False
+        logger.info(
+            "The training ends early: %s did not become better than %s in %d evaluations "
+            "(train.early_stopping=%d).",
+            self._metric,
+            "nan" if self._best is None else f"{self._best:.3f}",
+            self._num_worse,
+            self._patience,
+        )
+        self.trainer.stopped_early = True
+        return True
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"best": self._best, "num_worse": self._num_worse}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self._best, self._num_worse = state_dict["best"], state_dict["num_worse"]
 
 
 def _peak_memory_mb() -> float:

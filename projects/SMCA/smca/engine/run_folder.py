@@ -19,6 +19,7 @@ _FILES = (
     "config.yaml",
     "events.out.tfevents.*",
     "nonfinite_*.json",
+    "tracking.json",
     # What the project's tools draw there.
     "pictures",
     "curves.png",

@@ -15,7 +15,15 @@ from torch import nn
 
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.files import remove_temporary_files
-from smca.config import AMP_DTYPES, build, build_model, dataset_names, load_config, resolve_device
+from smca.config import (
+    AMP_DTYPES,
+    build,
+    build_model,
+    check_train,
+    dataset_names,
+    load_config,
+    resolve_device,
+)
 from smca.engine.evaluate import (
     Results,
     build_test_loader,
@@ -26,15 +34,18 @@ from smca.engine.evaluate import (
 )
 from smca.engine.hooks import (
     BestCheckpointer,
+    EarlyStopping,
     EmergencyCheckpointer,
     EvalHook,
     ModelEMA,
     ProgressPrinter,
 )
 from smca.engine.peers import PeerWatch
+from smca.engine.pictures import EvaluationPictures
 from smca.engine.run_folder import newest_previous_run, set_previous_run_aside
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
+from smca.engine.writers import build_writers
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.modeling import SMCA
 
@@ -153,14 +164,19 @@ def _shorten(train: DictConfig) -> None:
 
 def _resolve_data_settings(cfg: DictConfig) -> None:
     """Replace what a config computes from the data by its value: names of data sets that it
-    registers, and the number of classes (``configs/custom_coco.py``). config.yaml, written
-    before this, keeps how they are computed."""
+    registers, the number of classes (``configs/custom_coco.py``), and iterations of so many
+    epochs (``configs/fine_tune.py``). config.yaml, written before this, keeps how they are
+    computed."""
     for key in ("dataloader.train.dataset.names", "dataloader.test.dataset.names"):
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig):
             OmegaConf.update(cfg, key, build(node, key), merge=False)
-    if isinstance(OmegaConf.select(cfg, "model.num_classes"), DictConfig):
-        cfg.model.num_classes = build(cfg.model.num_classes, "model.num_classes")
+    numbers = ["model.num_classes", "train.max_iter", "train.eval_period"]
+    for key in [*numbers, "train.checkpointer.period"]:
+        node = OmegaConf.select(cfg, key)
+        if isinstance(node, DictConfig):
+            OmegaConf.update(cfg, key, build(node, key), merge=False)
+    check_train(cfg.train)
     evaluated = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
     if isinstance(evaluated, ListConfig):
         raise ConfigError(
@@ -239,11 +255,15 @@ def do_train(
     if ema is not None:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
     results: Results = {}
+    pictures = EvaluationPictures(cfg, train.get("num_pictures", 0))
 
     def evaluate() -> Results:
         results.update(do_test(cfg, model, test_loader))
         if ema is not None:
             results.update(do_test(cfg, ema.model, test_loader, prefix="ema/"))
+        if comm.is_main_process():
+            drawn = ema.model if ema and train.best_metric.startswith("ema/") else model
+            pictures.put(drawn, trainer.storage)
         # Detectron2 sums up what it gets into "name/metric".
         return dict(results)
 
@@ -295,15 +315,23 @@ def _build_hooks(
         ema,
         EmergencyCheckpointer(checkpointer, peers),
     ]
+    patience = train.get("early_stopping", 0)
+    stopping = EarlyStopping(train.eval_period, patience, checkpointer, train.best_metric)
+    early_stopping = [stopping] if patience else []
     if not comm.is_main_process():
-        return state_hooks + [EvalHook(train.eval_period, evaluate)]
-    writers = default_writers(train.output_dir, train.max_iter)
-    writers[0] = ProgressPrinter(train.max_iter)
+        return state_hooks + [EvalHook(train.eval_period, evaluate), *early_stopping]
+    # TensorBoard's is the last, since it clears the pictures.
+    writers = [
+        ProgressPrinter(train.max_iter),
+        *build_writers(train.get("writers", []), train.output_dir),
+        *default_writers(train.output_dir, train.max_iter)[1:],
+    ]
     return state_hooks + [
         # The checkpointer itself removes old files, those of the run before a resume too.
         hooks.PeriodicCheckpointer(checkpointer, **{**train.checkpointer, "max_to_keep": None}),
         EvalHook(train.eval_period, evaluate),
         BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
+        *early_stopping,
         hooks.PeriodicWriter(writers, period=train.log_period),
     ]
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -89,6 +90,7 @@ class Trainer(SimpleTrainer):
         self.skip_nonfinite = skip_nonfinite
         self.report_dir = report_dir
         self.signals = StopSignals()
+        self.stopped_early = False
         # Once all processes know of one: stop after this iteration.
         self.stop_signal: Optional[int] = None
         self._num_skipped = 0  # in a row
@@ -102,6 +104,26 @@ class Trainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=amp_dtype == torch.float16
         )
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """As in Detectron2, but the training ends after an iteration in which a hook sets
+        `stopped_early`, in all processes."""
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter and not self.stopped_early:
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    self.iter += 1
+            except Exception:
+                logger.exception("Exception during training:")
+                raise
+            finally:
+                self.after_train()
 
     def before_train(self) -> None:
         self._seek_data()
@@ -342,7 +364,7 @@ class Trainer(SimpleTrainer):
         state = super().state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
         state.update(self._stream())
-        if self._start_sample is not None:
+        if self._start_sample is not None and self.total_batch_size is not None:
             num_steps = self.iter + 1 - self.start_iter
             num_samples = num_steps * self.accumulate * self.total_batch_size
             state["sample"] = self._start_sample + num_samples

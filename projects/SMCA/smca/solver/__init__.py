@@ -1,5 +1,17 @@
 """Learning rates and schedules, for configs."""
 
-from .recipe import COCO_TRAIN_IMAGES, backbone_lr_factor, step_schedule
+from .recipe import (
+    COCO_TRAIN_IMAGES,
+    backbone_lr_factor,
+    layer_lr_factor,
+    step_schedule,
+    steps_of_epochs,
+)
 
-__all__ = ["COCO_TRAIN_IMAGES", "backbone_lr_factor", "step_schedule"]
+__all__ = [
+    "COCO_TRAIN_IMAGES",
+    "backbone_lr_factor",
+    "layer_lr_factor",
+    "step_schedule",
+    "steps_of_epochs",
+]

@@ -1,11 +1,18 @@
 """DETR's training recipe in Detectron2's terms: learning rates of the parts, and their schedule."""
 
-from typing import Any, Callable, Dict, Tuple
+import json
+from typing import Any, Callable, Dict, Mapping, Sequence, Tuple, Union
 
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-__all__ = ["COCO_TRAIN_IMAGES", "backbone_lr_factor", "step_schedule"]
+__all__ = [
+    "COCO_TRAIN_IMAGES",
+    "backbone_lr_factor",
+    "layer_lr_factor",
+    "step_schedule",
+    "steps_of_epochs",
+]
 
 COCO_TRAIN_IMAGES = 118287
 
@@ -22,6 +29,48 @@ def backbone_lr_factor(factor: float) -> Callable[[str], float]:
         return factor if parameter_name.startswith("backbone.") else 1.0
 
     return lr_factor
+
+
+def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
+    """Each part or layer learns at its own share of the learning rate.
+
+    Args:
+        factors: from the beginning of parameters' names, in whole words between dots
+            ("backbone", "encoder.layers.0"), to their factor. The longest that fits counts; 1
+            where none does.
+
+    Returns:
+        From a parameter's name to its factor, for
+        ``get_default_optimizer_params(lr_factor_func=...)``.
+    """
+    by_length = sorted(factors.items(), key=lambda item: -len(item[0]))
+
+    def lr_factor(parameter_name: str) -> float:
+        fits = (f for prefix, f in by_length if f"{parameter_name}.".startswith(f"{prefix}."))
+        return next(fits, 1.0)
+
+    return lr_factor
+
+
+def steps_of_epochs(
+    epochs: float,
+    json_file: Union[str, Sequence[str]],
+    batch_size: int,
+    accumulate: int = 1,
+) -> int:
+    """Iterations of so many epochs of COCO-format data, at least 1.
+
+    Args:
+        json_file: one or several, that train together.
+        batch_size: images of a batch, in all processes together.
+        accumulate: batches of an iteration.
+    """
+    files = [json_file] if isinstance(json_file, str) else json_file
+    num_images = 0
+    for file in files:
+        with open(file, encoding="utf-8") as opened:
+            num_images += len(json.load(opened)["images"])
+    return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
 
 def step_schedule(

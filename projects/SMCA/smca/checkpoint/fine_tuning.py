@@ -1,0 +1,84 @@
+"""A detector's weights for other classes and another number of queries."""
+
+from typing import Dict, List, Mapping, Sequence
+
+from torch import Tensor
+
+__all__ = ["CLASS_ROWS", "QUERY_ROWS", "adapt"]
+
+# Weights with a row for each class, and for each query.
+CLASS_ROWS = ("class_embed.weight", "class_embed.bias")
+QUERY_ROWS = ("query_embed.weight",)
+
+
+def adapt(
+    weights: Dict[str, Tensor],
+    initial: Mapping[str, Tensor],
+    old_names: Sequence[str] = (),
+    new_names: Sequence[str] = (),
+) -> List[str]:
+    """Fit a checkpoint's rows of classes and queries to a model.
+
+    A class has the row of the same name. Without names on both sides all rows are kept if there
+    are as many, else none. The first queries are kept, as many as both sides have. Whatever has no
+    row in the checkpoint keeps its initial one.
+
+    Args:
+        weights: the checkpoint's, changed in place. Weights whose rows have another length are
+            left as they are.
+        initial: the model's.
+        old_names, new_names: of the classes.
+
+    Returns:
+        What is not kept, in words; empty if everything is.
+    """
+    notes = []
+    class_rows = [key for key in CLASS_ROWS if _have_rows_of_one_kind(weights, initial, key)]
+    if class_rows:
+        num_old, num_new = (len(rows[class_rows[0]]) for rows in (weights, initial))
+        has_names = len(old_names) == num_old and len(new_names) == num_new
+        if has_names or num_old != num_new:
+            known = {name: row for row, name in enumerate(old_names)} if has_names else {}
+            names = list(new_names) if has_names else [str(index) for index in range(num_new)]
+            kept = {row: known[name] for row, name in enumerate(names) if name in known}
+            for key in class_rows:
+                weights[key] = _with_rows(initial[key], weights[key], kept)
+            notes += _note_of_classes(names, kept, num_old)
+    for key in QUERY_ROWS:
+        if _have_rows_of_one_kind(weights, initial, key):
+            num_old, num_new = len(weights[key]), len(initial[key])
+            kept = {row: row for row in range(min(num_old, num_new))}
+            weights[key] = _with_rows(initial[key], weights[key], kept)
+            if num_new > num_old:
+                notes.append(f"{num_new - num_old} of {num_new} queries start anew")
+            elif num_new < num_old:
+                notes.append(f"the last {num_old - num_new} of {num_old} queries are left out")
+    return notes
+
+
+def _have_rows_of_one_kind(
+    weights: Mapping[str, Tensor], initial: Mapping[str, Tensor], key: str
+) -> bool:
+    if key not in weights or key not in initial:
+        return False
+    old, new = weights[key], initial[key]
+    return old.dim() == new.dim() and old.dim() > 0 and old.shape[1:] == new.shape[1:]
+
+
+def _with_rows(initial: Tensor, old: Tensor, kept: Mapping[int, int]) -> Tensor:
+    """`initial` with the rows `kept` (new row: old row) from `old`."""
+    rows = initial.detach().clone()
+    if kept:
+        rows[list(kept.keys())] = old[list(kept.values())].to(rows)
+    return rows
+
+
+def _note_of_classes(names: Sequence[str], kept: Mapping[int, int], num_old: int) -> List[str]:
+    notes = []
+    anew = [name for row, name in enumerate(names) if row not in kept]
+    if anew:
+        listed = ", ".join(anew[:8]) + (f" and {len(anew) - 8} more" if len(anew) > 8 else "")
+        notes.append(f"{len(anew)} of {len(names)} classes start anew ({listed})")
+    if len(kept) < num_old:
+        notes.append(f"{num_old - len(kept)} of {num_old} old classes are left out")
+    return notes

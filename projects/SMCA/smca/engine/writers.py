@@ -1,0 +1,203 @@
+"""Writers that follow a training in Weights & Biases and MLflow."""
+
+import importlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+
+import numpy as np
+from detectron2.utils.events import EventWriter, get_event_storage
+from omegaconf import OmegaConf
+
+from smca.checkpoint.files import write_atomically
+from smca.errors import ConfigError
+
+__all__ = ["MLflowWriter", "WandbWriter", "build_writers"]
+
+logger = logging.getLogger(__name__)
+
+# In the output folder, from a service to the id of the run there, for --resume.
+_RUNS = "tracking.json"
+
+
+class _TrackingWriter(EventWriter):
+    """Sends what is new in the storage, as TensorBoard's writer does. A service that fails ends
+    the sending, with a warning, and not the training."""
+
+    name = ""
+
+    def __init__(self, output_dir: str, window_size: int = 20):
+        """
+        Args:
+            output_dir: holds the service's files, and the run's id for ``--resume``.
+            window_size: iterations whose median is sent.
+
+        Raises:
+            ConfigError: the service's package is not installed, or a run cannot be started.
+        """
+        self._window_size = window_size
+        self._last_write = -1
+        self._is_on = False
+        try:
+            self._service: Any = importlib.import_module(self.name)
+        except ImportError as error:
+            raise ConfigError(
+                f"train.writers has {self.name}, which is not installed: pip install "
+                f"'smca[tracking]', or leave it out."
+            ) from error
+        runs = _read_runs(output_dir)
+        try:
+            run_id = self._start(output_dir, runs.get(self.name))
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ConfigError(
+                f"train.writers has {self.name}, which cannot start a run: {reason[0]}"
+            ) from error
+        content = json.dumps({**runs, self.name: run_id}).encode()
+        write_atomically(os.path.join(output_dir, _RUNS), lambda file: file.write(content))
+        self._is_on = True
+
+    def _start(self, output_dir: str, run_id: Optional[str]) -> str:
+        """Start or go on with a run, and return its id."""
+        raise NotImplementedError
+
+    def _send_values(self, values: Mapping[str, float], iteration: int) -> None:
+        raise NotImplementedError
+
+    def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
+        """(height, width, 3) uint8, RGB"""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        raise NotImplementedError
+
+    def write(self) -> None:
+        if not self._is_on:
+            return
+        storage = get_event_storage()
+        by_iteration: Dict[int, Dict[str, float]] = {}
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(
+            self._window_size
+        ).items():
+            if iteration > self._last_write:
+                by_iteration.setdefault(iteration, {})[name] = value
+        try:
+            for iteration, values in sorted(by_iteration.items()):
+                self._send_values(values, iteration)
+            # Detectron2's storage shows them to writers in this list; TensorBoard's clears it.
+            for name, image, iteration in storage._vis_data:
+                self._send_image(name, np.asarray(image).transpose(1, 2, 0), iteration)
+        except Exception as error:
+            self._is_on = False
+            logger.warning("Nothing more is sent to %s: %s", self.name, error)
+        self._last_write = max(by_iteration, default=self._last_write)
+
+    def close(self) -> None:
+        if self._is_on:
+            self._is_on = False
+            self._end()
+
+
+class WandbWriter(_TrackingWriter):
+    """Weights & Biases. Its environment variables count (``WANDB_PROJECT``, ``WANDB_MODE=offline``,
+    ...); without ``WANDB_PROJECT`` the project is "smca"."""
+
+    name = "wandb"
+
+    def _start(self, output_dir: str, run_id: Optional[str]) -> str:
+        self._run = self._service.init(
+            project=os.environ.get("WANDB_PROJECT", "smca"),
+            name=os.path.basename(os.path.abspath(output_dir)),
+            dir=output_dir,
+            config=_saved_config(output_dir),
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+        return self._run.id
+
+    def _send_values(self, values: Mapping[str, float], iteration: int) -> None:
+        self._run.log({**values, "iteration": iteration}, step=iteration)
+
+    def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
+        self._run.log({name: self._service.Image(image)}, step=iteration)
+
+    def _end(self) -> None:
+        self._run.finish()
+
+
+class MLflowWriter(_TrackingWriter):
+    """MLflow. Its environment variables count (``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``,
+    ...); without them runs are in the output folder, in ``mlflow.db`` and ``mlartifacts``, in the
+    experiment "smca"."""
+
+    name = "mlflow"
+
+    def _start(self, output_dir: str, run_id: Optional[str]) -> str:
+        folder = Path(output_dir).resolve()
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "smca")
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            self._service.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+            if self._service.get_experiment_by_name(experiment) is None:
+                artifacts = (folder / "mlartifacts").as_uri()
+                self._service.create_experiment(experiment, artifact_location=artifacts)
+        self._service.set_experiment(experiment)
+        run = self._service.start_run(
+            run_id=run_id, run_name=os.path.basename(os.path.abspath(output_dir))
+        )
+        if run_id is None:
+            self._service.log_dict(_saved_config(output_dir), "config.yaml")
+            self._service.log_params(dict(_flat(_saved_config(output_dir))))
+        return run.info.run_id
+
+    def _send_values(self, values: Mapping[str, float], iteration: int) -> None:
+        # Class names may have characters that MLflow does not take.
+        named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in values.items()}
+        self._service.log_metrics(named, step=iteration)
+
+    def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
+        self._service.log_image(image, f"{name}_{iteration:07d}.png")
+
+    def _end(self) -> None:
+        self._service.end_run()
+
+
+_WRITERS = {writer.name: writer for writer in (WandbWriter, MLflowWriter)}
+
+
+def build_writers(names: Any, output_dir: str) -> Iterator[EventWriter]:
+    """
+    Args:
+        names: of ``train.writers``, in :data:`smca.config.WRITERS`.
+        output_dir: of the run.
+
+    Raises:
+        ConfigError: see the writers.
+    """
+    return (_WRITERS[name](output_dir) for name in names)
+
+
+def _read_runs(output_dir: str) -> Dict[str, str]:
+    try:
+        return json.loads(Path(output_dir, _RUNS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _saved_config(output_dir: str) -> Any:
+    """Of config.yaml, in plain types; empty if there is none."""
+    try:
+        config = OmegaConf.load(os.path.join(output_dir, "config.yaml"))
+    except Exception:  # Detectron2 pickles what is no YAML
+        return {}
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}{key}.")
+    else:
+        yield prefix[:-1], str(values)[:500]

@@ -1,0 +1,321 @@
+"""Trained weights on other data: what of them is kept, and the config that trains on with them."""
+
+import json
+import logging
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import EvalHook, launch
+
+from helpers import (
+    ROOT,
+    MeanLoss,
+    TinyDetector,
+    arguments,
+    error_of,
+    make_smca,
+    write_dataset,
+    write_smca_config,
+    write_tiny_config,
+    write_weights,
+)
+from smca import model_zoo
+from smca.checkpoint import SMCACheckpointer
+from smca.config import load_config
+from smca.engine import EarlyStopping, Trainer, main, run
+from smca.errors import CheckpointError
+from smca.solver import layer_lr_factor, steps_of_epochs
+
+FINE_TUNE = str(ROOT / "configs" / "fine_tune.py")
+
+
+def save(path, model, class_names=None):
+    content = {"model": model.state_dict()}
+    if class_names is not None:
+        content["smca"] = {"class_names": class_names}
+    torch.save(content, path)
+    return str(path)
+
+
+def load(model, path, class_names=(), **kwargs):
+    provenance = {"class_names": list(class_names)}
+    SMCACheckpointer(model, provenance=provenance, **kwargs).load(path)
+    return model
+
+
+# What is kept
+
+
+def test_a_class_keeps_the_row_of_its_name_and_a_new_one_its_own(tmp_path, caplog):
+    old, new = TinyDetector(num_classes=3), TinyDetector(num_classes=4)
+    initial = new.class_embed.weight.detach().clone()
+    path = save(tmp_path / "old.pth", old, ["person", "dog", "cat"])
+    with caplog.at_level(logging.INFO, "smca"):
+        load(new, path, ["cat", "tree", "person", "house"])
+    for layer in ("weight", "bias"):
+        rows, before = getattr(new.class_embed, layer), getattr(old.class_embed, layer)
+        assert torch.equal(rows[0], before[2]) and torch.equal(rows[2], before[0])
+    assert torch.equal(new.class_embed.weight[[1, 3]], initial[[1, 3]])
+    for name in ("bbox_embed.weight", "backbone.stem.weight"):
+        assert torch.equal(new.state_dict()[name], old.state_dict()[name])
+    (line,) = [r.getMessage() for r in caplog.records if "start anew" in r.getMessage()]
+    assert line == (
+        f"All weights of {path} are kept, but 2 of 4 classes start anew (tree, house); "
+        "1 of 3 old classes are left out."
+    )
+
+
+@pytest.mark.parametrize("names", [(["a", "b"], ["c", "d"]), (["b", "a"], ["a", "b"])])
+def test_as_many_classes_of_other_names_are_other_classes(tmp_path, names):
+    old, new = TinyDetector(), TinyDetector()
+    initial = new.class_embed.weight.detach().clone()
+    load(new, save(tmp_path / "old.pth", old, names[0]), names[1])
+    is_same = set(names[0]) == set(names[1])
+    expected = old.class_embed.weight[[1, 0]] if is_same else initial
+    assert torch.equal(new.class_embed.weight, expected)
+
+
+@pytest.mark.parametrize("names", [(None, ["a", "b"]), (["a", "b"], []), (["a"], ["x", "y"])])
+def test_without_names_on_both_sides_as_many_classes_are_the_same(tmp_path, names):
+    old, new = TinyDetector(), TinyDetector()
+    load(new, save(tmp_path / "old.pth", old, names[0]), names[1])
+    assert torch.equal(new.class_embed.weight, old.class_embed.weight)
+
+
+def test_without_names_another_number_of_classes_starts_anew(tmp_path):
+    old, new = TinyDetector(num_classes=80), TinyDetector(num_classes=2)
+    initial = new.class_embed.weight.detach().clone()
+    load(new, save(tmp_path / "old.pth", old), ["a", "b"])
+    assert torch.equal(new.class_embed.weight, initial)
+    assert torch.equal(new.bbox_embed.weight, old.bbox_embed.weight)
+
+
+@pytest.mark.parametrize("count", [4, 9])
+def test_the_first_queries_are_kept(tmp_path, caplog, count):
+    config = write_smca_config(tmp_path)
+    old = make_smca(config)
+    model = LazyConfig.load(config).model
+    new = instantiate({**model, "num_queries": count})
+    initial = new.query_embed.weight.detach().clone()
+    with caplog.at_level(logging.INFO, "smca"):
+        load(new, save(tmp_path / "old.pth", old))
+    kept = min(count, 6)
+    assert torch.equal(new.query_embed.weight[:kept], old.query_embed.weight[:kept])
+    assert torch.equal(new.query_embed.weight[kept:], initial[kept:])
+    words = {4: "the last 2 of 6 queries are left out", 9: "3 of 9 queries start anew"}
+    assert words[count] in caplog.text
+
+
+def test_weights_of_a_parallel_model_are_adapted_too(tmp_path):
+    old, new = TinyDetector(num_classes=3), TinyDetector(num_classes=1)
+    state = {f"module.{key}": value for key, value in old.state_dict().items()}
+    torch.save({"model": state, "smca": {"class_names": ["a", "b", "c"]}}, tmp_path / "old.pth")
+    load(new, str(tmp_path / "old.pth"), ["c"])
+    assert torch.equal(new.class_embed.weight[0], old.class_embed.weight[2])
+
+
+def test_another_architecture_is_refused_whatever_its_classes(tmp_path):
+    path = save(tmp_path / "old.pth", TinyDetector(width=16, num_classes=3), ["a", "b", "c"])
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load(TinyDetector(), path, ["a", "b"])
+
+
+def test_a_trained_detector_has_to_have_its_classes_and_queries(tmp_path):
+    config = write_smca_config(tmp_path)
+    path = save(tmp_path / "old.pth", make_smca(config))
+    model = LazyConfig.load(config).model
+    new = instantiate({**model, "num_queries": 4, "num_classes": 2})
+    with pytest.raises(CheckpointError) as error:
+        load(new, path, need_detector=True)
+    assert "with 3 classes and 6 queries, the config says 2 and 4: set" in str(
+        error.value
+    ) or "with 6 queries and 3 classes, the config says 4 and 2: set" in str(error.value)
+    assert "model.num_queries=6" in str(error.value) and "model.num_classes=3" in str(error.value)
+
+
+def test_training_starts_from_a_detector_of_other_classes(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=1, eval_period=0)
+    old = TinyDetector(num_classes=3)
+    path = save(tmp_path / "old.pth", old, ["square", "dog", "cat"])
+    main(arguments("--config-file", config, f"train.init_checkpoint={path}", "optimizer.lr=0"))
+    trained = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["model"]
+    assert torch.equal(trained["class_embed.weight"][1], old.class_embed.weight[0])
+    assert "1 of 2 classes start anew (round)" in (tmp_path / "run" / "log.txt").read_text()
+
+
+# The config
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Overrides for 8 images, and a trained tiny model of another config."""
+    write_dataset(tmp_path)
+    base = write_smca_config(tmp_path)
+    weights = write_weights(tmp_path, base, smca={"class_names": ["square", "dog", "cat"]})
+    data = [f"data.{split}_json={tmp_path}/truth.json" for split in ("train", "val")]
+    data += [f"data.{split}_images={tmp_path}" for split in ("train", "val")]
+    quick = ["train.device=cpu", "train.num_pictures=0", f"train.output_dir={tmp_path}/run"]
+    quick += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    quick += ["dataloader.train.mapper.augmentations.short_sides=[32]"]
+    quick += ["dataloader.train.mapper.augmentations_with_crop=null"]
+    quick += ["dataloader.train.total_batch_size=4"]
+    return [f"train.init_checkpoint={weights}", *data, *quick, f"base.config={base}"]
+
+
+def test_fine_tuning_trains_the_weights_of_its_base_for_epochs(tmp_path, own):
+    words = ["--config-file", FINE_TUNE, *own, "train.max_epochs=2", "train.eval_epochs=1"]
+    results = main(arguments(*words, "train.early_stopping=0"))
+    assert "AP" in results["bbox"]
+    checkpoint = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert checkpoint["iteration"] == 3  # the fourth: 8 images in batches of 4, twice
+    assert (tmp_path / "run" / "model_0000001.pth").is_file()
+    assert checkpoint["model"]["class_embed.weight"].shape == (2, 16)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "1 of 2 classes start anew (round); 2 of 3 old classes are left out" in log
+
+
+def test_a_base_gives_its_model_and_image_sizes_but_not_its_classes(own):
+    cfg = load_config(FINE_TUNE, ["model.num_queries=7", *own, "base.config=smca_shapes"])
+    demo = model_zoo.get_config("smca_shapes")
+    assert cfg.model.num_queries == 7 and cfg.model.embed_dim == 128
+    assert instantiate(cfg.model.num_classes) == 2
+    assert cfg.dataloader.test.mapper == demo.dataloader.test.mapper
+    assert cfg.optimizer.lr == 5e-5
+
+
+def test_an_unknown_base_and_absent_weights_are_named(own, capsys):
+    def train_net(words):
+        return run(arguments(*words))
+
+    text = error_of(capsys, train_net, "--config-file", FINE_TUNE, *own, "base.config=smca_shape")
+    assert "no config smca_shape, did you mean smca_shapes?" in text
+    text = error_of(capsys, train_net, "--config-file", FINE_TUNE, *own[1:])
+    assert "train.init_checkpoint=..." in text
+
+
+@pytest.mark.parametrize("override", ["train.max_iter=7", "model.num_classes=5"])
+def test_a_computed_number_can_be_given(own, override):
+    cfg = load_config(FINE_TUNE, [*own, override])
+    key, value = override.split("=")
+    section, key = key.split(".")
+    assert cfg[section][key] == int(value)
+
+
+def test_steps_of_epochs_count_images_of_all_files(tmp_path):
+    for name, count in (("a", 30), ("b", 11)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"images": [{}] * count}))
+    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    assert steps_of_epochs(4, a, 8) == 15
+    assert steps_of_epochs(4, [a, b], 8) == 20  # of 20.5
+    assert steps_of_epochs(4, [a, b], 8, accumulate=2) == 10
+    assert steps_of_epochs(0.01, a, 8) == 1
+
+
+def test_the_longest_beginning_in_whole_words_decides_the_rate():
+    factor = layer_lr_factor({"encoder": 0.5, "encoder.layers.1": 0.25, "class_embed.bias": 3.0})
+    assert factor("encoder.layers.0.ffn.linear1.weight") == 0.5
+    assert factor("encoder.layers.1.norm1.bias") == 0.25
+    assert factor("encoder.layers.10.norm1.bias") == 0.5
+    assert factor("class_embed.bias") == 3.0 and factor("class_embed.weight") == 1.0
+    assert factor("encoders.weight") == 1.0
+
+
+def test_rates_of_parts_and_a_frozen_backbone_are_settings(own):
+    factors = "optimizer.params.lr_factor_func.factors"
+    cfg = load_config(FINE_TUNE, [*own, f"{factors}.encoder=0.5", "model.backbone.freeze_at=5"])
+    cfg.model.num_classes = 2
+    cfg.optimizer.params.model = model = instantiate(cfg.model)
+    optimizer = instantiate(cfg.optimizer)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone."):
+            assert not parameter.requires_grad and id(parameter) not in rates
+        else:
+            factor = 0.5 if name.startswith("encoder.") else 1.0
+            assert rates[id(parameter)] == pytest.approx(5e-5 * factor)
+
+
+# Early stopping
+
+
+def train(folder, values, patience, num_iters=20, start_from=None, period=2):
+    """Trains a layer whose evaluations give `values` one after the other.
+
+    Returns:
+        int: iterations done in all.
+    """
+    torch.manual_seed(0)
+    model, values = MeanLoss(), iter(values)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, list(torch.randn(50, 4, 3)), optimizer)
+    checkpointer = SMCACheckpointer(model, str(folder), trainer=trainer)
+    trainer.register_hooks(
+        [
+            EvalHook(period, lambda: {"bbox": {"AP": next(values)}}, eval_after_train=False),
+            EarlyStopping(period, patience, checkpointer, "bbox/AP"),
+        ]
+    )
+    start = 0
+    if start_from is not None:
+        trainer.load_state_dict(start_from)
+        start = trainer.iter + 1
+    trainer.train(start, num_iters)
+    return trainer.iter
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "values, patience, num_iters",
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], 1, 20),
+        ([5, 4, 6, 6, 5, 9], 2, 10),  # equal is not better
+        ([5, 4, 6, NAN, NAN], 2, 10),
+        ([NAN, NAN, NAN], 3, 6),
+        ([3, 2, 2, 2], 3, 8),
+    ],
+)
+def test_training_ends_after_so_many_evaluations_without_a_better_one(
+    tmp_path, values, patience, num_iters
+):
+    assert train(tmp_path, values, patience) == num_iters
+    if num_iters < 20:
+        checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+        assert checkpoint["iteration"] == num_iters - 1
+        assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
+    train(tmp_path, [5, 4, 3], 2, num_iters=20)
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]
+    assert train(tmp_path, [], 2, start_from=state) == 6  # it has ended
+    assert train(tmp_path, [4, 6, 5, 5, 5, 5], 4, start_from=state) == 18  # more patience
+
+
+def _train_in_process(folder):
+    from detectron2.utils import comm
+
+    values = [3, 2, 1, 5] if comm.is_main_process() else [0, 9, 19, 29]
+    num_iters = train(folder / str(comm.get_rank()), values, 2)
+    (folder / f"{comm.get_rank()}.txt").write_text(str(num_iters))
+
+
+def test_all_processes_end_by_the_results_of_the_first(tmp_path):
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    launch(_train_in_process, 2, dist_url=rendezvous, args=(tmp_path,))
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["6", "6"]
+
+
+def test_a_run_stops_early_and_resuming_leaves_it_at_that(tmp_path):
+    settings = {"max_iter": 8, "eval_period": 1, "early_stopping": 1, "num_pictures": 0}
+    config = write_tiny_config(tmp_path, **settings)
+    overrides = ["optimizer.lr=0", "train.model_ema.enabled=False"]
+    main(arguments("--config-file", config, *overrides))
+    assert "The training ends early: bbox/AP" in (tmp_path / "run" / "log.txt").read_text()
+    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 1
+    main(arguments("--resume", "--config-file", config, *overrides))
+    again = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert again["iteration"] == 1
