@@ -4,6 +4,7 @@ import pickle
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any, Dict, List
 
 import torch
 import torch.distributed as dist
@@ -276,7 +277,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
         return incompatible
 
-    def _adapt(self, checkpoint):
+    def _adapt(self, checkpoint: Dict[str, Any]) -> List[str]:
         weights = checkpoint["model"]
         consume_prefix_in_state_dict_if_present(weights, "module.")
         self._convert_ndarray_to_tensor(weights)

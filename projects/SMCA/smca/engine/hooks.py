@@ -4,11 +4,13 @@ import math
 import os
 import sys
 import threading
+from typing import Any, Dict, Optional
 
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, get_event_storage
+from fvcore.common.checkpoint import Checkpointer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from smca.checkpoint.files import load_tensors
@@ -249,25 +251,25 @@ class EarlyStopping(HookBase):
     Put it behind :class:`EvalHook`. An evaluation that has no such metric does not count.
     """
 
-    def __init__(self, period, patience, checkpointer, metric):
+    def __init__(self, period: int, patience: int, checkpointer: Checkpointer, metric: str):
         """
         Args:
-            period (int): iterations from one evaluation to the next, as of the `EvalHook`.
-            patience (int): evaluations, at least 1.
-            checkpointer (Checkpointer):
-            metric (str): such as ``bbox/AP``; more is better.
+            period: iterations from one evaluation to the next, as of the `EvalHook`.
+            patience: evaluations, at least 1.
+            checkpointer: saves the last state.
+            metric: such as ``bbox/AP``; more is better.
         """
         self._period = period
         self._patience = patience
         self._checkpointer = checkpointer
         self._metric = metric
-        self._best = None
+        self._best: Optional[float] = None
         self._num_worse = 0  # since the best
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._stop_if_due()
 
-    def after_step(self):
+    def after_step(self) -> None:
         next_iter = self.trainer.iter + 1
         if self._period <= 0 or next_iter % self._period or next_iter == self.trainer.max_iter:
             return
@@ -283,7 +285,7 @@ class EarlyStopping(HookBase):
         if self._stop_if_due():
             self._checkpointer.save("model_final", iteration=self.trainer.iter)
 
-    def _stop_if_due(self):
+    def _stop_if_due(self) -> bool:
         if self._num_worse < self._patience:
             return False
         logger.info(
@@ -297,10 +299,10 @@ class EarlyStopping(HookBase):
         self.trainer.stopped_early = True
         return True
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
         return {"best": self._best, "num_worse": self._num_worse}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._best, self._num_worse = state_dict["best"], state_dict["num_worse"]
 
 

@@ -104,7 +104,7 @@ class Trainer(SimpleTrainer):
             self.device.type, enabled=amp_dtype == torch.float16
         )
 
-    def train(self, start_iter, max_iter):
+    def train(self, start_iter: int, max_iter: int) -> None:
         """As in Detectron2, but the training ends after an iteration in which a hook sets
         `stopped_early`, in all processes."""
         logger.info("Starting training from iteration %d", start_iter)
