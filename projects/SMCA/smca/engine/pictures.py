@@ -82,12 +82,13 @@ class _Detector:
             MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
         )
 
-    def __call__(self, image: np.ndarray) -> Instances:
+    def __call__(self, image: np.ndarray, *, threshold: float) -> Instances:
         aug_input = T.AugInput(image if self.is_rgb else image[:, :, ::-1])
         self.augmentations(aug_input)
         pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         inputs = {"image": pixels, "height": image.shape[0], "width": image.shape[1]}
-        return self.model([inputs])[0]["instances"].to("cpu")
+        found = self.model([inputs])[0]["instances"].to("cpu")
+        return found[found.scores >= threshold]
 
 
 def _pixels(figure: Figure) -> np.ndarray:
