@@ -6,6 +6,8 @@
     torchrun --nproc-per-node=8 train_net.py --config-file CONFIG
     train_net.py --config-file CONFIG --resume train.output_dir=output/shapes
     train_net.py --config-file CONFIG --eval-only train.init_checkpoint=FILE
+
+Arguments key=value override the config's.
 """
 
 import sys
