@@ -46,8 +46,9 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     os.makedirs(folder, exist_ok=True)
     # In the same folder, so that it can be renamed in one step.
     descriptor, temporary = tempfile.mkstemp(_TEMPORARY, os.path.basename(path) + ".", folder)
+    os.close(descriptor)
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:  # by name, for a writer that wants that
             try:
                 write(file)
             except RuntimeError as error:
