@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DETECTRON2 ?=
 # What the test suite needs.
-EXTRAS ?= dev,publish,study,video
+EXTRAS ?= dev,convert,export,publish,report,study,video
 OUTPUT ?= output/demo
 BIN := $(VENV)/bin
 # One for each choice of extras: pip adds those that are not there yet.

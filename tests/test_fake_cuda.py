@@ -174,10 +174,11 @@ def test_a_step_of_training_waits_twice(gpu, dtype, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     trainer = Trainer(model, [batch()] * 2, optimizer, amp_dtype=DTYPES[dtype], clip_grad_norm=0.1)
     trainer.train(0, 2)  # in the first step AdamW makes its state
-    # The matcher's costs, and six losses with the norm of the gradient.
+    # The matcher's costs, and six losses with the norm of the gradient, the loss's scale and
+    # whether one of three signals came.
     assert gpu.waits == [
         ("aten._to_copy.default", (2, 2, 6, 2)),
-        ("aten._to_copy.default", (7,)),
+        ("aten._to_copy.default", (11,)),
     ] * 2  # fmt: skip
 
 

@@ -62,7 +62,14 @@ _SETTING = re.compile(
     r"(?:=([^`'\s]*))?'?`(?!`)"
 )
 # Of which each setting in the text has to be one.
-CONFIGS = ("smca_r50_50ep", "smca_conv_r50_50ep", "custom_coco", "custom_yolo", "custom_voc")
+CONFIGS = (
+    "smca_r50_50ep",
+    "smca_conv_r50_50ep",
+    "custom_coco",
+    "custom_yolo",
+    "custom_voc",
+    "fine_tune",
+)
 
 
 class Block(NamedTuple):

@@ -120,7 +120,10 @@ class Trainer(SimpleTrainer):
                     self.after_step()
                     self.iter += 1
             except Exception:
-                logger.exception("Exception during training:")
+                # The logger of Detectron2's own loop, of which users may have set filters.
+                logging.getLogger("detectron2.engine.train_loop").exception(
+                    "Exception during training:"
+                )
                 raise
             finally:
                 self.after_train()

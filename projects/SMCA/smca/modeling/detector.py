@@ -211,7 +211,10 @@ class SMCA(nn.Module):
     def decode(self, images: ImageList) -> DecoderOutput:
         """Everything but the heads."""
         scales = self.encoder(self.scales(images))
-        sizes = torch.as_tensor(images.image_sizes, dtype=torch.float32).flip(1)
+        sizes = images.image_sizes
+        if not isinstance(sizes, Tensor):
+            sizes = torch.tensor([(h, w) for h, w in sizes])
+        sizes = sizes.float().flip(1)
         sizes = sizes.to(self.device, non_blocking=True)
         return self.decoder(scales, self.query_embed.weight, sizes)
 

@@ -135,8 +135,9 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # damaged files raise nearly every type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            "cannot be read, perhaps it was cut short or is of another kind."
+            f"cannot be read, perhaps it was cut short or is of another kind: {reason}"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
