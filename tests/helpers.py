@@ -59,6 +59,7 @@ def close_logs():
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
+        logger.propagate = True  # as before `setup_logger`
     setup_logger.cache_clear()
 
 
