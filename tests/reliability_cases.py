@@ -31,6 +31,7 @@ class Job:
         """
         number = len(list(folder.glob("output_*")))
         self.output_file = folder / f"output_{number}_{environment.get('RANK', 0)}"
+        self.output_file.touch()  # so that the next one takes another name
         args = [str(arg) for arg in args]
         sys.stdout.flush()
         sys.stderr.flush()
@@ -71,7 +72,7 @@ class Job:
 
     @property
     def output(self):
-        return self.output_file.read_text() if self.output_file.exists() else ""
+        return self.output_file.read_text()
 
     def wait_for(self, pattern, seconds=90):
         """Wait until the output has this regular expression."""

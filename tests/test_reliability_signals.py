@@ -41,12 +41,22 @@ def test_a_signal_to_the_group_saves_the_last_step(tmp_path, number, code):
 
 
 def test_a_run_that_was_stopped_by_a_signal_ends_with_the_bits_of_an_unbroken_one(tmp_path):
+    def signal_group_in_step_5():
+        original = TinyDetector.forward
+        calls = iter(range(100))
+
+        def forward(self, batch):
+            if self.training and next(calls) == 5:
+                os.killpg(0, signal.SIGTERM)
+            return original(self, batch)
+
+        TinyDetector.forward = forward
+
     config = write_tiny_config(tmp_path, max_iter=30, eval_period=0, checkpointer=RARELY)
     unbroken = Job(tmp_path, "--config-file", config, f"train.output_dir={tmp_path}/unbroken")
-    job = Job(tmp_path, "--config-file", config, *WORKERS)
-    job.wait_for("iter: 5 ")
-    job.signal_group(signal.SIGTERM)
+    job = Job(tmp_path, "--config-file", config, *WORKERS, prepare=signal_group_in_step_5)
     assert job.wait() == 143, job.output
+    assert iteration_of(tmp_path / "run" / "model_0000005.pth") == 5
     assert not (tmp_path / "run" / "model_final.pth").exists()
     assert Job(tmp_path, "--config-file", config, "--resume", *WORKERS).wait() == 0
     assert unbroken.wait() == 0
