@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 
+from smca.modeling import kernels
 from smca.modeling.kernels import Dropout, dropout, relu_dropout
 
 FUNCTIONS = {"dropout": (dropout, lambda x: x), "relu_dropout": (relu_dropout, F.relu)}
@@ -89,3 +90,17 @@ def test_the_module_is_off_in_evaluation():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_is_dropped_from_nothing(name):
     assert FUNCTIONS[name][0](torch.empty(0, 5), 0.1).shape == (0, 5)
+
+
+def test_the_longest_token_decides_whether_the_fused_kernel_has_the_gradients():
+    # The bound is on the largest logit that there can be, |query| |key|.
+    bound = kernels._MAX_LOGIT
+    one_long = torch.zeros(1, 1, 400, 4)
+    one_long[0, 0, 7] = 0.6 * bound**0.5  # the norm of a token: 1.2, of a channel: 0.6
+    all_short = torch.full((1, 1, 400, 4), 0.4 * bound**0.5)  # 0.8, and 8
+    for tokens, can in ((one_long, False), (all_short, True)):
+        tokens.requires_grad_()
+        assert kernels._can_fuse(tokens, tokens, 1.0, 0.0) is can
+        assert kernels._can_fuse(tokens, tokens, 0.1, 0.0)
+        assert kernels._can_fuse(tokens.detach(), tokens.detach(), 1.0, 0.0)
+        assert not kernels._can_fuse(tokens.detach(), tokens.detach(), 0.1, 0.1)

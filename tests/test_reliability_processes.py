@@ -2,6 +2,7 @@
 starts them (this project's launcher, torchrun, Slurm) is told how it went."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from helpers import TinyDetector, write_dataset, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
-from smca.engine import peers
+from smca.engine import launch, peers
 from test_train_net import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -346,3 +347,17 @@ def test_the_end_of_one_process_is_told_to_every_other(monkeypatch):
     finally:
         for watch in watches:
             watch.close()
+
+
+@pytest.mark.parametrize("does_fail, code", [(False, 0), (True, 7)])
+def test_the_launcher_ends_slow_processes_only_if_another_failed(monkeypatch, does_fail, code):
+    monkeypatch.setattr(launch, "_GRACE", 0.2)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=time.sleep, args=(60 if does_fail else 1.5,))]
+    if does_fail:
+        processes.append(context.Process(target=os._exit, args=(7,)))
+    for process in processes:
+        process.start()
+    result = launch._wait(processes, [], context.SimpleQueue(), [])
+    assert result == (-signal.SIGKILL if does_fail else 0)
+    assert processes[-1].exitcode == code

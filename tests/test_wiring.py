@@ -1,6 +1,7 @@
 """What a config says is what the trainer does, the checkpoints hold and the log tells: one small
 run from a config file in which no value is the default, and short ones beside it."""
 
+import itertools
 import json
 import math
 import signal
@@ -9,14 +10,16 @@ from typing import Dict, List, NamedTuple
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall, instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 
 from helpers import TinyDetector, write_dataset, write_tiny_config
-from smca.engine import Trainer, main
+from smca.config import load_config
+from smca.engine import Trainer, do_test, main
 
 
 class Batch(NamedTuple):
@@ -442,3 +445,13 @@ def test_the_parts_of_the_model_learn_at_the_rates_of_the_config(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         expected = 0.02 if name.startswith("backbone.") else 0.2
         assert rates[id(parameter)] == pytest.approx(expected), name
+
+
+def test_an_evaluation_takes_the_loader_that_it_is_given(tmp_path):
+    cfg = load_config(write_tiny_config(tmp_path), [])
+    model, evaluator = instantiate(cfg.model).eval(), cfg.dataloader.evaluator
+    two = list(itertools.islice(instantiate(cfg.dataloader.test), 2))
+    cfg.dataloader.evaluator = LazyCall(ScriptedEvaluator)(dataset_name=evaluator.dataset_name)
+    with EventStorage(0):
+        assert do_test(cfg, model, two)["bbox"]["images"] == 2
+        assert do_test(cfg, model, prefix="x/")["x/bbox"]["images"] == 8
