@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import smca.configs  # noqa: E402
+import torch.utils.cpp_extension  # noqa: E402, F401  warns once where there is CUDA, but no GPU
 
 from helpers import close_logs  # noqa: E402
 

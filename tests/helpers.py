@@ -235,7 +235,7 @@ _SMCA_CONFIG = """
     optimizer = LazyConfig.load(common + "optimizer.py").optimizer
     train = LazyConfig.load(common + "train.py").train
 
-    model.backbone.update(depth=18, num_blocks=[1, 1, 1, 1], norm="GN", freeze_at=0)
+    model.backbone.update(depth=18, num_blocks=[1, 1, 1, 1], width=32, norm="GN", freeze_at=0)
     model.update(embed_dim=16, num_classes=3, num_queries=6)
     model.encoder.update(pattern="I", ffn_dim=16, num_heads=2)
     model.decoder.update(num_layers=2, ffn_dim=16, num_heads=2)
@@ -259,8 +259,8 @@ def write_smca_config(folder, base="smca", **decoder):
 
 def make_smca(config):
     """
-    The model of a config with random weights. Its scores are on both sides of 1/2, and no spread
-    or scale weight is at its start.
+    The model of a config with random weights. Its scores are on both sides of 1/2, no spread or
+    scale weight is at its start, and heads' centres are near their query's.
     """
     model = randomize(instantiate(LazyConfig.load(config).model)).eval()
     with torch.no_grad():
@@ -269,6 +269,8 @@ def make_smca(config):
         for layer in model.decoder.layers:
             if layer.modulation is not None and layer.modulation.spread is not None:
                 layer.modulation.spread.weight.mul_(0.3)
+            if layer.modulation is not None and layer.modulation.offset is not None:
+                layer.modulation.offset.weight.mul_(0.3)
     return model
 
 

@@ -11,7 +11,8 @@ from helpers import assert_same_detections, build_model
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
-TINY += ["+model.backbone.num_blocks=[1,1,1,1]"]
+TINY += ["+model.backbone.num_blocks=[1,1,1,1]", "+model.backbone.width=16"]
+TWO_SCALES = ["model.in_features=[res4,res5]", "model.num_extra_scales=0"]
 
 
 def make_item(height, width):
@@ -43,14 +44,17 @@ def graphs():
 @pytest.mark.parametrize(
     "name, overrides",
     [
-        ("smca_r50_50ep", ["model.encoder.pattern=IM"]),
-        ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.kernel_size=3"]),
+        ("smca_r50_50ep", ["model.encoder.pattern=M", *TWO_SCALES]),
+        (
+            "smca_conv_r50_50ep",
+            ["model.encoder.num_layers=1", "model.encoder.kernel_size=3", *TWO_SCALES],
+        ),
     ],
 )
 def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, graphs):
     torch.manual_seed(0)
-    model = build_model(name, *overrides).eval()
-    batches = make_batches(6, 1)
+    model = build_model(name, *TINY, *overrides).eval()
+    batches = make_batches(4, 1)
     with torch.no_grad():
         expected = [model(batch)[0]["instances"] for batch in batches]
         model.compile_parts(backend="eager")
@@ -63,9 +67,9 @@ def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, 
 
 def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
     torch.manual_seed(0)
-    model = build_model("smca_single_scale_r50_50ep", "model.encoder.pattern=I").train()
+    model = build_model("smca_single_scale_r50_50ep", *TINY, "model.encoder.pattern=I").train()
     model.compile_parts(backend="eager")
-    for batch in make_batches(5, 2):
+    for batch in make_batches(4, 2):
         model.zero_grad()
         sum(model(batch).values()).backward()
         assert model.encoder.layers[0].ffn.linear1.weight.grad.any()

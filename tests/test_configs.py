@@ -16,6 +16,7 @@ from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [
     "model.backbone.depth=18",
+    "+model.backbone.width=16",
     "model.embed_dim=32",
     "model.encoder.ffn_dim=32",
     "model.decoder.ffn_dim=32",
@@ -91,7 +92,7 @@ def test_dilated_res5_has_the_stride_of_res4():
     model = instantiate(cfg.model)
     assert model.neck.strides == [16]
     features = model.backbone(torch.zeros(1, 3, 64, 96))
-    assert features["res5"].shape == (1, 2048, 4, 6)
+    assert features["res5"].shape == (1, 512, 4, 6)  # a quarter of the widths
     assert len(detect(model)) == 7
 
 

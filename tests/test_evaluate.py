@@ -205,7 +205,7 @@ def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
 def test_the_command_evaluates_what_the_detector_finds(data, tmp_path):
     config = write_smca_config(tmp_path)
     model = make_smca(config)
-    model.class_embed.bias.data[0] += 4  # so that a wrong order of the classes would show
+    model.class_embed.bias.data[0] += 40  # so that a wrong order of the classes would show
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
     command = ["--config-file", config, "--weights", str(tmp_path / "a.pth")]
     command += ["--output", str(tmp_path / "out"), "--confidence-threshold", "0"]

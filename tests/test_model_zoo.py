@@ -58,6 +58,7 @@ def small_config(monkeypatch):
 
     def get_config(name, trained=False):
         overrides = ["model.embed_dim=16", "model.num_queries=4", "model.backbone.depth=18"]
+        overrides += ["+model.backbone.width=16"]
         overrides += ["model.encoder.pattern=I", "model.decoder.num_layers=1"]
         return LazyConfig.apply_overrides(load(name, trained), overrides)
 

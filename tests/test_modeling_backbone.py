@@ -59,6 +59,13 @@ def test_a_folded_convolution_equals_convolution_norm_activation(bias, activatio
     assert_same(folded, plain, torch.randn(2, 6, 9, 11))
 
 
+@pytest.mark.parametrize("depth, channels", [(18, [16, 32, 64, 128]), (50, [64, 128, 256, 512])])
+def test_width_scales_all_channels(depth, channels):
+    model = resnet(depth, width=16)
+    assert [stage[-1].out_channels for stage in model.stages] == channels
+    assert model.stem.conv1.out_channels == model.stages[0][0].in_channels == 16
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_folded_resnet_equals_the_plain_one(depth):
     torch.manual_seed(0)

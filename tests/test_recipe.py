@@ -14,6 +14,7 @@ LR, BACKBONE_LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 1e-5, 1e-4, 0.1
 SMALL = [
     "model.backbone.depth=18",
     "model.backbone.num_blocks=[1,1,1,1]",
+    "model.backbone.width=16",
     "model.embed_dim=16",
     "model.num_queries=5",
     "model.num_classes=3",

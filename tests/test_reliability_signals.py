@@ -81,6 +81,20 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
     job.signal_group(signal.SIGTERM)
     assert job.wait(40) == 143
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
+    assert evaluated(tmp_path / "run") == []
+    # Nor is it lost.
+    assert Job(tmp_path, "--config-file", config, "--resume", "train.max_iter=6").wait() == 0
+    assert evaluated(tmp_path / "run") == [2, 6]
+    assert load(tmp_path / "run" / "model_best.pth")["best"]["iteration"] in (2, 6)
+    # What was evaluated is not evaluated again.
+    assert Job(tmp_path, "--config-file", config, "--resume", "train.max_iter=7").wait() == 0
+    assert evaluated(tmp_path / "run") == [2, 6, 7]
+
+
+def evaluated(folder):
+    """Iterations with results in metrics.json."""
+    rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return [row["iteration"] for row in rows if "bbox/AP" in row]
 
 
 def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):

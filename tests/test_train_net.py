@@ -179,6 +179,7 @@ def test_script_prints_one_sentence_for_a_wrong_key(tmp_path):
 
 CUSTOM_COCO = ROOT / "configs" / "custom_coco.py"
 SMALL = ["model.backbone.depth=18", "model.backbone.norm=GN", "model.embed_dim=32"]
+SMALL += ["+model.backbone.width=32"]
 SMALL += ["model.encoder.pattern=I", "model.encoder.ffn_dim=32", "model.decoder.ffn_dim=32"]
 SMALL += ["model.num_queries=5", "model.decoder.num_layers=1", "train.init_checkpoint="]
 SMALL += ["dataloader.train.mapper.augmentations.short_sides=[32]", "train.device=cpu"]

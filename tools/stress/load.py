@@ -33,6 +33,7 @@ __all__ = ["Usage", "evaluate", "grows", "small_model", "train"]
 _OVERRIDES = [
     "model.backbone.depth=18",
     "model.backbone.num_blocks=[1,1,1,1]",
+    "+model.backbone.width=16",
     "model.embed_dim=16",
     "model.num_queries=6",
     "model.num_classes=3",

@@ -15,7 +15,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
 import numpy as np
 import torch
 from detectron2.structures import Instances
-from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 from torchvision.ops import box_convert
 
@@ -140,6 +139,9 @@ class ModulationStatistics:
     def radius_correlation(self) -> float:
         """Spearman's rank correlation of `radii` and `half_sizes`, x and y together; nan where
         either is constant."""
+        # Here, since every training and every command imports this package, and it takes long.
+        from scipy.stats import ConstantInputWarning, spearmanr
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConstantInputWarning)
             return float(spearmanr(self.radii.ravel(), self.half_sizes.ravel())[0])

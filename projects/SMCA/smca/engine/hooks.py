@@ -1,10 +1,11 @@
 import contextlib
+import json
 import logging
 import math
 import os
 import sys
 import threading
-from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Sequence, Set, Tuple
 
 import torch
 from detectron2.checkpoint import Checkpointer
@@ -28,6 +29,7 @@ __all__ = [
     "EarlyStopping",
     "EmergencyCheckpointer",
     "EvalHook",
+    "MissedEvaluation",
     "ModelEMA",
     "ProgressPrinter",
 ]
@@ -301,6 +303,49 @@ class EarlyStopping(HookBase):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._best, self._num_worse = state_dict["best"], state_dict["num_worse"]
+
+
+class MissedEvaluation(HookBase):
+    """When a training goes on from a checkpoint that should have been evaluated, and was not before
+    the run ended, does that first. Put it behind the others.
+
+    Args:
+        period: iterations from one evaluation to the next, as of the `EvalHook`.
+        metrics_file: metrics.json, which tells what was evaluated.
+        steps: the `EvalHook`, and those that act on its results.
+    """
+
+    def __init__(self, period: int, metrics_file: str, steps: Sequence[HookBase]) -> None:
+        self._period = period
+        self._metrics_file = metrics_file
+        self._steps = steps
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        start = trainer.start_iter
+        # What follows the last iteration is evaluated in any case.
+        if self._period <= 0 or start % self._period or not 0 < start < trainer.max_iter:
+            return
+        # Of a training that was to end here, the results are one number further.
+        if comm.all_gather(self._are_evaluated({start - 1, start}))[0]:
+            return
+        logger.info("The evaluation of iteration %d is made up for.", start - 1)
+        trainer.iter = trainer.storage.iter = start - 1
+        for hook in self._steps:
+            hook.after_step()
+        trainer.iter = trainer.storage.iter = start
+
+    def _are_evaluated(self, iterations: Set[int]) -> bool:
+        if not os.path.isfile(self._metrics_file):
+            return False
+        with open(self._metrics_file) as file:
+            for line in file:
+                with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
+                    row = json.loads(line)
+                    # The results' names are task/metric.
+                    if row["iteration"] in iterations and any("/" in name for name in row):
+                        return True
+        return False
 
 
 def _peak_memory_mb() -> float:

@@ -37,6 +37,7 @@ from smca.engine.hooks import (
     EarlyStopping,
     EmergencyCheckpointer,
     EvalHook,
+    MissedEvaluation,
     ModelEMA,
     ProgressPrinter,
 )
@@ -317,9 +318,15 @@ def _build_hooks(
     ]
     patience = train.get("early_stopping", 0)
     stopping = EarlyStopping(train.eval_period, patience, checkpointer, train.best_metric)
-    early_stopping = [stopping] if patience else []
+    evaluation: List[HookBase] = [EvalHook(train.eval_period, evaluate)]
+    if comm.is_main_process():
+        evaluation.append(BestCheckpointer(train.eval_period, checkpointer, train.best_metric))
+    if patience:
+        evaluation.append(stopping)
+    metrics_file = os.path.join(train.output_dir, "metrics.json")
+    missed = MissedEvaluation(train.eval_period, metrics_file, evaluation)
     if not comm.is_main_process():
-        return state_hooks + [EvalHook(train.eval_period, evaluate), *early_stopping]
+        return [*state_hooks, *evaluation, missed]
     # TensorBoard's is the last, since it clears the pictures.
     writers = [
         ProgressPrinter(train.max_iter),
@@ -329,10 +336,9 @@ def _build_hooks(
     return state_hooks + [
         # The checkpointer itself removes old files, those of the run before a resume too.
         hooks.PeriodicCheckpointer(checkpointer, **{**train.checkpointer, "max_to_keep": None}),
-        EvalHook(train.eval_period, evaluate),
-        BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
-        *early_stopping,
+        *evaluation,
         hooks.PeriodicWriter(writers, period=train.log_period),
+        missed,
     ]
 
 

@@ -20,6 +20,7 @@ def build_resnet(
     freeze_at: int,
     dilated_res5: bool = False,
     num_blocks: Optional[Sequence[int]] = None,
+    width: int = 64,
 ) -> ResNet:
     """A ResNet as torchvision's weights want it: the stride is in the 3x3 convolution.
 
@@ -33,6 +34,8 @@ def build_resnet(
         freeze_at: 2 freezes the stem and res2 (DETR), 0 nothing.
         dilated_res5: res5 keeps res4's stride and dilates its convolutions (DC5).
         num_blocks: blocks of each stage in place of the depth's own, to make a smaller network.
+        width: channels of the stem and of res2's 3x3 convolutions, 64 in pretrained weights. Each
+            later stage has twice as many as the one before.
 
     Raises:
         ValueError: for another depth, or a dilated ResNet of basic blocks.
@@ -42,15 +45,15 @@ def build_resnet(
     bottleneck = depth >= 50
     if dilated_res5 and not bottleneck:
         raise ValueError("dilated_res5=True needs depth 50 or 101.")
-    stages, in_channels = [], 64
+    stages, in_channels = [], width
     for index, blocks in enumerate(num_blocks or _NUM_BLOCKS[depth]):
-        width = 64 * 2**index
-        out_channels = 4 * width if bottleneck else width
+        channels = width * 2**index
+        out_channels = 4 * channels if bottleneck else channels
         dilated = dilated_res5 and index == 3
         stride = 1 if index == 0 or dilated else 2
         kwargs: Dict[str, Any] = {}
         if bottleneck:
-            kwargs = dict(bottleneck_channels=width, stride_in_1x1=False)
+            kwargs = dict(bottleneck_channels=channels, stride_in_1x1=False)
             if dilated:
                 # As torchvision's replace_stride_with_dilation: the first block is not dilated.
                 kwargs["dilation_per_block"] = [1] + [2] * (blocks - 1)
@@ -66,7 +69,7 @@ def build_resnet(
             )
         )
         in_channels = out_channels
-    stem = BasicStem(in_channels=3, out_channels=64, norm=norm)
+    stem = BasicStem(in_channels=3, out_channels=width, norm=norm)
     return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
 
 
