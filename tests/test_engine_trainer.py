@@ -11,6 +11,7 @@ from torch import nn
 from helpers import MeanLoss
 from smca.data import build_train_loader
 from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
+from smca.engine.trainer import BoundedStorage
 from smca.errors import NonFiniteError
 
 
@@ -357,3 +358,12 @@ def test_a_resumed_run_keeps_a_better_checkpoint_of_before(model, tmp_path):
     run(0, 30.0)
     run(2, 20.0)
     assert saved(tmp_path / "model_best.pth")["best"]["value"] == 30.0
+
+
+def test_the_metrics_of_long_ago_are_not_kept(model):
+    assert isinstance(train(model, batches(), 1).storage, BoundedStorage)
+    storage = BoundedStorage()
+    for storage.iter in range(1030):
+        storage.put_scalar("loss", 0.0)
+    iterations = [iteration for _, iteration in storage.history("loss").values()]
+    assert iterations == list(range(30, 1030))

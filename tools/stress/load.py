@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from smca.config import get_config
 from smca.data import detr_augmentations
-from smca.engine import Trainer
+from smca.engine.trainer import BoundedStorage, Trainer
 from smca.inference import Predictor
 
 __all__ = ["Usage", "evaluate", "grows", "small_model", "train"]
@@ -119,7 +118,7 @@ def train(num_steps: int) -> List[Usage]:
     model = small_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     trainer = Trainer(model, _batches(), optimizer, clip_grad_norm=0.1)
-    with EventStorage() as trainer.storage:
+    with BoundedStorage() as trainer.storage:
 
         def step() -> None:
             trainer.iter = next(counter)
