@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import TinyDetector, write_dataset, write_tiny_config
+from helpers import TinyDetector, start_by_fork, write_dataset, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
 from smca.engine import launch, peers
 from test_train_net import SMALL
@@ -218,7 +218,11 @@ def test_a_long_message_is_printed_whole_and_once_by_two_processes(tmp_path):
     for split in ("train", "val"):
         args += [f"data.{split}_json={tmp_path}/truth.json", f"data.{split}_images={tmp_path}"]
     args += [f"train.output_dir={tmp_path}/run", "train.init_checkpoint="]
-    job = Job(tmp_path, *args, SMCA_CACHE=tmp_path / "cache")
+
+    def fork():
+        torch.multiprocessing.start_processes = start_by_fork
+
+    job = Job(tmp_path, *args, SMCA_CACHE=tmp_path / "cache", prepare=fork)
     assert job.wait(120) == 1
     output = job.output
     message = output[output.index("Error: ") :].splitlines()
