@@ -25,9 +25,8 @@ def options_of(**settings):
 
 
 def record(model, repeat, seconds, size, task="inference", dtype="float32"):
-    return dict(
-        model=model, task=task, dtype=dtype, repeat=repeat, seconds=seconds, bytes=size * 2**20
-    )
+    what = dict(model=model, task=task, size="1 x 8 x 9", dtype=dtype, repeat=repeat)
+    return dict(**what, seconds=seconds, bytes=size * 2**20)
 
 
 def cells(rows, label):
@@ -43,8 +42,8 @@ def test_a_ratio_is_the_median_of_the_repeats_ratios():
     peer = [("official_single", 0, 2.0, 150), ("official_single", 1, 12.0, 150)]
     peer.append(("official_single", 2, 27.0, 150))
     rows = tool.table([record(*r) for r in [*peer, *ours]])
-    assert rows[0][1:] == ["inference", "float32", "3.00", "100", None, None]
-    assert rows[1][1:] == ["inference", "float32", "12.00", "150", "3.00", "1.50"]
+    assert rows[0][1:] == ["inference", "1 x 8 x 9", "float32", "3.00", "100", None, None]
+    assert rows[1][1:] == ["inference", "1 x 8 x 9", "float32", "12.00", "150", "3.00", "1.50"]
     assert [row[0] for row in rows] == [MODELS[n].label for n in ("single", "official_single")]
 
 
@@ -56,18 +55,18 @@ def test_ratios_are_of_one_task_and_type():
         record("conv", 0, 7.0, 100, task="train_step"),
     ]
     rows = tool.table(records)
-    assert [row[1:3] for row in rows] == [
+    assert [[row[1], row[3]] for row in rows] == [
         ["inference", "float32"],
         ["inference", "bf16"],
         ["inference", "bf16"],
-        ["train step", "float32"],
+        ["training step", "float32"],
     ]
-    assert rows[2][3:] == ["10.00", "300", "2.00", "3.00"]
+    assert rows[2][4:] == ["10.00", "300", "2.00", "3.00"]
 
 
 def test_without_its_counterpart_a_peer_has_no_ratio():
     (row,) = tool.table([record("faster_rcnn", 0, 1.0, 100)])
-    assert row[3:] == ["1.00", "100", None, None]
+    assert row[4:] == ["1.00", "100", None, None]
 
 
 def test_models_take_turns_and_what_is_missing_has_a_row(monkeypatch, tmp_path, capsys):
@@ -90,9 +89,9 @@ def test_models_take_turns_and_what_is_missing_has_a_row(monkeypatch, tmp_path, 
     assert content["columns"] == tool.COLUMNS
     assert str(tmp_path / "peers") in content["command"]
     assert f"--official {tmp_path}" not in content["command"]
-    assert cells(content["rows"], "official_single")[3:] == ["2.00", "1", "2.00", "1.00"]
+    assert cells(content["rows"], "official_single")[4:] == ["2.00", "1", "2.00", "1.00"]
     reason = ["", "", "transformers is not installed.", ""]
-    assert cells(content["rows"], "hf_detr")[3:] == reason
+    assert cells(content["rows"], "hf_detr")[4:] == reason
     assert "transformers is not installed." in capsys.readouterr().out
 
 

@@ -43,7 +43,8 @@ Options = argparse.Namespace
 Record = Dict[str, Any]  # of a model, task and type in one of the repeats
 Case = Tuple[str, str]  # a task and a type
 
-COLUMNS = ["model", "task", "type", "s", "MiB", "time, peer / ours", "memory, peer / ours"]
+TASK_NAMES = {"inference": "inference", "train_step": "training step"}
+COLUMNS = ["model", "task", "size", "type", "s", "MiB", "time, peer / ours", "memory, peer / ours"]
 
 
 # ---- Measuring
@@ -112,7 +113,10 @@ def measure_all(options: Options) -> List[Record]:
         found = measure_quietly(name, task, dtype, options)
         if "missing" in found:
             missing[key] = found
-        records.append(dict(model=name, task=task, dtype=dtype, repeat=repeat, **found))
+        images = options.batch_size if task == "train_step" else 1
+        size = " x ".join(map(str, (images, *options.sizes[task])))
+        what = dict(model=name, task=task, size=size, dtype=dtype, repeat=repeat)
+        records.append({**what, **found})
         if options.output:  # after each, so that a long run that is stopped leaves its results
             write(options, records)
     return records
@@ -130,7 +134,7 @@ def table(records: Sequence[Record]) -> List[List[Optional[str]]]:
         for name in (name for name in MODELS if any(r["model"] == name for r in of_case)):
             label, counterpart = MODELS[name].label, MODELS[name].counterpart
             found = [r for r in of_case if r["model"] == name]
-            row: List[Optional[str]] = [label, task.replace("_", " "), dtype]
+            row: List[Optional[str]] = [label, TASK_NAMES[task], found[0]["size"], dtype]
             if "missing" in found[0]:
                 rows.append([*row, None, None, found[0]["missing"]])
                 continue

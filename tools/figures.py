@@ -40,7 +40,7 @@ class Table(NamedTuple):
 def markdown(table: Table) -> str:
     """One line for each row, and no more spaces than needed."""
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join(re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(line)} |") for line in lines)
 
 
 def chosen(table: Table, columns: Sequence[str]) -> Table:
