@@ -19,7 +19,9 @@ SIZES = dict(inference=(64, 96), train_step=(64, 96))
 
 
 def options_of(**settings):
-    defaults = dict(official=None, sizes=SIZES, batch_size=2, threads=1, warmup=0, calls=1)
+    defaults = dict(
+        official=None, sizes=SIZES, batch_size=2, threads=1, warmup=0, calls=1, cpu_time=False
+    )
     defaults.update(device="cpu", dtype="float32", compile=False, overrides=[])
     return argparse.Namespace(**{**defaults, **settings})
 
@@ -119,6 +121,13 @@ def test_time_of_this_process_is_not_others(monkeypatch):
     own = tool.time.process_time
     monkeypatch.setattr(tool.time, "process_time", lambda: own() + 1000)
     assert tool.others_seconds() - before == pytest.approx(-1000, abs=100)
+
+
+def test_time_on_the_cpu_leaves_out_what_others_had(monkeypatch):
+    waited = tool.call_times(lambda: tool.time.sleep(0.05), options_of(warmup=1, calls=2))
+    on_cpu = tool.call_times(lambda: tool.time.sleep(0.05), options_of(calls=2, cpu_time=True))
+    assert len(waited) == len(on_cpu) == 2
+    assert min(waited) > 0.045 and max(on_cpu) < 0.04
 
 
 # ---- Models

@@ -17,6 +17,7 @@ needs imported: weights, and what the calls take. Weights and images are random.
 
 On a machine that others use as well, --quiet 0.2 takes a turn again, up to --tries times, where
 other processes had more than 0.2 cores meanwhile (Linux); the one with the quietest machine counts.
+On one that is never quiet, --cpu-time --threads 1 takes the time that the process had a core for.
 """
 
 import argparse
@@ -28,12 +29,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
 
-from benchmark import PeakMemory, call_times, device_name, in_fresh_process, print_table
+from benchmark import PeakMemory, device_name, in_fresh_process, print_table
 from figures import write_figures
 from peer_models import MODELS, TASKS
 from smca.config import AMP_DTYPES
@@ -69,7 +70,7 @@ def measure(name: str, task: str, dtype: str, options: Options) -> Record:
         run = build(task, options.sizes[task])
         memory = PeakMemory("cpu")
         start, busy = time.perf_counter(), others_seconds()
-        times = call_times(run, settings, options.calls)
+        times = call_times(run, options)
         others = (others_seconds() - busy) / (time.perf_counter() - start)
     except UserError as error:
         return {"missing": str(error)}
@@ -77,6 +78,17 @@ def measure(name: str, task: str, dtype: str, options: Options) -> Record:
         return {"missing": f"It fails here: {type(error).__name__}: {error}".splitlines()[0]}
     used = memory.read()["peak_bytes"] - before
     return {"seconds": statistics.median(times), "bytes": used, "others": others}
+
+
+def call_times(run: Callable[[], Any], options: Options) -> List[float]:
+    """Seconds of each call, after the warm-up."""
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = []
+    for _ in range(options.warmup + options.calls):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return times[options.warmup :]
 
 
 def others_seconds() -> float:
@@ -163,6 +175,7 @@ def write(options: Options, records: Sequence[Record]) -> None:
         COLUMNS,
         table(records),
         machine=f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}",
+        clock="time on the CPU" if options.cpu_time else "time",
         records=records,
     )
 
@@ -189,6 +202,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, help="turns of all models")
     add("--warmup", type=int, default=1, help="calls of a turn before those that count")
     add("--calls", type=int, default=2, help="of a turn, whose median counts")
+    add("--cpu-time", action="store_true", help="see above")
     add("--quiet", type=float, default=math.inf, metavar="CORES", help="see above")
     add("--tries", type=int, default=10, help="of --quiet")
     add("--output", metavar="FILE", help="write table and measurements as JSON")
