@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark as tool
 import benchmark_cases as cases
-from analyze_model import analyze, attention_flops
+from analyze_model import analyze, analyze_training, attention_flops
 from helpers import ROOT, assert_same_gradients, child_environment, leaves, write_smca_config
 from smca.config import load_config
 from smca.errors import ConfigError, UserError
@@ -66,7 +66,8 @@ def test_each_measurement_gives_its_records(measure, words, count):
     records = measure(*words)
     assert len(records) == count
     for record in records:
-        assert set(record) == FIELDS | (SPEED_FIELDS if words[0] == "inference" else set())
+        has_speed = words[0] in ("inference", "train_step")
+        assert set(record) == FIELDS | (SPEED_FIELDS if has_speed else set())
         assert len(record["times_s"]) == 3 and min(record["times_s"]) > 0
         assert record["median_s"] == statistics.median(record["times_s"])
         assert record["peak_bytes"] > record["extra_bytes"] >= 0
@@ -86,6 +87,56 @@ def test_speed_is_two_operations_for_each_multiply_add(measure, tmp_path):
     assert record["overrides"] == ["model.num_queries=3"]
     assert record["gflops"] == pytest.approx(operations / record["median_s"] / 1e9)
     assert record["share"] == pytest.approx(record["gflops"] / 100)
+
+
+def test_work_of_a_training_step_is_that_of_forward_and_backward(tmp_path):
+    config = write_smca_config(tmp_path)
+    overrides = ["model.dropout=0.0"]
+    options = SimpleNamespace(batch_size=2, overrides=overrides)
+    operations = 2 * cases.training_multiply_adds(options, config, (64, 96))
+    model = instantiate(load_config(config, overrides).model).train()
+    batch = cases.random_batch(2, (64, 96), num_classes=3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(model(batch).values()).backward()
+    # Norms count here, and the first layers' gradients of their inputs, which nobody needs.
+    assert counter.get_total_flops() < operations < 1.1 * counter.get_total_flops()
+
+
+def test_frozen_stages_have_no_backward_pass(tmp_path):
+    cfg = load_config(write_smca_config(tmp_path))
+    forward = analyze(cfg, 64, 96)[2]
+    whole = analyze_training(cfg, 64, 96)
+    cfg.model.backbone.freeze_at = 5
+    frozen = analyze_training(cfg, 64, 96)
+    assert forward < frozen < whole <= 3 * forward
+
+
+@pytest.mark.parametrize(
+    ("operator", "group"),
+    [
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::convolution_backward", "convolution"),
+        ("aten::addmm", "matrix products"),
+        ("aten::bmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::native_layer_norm_backward", "norms"),
+        ("aten::_fused_adamw_", "optimiser"),
+        ("aten::add_", "sums, ReLU and the like"),
+        ("aten::copy_", "copies"),
+        ("aten::as_strided", "the rest"),
+    ],
+)
+def test_operators_are_told_apart_by_their_names(operator, group):
+    assert tool.group_of(operator) == group
+
+
+def test_profile_has_the_share_of_each_group(measure, capsys):
+    (record,) = measure("inference", "--profile")
+    shares = record["profile"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["convolution"] > 0 and shares["matrix products"] > 0
+    table = capsys.readouterr().out.splitlines()
+    assert all(group in table[-3] for group in shares)
 
 
 def test_attentions_multiply_adds_are_those_of_its_two_products():
@@ -173,10 +224,11 @@ def test_script_measures_in_its_own_process_and_writes_json(tmp_path):
     content = json.loads(output.read_text())
     assert "matcher --threads 1" in content["command"] and content["date"]
     (record,) = content["records"]
-    assert set(record) == FIELDS
+    assert set(record) == FIELDS | {"profile"}
     assert (record["name"], record["config"], record["size"]) == ("matcher", None, "16 images")
     assert (record["threads"], record["torch"]) == (1, torch.__version__)
-    assert f"{record['median_s'] * 1e3:.1f}" in done.stdout
+    assert f"{record['median_s']:.3g}" in done.stdout
+    assert content["rows"][0][:4] == ["matcher", "", "16 images", f"{record['median_s']:.3g}"]
 
 
 def test_error_is_one_sentence(tmp_path):

@@ -101,6 +101,17 @@ def test_a_higher_threshold_leaves_only_surer_detections(trained, tmp_path):
     assert scores[0.3] == [score for score in scores[0.0] if score >= 0.3]
 
 
+def test_mixed_precision_can_be_asked_for(trained, tmp_path):
+    write_image(tmp_path / "a.png")
+    scores = []
+    for dtype in ("fp32", "bf16"):
+        args = ("--output", tmp_path / dtype, "--confidence-threshold", 0, "--dtype", dtype)
+        assert run(trained, "--input", tmp_path / "a.png", *args) == 0
+        scores.append([result["score"] for result in read_json(tmp_path / dtype)])
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+
+
 def test_drawings_have_the_size_of_their_images(trained, tmp_path):
     for name, height, width in (("a.png", 500, 331), ("b.jpg", 200, 601)):
         write_image(tmp_path / name, height, width)

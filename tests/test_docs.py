@@ -10,6 +10,8 @@ import pytest
 import check_docs
 import update_docs
 from check_docs import Block, Problem, blocks_of, check_block, commands_of
+from figures import render, write_figures
+from smca.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for pattern in check_docs.PAGES for path in sorted(ROOT.glob(pattern))]
@@ -145,7 +147,7 @@ def test_generated_pages_are_fresh(capsys):
 
 def test_a_stale_page_is_named_and_written_anew(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)
-    monkeypatch.setattr(update_docs, "PAGES", {"page.md": lambda: "new\n"})
+    monkeypatch.setattr(update_docs, "pages", lambda: {"page.md": lambda: "new\n"})
     (tmp_path / "page.md").write_text("old\n")
     assert update_docs.main(["--check"]) == 1
     assert "page.md" in capsys.readouterr().err
@@ -168,10 +170,97 @@ def test_a_table_follows_the_results_of_the_study(tmp_path, monkeypatch):
     page = "Before\n<!-- table: convergence -->\nold\n<!-- end -->\nafter\n"
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)
-    text = update_docs.PAGES["README.md"]()
+    tables = {"convergence": update_docs.convergence_in_readme}
+    monkeypatch.setattr(update_docs, "TABLES", {"README.md": tables})
+    text = update_docs.pages()["README.md"]()
     assert text.startswith("Before\n<!--") and text.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in text and "| AP (AP50) | B | A |" in text
     assert text.count("| 7.0 (8.3) | 1.5 (4.0) |") == 2
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Writes a page with a table of a file; checks and updates it."""
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    monkeypatch.setattr(update_docs, "ROOT", tmp_path)
+    monkeypatch.setattr(update_docs, "TABLES", {})
+    monkeypatch.setattr(update_docs, "configuration_page", lambda: "page\n")
+    (tmp_path / "docs" / "configuration.md").write_text("page\n")
+    path = tmp_path / "docs" / "page.md"
+    file = tmp_path / "docs" / "figures" / "speed.json"
+    write_figures(str(file), "python tools/x.py", ["", "s", "MiB"], [["a", "1.5"], ["b", "2", "3"]])
+    mark = "docs/figures/speed.json"
+    path.write_text(f"Before\n\n<!-- table: {mark} -->\n<!-- end -->\n\nafter\n")
+    return path
+
+
+def test_a_measured_table_comes_from_its_file(page):
+    assert update_docs.main(["--check"]) == 1
+    assert update_docs.main([]) == 0
+    table = "| | s | MiB |\n| --- | --- | --- |\n| a | 1.5 | |\n| b | 2 | 3 |\n"
+    mark = "<!-- table: docs/figures/speed.json -->\n"
+    assert page.read_text() == f"Before\n\n{mark}{table}<!-- end -->\n\nafter\n"
+    assert update_docs.main(["--check"]) == 0
+
+
+def test_a_number_that_was_changed_by_hand_is_found(page, capsys):
+    update_docs.main([])
+    right = page.read_text()
+    page.write_text(right.replace("1.5", "1.2"))
+    assert update_docs.main(["--check"]) == 1
+    assert "docs/page.md" in capsys.readouterr().err
+    update_docs.main([])
+    assert page.read_text() == right
+
+
+def test_a_mark_chooses_columns_in_its_order(page):
+    page.write_text(page.read_text().replace("speed.json", "speed.json: MiB | "))
+    update_docs.main([])
+    assert "| MiB | |\n| --- | --- |\n| | a |\n| 3 | b |\n" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("mark", "content", "message"),
+    [
+        ("none.json", None, "none.json cannot be read"),
+        ("bad.json", "[", "is no JSON file"),
+        ("bad.json", '{"columns": ["a"], "rows": []}', 'needs "columns", "rows" and "command"'),
+        ("bad.json", '{"columns": ["a"], "rows": [["1", "2"]], "command": "x"}', "another length"),
+        ("speed.json: hours", None, "no table with the columns hours"),
+    ],
+)
+def test_a_mark_without_a_table_is_told(page, mark, content, message):
+    if content is not None:
+        (page.parent / "figures" / mark).write_text(content)
+    page.write_text(page.read_text().replace("speed.json", mark))
+    with pytest.raises(UserError, match=message) as error:
+        update_docs.main(["--check"])
+    assert str(error.value).startswith("docs/page.md: ")
+
+
+def test_a_table_of_a_study_is_that_of_its_report():
+    pytest.importorskip("pandas")
+    report = json.loads((ROOT / "docs" / "convergence" / "shapes.json").read_text())
+    finals = [run["final"]["AP"] for run in report["runs"] if run["name"] == "fixed spread"]
+    table = render(ROOT, "docs/convergence/shapes.json", "spread", "run | AP")
+    assert f"| fixed spread | {finals[0]:.1f} |" in table.splitlines()
+    with pytest.raises(UserError, match="no comparison speed"):
+        render(ROOT, "docs/convergence/shapes.json", "speed", None)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "figures").glob("*.json")), ids=lambda path: path.stem
+)
+def test_every_figure_has_a_command_that_is_right_and_a_page(path):
+    content = json.loads(path.read_text())
+    for words in commands_of(content["command"]):
+        try:
+            check_docs.check_command(words)
+        except check_docs.Unchecked as error:
+            pytest.skip(str(error))
+    name = f"docs/figures/{path.name}"
+    assert any(name in page.read_text() for page in PAGES)
+    assert content["date"] and content["machine"]
 
 
 def test_the_configuration_page_has_every_key_of_the_main_config():

@@ -202,6 +202,16 @@ def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
 
 
+def test_types_stand_side_by_side(data, tmp_path):
+    run_tool(data, tmp_path, "--dtype", "fp32", "--dtype", "bf16")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    whole, half = report["detectors"]
+    assert whole["name"].endswith(", fp32") and half["name"] == whole["name"][:-4] + "bf16"
+    key = "expected_calibration_error"
+    errors = [detector["calibration"][key] for detector in report["detectors"]]
+    assert errors[0] != errors[1] and errors[0] == pytest.approx(errors[1], abs=0.1)
+
+
 def test_the_command_evaluates_what_the_detector_finds(data, tmp_path):
     config = write_smca_config(tmp_path)
     model = make_smca(config)

@@ -20,6 +20,7 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
 from omegaconf import DictConfig
 from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 from smca.config import load_config
@@ -44,6 +45,14 @@ def attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     return batch * heads * num_queries * key[2] * (width + value[3])
 
 
+def count_work(model: nn.Module, height: int, width: int) -> FlopCountAnalysis:
+    """Multiply-adds of one image of `height` x `width` pixels, by operator and by module."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    flops = FlopCountAnalysis(model.eval(), ([{"image": image}],))
+    flops.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
+    return flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
 def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
     """Count the parameters and the work of a config's model.
 
@@ -54,13 +63,26 @@ def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
     Returns:
         Trainable parameters, all parameters, multiply-adds of one image.
     """
-    model = instantiate(cfg.model).eval()
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    flops = FlopCountAnalysis(model, ([{"image": image}],))
-    flops.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
-    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    model = instantiate(cfg.model)
+    flops = count_work(model, height, width)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, parameter_count(model)[""], sum(flops.by_operator().values())
+
+
+def analyze_training(cfg: DictConfig, height: int, width: int) -> int:
+    """Multiply-adds of one image forward and backward, without losses and optimiser.
+
+    The gradients of inputs and of weights take as much as the forward pass each, but for the stages
+    of the backbone that are frozen. What is computed twice to save memory counts once.
+    """
+    model = instantiate(cfg.model)
+    flops = count_work(model, height, width)
+    frozen = sum(
+        flops.by_module()[f"model.backbone.{name}"]  # inside Detectron2's wrapper
+        for name, stage in model.backbone.named_children()
+        if not any(p.requires_grad for p in stage.parameters())
+    )
+    return 3 * sum(flops.by_operator().values()) - 2 * frozen
 
 
 def main() -> None:

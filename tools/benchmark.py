@@ -17,7 +17,8 @@ resident memory, on a GPU what PyTorch allocated. Models have random weights and
 
 GFLOP/s count a multiply-add as two. The share is of the rate of a large matrix product of the same
 type, measured by the same process just before. (On a GPU, PyTorch's defaults let float32
-convolutions, but not matrix products, use TF32.)
+convolutions, but not matrix products, use TF32.) With --profile the table also says which part of
+the time each group of operators took.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import json
 import os
 import platform
 import pstats
+import re
 import resource
 import shlex
 import statistics
@@ -47,6 +49,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmark_cases import MEASUREMENTS, REFERENCE, Job, Options
+from figures import write_figures
 from smca.config import AMP_DTYPES, load_config
 from smca.errors import UserError, exit_code
 
@@ -157,7 +160,7 @@ def measure(job: Job, options: Options, cost: Optional[int] = None) -> Record:
         gflops = 2 * cost / record["median_s"] / 1e9
         record.update(gflops=gflops, matmul_gflops=rate, share=gflops / rate)
     if options.profile:
-        print_profile(run, options)
+        record["profile"] = profile_of(run, options)
         if job.name == "train_mapper":
             print_python_profile(run)
     return record
@@ -174,12 +177,44 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def print_profile(function: Callable[[], Any], options: Options) -> None:
-    """PyTorch's operators in a call, by their time."""
+# Of operators by their names; the first group that fits.
+GROUPS = {
+    "convolution": "conv",
+    "attention": "scaled_dot_product|flash|attend",
+    "optimiser": "Optimizer|adam|foreach",
+    "matrix products": r"mm$|mm_|linear|matmul|bmm|dot",
+    "norms": "norm",
+    "dropout": "dropout|bernoulli|random|uniform",
+    "softmax": "softmax",
+    "pooling, resizing": "pool|upsample|interpolate",
+    "copies": "copy|cat$|clone|contiguous|index|gather|scatter|fill|zero|pad|stack",
+    "sums, ReLU and the like": "add|sub|mul|div|relu|threshold|sigmoid|exp|log|clamp|sum|pow|where",
+}
+REST = "the rest"
+
+
+def group_of(operator: str) -> str:
+    """The group of `GROUPS` that an operator's name is in."""
+    for group, pattern in GROUPS.items():
+        if re.search(pattern, operator):
+            return group
+    return REST
+
+
+def profile_of(function: Callable[[], Any], options: Options) -> Dict[str, float]:
+    """The share of each group of operators in the time of a call; prints PyTorch's table, too."""
     with torch.profiler.profile() as profile:
         function()
-    order = "self_cuda_time_total" if options.device == "cuda" else "self_cpu_time_total"
-    print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50))
+    on_gpu = options.device == "cuda"
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    averages = profile.key_averages()
+    print(averages.table(sort_by=order, row_limit=25, max_name_column_width=50))
+    times = dict.fromkeys([*GROUPS, REST], 0.0)
+    for operator in averages:
+        used = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
+        times[group_of(operator.key)] += used
+    total = sum(times.values())
+    return {group: used / total for group, used in times.items()}
 
 
 def print_python_profile(function: Callable[[], Any]) -> None:
@@ -222,15 +257,21 @@ def print_table(headers: List[str], rows: List[List[Optional[str]]]) -> None:
     print(tabulate(rows, headers, tablefmt="github", missingval="-", disable_numparse=True))
 
 
-def print_records(records: List[Record]) -> None:
-    """The table of all measurements."""
-    headers = ["measurement", "config", "size", "ms", "extra MiB", "peak MiB", "GFLOP/s", "share"]
+def table_of(records: Sequence[Record]) -> Tuple[List[str], List[List[Optional[str]]]]:
+    """Columns and rows of all measurements."""
+    columns = ["measurement", "config", "size", "s", "extra MiB", "peak MiB", "GFLOP/s", "share"]
+    groups = [g for g in [*GROUPS, REST] if any(g in r.get("profile", {}) for r in records)]
     rows = []
     for record in records:
-        memory = [f"{record[name] / 2**20:.0f}" for name in ("extra_bytes", "peak_bytes")]
-        speed = [f"{record['gflops']:.0f}", f"{record['share']:.0%}"] if "gflops" in record else []
-        rows.append([*key(record), f"{record['median_s'] * 1e3:.1f}", *memory, *speed])
-    print_table(headers, rows)
+        row: List[Optional[str]] = [*key(record), f"{record['median_s']:.3g}"]
+        row += [f"{record[name] / 2**20:.0f}" for name in ("extra_bytes", "peak_bytes")]
+        has_speed = "gflops" in record
+        row.append(f"{record['gflops']:.0f}" if has_speed else None)
+        row.append(f"{record['share']:.0%}" if has_speed else None)
+        profile = record.get("profile")
+        row += [f"{profile[group]:.0%}" if profile else None for group in groups]
+        rows.append(row)
+    return columns + groups, rows
 
 
 def print_ratios(pairs: Sequence[Tuple[Record, Record]]) -> None:
@@ -282,9 +323,10 @@ def compare(path_a: str, path_b: str) -> None:
 
 
 def write_records(path: str, records: List[Record]) -> None:
-    """The records as JSON, with the command and the date."""
-    header = {"command": shlex.join(sys.argv), "date": time.strftime("%Y-%m-%d %H:%M")}
-    Path(path).write_text(json.dumps({**header, "records": records}, indent=2) + "\n")
+    """The records and their table as JSON, with the command and the date."""
+    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    where = f"{records[0]['device']}, {records[0]['threads']} threads, torch {torch.__version__}"
+    write_figures(path, command, *table_of(records), machine=where, records=records)
 
 
 # ---- Command line
@@ -349,7 +391,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         records.append(run_job(job, options))
         if options.output:  # after each, so that a long run that is stopped leaves its results
             write_records(options.output, records)
-    print_records(records)
+    print_table(*table_of(records))
     print_gain_over_reference(records)
 
 

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from analyze_model import analyze
+from analyze_model import analyze, analyze_training
 from smca.analysis.metrics import COCOeval_faster, average_precision, load_truth
 from smca.config import AMP_DTYPES, load_config
 from smca.data import draw_scene
@@ -344,6 +344,12 @@ def multiply_adds(options: Options, config: str, size: Size) -> int:
     return analyze(load_config(config, options.overrides), *size)[2]
 
 
+def training_multiply_adds(options: Options, config: str, size: Size) -> int:
+    """Of a training step of a config's model."""
+    one = analyze_training(load_config(config, options.overrides), *size)
+    return options.batch_size * one
+
+
 def model_jobs(
     options: Options,
     name: str,
@@ -368,7 +374,7 @@ MEASUREMENTS: Dict[str, Callable[[Options], Iterable[Job]]] = {
         o, "inference", build_inference, o.image_size, cost=multiply_adds
     ),
     "train_step": lambda o: model_jobs(
-        o, "train_step", build_train_step, [o.train_size], o.batch_size
+        o, "train_step", build_train_step, [o.train_size], o.batch_size, training_multiply_adds
     ),
     "train_mapper": train_mapper_jobs,
     "coco_ap": coco_ap_jobs,

@@ -14,6 +14,7 @@ of one image of the first size.
 import argparse
 import functools
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -28,8 +29,9 @@ from scipy.optimize import linear_sum_assignment
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmark import CONFIGS, MAIN_MODELS
+from benchmark import CONFIGS, MAIN_MODELS, device_name
 from benchmark_cases import Size, build_model
+from figures import write_figures
 from smca.config import load_config
 from smca.errors import UserError, exit_code
 from smca.inference import Predictor
@@ -166,6 +168,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--openvino", action="store_true", help="compare with OpenVINO too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3, help="calls that are timed")
+    parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
     return parser
 
 
@@ -179,6 +182,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         rows += compare(config, options)
     headers = ["config", "runtime", "boxes", "scores", "nodes", "MB", "eager (s)", "runtime (s)"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+    if options.output:
+        command = shlex.join(["python", "tools/compare_export.py", *(argv or sys.argv[1:])])
+        where = f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}"
+        write_figures(options.output, command, headers, rows, machine=where)
 
 
 if __name__ == "__main__":

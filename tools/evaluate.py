@@ -8,16 +8,18 @@ other file, and as JSON:
     evaluate.py --weights output/demo/model_final.pth --output report
     evaluate.py --weights a.pth b.pth --config-file CONFIG --output report
     evaluate.py --weights a.pth --max-images 100 --output report train.device=cpu
+    evaluate.py --weights a.pth --dtype fp32 --dtype bf16      # what mixed precision costs in AP
 
 The data are those of the first file's config.
 """
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -30,9 +32,15 @@ from smca.analysis import evenly
 from smca.analysis.evaluation import Evaluation, detect, device_name, evaluate
 from smca.analysis.metrics import load_truth
 from smca.analysis.report import write_report
+from smca.config import AMP_DTYPES
 from smca.data import read_coco
 from smca.errors import UserError, exit_code
-from smca.inference import Predictor, add_weights_kind, load_test_dataset, predictor_of
+from smca.inference import (
+    Predictor,
+    add_weights_kind,
+    load_test_dataset,
+    predictor_of,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,6 +61,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-images", type=int, help="evenly from the test data; default: all")
     add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=("fp32", *AMP_DTYPES),
+        help="bf16 or fp16: mixed precision; can be repeated, to have them side by side; "
+        "default: fp32",
+    )
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
@@ -66,16 +81,17 @@ def run(args: argparse.Namespace) -> List[str]:
     if not args.weights:
         raise UserError("No checkpoint given: name one or several files after --weights.")
     # What is wrong with one of the files should not take the time to run the others.
-    predictors = [load(weights, args) for weights in args.weights]
+    detectors = list(itertools.product(args.weights, args.dtype or ["fp32"]))
+    predictors = [load(weights, dtype, args) for weights, dtype in detectors]
     cfg = predictors[0].cfg
     dataset_dicts = load_test_dataset(cfg)
     if args.max_images is not None:
         dataset_dicts = evenly(dataset_dicts, args.max_images)
     name, truth = load_test_truth(cfg, dataset_dicts)
-    for weights, predictor in zip(args.weights, predictors):
+    for (weights, _), predictor in zip(detectors, predictors):
         check_classes(weights, predictor, name)
     evaluations = []
-    for title, predictor in zip(titles(args.weights), predictors):
+    for title, predictor in zip(titles(args.weights, args.dtype), predictors):
         detections, seconds = detect(
             predictor,
             dataset_dicts,
@@ -94,9 +110,9 @@ def run(args: argparse.Namespace) -> List[str]:
     )
 
 
-def load(weights: str, args: argparse.Namespace) -> Predictor:
+def load(weights: str, dtype: str, args: argparse.Namespace) -> Predictor:
     """The detector of a file or of a folder of tools/publish.py."""
-    return predictor_of(argparse.Namespace(**{**vars(args), "weights": weights}))
+    return predictor_of(argparse.Namespace(**{**vars(args), "weights": weights, "dtype": dtype}))
 
 
 def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[str, COCO]:
@@ -132,13 +148,16 @@ def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
         )
 
 
-def titles(paths: Sequence[str]) -> List[str]:
-    """Short and different names of files: their own, with as many folders as that takes."""
+def titles(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -> List[str]:
+    """Short and different names of files: their own, with as many folders as that takes; of each
+    with every one of the types, if they are named."""
+    short = [f"{path} ({number})" for number, path in enumerate(paths, 1)]
     for count in range(1, max(len(Path(path).parts) for path in paths) + 1):
-        short = [os.path.join(*Path(path).with_suffix("").parts[-count:]) for path in paths]
-        if len(set(short)) == len(short):
-            return short
-    return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+        names = [os.path.join(*Path(path).with_suffix("").parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            short = names
+            break
+    return [f"{name}, {dtype}" for name in short for dtype in dtypes] if dtypes else short
 
 
 def summary(evaluations: Sequence[Evaluation]) -> str:

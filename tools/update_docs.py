@@ -1,31 +1,36 @@
 #!/usr/bin/env python
-"""Write the documentation that is made of the code and of results: docs/configuration.md, and the
-tables between `<!-- table: ... -->` and `<!-- end -->` in README.md and docs/convergence.md.
+"""Write the documentation that is made of the code and of results: docs/configuration.md, and on
+every page the tables between `<!-- table: ... -->` and `<!-- end -->`.
 
     tools/update_docs.py           # write what is not as it should be
     tools/update_docs.py --check   # write nothing; exit code 1 if something is stale
+
+Measured tables are those of a JSON file that the measuring tool wrote (tools/figures.py says how a
+page names it); a number that is changed by hand in a page is stale.
 
 Defaults are those of the configs, possible values those that loading a config checks, and what a
 key means is in the docstring of what the config calls there, or in the config's own comments.
 """
 
 import argparse
+import functools
 import inspect
 import io
-import json
 import re
 import sys
 import tokenize
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from figures import MARK, Table, markdown, read_json, with_tables
 from smca import model_zoo
 from smca.config.schema import Kind
 from smca.config.train import _TRAIN
+from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -347,7 +352,7 @@ def data_default(node: DictConfig, key: Any) -> str:
 
 def final_means(study: str) -> Dict[str, tuple[str, str]]:
     """Of each run of the study's main comparison AP and AP50 at its end, means of its seeds."""
-    report = json.loads((ROOT / "docs" / "convergence" / f"{study}.json").read_text())
+    report = read_json(ROOT / "docs" / "convergence" / f"{study}.json")
     means = {}
     for name in report["comparisons"]["main"]:
         finals = [run["final"] for run in report["runs"] if run["name"] == name]
@@ -381,22 +386,68 @@ def convergence_in_its_page() -> str:
     return "\n".join(lines)
 
 
-def filled(page: str, table_name: str, table_text: str) -> str:
-    """A page with another table between its marks."""
+# ---- Tables of the comparison with others
+
+
+def peers_in_readme() -> str:
+    """How many times faster than the official code, in float32, and with which part of its
+    memory; from the ratios that docs/performance.md shows, which are peer over ours."""
+    content = read_json(ROOT / "docs" / "figures" / "peers.json")
+    rows = [dict(zip(content["columns"], row)) for row in content["rows"]]
+    cells = []
+    for row in rows:
+        label, _, who = row["model"].rpartition(", ")
+        if who == "official" and row["type"] == "float32" and row["time, peer / ours"]:
+            memory = 1 / float(row["memory, peer / ours"])
+            what = f"{row['task']}, {label.removeprefix('SMCA ')}, {row['size']}"
+            faster = f"{float(row['time, peer / ours']):.1f} times faster"
+            cells.append([what, faster, f"{memory:.0%}"])
+    return markdown(Table(["", "time", "peak memory"], cells))
+
+
+# ---- Pages
+
+
+def filled(text: str, table_name: str, table_text: str) -> str:
+    """A page's text with another table between its marks."""
     start, end = f"<!-- table: {table_name} -->\n", "\n<!-- end -->"
-    before, mark, rest = (ROOT / page).read_text().partition(start)
+    before, mark, rest = text.partition(start)
     if not mark or end not in rest:
-        sys.exit(f"{page} has no table between {start.strip()} and {end.strip()}: restore them.")
+        raise UserError(f"No table between {start.strip()} and {end.strip()}: restore them.")
     return before + mark + table_text + end + rest.partition(end)[2]
 
 
-PAGES = {
-    "docs/configuration.md": configuration_page,
-    "README.md": lambda: filled("README.md", "convergence", convergence_in_readme()),
-    "docs/convergence.md": lambda: filled(
-        "docs/convergence.md", "convergence", convergence_in_its_page()
-    ),
+# Of pages the tables that are put together here.
+TABLES: Dict[str, Dict[str, Callable[[], str]]] = {
+    "README.md": {"convergence": convergence_in_readme, "peers": peers_in_readme},
+    "docs/convergence.md": {"convergence": convergence_in_its_page},
 }
+
+
+def page_with_tables(page: str) -> str:
+    """A page with all its tables as their files have them.
+
+    Raises:
+        UserError: a mark names no table.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8")
+    try:
+        for name, make in TABLES.get(page, {}).items():
+            text = filled(text, name, make())
+        return with_tables(ROOT, text)
+    except UserError as error:
+        raise UserError(f"{page}: {error}") from error
+
+
+def pages() -> Dict[str, Callable[[], str]]:
+    """By path what each page that is written here, in part or whole, should be."""
+    found: Dict[str, Callable[[], str]] = {"docs/configuration.md": configuration_page}
+    for pattern in ("README.md", "*/README.md", "*/*/README.md", "docs/*.md"):
+        for path in sorted(ROOT.glob(pattern)):
+            page = str(path.relative_to(ROOT))
+            if page in TABLES or MARK.search(path.read_text(encoding="utf-8")):
+                found[page] = functools.partial(page_with_tables, page)
+    return found
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -407,7 +458,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say what is stale")
     check = parser.parse_args(argv).check
     stale = []
-    for name, page in PAGES.items():
+    for name, page in pages().items():
         path, text = ROOT / name, page()
         if not path.is_file() or path.read_text() != text:
             stale.append(name)
@@ -420,4 +471,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

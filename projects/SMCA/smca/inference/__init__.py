@@ -1,7 +1,7 @@
 """A trained detector as a function of images."""
 
 from .build import WEIGHTS, TrainedDetector, load_detector, load_test_dataset, load_weights
-from .command_line import add_predictor_arguments, add_weights_kind, predictor_of
+from .command_line import add_dtype, add_predictor_arguments, add_weights_kind, predictor_of
 from .detections import Detections
 from .predictor import Predictor
 from .pretrained import CARD_NAME, need_extra, save_pretrained
@@ -12,6 +12,7 @@ __all__ = [
     "Detections",
     "Predictor",
     "TrainedDetector",
+    "add_dtype",
     "add_predictor_arguments",
     "add_weights_kind",
     "load_detector",

@@ -3,15 +3,16 @@
 import argparse
 import os
 
+from smca.config import AMP_DTYPES
 from smca.errors import UserError
 from smca.inference.build import WEIGHTS
 from smca.inference.predictor import Predictor
 
-__all__ = ["add_predictor_arguments", "add_weights_kind", "predictor_of"]
+__all__ = ["add_dtype", "add_predictor_arguments", "add_weights_kind", "predictor_of"]
 
 
 def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config-file``, ``--weights``, ``--weights-kind`` and ``--device``."""
+    """``--config-file``, ``--weights``, ``--weights-kind``, ``--device`` and ``--dtype``."""
     parser.add_argument(
         "--config-file",
         metavar="FILE",
@@ -24,6 +25,17 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """``--dtype`` alone."""
+    parser.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=("fp32", *AMP_DTYPES),
+        help="bf16 or fp16: mixed precision; default: %(default)s",
+    )
 
 
 def add_weights_kind(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +60,14 @@ def predictor_of(args: argparse.Namespace) -> Predictor:
                 f"{args.weights} is a folder, whose detector has its config and weights in it: "
                 "leave out --config-file, --weights-kind and overrides."
             )
-        return Predictor.from_pretrained(args.weights, device=args.device or "auto")
+        return Predictor.from_pretrained(
+            args.weights, device=args.device or "auto", dtype=args.dtype
+        )
     return Predictor(
         args.weights,
         config_file=args.config_file,
         overrides=args.opts,
         weights=args.weights_kind,
         device=args.device,
+        dtype=args.dtype,
     )
