@@ -11,7 +11,7 @@ from torch import nn
 from helpers import MeanLoss
 from smca.data import build_train_loader
 from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
-from smca.engine.trainer import BoundedStorage
+from smca.engine.storage import BoundedStorage
 from smca.errors import NonFiniteError
 
 

@@ -24,7 +24,8 @@ from torch import nn
 
 from smca.config import get_config
 from smca.data import detr_augmentations
-from smca.engine.trainer import BoundedStorage, Trainer
+from smca.engine.storage import BoundedStorage
+from smca.engine.trainer import Trainer
 from smca.inference import Predictor
 
 __all__ = ["Usage", "evaluate", "grows", "small_model", "train"]

@@ -1,4 +1,3 @@
-import collections
 import contextlib
 import json
 import logging
@@ -13,8 +12,6 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
-from fvcore.common.history_buffer import HistoryBuffer
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from smca.checkpoint.files import read_tag, write_atomically
 from smca.data.loader import set_start_batch, set_start_sample
 from smca.engine.signals import STOP_SIGNALS, React, StopSignals
+from smca.engine.storage import BoundedStorage
 from smca.errors import NonFiniteError
 
-__all__ = ["BoundedStorage", "Trainer"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +39,6 @@ def _seed_random_states(*entropy: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-class BoundedStorage(EventStorage):
-    """Detectron2's, with the last thousand values of each metric, the most that any writer looks
-    at. A million, as there, would be gigabytes in a training on COCO."""
-
-    def __init__(self, start_iter: int = 0) -> None:
-        super().__init__(start_iter)
-        self._history = collections.defaultdict(lambda: HistoryBuffer(max_length=1000))
 
 
 class Trainer(SimpleTrainer):
