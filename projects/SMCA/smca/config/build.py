@@ -52,7 +52,8 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
     Returns:
         The names; none where the config calls a function for them, whose files need not be here.
     """
-    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=None)
+    key = f"dataloader.{split}.dataset.names"
+    names = OmegaConf.select(cfg, key, default=None, throw_on_resolution_failure=False)
     if isinstance(names, DictConfig):
         return []
     return [names] if isinstance(names, str) else list(names or [])
