@@ -38,15 +38,25 @@ def check_datasets(cfg: DictConfig, *splits: str) -> None:
 
 
 def check_class_counts(cfg: DictConfig, *splits: str) -> None:
-    """Compare the data sets' classes with the model's, once the data are loaded and known."""
+    """Compare the data sets' classes with the model's, once the data are loaded and known.
+
+    Raises:
+        ConfigError: the model has fewer; or it has more than the data that it is evaluated on,
+            where Detectron2's evaluator fails at the first detection of one of them.
+    """
     num_classes = OmegaConf.select(cfg, "model.num_classes")
-    for name in [name for split in splits for name in dataset_names(cfg, split)]:
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if num_classes is not None and len(classes) > num_classes:
-            raise ConfigError(
-                f"Data set '{name}' has {len(classes)} classes, the model {num_classes}: set "
-                f"model.num_classes={len(classes)}."
-            )
+    if num_classes is None:
+        return
+    for split in splits:
+        is_evaluated = split == "test" and cfg.dataloader.get("evaluator") is not None
+        for name in dataset_names(cfg, split):
+            count = len(MetadataCatalog.get(name).get("thing_classes", []))
+            if count > num_classes or (is_evaluated and 0 < count < num_classes):
+                raise ConfigError(
+                    f"Data set '{name}' has {count} classes, the model {num_classes}: set "
+                    f"model.num_classes={count}, or dataloader.{split}.dataset.names to data with "
+                    "the model's classes."
+                )
 
 
 def build_test_loader(cfg: DictConfig) -> Iterable[Any]:

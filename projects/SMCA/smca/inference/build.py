@@ -106,7 +106,7 @@ def load_detector(
         built = _build_from_yacs(cfg, device)
     model, augmentations, image_format, datasets = built
     weights, others = load_weights(model, checkpoint, weights)
-    names, category_ids = _classes(provenance, datasets)
+    names, category_ids = _classes(provenance, datasets, getattr(model, "num_classes", None))
     return TrainedDetector(
         model,
         augmentations,
@@ -278,16 +278,16 @@ def _build_from_yacs(cfg: CfgNode, device: Optional[str]) -> _Built:
 
 
 def _classes(
-    provenance: Mapping[str, Any], datasets: Sequence[str]
+    provenance: Mapping[str, Any], datasets: Sequence[str], num_classes: Optional[int]
 ) -> Tuple[List[str], Dict[int, int]]:
-    """Class names, of the checkpoint if it says them, else of the data set; category ids of the
-    data set if it has the same classes."""
+    """Class names, of the checkpoint if it says them, else of a data set with as many; category ids
+    of the data set if it has the same classes."""
     names = list(provenance.get("class_names") or [])
     if not datasets or datasets[0] not in MetadataCatalog.list():
         return names, {}
     metadata = MetadataCatalog.get(datasets[0])
     known = list(metadata.get("thing_classes") or [])
-    if names and names != known:
+    if (names and names != known) or num_classes not in (None, len(known)):
         return names, {}
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     return known, {index: category_id for category_id, index in ids.items()}
