@@ -319,6 +319,20 @@ def test_rates_of_parts_and_a_frozen_backbone_are_settings(own):
             assert rates[id(parameter)] == pytest.approx(5e-5 * factor)
 
 
+def test_a_rate_of_a_part_that_the_model_lacks_is_named(own, capsys):
+    def train_net(words):
+        return run(arguments(*words))
+
+    factors = "optimizer.params.lr_factor_func.factors"
+    for prefix, nearest in (("encodr", "encoder"), ("decoder_layers", "decoder.layers")):
+        words = ["--config-file", FINE_TUNE, *own, f"+{factors}.{prefix}=0.5"]
+        text = error_of(capsys, train_net, *words)
+        assert f"{factors} names {prefix}, but no parameter" in text
+        assert text.endswith(f"did you mean {nearest}?")
+    cfg = load_config(FINE_TUNE, [*own, f"+{factors}.nothing=1.0"])  # as without it
+    assert cfg.optimizer.params.lr_factor_func.factors.nothing == 1
+
+
 # Early stopping
 
 

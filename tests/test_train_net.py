@@ -267,6 +267,7 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
         ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2"),
         ("model.num_classes=3", "has 2 classes, the model 3: set model.num_classes=2, or data"),
         ("train.init_checkpoint=nowhere.pth", "nowhere.pth does not exist"),
+        ("train.compile=True", "train.compile=True needs a model with a method compile_parts"),
     ],
 )
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from yaml import YAMLError
 
+from smca.config.build import origin
 from smca.config.names import get_config_file, list_configs, load_file
 from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
 from smca.config.train import check_train
@@ -157,7 +158,7 @@ def _load_file(config_file: str) -> DictConfig:
     except Exception as error:  # a .py config is code, and can fail in any way
         reason = str(error.__cause__ or error)
         if not isinstance(error, (SyntaxError, ImportError, ValueError, YAMLError)):
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error} ({origin(error)})"
         raise ConfigError(f"{config_file} cannot be loaded: {' '.join(reason.split())}") from error
     absent = [name for name in _SECTIONS if not _is_section(cfg, name)]
     if absent:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model as build_yacs_model
@@ -262,7 +262,7 @@ def _build_from_lazy(
     require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config_file)
     cfg.train.device = str(resolve_device(device or cfg.train.device))
     mapper = cfg.dataloader.test.mapper
-    augmentations = instantiate(mapper.augmentations)
+    augmentations = build(mapper.augmentations, "dataloader.test.mapper.augmentations")
     image_format = mapper.get("image_format", "RGB")
     return build_model(cfg), augmentations, image_format, dataset_names(cfg, "test")
 
