@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> List[str]:
             predictor,
             dataset_dicts,
             sorted(truth.getCatIds()),
-            progress=functools.partial(tqdm, desc=title, unit="image"),
+            progress=functools.partial(tqdm, desc=title, unit="image", disable=None),
         )
         evaluations.append(evaluate(title, truth, detections, seconds, args.confidence_threshold))
     print(summary(evaluations))
