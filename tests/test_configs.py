@@ -7,9 +7,10 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, SwinTransformer, ViT, build_model
+from omegaconf import OmegaConf
 
 from smca import add_smca_config
-from smca.config import load_config
+from smca.config import build, load_config
 from smca.errors import ConfigError
 from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 
@@ -204,3 +205,70 @@ def test_yacs_setting_that_the_model_lacks_is_named():
 def test_a_bad_model_setting_is_named(override, message):
     with pytest.raises(ValueError, match=message):
         build_without_memory(load("smca_r50_50ep", override))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("smca_conv_r50_50ep", "model.encoder.kernel_size=4", "model.encoder.kernel_size=4 must"),
+        ("smca_r50_50ep", "model.decoder.spread=wide", "model.decoder.spread='wide' must be one"),
+        ("smca_r50_50ep", "model.num_queries=0", "model.num_queries=0 must be at least 1"),
+        # What the encoder is given is a reference to the model's.
+        ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),
+        ("smca_r50_50ep", "model.backbone.norm=XX", "The config's model.backbone cannot be built"),
+    ],
+)
+def test_what_cannot_be_built_is_said_with_its_full_key(name, override, message):
+    cfg = load(name, override)
+    with torch.device("meta"), pytest.raises(ConfigError) as error:
+        build(cfg.model, "model")
+    assert message in str(error.value)
+
+
+def test_what_is_built_is_what_detectron2_builds():
+    cfg = load("smca_r50_50ep")
+    with torch.device("meta"):
+        assert repr(build(cfg.model, "model")) == repr(instantiate(cfg.model))
+    for section in (cfg.dataloader.train.mapper, cfg.lr_multiplier):
+        built, expected = build(section, "section"), instantiate(section)
+        assert type(built) is type(expected) and vars(built).keys() == vars(expected).keys()
+    called = {"_target_": "builtins.dict", "a": 1}
+    nested = OmegaConf.create({"_target_": "builtins.dict", "list": [called, 2], "plain": called})
+    nested.plain.pop("_target_")
+    expected = {"list": [{"a": 1}, 2], "plain": {"a": 1}}
+    assert build(nested, "nested") == instantiate(nested) == expected
+
+
+class Broken(torch.nn.Module):
+    """With a slip of the pen in its code."""
+
+    def __init__(self, where="name"):
+        super().__init__()
+        if where == "attribute":
+            self.weigth = self.weight
+        elif where == "module":
+            import no_such_package  # noqa: F401
+        else:
+            self.weight = undefined  # noqa: F821
+
+
+@pytest.mark.parametrize("where", ["name", "attribute", "module"])
+def test_an_error_in_code_keeps_its_traceback_and_says_where_it_is(where, caplog):
+    words = {
+        "name": "NameError: name 'undefined' is not defined",
+        "attribute": "AttributeError: 'Broken' object has no attribute 'weight'",
+        "module": "ModuleNotFoundError: No module named 'no_such_package'",
+    }
+    cfg = OmegaConf.create({"_target_": f"{__name__}.Broken", "where": where})
+    with caplog.at_level("DEBUG", "smca"), pytest.raises(ConfigError) as error:
+        build(cfg, "model.part")
+    assert f"The config's model.part cannot be built: {words[where]} (" in str(error.value)
+    assert ", line " in str(error.value) and "\n" not in str(error.value)
+    assert not isinstance(error.value.__cause__, ConfigError)
+    assert "Traceback" in caplog.text and "test_configs.py" in caplog.text
+
+
+def test_an_error_in_the_code_of_a_config_says_its_line(tmp_path):
+    (tmp_path / "mine.py").write_text("a = 1\nb = a.nothing\n")
+    with pytest.raises(ConfigError, match=r"AttributeError: .*nothing.*mine.py, line 2\)"):
+        load_config(str(tmp_path / "mine.py"))

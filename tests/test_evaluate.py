@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
@@ -237,6 +238,17 @@ def test_weights_of_other_classes_are_refused(data, tmp_path):
     options = ["--weights", weights, "--config-file", config]
     command = [*options, f"dataloader.test.dataset.names={data[0]}"]
     with pytest.raises(UserError, match="has the classes .*cow.*round"):
+        tool.run(tool.get_parser().parse_intermixed_args(command))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_number_of_classes_is_refused_and_named(data, tmp_path, count):
+    config = write_smca_config(tmp_path)
+    model = instantiate({**LazyConfig.load(config).model, "num_classes": count})
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    command = ["--weights", str(tmp_path / "a.pth"), "--config-file", config]
+    command += [f"dataloader.test.dataset.names={data[0]}", f"model.num_classes={count}"]
+    with pytest.raises(UserError, match=f"a.pth has {count} classes, the data set '.*' 3: "):
         tool.run(tool.get_parser().parse_intermixed_args(command))
 
 

@@ -2,18 +2,22 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import EvalHook, launch
+from omegaconf import DictConfig, OmegaConf
 
+import smca
 from helpers import (
     ROOT,
     MeanLoss,
     TinyDetector,
     arguments,
     error_of,
+    make_image,
     make_smca,
     write_dataset,
     write_smca_config,
@@ -24,7 +28,8 @@ from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.config import load_config
 from smca.engine import EarlyStopping, Trainer, main, run
-from smca.errors import CheckpointError
+from smca.errors import CheckpointError, ConfigError, UserError
+from smca.inference import load_test_dataset
 from smca.solver import layer_lr_factor, steps_of_epochs
 
 FINE_TUNE = str(ROOT / "configs" / "fine_tune.py")
@@ -175,6 +180,84 @@ def test_fine_tuning_trains_the_weights_of_its_base_for_epochs(tmp_path, own):
     assert "1 of 2 classes start anew (round); 2 of 3 old classes are left out" in log
 
 
+def test_a_fine_tuned_detector_is_found_by_its_file_alone(tmp_path, own):
+    words = ["--config-file", FINE_TUNE, *own, "train.max_epochs=1", "train.early_stopping=0"]
+    main(arguments(*words))
+    weights = tmp_path / "run" / "model_final.pth"
+    expected = smca.Predictor(weights)
+    image = make_image()
+    (tmp_path / "run" / "config.yaml").unlink()
+    (tmp_path / "truth.json").unlink()  # nor does it need the data
+    found = smca.Predictor(weights)
+    assert found.class_names == expected.class_names == ["round", "square"]
+    found, expected = found(image, threshold=0), expected(image, threshold=0)
+    assert len(found) > 0 and torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    # The config of the base is gone as well: nothing else knows the model.
+    (tmp_path / "tiny_smca.py").unlink()
+    with pytest.raises(UserError, match="The config file .*tiny_smca.py does not exist"):
+        smca.Predictor(weights)
+
+
+def save_to_fill_in(cfg, path):
+    """With the "???" of its missing values, which LazyConfig.save does not write."""
+    cfg = OmegaConf.create(cfg)
+    for key in missing_keys(cfg):
+        OmegaConf.update(cfg, key, "TO FILL IN")
+    LazyConfig.save(cfg, str(path))
+    path.write_text(path.read_text().replace("TO FILL IN", "'???'"))
+
+
+def missing_keys(node, prefix=""):
+    for key in node.keys():
+        if OmegaConf.is_missing(node, key):
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
+            yield from missing_keys(node[key], f"{prefix}{key}.")
+
+
+@pytest.mark.parametrize("config", ["fine_tune", "custom_coco"])
+def test_a_detector_does_not_need_what_only_training_needs(tmp_path, own, config):
+    """Neither where the config beside it is the one to fill in, nor where it is given."""
+    base = LazyConfig.load(own[-1].removeprefix("base.config="))
+    cfg = LazyConfig.load(str(ROOT / "configs" / f"{config}.py"))
+    cfg.model = {**base.model, "num_classes": cfg.model.num_classes}
+    cfg.train.device = "cpu"
+    (tmp_path / "other").mkdir()
+    save_to_fill_in(cfg, tmp_path / "other" / "config.yaml")
+    weights = own[0].removeprefix("train.init_checkpoint=")
+    shutil.copy(weights, tmp_path / "other" / "model.pth")
+    predictor = smca.Predictor(tmp_path / "other" / "model.pth")
+    assert predictor.class_names == ["square", "dog", "cat"]
+    assert len(predictor(make_image(), threshold=0)) == 6
+    given = smca.Predictor(weights, config_file=tmp_path / "other" / "config.yaml")
+    assert given.class_names == predictor.class_names
+    with pytest.raises(ConfigError) as error:
+        load_test_dataset(predictor.cfg)
+    assert str(error.value).startswith("The config needs values for data.")
+    assert all(f" data.{key}=..." in str(error.value) for key in ("val_json", "val_images"))
+    assert "init_checkpoint" not in str(error.value)
+
+
+def test_a_detector_whose_classes_nobody_counted_has_those_of_its_weights(tmp_path, own):
+    weights = torch.load(own[0].removeprefix("train.init_checkpoint="), weights_only=True)
+    torch.save({"model": weights["model"]}, tmp_path / "bare.pth")
+    predictor = smca.Predictor(
+        tmp_path / "bare.pth", config_file=FINE_TUNE, overrides=[own[-1]], device="cpu"
+    )
+    assert predictor.model.num_classes == 3 and predictor.class_names == []
+
+
+@pytest.mark.parametrize("key", ["model.embed_dim", "dataloader.test.mapper.image_format"])
+def test_a_value_that_a_detector_lacks_is_named(tmp_path, key):
+    config = write_smca_config(tmp_path)
+    cfg = LazyConfig.load(config)
+    OmegaConf.update(cfg, key, "???")
+    save_to_fill_in(cfg, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError) as error:
+        smca.Predictor(write_weights(tmp_path, config))
+    assert f"config.yaml needs values for {key}: add {key}=..." in str(error.value)
+
+
 def test_a_base_gives_its_model_and_image_sizes_but_not_its_classes(own):
     cfg = load_config(FINE_TUNE, ["model.num_queries=7", *own, "base.config=smca_shapes"])
     demo = model_zoo.get_config("smca_shapes")
@@ -234,6 +317,20 @@ def test_rates_of_parts_and_a_frozen_backbone_are_settings(own):
         else:
             factor = 0.5 if name.startswith("encoder.") else 1.0
             assert rates[id(parameter)] == pytest.approx(5e-5 * factor)
+
+
+def test_a_rate_of_a_part_that_the_model_lacks_is_named(own, capsys):
+    def train_net(words):
+        return run(arguments(*words))
+
+    factors = "optimizer.params.lr_factor_func.factors"
+    for prefix, nearest in (("encodr", "encoder"), ("decoder_layers", "decoder.layers")):
+        words = ["--config-file", FINE_TUNE, *own, f"+{factors}.{prefix}=0.5"]
+        text = error_of(capsys, train_net, *words)
+        assert f"{factors} names {prefix}, but no parameter" in text
+        assert text.endswith(f"did you mean {nearest}?")
+    cfg = load_config(FINE_TUNE, [*own, f"+{factors}.nothing=1.0"])  # as without it
+    assert cfg.optimizer.params.lr_factor_func.factors.nothing == 1
 
 
 # Early stopping

@@ -244,6 +244,19 @@ def test_training_without_a_criterion_is_an_error_and_detection_is_not():
     assert len(model.eval()(make_inputs())) == 2
 
 
+def test_an_object_of_a_class_that_the_model_lacks_is_named():
+    """Data that were registered without the names of their classes."""
+    model = make_model(num_classes=2).train()
+    inputs = make_inputs([1, 2])
+    for item in inputs:
+        item["instances"].gt_classes.zero_()
+    model(inputs)
+    inputs[1]["file_name"] = "b.jpg"
+    inputs[1]["instances"].gt_classes[1] = 2
+    with pytest.raises(UserError, match="b.jpg has an object of class index 2, .* 2 classes"):
+        model(inputs)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -8,7 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -208,6 +208,19 @@ def test_names_and_ids_of_the_model_reach_the_detections(checkpoint):
     classes = found.pred_classes.tolist()
     assert found.names == [names[index] for index in classes]
     assert [result["category_id"] for result in found.to_coco()] == [ids[i] for i in classes]
+
+
+def test_a_data_set_of_another_number_of_classes_does_not_name_them(tmp_path):
+    config = write_smca_config(tmp_path)  # of embedded data, whose three classes have names
+    model = instantiate({**LazyConfig.load(config).model, "num_classes": 5})
+    torch.save({"model": model.state_dict()}, tmp_path / "five.pth")
+    predictor = smca.Predictor(
+        tmp_path / "five.pth", config_file=config, overrides=["model.num_classes=5"]
+    )
+    assert predictor.class_names == [] and predictor.category_ids == {}
+    found = predictor(make_image(), threshold=0)
+    assert found.names == [str(index) for index in found.pred_classes.tolist()]
+    assert found.draw().size[0] > 0
 
 
 def test_the_drawing_is_that_of_the_boxes_and_names(predictor, tmp_path):

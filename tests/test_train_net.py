@@ -266,7 +266,9 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
         ("dataloader.train.total_batch_size=0", "total_batch_size=0 must be a positive"),
         ("dataloader.train.dataset.names=coco_nowhere", "coco_nowhere"),
         ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2"),
+        ("model.num_classes=3", "has 2 classes, the model 3: set model.num_classes=2, or data"),
         ("train.init_checkpoint=nowhere.pth", "nowhere.pth does not exist"),
+        ("train.compile=True", "train.compile=True needs a model with a method compile_parts"),
     ],
 )
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
@@ -319,6 +321,21 @@ def test_evaluation_without_weights_is_an_error(trained, tmp_path, capsys):
     out = f"train.output_dir={tmp_path}"
     text = error_of(capsys, train_net, "--config-file", trained[0], "--eval-only", out)
     assert "train.init_checkpoint=FILE" in text
+
+
+def test_a_model_of_more_classes_than_the_data_is_not_evaluated(trained, tmp_path, capsys):
+    weights = tmp_path / "three.pth"
+    torch.save({"model": TinyDetector(num_classes=3).state_dict()}, weights)
+    words = ["--eval-only", f"train.output_dir={tmp_path}", f"train.init_checkpoint={weights}"]
+    words.append("model.num_classes=3")
+    text = error_of(capsys, train_net, "--config-file", trained[0], *words)
+    assert "Data set 'tiny:" in text and "dataloader.test.dataset.names" in text
+
+
+def test_a_model_may_have_more_classes_than_data_that_it_is_not_evaluated_on(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=1)
+    words = ["model.num_classes=3", "dataloader.evaluator=null"]
+    assert main(arguments("--config-file", config, *words)) == {}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     for name, (json_file, image_root) in annotation_files(cfg, only_train=bool(args.json)).items():
 
         def progress(items: Iterable[Any], total: int, name: str = name) -> Iterable[Any]:
-            return tqdm(items, total=total, desc=f"{name}: images", unit="image")
+            title = f"{name}: images"
+            return tqdm(items, total=total, desc=title, unit="image", disable=None)
 
         first = next(iter(splits.values()), None)
         splits[name] = examine(

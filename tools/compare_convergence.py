@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Dict, Optional, Sequence, Set
 
 import torch
+from tqdm import tqdm
 
 from smca.errors import UserError, exit_code
 
@@ -114,6 +115,9 @@ def train(trainings: Sequence[Training], jobs: int) -> Dict[Training, str]:
     print(f"{len(trainings) - len(waiting)} of {len(trainings)} trainings are finished.")
     active: Dict[Training, subprocess.Popen] = {}
     num_printed: Dict[Training, int] = {}
+    num_done = {training: _steps_done(training) for training in waiting}
+    total, before = sum(t.max_iter for t in waiting), sum(num_done.values())
+    progress = tqdm(total=total, initial=before, unit="step", disable=None)
     stopped: Set[Training] = set()
     failures = {}
     try:
@@ -122,11 +126,14 @@ def train(trainings: Sequence[Training], jobs: int) -> Dict[Training, str]:
                 training = waiting.pop(0)
                 num_printed[training] = len(training.evaluations())
                 active[training] = launch(training, jobs)
-                print(f"{training}: started", flush=True)
+                _say(f"{training}: started")
             time.sleep(_POLL_SECONDS)
             for training, process in list(active.items()):
                 has_ended = process.poll() is not None  # asked before its last evaluation is read
                 num_printed[training] = _print_evaluations(training, num_printed[training])
+                steps = training.max_iter if has_ended else _steps_done(training)
+                progress.update(steps - num_done[training])
+                num_done[training] = steps
                 if has_ended:
                     del active[training]
                     if not training.is_finished():
@@ -135,6 +142,7 @@ def train(trainings: Sequence[Training], jobs: int) -> Dict[Training, str]:
                     stopped.add(training)
                     process.terminate()
     finally:
+        progress.close()
         for training, process in active.items():
             if training not in stopped:  # a second signal would break off the saving
                 process.terminate()
@@ -163,8 +171,20 @@ def _print_evaluations(training: Training, num_printed: int) -> int:
     evaluations = training.evaluations()
     for iteration, _, ap, ap50 in evaluations[num_printed:]:
         of = f"{iteration} of {training.max_iter} steps"
-        print(f"{training}: {of}, AP {ap:.1f}, AP50 {ap50:.1f}", flush=True)
+        _say(f"{training}: {of}, AP {ap:.1f}, AP50 {ap50:.1f}")
     return len(evaluations)
+
+
+def _steps_done(training: Training) -> int:
+    """Up to its last evaluation."""
+    evaluations = training.evaluations()
+    return evaluations[-1][0] if evaluations else 0
+
+
+def _say(text: str) -> None:
+    """A line above the progress bar."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
 
 
 def _last_words(training: Training, return_code: int) -> str:

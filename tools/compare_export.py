@@ -28,6 +28,7 @@ from detectron2.structures import Instances
 from scipy.optimize import linear_sum_assignment
 from tabulate import tabulate
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmark import CONFIGS, MAIN_MODELS, device_name
 from benchmark_cases import Size, build_model
@@ -178,7 +179,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     options.device = "cpu"
     torch.set_num_threads(options.threads)
     rows = []
-    for config in options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]:
+    configs = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]
+    for config in tqdm(configs, unit="model", disable=None):
         rows += compare(config, options)
     headers = ["config", "runtime", "boxes", "scores", "nodes", "MB", "eager (s)", "runtime (s)"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))

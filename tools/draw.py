@@ -10,9 +10,12 @@ one):
 """
 
 import argparse
+import functools
 import os
 import sys
 from typing import List
+
+from tqdm import tqdm
 
 from smca.analysis import write_pictures
 from smca.errors import exit_code
@@ -49,6 +52,7 @@ def run(args: argparse.Namespace) -> List[str]:
         confidence_threshold=args.confidence_threshold,
         layer=args.layer,
         scale=args.scale,
+        progress=functools.partial(tqdm, unit="image", disable=None),
     )
 
 

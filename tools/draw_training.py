@@ -98,13 +98,15 @@ def run(args: argparse.Namespace) -> List[str]:
     dataset_dicts = evenly(load_test_dataset(predictor.cfg), args.num_images)
     statistics: Dict[int, ModulationStatistics] = {}
     examples: Dict[int, List[DetectionMaps]] = {}
-    for file in tqdm(files, desc="checkpoints", disable=None):
+    for number, file in enumerate(files, 1):
         _, others = load_weights(predictor.model, file, args.weights_kind)
         iteration = others.get("iteration")
         if iteration is None:
             raise CheckpointError(f"{file} does not say at which iteration it was written.")
         if iteration + 1 not in statistics:
-            statistics[iteration + 1] = collect(predictor, dataset_dicts, args.layer)
+            title = f"checkpoint {number} of {len(files)}"
+            images = tqdm(dataset_dicts, desc=title, unit="image", disable=None)
+            statistics[iteration + 1] = collect(predictor, images, args.layer)
             examples[iteration + 1] = collect_examples(predictor, dataset_dicts, args.layer)
     statistics, examples = dict(sorted(statistics.items())), dict(sorted(examples.items()))
 

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> List[str]:
             predictor,
             dataset_dicts,
             sorted(truth.getCatIds()),
-            progress=functools.partial(tqdm, desc=title, unit="image"),
+            progress=functools.partial(tqdm, desc=title, unit="image", disable=None),
         )
         evaluations.append(evaluate(title, truth, detections, seconds, args.confidence_threshold))
     print(summary(evaluations))
@@ -141,10 +141,17 @@ def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[
 def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
     """Raise a UserError if a detector's classes are known to be others than the data set's."""
     expected = list(MetadataCatalog.get(dataset).get("thing_classes", []))
+    count = getattr(predictor.model, "num_classes", len(expected))
+    if expected and count != len(expected):
+        raise UserError(
+            f"{weights} has {count} classes, the data set '{dataset}' {len(expected)}: evaluate it "
+            "on a data set with its own classes (dataloader.test.dataset.names or data.val_json)."
+        )
     if predictor.class_names and predictor.class_names != expected:
         raise UserError(
             f"{weights} has the classes {predictor.class_names}, the data set '{dataset}' has "
-            f"{expected}: evaluate it on a data set with its own classes."
+            f"{expected}: evaluate it on a data set with its own classes "
+            "(dataloader.test.dataset.names or data.val_json)."
         )
 
 

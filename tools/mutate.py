@@ -336,7 +336,7 @@ def plant(mutants: list[Mutant], num_jobs: int) -> None:
                 stack.callback(checkout.close)
                 checkouts.put(checkout)
             check_tests(checkout, mutants)
-            progress = stack.enter_context(tqdm(total=len(mutants), unit="bug"))
+            progress = stack.enter_context(tqdm(total=len(mutants), unit="bug", disable=None))
 
             def try_one(mutant: Mutant) -> None:
                 checkout = checkouts.get()

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -35,6 +35,7 @@ def write_pictures(
     confidence_threshold: float = 0.3,
     layer: int = -1,
     scale: Optional[int] = None,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> List[str]:
     """Write ``validation.png`` (truth and detections), ``gaussians.png`` (best detections of
     different images; not for a model without modulation) and ``curves.png``.
@@ -49,6 +50,7 @@ def write_pictures(
         confidence_threshold: of the detections in ``validation.png``. A focal loss leaves scores
             low after a short training.
         layer, scale: of the Gaussian maps, see `modulation_maps`, `draw_gaussians`.
+        progress: wraps the images to go through, once for each picture, as `tqdm.tqdm` does.
 
     Returns:
         Paths of the pictures.
@@ -65,6 +67,7 @@ def write_pictures(
         confidence_threshold=confidence_threshold,
         layer=layer,
         scale=scale,
+        progress=progress,
     )
     if metrics_file is not None:
         figures["curves.png"] = draw_curves(read_metrics(metrics_file))
@@ -84,17 +87,20 @@ def draw_pictures(
     confidence_threshold: float = 0.3,
     layer: int = -1,
     scale: Optional[int] = None,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Dict[str, Figure]:
     """The pictures of `write_pictures` by their files' names, but for the curves; arguments are
     those of that function."""
     chosen = evenly(dataset_dicts, num_images)
     figures: Dict[str, Figure] = {}
     if chosen:
-        figures["validation.png"] = _draw_validation(predictor, chosen, confidence_threshold)
+        figures["validation.png"] = _draw_validation(
+            predictor, progress(chosen), confidence_threshold
+        )
     if chosen and num_detections:
         try:
             figures["gaussians.png"] = _draw_best_gaussians(
-                predictor, chosen, num_detections, layer, scale
+                predictor, progress(chosen), num_detections, layer, scale
             )
         except NoModulationError as error:
             logger.warning("%s", error)
@@ -108,7 +114,7 @@ def evenly(items: Sequence[Item], count: int) -> List[Item]:
 
 
 def _draw_validation(
-    predictor: ImageDetector, dataset_dicts: Sequence[Dict[str, Any]], threshold: float
+    predictor: ImageDetector, dataset_dicts: Iterable[Dict[str, Any]], threshold: float
 ) -> Figure:
     pictures, captions = [], []
     for item in dataset_dicts:
@@ -124,7 +130,7 @@ def _draw_validation(
 
 def _draw_best_gaussians(
     predictor: ImageDetector,
-    dataset_dicts: Sequence[Dict[str, Any]],
+    dataset_dicts: Iterable[Dict[str, Any]],
     count: int,
     layer: int,
     scale: Optional[int],

@@ -10,7 +10,7 @@ those of the original images.
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ class ModulationStatistics:
 
 
 def collect(
-    predictor: ImageDetector, dataset_dicts: Sequence[Dict[str, Any]], layer: int = -1
+    predictor: ImageDetector, dataset_dicts: Iterable[Dict[str, Any]], layer: int = -1
 ) -> ModulationStatistics:
     """Where the queries look that are matched to the true objects of some images.
 

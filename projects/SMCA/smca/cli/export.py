@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     predictor = Predictor(
         args.weights, config_file=args.config_file, overrides=args.opts, device="cpu"
     )
+    # A call of PyTorch's, which does not say how far it is.
+    print("PyTorch traces the model, which takes a minute or so.", flush=True)
     export_detector(predictor, args.output, args.format, args.confidence_threshold)
     size = f"{os.path.getsize(args.output) / 1e6:.1f} MB"
     if args.format == "onnx":

@@ -7,10 +7,11 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, TextIO
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from smca.errors import UserError, exit_code
 from smca.inference import add_predictor_arguments, predictor_of
@@ -95,21 +96,28 @@ def run_on_images(args: argparse.Namespace) -> int:
     os.makedirs(os.path.dirname(outputs[0]) or ".", exist_ok=True)
     results: List[Dict[str, Any]] = []
     num_failed = 0
-    for image_id, (path, output) in enumerate(zip(paths, outputs)):
+    progress = tqdm(zip(paths, outputs), total=len(paths), unit="image", disable=None)
+    for image_id, (path, output) in enumerate(progress):
         try:
             detections = predictor(path, threshold=args.confidence_threshold)
         except UserError as error:
-            print(f"Skipped: {error}", file=sys.stderr)
+            _say(f"Skipped: {error}", file=sys.stderr)
             num_failed += 1
             continue
         detections.draw().save(output)
         results += detections.to_coco(file_name=path, image_id=image_id)
-        print(f"{path}: {len(detections)} detections, drawn in {output}")
+        _say(f"{path}: {len(detections)} detections, drawn in {output}")
     json_file = os.path.join(os.path.dirname(outputs[0]), JSON_NAME)
     write_json(results, json_file)
     if num_failed:
         print(f"{num_failed} of {len(paths)} images could not be read.", file=sys.stderr)
     return 1 if num_failed else 0
+
+
+def _say(text: str, file: Optional[TextIO] = None) -> None:
+    """A line above the progress bar."""
+    with tqdm.external_write_mode():
+        print(text, file=file)
 
 
 def find_images(patterns: Sequence[str]) -> List[str]:
@@ -195,6 +203,9 @@ def run_on_video(args: argparse.Namespace) -> int:
     results: List[Dict[str, Any]] = []
     writer: Any = None  # its size is that of the first drawn frame
     index = 0
+    # Some files do not say how many frames they have.
+    num_frames = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
+    progress = tqdm(total=num_frames, unit="frame", disable=None)
     while is_readable:
         image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         detections = predictor(image, threshold=args.confidence_threshold)
@@ -207,7 +218,9 @@ def run_on_video(args: argparse.Namespace) -> int:
         writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
         results += detections.to_coco(file_name=args.video_input, image_id=index)
         index += 1
+        progress.update()
         is_readable, frame = video.read()
+    progress.close()
     writer.release()
     video.release()
     write_json(results, os.path.join(os.path.dirname(output), JSON_NAME))

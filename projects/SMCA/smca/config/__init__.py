@@ -2,7 +2,7 @@
 
 from . import resolvers  # noqa: F401
 from .build import build, build_model, dataset_names
-from .lazy import load_config, quoted
+from .lazy import load_config, quoted, require_values
 from .names import get_config, get_config_file, list_configs
 from .train import AMP_DTYPES, WRITERS, check_train, resolve_device
 from .yacs import add_smca_config
@@ -20,5 +20,6 @@ __all__ = [
     "list_configs",
     "load_config",
     "quoted",
+    "require_values",
     "resolve_device",
 ]

@@ -1,36 +1,77 @@
 """What a LazyConfig's sections build, with errors that say which section it was."""
 
+import logging
+import re
+import traceback
 from typing import Any, List
 
 from detectron2.config import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from smca.errors import ConfigError, UserError
 
-__all__ = ["build", "build_model", "dataset_names"]
+__all__ = ["build", "build_model", "dataset_names", "origin"]
+
+logger = logging.getLogger(__name__)
+
+# Rather of code, such as a class of one's own, than of a value in the config.
+_CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError)
 
 
-def build(section: DictConfig, name: str) -> Any:
-    """Instantiate a part of a LazyConfig.
+def build(section: Any, name: str) -> Any:
+    """Instantiate a part of a LazyConfig, as Detectron2's `instantiate`.
 
     Args:
         section: what to instantiate.
-        name: of the section, for the message.
+        name: its key, for the message.
 
     Raises:
-        ConfigError: it cannot be built; names the section.
+        ConfigError: it cannot be built; names the innermost section that cannot, and the key where
+            the reason begins with an argument. It is raised from the error itself; of one in code
+            the message has file and line, and the log the traceback.
     """
     try:
-        return instantiate(section)
+        arguments: Any = section
+        if isinstance(section, DictConfig) and "_target_" in section:
+            arguments = {
+                key: build(section[key], f"{name}.{key}") for key in map(str, section.keys())
+            }
+        elif isinstance(section, ListConfig):
+            items = [build(item, f"{name}.{index}") for index, item in enumerate(section)]
+            arguments = ListConfig(items, flags={"allow_objects": True})
+        return instantiate(arguments)
     except UserError:
         raise
     except Exception as error:  # a value of the wrong type can fail anywhere, and in any way
-        if isinstance(error, (AssertionError, KeyError, ValueError)) and error.args:
-            reason = error.args[0]
-        else:
-            reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            reason = str(error)
+        elif isinstance(error, (AssertionError, KeyError, ValueError)) and " " in str(error):
+            reason = _with_key(str(error.args[0]), section, name)
+        if isinstance(error, _CODE_ERRORS):
+            logger.debug("The config's %s cannot be built:", name, exc_info=True)
+            reason += f" ({origin(error)})"
+        reason = " ".join(reason.split())
         raise ConfigError(f"The config's {name} cannot be built: {reason}") from error
+
+
+def origin(error: BaseException) -> str:
+    """File and line that an error comes from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
+
+
+def _with_key(reason: str, section: Any, name: str) -> str:
+    """A reason that begins with an argument, with the key that sets it in its place."""
+    argument = re.match(r"\w+", reason)
+    if not argument or not isinstance(section, DictConfig) or argument[0] not in section:
+        return reason
+    key = f"{name}.{argument[0]}"
+    if OmegaConf.is_interpolation(section, argument[0]):  # to the one that has the value
+        node: Any = section._get_node(argument[0])
+        key = node._dereference_node()._get_full_key(None) or key
+    return key + reason[argument.end() :]
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -52,7 +93,8 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
     Returns:
         The names; none where the config calls a function for them, whose files need not be here.
     """
-    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=None)
+    key = f"dataloader.{split}.dataset.names"
+    names = OmegaConf.select(cfg, key, default=None, throw_on_resolution_failure=False)
     if isinstance(names, DictConfig):
         return []
     return [names] if isinstance(names, str) else list(names or [])

@@ -1,7 +1,7 @@
 """Loading a LazyConfig: overrides with their checks, and what is missing."""
 
 import inspect
-from typing import Any, Iterator, List, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
@@ -10,22 +10,25 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from yaml import YAMLError
 
-from smca.config.names import get_config_file, load_file
+from smca.config.build import origin
+from smca.config.names import get_config_file, list_configs, load_file
 from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["load_config", "quoted"]
+__all__ = ["load_config", "quoted", "require_values"]
 
 # Of configs/fine_tune.py: another config, of the model to start from.
 _BASE = "base.config"
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
-def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(
+    config_file: str, overrides: Sequence[str] = (), needed: Optional[Sequence[str]] = None
+) -> DictConfig:
     """A LazyConfig with overrides, checked.
 
     Where it has a ``base``, ``base.config=NAME`` takes the model and the sizes of images of
@@ -36,6 +39,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
             ``train.output_dir`` at its default, it becomes ``output/NAME``.
         overrides: ``key=value``, in hydra's syntax. The key has to be in the config, or be an
             argument of what the config calls there; ``+key=value`` adds any other.
+        needed: keys whose values, and those below them, have to be there ("???" is none); None:
+            all. A detector that is trained does not need its training's.
 
     Raises:
         ConfigError: names the file or the key, and the nearest valid key.
@@ -52,21 +57,44 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     # An evaluation needs no training data.
     splits = [name for name in ("train", "test") if name in cfg.dataloader]
     _require_sections(cfg.dataloader, splits, "dataloader.")
-    missing = list(_missing_keys(cfg))
+    require_values(cfg, needed, config_file)
+    check_train(cfg.train)
+    return cfg
+
+
+def require_values(
+    cfg: DictConfig, keys: Optional[Sequence[str]] = None, config_file: str = "The config"
+) -> None:
+    """Make sure that values of a config can be read.
+
+    Args:
+        cfg: a LazyConfig.
+        keys: of the values, which may be sections; None: all.
+        config_file: what the message calls the config.
+
+    Raises:
+        ConfigError: a value is missing or refers to one that is, or cannot be computed; names it.
+    """
+    missing = [
+        key
+        for key in _missing_keys(cfg)
+        if keys is None or any(_is_below(key, part) or _is_below(part, key) for part in keys)
+    ]
+    missing = list(dict.fromkeys([*missing, *_missing_references(cfg, keys)]))
     if missing:
         raise ConfigError(
             f"{config_file} needs values for {', '.join(missing)}: add "
             f"{' '.join(f'{key}=...' for key in missing)} to the command."
         )
-    _check_references(cfg)
-    check_train(cfg.train)
-    return cfg
 
 
 def _take_from_base(cfg: DictConfig, name: str) -> None:
     """The model (but for its number of classes) and what happens to an image before it become those
     of another config, which is given by name or path."""
-    base = _load_file(name if PathManager.isfile(name) else get_config_file(name))
+    is_path = PathManager.isfile(name) or name.endswith((".py", ".yaml", ".yml"))
+    if name.removesuffix(".py") in list_configs() or not is_path:
+        name = get_config_file(name)
+    base = _load_file(name)
     base.model.num_classes = cfg.model.num_classes
     cfg.model = base.model
     for split in ("train", "test"):
@@ -87,18 +115,37 @@ def _missing_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _missing_keys(node[name], f"{prefix}{name}.")
 
 
-def _check_references(node: DictConfig, prefix: str = "") -> None:
-    """Raise if a value refers to what is not there, or computes from it what cannot be."""
+def _is_below(key: str, other: str) -> bool:
+    """Whether a key is `other`, or in the section `other`."""
+    return f"{key}.".startswith(f"{other}.")
+
+
+def _missing_references(
+    node: DictConfig, keys: Optional[Sequence[str]], prefix: str = ""
+) -> Iterator[str]:
+    """Keys without a value that others, of `keys` or below them, refer to.
+
+    Raises:
+        ConfigError: another refers to what is not there, or computes from it what cannot be.
+    """
     for name in map(str, node.keys()):
+        key = f"{prefix}{name}"
+        is_needed = keys is None or any(_is_below(key, part) for part in keys)
+        if not is_needed and not any(_is_below(part, key) for part in keys or ()):
+            continue
+        if OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+            continue
         try:
             value = node[name]
+        except InterpolationToMissingValueError as error:
+            yield str(error).splitlines()[0].rpartition(" ")[2]
+            continue
         except OmegaConfBaseException as error:
             raise ConfigError(
-                f"{prefix}{name} cannot be computed from what it refers to: "
-                f"{str(error).splitlines()[0]}"
+                f"{key} cannot be computed from what it refers to: {str(error).splitlines()[0]}"
             ) from error
         if isinstance(value, DictConfig) and not OmegaConf.is_interpolation(node, name):
-            _check_references(value, f"{prefix}{name}.")
+            yield from _missing_references(value, None if is_needed else keys, f"{key}.")
 
 
 def _load_file(config_file: str) -> DictConfig:
@@ -111,8 +158,8 @@ def _load_file(config_file: str) -> DictConfig:
     except Exception as error:  # a .py config is code, and can fail in any way
         reason = str(error.__cause__ or error)
         if not isinstance(error, (SyntaxError, ImportError, ValueError, YAMLError)):
-            reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{config_file} cannot be loaded: {reason}") from error
+            reason = f"{type(error).__name__}: {error} ({origin(error)})"
+        raise ConfigError(f"{config_file} cannot be loaded: {' '.join(reason.split())}") from error
     absent = [name for name in _SECTIONS if not _is_section(cfg, name)]
     if absent:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from typing import Any, Mapping, Sequence
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from smca.config.schema import (
     SECTION,
@@ -75,6 +75,8 @@ def check_train(train: DictConfig) -> None:
 def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
     for key, kind in kinds.items():
         full_name = f"{name}.{key}"
+        if OmegaConf.is_missing(section, key):  # which a training is told before
+            continue
         if key not in section and key in _OPTIONAL:
             continue
         if key not in section:

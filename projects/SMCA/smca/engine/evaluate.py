@@ -1,25 +1,20 @@
-"""Evaluation on a config's test data, and what has to be right with the data before."""
+"""Evaluation on a config's test data."""
 
 import itertools
 import logging
 from typing import Any, Dict, Iterable, Optional, Sequence
 
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
-from smca.config import build, dataset_names
-from smca.data import require_dataset
-from smca.errors import ConfigError
+from smca.config import build
 
 __all__ = [
     "Results",
     "build_test_loader",
-    "check_class_counts",
-    "check_datasets",
     "do_test",
     "log_summary",
 ]
@@ -29,24 +24,6 @@ logger = logging.getLogger(__name__)
 _DEV_RUN_IMAGES = 4
 
 Results = Dict[str, Any]  # {task: {metric: value}}
-
-
-def check_datasets(cfg: DictConfig, *splits: str) -> None:
-    """Find, or make, the data sets of the splits "train" and "test", and check their files."""
-    for split in splits:
-        require_dataset(dataset_names(cfg, split))
-
-
-def check_class_counts(cfg: DictConfig, *splits: str) -> None:
-    """Compare the data sets' classes with the model's, once the data are loaded and known."""
-    num_classes = OmegaConf.select(cfg, "model.num_classes")
-    for name in [name for split in splits for name in dataset_names(cfg, split)]:
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if num_classes is not None and len(classes) > num_classes:
-            raise ConfigError(
-                f"Data set '{name}' has {len(classes)} classes, the model {num_classes}: set "
-                f"model.num_classes={len(classes)}."
-            )
 
 
 def build_test_loader(cfg: DictConfig) -> Iterable[Any]:

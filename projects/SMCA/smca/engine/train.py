@@ -24,11 +24,10 @@ from smca.config import (
     load_config,
     resolve_device,
 )
+from smca.engine.checks import check_class_counts, check_datasets, check_model
 from smca.engine.evaluate import (
     Results,
     build_test_loader,
-    check_class_counts,
-    check_datasets,
     do_test,
     log_summary,
 )
@@ -280,6 +279,7 @@ def do_train(
 
 def _build_trainer(cfg: DictConfig, model: nn.Module, train_loader: Iterable[Any]) -> Trainer:
     train = cfg.train
+    check_model(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     if train.compile:

@@ -8,22 +8,25 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model as build_yacs_model
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
-from torch import nn
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint.fine_tuning import CLASS_ROWS
 from smca.config import (
     add_smca_config,
+    build,
     build_model,
     dataset_names,
     get_config_file,
     list_configs,
     load_config,
+    require_values,
     resolve_device,
 )
 from smca.data import require_dataset
@@ -91,13 +94,19 @@ def load_detector(
         config_file, trained_with = _find_config(checkpoint, provenance)
     cfg = _load_any_config(config_file, [*trained_with, *overrides])
     is_lazy = isinstance(cfg, DictConfig)
-    checkpoint = checkpoint or (cfg.train.init_checkpoint if is_lazy else cfg.MODEL.WEIGHTS)
+    if not checkpoint and is_lazy:
+        checkpoint = OmegaConf.select(cfg, "train.init_checkpoint", default=None)
+    elif not checkpoint:
+        checkpoint = cfg.MODEL.WEIGHTS
     if not checkpoint:
         raise ConfigError("No checkpoint given: add --weights with the file of a trained detector.")
-    build = _build_from_lazy if is_lazy else _build_from_yacs
-    model, augmentations, image_format, datasets = build(cfg, device, provenance)
+    if is_lazy:
+        built = _build_from_lazy(cfg, config_file, device, provenance)
+    else:
+        built = _build_from_yacs(cfg, device)
+    model, augmentations, image_format, datasets = built
     weights, others = load_weights(model, checkpoint, weights)
-    names, category_ids = _classes(provenance, datasets)
+    names, category_ids = _classes(provenance, datasets, getattr(model, "num_classes", None))
     return TrainedDetector(
         model,
         augmentations,
@@ -160,10 +169,11 @@ def load_test_dataset(cfg: Optional[Config]) -> List[Dict[str, Any]]:
             "its training."
         )
     if isinstance(cfg, DictConfig):
+        require_values(cfg, ["dataloader.test.dataset"])
         names = dataset_names(cfg, "test")
         if names:
             require_dataset(names)
-        return list(instantiate(cfg.dataloader.test.dataset))
+        return list(build(cfg.dataloader.test.dataset, "dataloader.test.dataset"))
     require_dataset(list(cfg.DATASETS.TEST))
     return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
 
@@ -175,6 +185,7 @@ def _provenance(weights: Optional[str]) -> Dict[str, Any]:
         path = PathManager.get_local_path(weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         provenance = dict(checkpoint.get("smca") or {})
+        rows = checkpoint.get("model", {}).get(CLASS_ROWS[0])
     except Exception:
         return {}
     # A stranger's file may hold anything under these names.
@@ -186,6 +197,8 @@ def _provenance(weights: Optional[str]) -> Dict[str, Any]:
     }
     if isinstance(provenance.get("config"), str):
         result["config"] = provenance["config"]
+    if isinstance(rows, Tensor) and rows.dim() > 0:
+        result["num_classes"] = len(rows)
     return result
 
 
@@ -223,7 +236,8 @@ def _load_any_config(config_file: str, overrides: Sequence[str]) -> Config:
         with PathManager.open(config_file) as file:
             if _YACS_SECTION.search(file.read()):
                 return _load_yacs_config(config_file, overrides)
-    return load_config(config_file, list(overrides))
+    # What only training needs may be missing, as in configs/fine_tune.py.
+    return load_config(config_file, list(overrides), needed=())
 
 
 def _load_yacs_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
@@ -239,20 +253,21 @@ def _load_yacs_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
 
 
 def _build_from_lazy(
-    cfg: DictConfig, device: Optional[str], provenance: Mapping[str, Any]
+    cfg: DictConfig, config_file: str, device: Optional[str], provenance: Mapping[str, Any]
 ) -> _Built:
     """The model on its device, and what else of the config a predictor needs."""
-    if isinstance(cfg.model.get("num_classes"), DictConfig) and provenance.get("class_names"):
+    if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
         # A function counts the classes in the training data, which need not be here.
-        cfg.model.num_classes = len(provenance["class_names"])
+        cfg.model.num_classes = provenance["num_classes"]
+    require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config_file)
     cfg.train.device = str(resolve_device(device or cfg.train.device))
     mapper = cfg.dataloader.test.mapper
-    augmentations = instantiate(mapper.augmentations)
+    augmentations = build(mapper.augmentations, "dataloader.test.mapper.augmentations")
     image_format = mapper.get("image_format", "RGB")
     return build_model(cfg), augmentations, image_format, dataset_names(cfg, "test")
 
 
-def _build_from_yacs(cfg: CfgNode, device: Optional[str], provenance: Mapping[str, Any]) -> _Built:
+def _build_from_yacs(cfg: CfgNode, device: Optional[str]) -> _Built:
     """As `_build_from_lazy`."""
     cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
     augmentation = T.ResizeShortestEdge(
@@ -263,16 +278,16 @@ def _build_from_yacs(cfg: CfgNode, device: Optional[str], provenance: Mapping[st
 
 
 def _classes(
-    provenance: Mapping[str, Any], datasets: Sequence[str]
+    provenance: Mapping[str, Any], datasets: Sequence[str], num_classes: Optional[int]
 ) -> Tuple[List[str], Dict[int, int]]:
-    """Class names, of the checkpoint if it says them, else of the data set; category ids of the
-    data set if it has the same classes."""
+    """Class names, of the checkpoint if it says them, else of a data set with as many; category ids
+    of the data set if it has the same classes."""
     names = list(provenance.get("class_names") or [])
     if not datasets or datasets[0] not in MetadataCatalog.list():
         return names, {}
     metadata = MetadataCatalog.get(datasets[0])
     known = list(metadata.get("thing_classes") or [])
-    if names and names != known:
+    if (names and names != known) or num_classes not in (None, len(known)):
         return names, {}
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     return known, {index: category_id for category_id, index in ids.items()}

@@ -162,7 +162,8 @@ class SMCA(nn.Module):
             ``scores``, ``pred_classes`` and ``query_indices``, best first.
 
         Raises:
-            UserError: in training without a criterion.
+            UserError: in training without a criterion, or for an object of a class that the model
+                lacks.
         """
         images = self.preprocess(batched_inputs)
         if not self.training:
@@ -174,7 +175,7 @@ class SMCA(nn.Module):
                 "or call eval() for detections."
             )
         predictions = self.predict(self.decode(images))
-        targets = [self._targets(x["instances"]) for x in batched_inputs]
+        targets = [self._targets(x) for x in batched_inputs]
         return self.criterion(*predictions, targets)
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
@@ -273,11 +274,21 @@ class SMCA(nn.Module):
             results.append({"instances": instances})
         return results
 
-    def _targets(self, instances: Instances) -> Targets:
+    def _targets(self, item: Dict[str, Any]) -> Targets:
         """Labels, and boxes relative to the image."""
+        instances = item["instances"]
+        self._check_classes(instances.gt_classes, item.get("file_name", "of a batch"))
         boxes = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
         boxes = box_convert(boxes, "xyxy", "cxcywh") / _corner_sizes([instances.image_size], boxes)
         return Targets(instances.gt_classes.to(self.device, non_blocking=True), boxes)
+
+    def _check_classes(self, classes: Tensor, image: str) -> None:
+        # Where a GPU holds them, asking would wait for all that it still has to do.
+        if classes.device.type == "cpu" and len(classes) and classes.max() >= self.num_classes:
+            raise UserError(
+                f"Image {image} has an object of class index {int(classes.max())}, the model has "
+                f"{self.num_classes} classes: set model.num_classes to the data set's number."
+            )
 
 
 def _corner_sizes(image_sizes: Sequence[Size], boxes: Tensor) -> Tensor:
