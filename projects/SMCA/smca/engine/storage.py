@@ -1,6 +1,7 @@
 """Where a training keeps its metrics until they are written."""
 
 import collections
+from typing import Dict
 
 from detectron2.utils.events import EventStorage
 from fvcore.common.history_buffer import HistoryBuffer
@@ -14,4 +15,6 @@ class BoundedStorage(EventStorage):
 
     def __init__(self, start_iter: int = 0) -> None:
         super().__init__(start_iter)
-        self._history = collections.defaultdict(lambda: HistoryBuffer(max_length=1000))
+        self._history: Dict[str, HistoryBuffer] = collections.defaultdict(
+            lambda: HistoryBuffer(max_length=1000)
+        )
