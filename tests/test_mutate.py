@@ -94,8 +94,10 @@ def test_bugs_are_caught_or_survive_and_the_checkout_stays_as_it_is(toy, tmp_pat
     table = capsys.readouterr().out
     assert "| toy    |         4 |        3 |          1 |" in table
     assert "survived: projects/SMCA/smca/code_of_the_toy.py: nothing has a mean of one" in table
-    outcomes = {entry["bug"]: entry["outcome"] for entry in json.loads(output.read_text())}
-    assert outcomes == {
+    content = json.loads(output.read_text())
+    assert content["rows"] == [["toy", "4", "3", "1"], ["all", "4", "3", "1"]]
+    assert content["command"] == f"python tools/mutate.py --jobs 2 --output {output}"
+    assert {bug.split(": ")[1]: outcome for bug, outcome in content["bugs"].items()} == {
         "the sum is not divided": "caught",
         "nothing has a mean of one": "survived",
         "it cannot be imported": "caught",

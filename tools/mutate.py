@@ -6,7 +6,7 @@ Plant bugs, one at a time, and see whether the tests that belong to them notice:
     mutate.py --only modeling engine --jobs 2   # some lists
     mutate.py --only modeling --match decoder   # bugs whose file or name has that text
     mutate.py --random 60 --seed 1              # bugs that nobody listed, drawn from the package
-    mutate.py --output docs/mutants.json        # what was planted and what became of it
+    mutate.py --output docs/figures/mutants.json   # the table of docs/testing.md, and each outcome
 
 A list is a YAML file of
 
@@ -31,13 +31,14 @@ import json
 import os
 import py_compile
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -46,6 +47,7 @@ import yaml
 from tabulate import tabulate
 from tqdm import tqdm
 
+from figures import write_figures
 from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -352,15 +354,19 @@ def plant(mutants: list[Mutant], num_jobs: int) -> None:
                 list(pool.map(try_one, mutants))
 
 
-def make_table(mutants: list[Mutant]) -> str:
-    """Markdown: for each list how many were planted, caught and survived."""
-    rows = []
+COLUMNS = ["list", "planted", "caught", "survived"]
+
+
+def make_rows(mutants: list[Mutant]) -> list[list[str]]:
+    """For each list how many were planted, caught and survived."""
+    counts = []
     for name in dict.fromkeys(m.list_name for m in mutants):
         of_list = [m for m in mutants if m.list_name == name]
         survived = sum(m.outcome == "survived" for m in of_list)
-        rows.append([name, len(of_list), len(of_list) - survived, survived])
-    rows.append(["all", *(sum(column) for column in list(zip(*rows))[1:])])
-    return tabulate(rows, ["list", "planted", "caught", "survived"], tablefmt="github")
+        counts.append((len(of_list), len(of_list) - survived, survived))
+    names = [*dict.fromkeys(m.list_name for m in mutants), "all"]
+    counts.append(tuple(map(sum, zip(*counts))))
+    return [[name, *map(str, row)] for name, row in zip(names, counts)]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -372,7 +378,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--random", type=int, metavar="N", help="plant N bugs that nobody listed")
     parser.add_argument("--seed", type=int, default=0, help="of --random; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
-    parser.add_argument("--output", metavar="FILE", help="JSON with every bug and its outcome")
+    parser.add_argument("--output", metavar="FILE", help="JSON with the table and every outcome")
     parser.add_argument("--check", action="store_true", help="only see that every bug still fits")
     return parser
 
@@ -387,13 +393,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(mutants)} bugs fit.")
         return 0
     plant(mutants, args.jobs)
-    print(make_table(mutants))
+    rows = make_rows(mutants)
+    print(tabulate(rows, COLUMNS, tablefmt="github"))
     survivors = [m for m in mutants if m.outcome == "survived"]
     for mutant in survivors:
         print(f"survived: {mutant.file}: {mutant.bug}")
     if args.output:
-        entries = [{k: v for k, v in asdict(m).items() if k not in ("old", "new")} for m in mutants]
-        Path(args.output).write_text(json.dumps(entries, indent=1) + "\n")
+        bugs = {f"{m.file}: {m.bug}": m.outcome for m in mutants}
+        write_figures(args.output, args.command, COLUMNS, rows, bugs=bugs)
     return 1 if survivors else 0
 
 
@@ -411,7 +418,10 @@ def check_fit(mutants: list[Mutant]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(run, get_parser().parse_args(argv))
+    args = get_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "tools/mutate.py", *words])
+    return exit_code(run, args)
 
 
 if __name__ == "__main__":
