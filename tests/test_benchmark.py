@@ -91,7 +91,7 @@ def test_speed_is_two_operations_for_each_multiply_add(measure, tmp_path):
 
 def test_work_of_a_training_step_is_that_of_forward_and_backward(tmp_path):
     config = write_smca_config(tmp_path)
-    overrides = ["model.dropout=0.0"]
+    overrides = ["model.dropout=0.0", "model.backbone.width=64"]
     options = SimpleNamespace(batch_size=2, overrides=overrides)
     operations = 2 * cases.training_multiply_adds(options, config, (64, 96))
     model = instantiate(load_config(config, overrides).model).train()

@@ -103,7 +103,7 @@ def run(name, dtype):
         module.register_forward_hook(lambda module, args, output: weight_maps.extend(output))
         for module in modulations(model)
     ]
-    targets = [model._targets(x["instances"]) for x in batch]
+    targets = [model._targets(x) for x in batch]
     matcher = model.criterion.matcher
     with autocast(dtype):
         decoded = model.decode(model.preprocess(batch))

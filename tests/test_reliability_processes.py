@@ -207,6 +207,10 @@ def popen(command, **kwargs):
     )
 
 
+def let_launcher_fork():
+    torch.multiprocessing.start_processes = start_by_fork
+
+
 def test_a_long_message_is_printed_whole_and_once_by_two_processes(tmp_path):
     write_dataset(tmp_path)
     data = json.loads((tmp_path / "truth.json").read_text())
@@ -219,10 +223,7 @@ def test_a_long_message_is_printed_whole_and_once_by_two_processes(tmp_path):
         args += [f"data.{split}_json={tmp_path}/truth.json", f"data.{split}_images={tmp_path}"]
     args += [f"train.output_dir={tmp_path}/run", "train.init_checkpoint="]
 
-    def fork():
-        torch.multiprocessing.start_processes = start_by_fork
-
-    job = Job(tmp_path, *args, SMCA_CACHE=tmp_path / "cache", prepare=fork)
+    job = Job(tmp_path, *args, SMCA_CACHE=tmp_path / "cache", prepare=let_launcher_fork)
     assert job.wait(120) == 1
     output = job.output
     message = output[output.index("Error: ") :].splitlines()
@@ -255,7 +256,8 @@ def test_the_launcher_says_which_process_was_killed(tmp_path):
                 """
             )
         )
-    job = Job(tmp_path, "--config-file", config, "--num-gpus", 2, "--dist-url", "auto")
+    args = ["--config-file", config, "--num-gpus", 2, "--dist-url", "auto"]
+    job = Job(tmp_path, *args, prepare=let_launcher_fork)
     assert job.wait(120) == 137
     assert "Error: Process 1 was ended by SIGKILL." in job.output
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
@@ -311,7 +313,7 @@ def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_pa
         (tools / name).chmod(0o755)
     config = write_tiny_config(tmp_path, max_iter=100000, eval_period=0, checkpointer=RARELY)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-    slurm.update(SLURM_JOB_NODELIST="localhost", SLURM_GPUS_ON_NODE="2")
+    slurm.update(SLURM_JOB_NODELIST="localhost", SLURM_GPUS_ON_NODE="1")
     job = popen(
         ["bash", ROOT / "tools" / "slurm_train.sh", "--config-file", config, *WORKER],
         env=environment(PATH=f"{tools}:{os.environ['PATH']}", **slurm),
