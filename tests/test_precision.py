@@ -60,7 +60,7 @@ def make_model(name):
     base, overrides = CASES[name]
     heads = ["model.encoder.num_heads=4"] if name != "conv" else []
     cfg = load_config(str(ROOT / "configs" / f"{base}.py"), [*SMALL, *heads, *overrides])
-    cfg.model.backbone.num_blocks = [1, 1, 1, 1]
+    cfg.model.backbone.update(num_blocks=[1, 1, 1, 1], width=32)
     model = randomize(instantiate(cfg.model)).train()
     with torch.no_grad():
         for modulation in modulations(model):
