@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Write the documentation that is made of the code and of results: docs/configuration.md, and the
-tables between `<!-- table: ... -->` and `<!-- end -->` in README.md and docs/convergence.md.
+tables between `<!-- table: ... -->` and `<!-- end -->` on other pages: published AP, of
+docs/published.json, and the convergence study's, of docs/convergence/*.json.
 
     tools/update_docs.py           # write what is not as it should be
     tools/update_docs.py --check   # write nothing; exit code 1 if something is stale
@@ -381,20 +382,113 @@ def convergence_in_its_page() -> str:
     return "\n".join(lines)
 
 
-def filled(page: str, table_name: str, table_text: str) -> str:
-    """A page with another table between its marks."""
-    start, end = f"<!-- table: {table_name} -->\n", "\n<!-- end -->"
-    before, mark, rest = (ROOT / page).read_text().partition(start)
-    if not mark or end not in rest:
-        sys.exit(f"{page} has no table between {start.strip()} and {end.strip()}: restore them.")
-    return before + mark + table_text + end + rest.partition(end)[2]
+# ---- Published AP
+
+
+class Published(NamedTuple):
+    """A row of docs/published.json.
+
+    Attributes:
+        model: as tables call it; "ablation" for those that only configs/README.md lists.
+        epochs: of the training.
+        AP: on COCO val2017 in %: AP and, where published, AP50, AP75, APs, APm, APl.
+        config: its name; "" where there is none.
+        ours, paper: GFLOPs and parameters.
+        in_readme: another name there; None: not there.
+    """
+
+    model: str
+    epochs: int
+    AP: List[float]
+    config: str = ""
+    ours: Sequence[str] = ("", "")
+    paper: Sequence[str] = ("", "")
+    in_readme: Optional[str] = ""
+
+    @property
+    def cells(self) -> List[str]:
+        """Of AP, some empty."""
+        return [str(value) for value in self.AP] + [""] * (6 - len(self.AP))
+
+
+def published() -> List[Published]:
+    """What the paper and the authors' repository say."""
+    text = (ROOT / "docs" / "published.json").read_text()
+    return [Published(**row) for row in json.loads(text)]
+
+
+def rows_as_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown; an empty cell is one space."""
+    first, *others = [f"| {' | '.join(line)} |".replace("  ", " ") for line in [headers, *rows]]
+    return "\n".join([first, "|---" * len(headers) + "|", *others])
+
+
+def published_in_readme() -> str:
+    """The main models."""
+    headers = ["model", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl", "config"]
+    rows = [
+        [
+            row.in_readme or row.model,
+            str(row.epochs),
+            *row.cells,
+            f"[`{row.config}`](configs/{row.config}.py)" if row.config else "",
+        ]
+        for row in published()
+        if row.in_readme is not None and row.model != "ablation"
+    ]
+    return rows_as_table(headers, rows)
+
+
+def published_in_project() -> str:
+    """All models, with their costs."""
+    headers = ["model", "config", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl"]
+    headers += ["GFLOPs ours / paper", "parameters ours / paper"]
+    rows = []
+    for row in published():
+        if row.model != "ablation":
+            costs = [f"{ours} / {paper}".strip() for ours, paper in zip(row.ours, row.paper)]
+            costs = ["" if cost == "/" else cost for cost in costs]
+            config = f"`{row.config}`" if row.config else ""
+            rows.append([row.model, config, str(row.epochs), *row.cells, *costs])
+    return rows_as_table(headers, rows)
+
+
+def with_published_ap(page: str) -> str:
+    """A page whose tables of configs have the published AP in their last column."""
+    found = {row.config: row.cells[0] for row in published()}
+    lines = []
+    for line in (ROOT / page).read_text().split("\n"):
+        match = re.match(r"\| `([\w/]+)\.py` \|.*\|(?= [\d.]*[ |]*$)", line)
+        if match and match[1] in model_zoo.list_configs():
+            line = f"{match[0]} {found.get(match[1], '')} |".replace("  ", " ")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def filled(page: str, tables: Mapping[str, str]) -> str:
+    """A page with other tables between their marks."""
+    text = (ROOT / page).read_text()
+    for name, table_text in tables.items():
+        start, end = f"<!-- table: {name} -->\n", "\n<!-- end -->"
+        before, mark, rest = text.partition(start)
+        if not mark or end not in rest:
+            sys.exit(f"{page} has no table between {start.strip()} and {end.strip()}.")
+        text = before + mark + table_text + end + rest.partition(end)[2]
+    return text
 
 
 PAGES = {
     "docs/configuration.md": configuration_page,
-    "README.md": lambda: filled("README.md", "convergence", convergence_in_readme()),
+    "README.md": lambda: filled(
+        "README.md",
+        {"published": published_in_readme(), "convergence": convergence_in_readme()},
+    ),
+    "projects/SMCA/README.md": lambda: filled(
+        "projects/SMCA/README.md", {"published": published_in_project()}
+    ),
+    "configs/README.md": lambda: with_published_ap("configs/README.md"),
     "docs/convergence.md": lambda: filled(
-        "docs/convergence.md", "convergence", convergence_in_its_page()
+        "docs/convergence.md", {"convergence": convergence_in_its_page()}
     ),
 }
 
