@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import check_docs
+import run_notebook
 import update_docs
 from check_docs import Block, Problem, blocks_of, check_block, commands_of
 from figures import render, write_figures
@@ -167,13 +168,19 @@ def test_a_table_follows_the_results_of_the_study(tmp_path, monkeypatch):
         ]
         report = {"comparisons": {"main": ["B", "A"]}, "runs": runs}
         (folder / f"{study}.json").write_text(json.dumps(report))
+    published = [{"model": "X", "epochs": 5, "AP": [12.5], "config": "x"}]
+    (tmp_path / "docs" / "published.json").write_text(json.dumps(published))
     page = "Before\n<!-- table: convergence -->\nold\n<!-- end -->\nafter\n"
-    (tmp_path / "README.md").write_text(page)
+    (tmp_path / "README.md").write_text("<!-- table: published -->\n\n<!-- end -->\n" + page)
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)
-    tables = {"convergence": update_docs.convergence_in_readme}
+    tables = {
+        "published": update_docs.published_in_readme,
+        "convergence": update_docs.convergence_in_readme,
+    }
     monkeypatch.setattr(update_docs, "TABLES", {"README.md": tables})
     text = update_docs.pages()["README.md"]()
-    assert text.startswith("Before\n<!--") and text.endswith("\n<!-- end -->\nafter\n")
+    assert "\n| X | 5 | 12.5 | | | | | | [`x`](configs/x.py) |\n<!-- end -->\nBefore\n<!--" in text
+    assert text.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in text and "| AP (AP50) | B | A |" in text
     assert text.count("| 7.0 (8.3) | 1.5 (4.0) |") == 2
 
@@ -263,6 +270,18 @@ def test_every_figure_has_a_command_that_is_right_and_a_page(path):
     assert content["date"] and content["machine"]
 
 
+def test_published_ap_stands_with_each_config_that_has_one(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    published = [{"model": "X", "epochs": 5, "AP": [12.5, 20], "config": "smca_r50_50ep"}]
+    (tmp_path / "docs" / "published.json").write_text(json.dumps(published))
+    rows = ["| `smca_r50_50ep.py` | the paper's | 1.0 |", "| `smca_r101_50ep.py` | more | 3.0 |"]
+    rows.append("| `model.num_queries` | numbers |")
+    (tmp_path / "page.md").write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(update_docs, "ROOT", tmp_path)
+    expected = [rows[0].replace("1.0", "12.5"), rows[1].replace("3.0 ", ""), rows[2], ""]
+    assert update_docs.with_published_ap("page.md") == "\n".join(expected)
+
+
 def test_the_configuration_page_has_every_key_of_the_main_config():
     from smca import model_zoo
 
@@ -331,3 +350,74 @@ def test_messages_in_the_troubleshooting_page_are_those_of_the_code():
 
     assert len(messages) > 20
     assert [message for message in messages if not is_in_the_code(message)] == []
+
+
+# The notebook
+
+
+NOTEBOOKS = sorted(ROOT.glob("docs/*.ipynb"))
+
+
+def cells(path):
+    notebook = json.loads(path.read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+class Node(dict):
+    """A dict whose keys are attributes, as nbformat's."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+def texts_of(output):
+    """What an output says: its text, and that of each of its types but pictures."""
+    yield "".join(output.get("text", ""))
+    for kind, content in output.get("data", {}).items():
+        if not kind.startswith("image/"):
+            yield "".join(content)
+
+
+def test_a_notebook_is_there():
+    assert [path.name for path in NOTEBOOKS] == ["tour.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_was_run_from_top_to_bottom_without_errors(path):
+    assert [cell["execution_count"] for cell in cells(path)] == [*range(1, len(cells(path)) + 1)]
+    outputs = [output for cell in cells(path) for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) >= 5
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_is_small_and_says_nothing_of_the_machine(path):
+    assert path.stat().st_size < 1_000_000
+    for cell in cells(path):
+        for text in (text for output in cell["outputs"] for text in texts_of(output)):
+            assert not re.search(r"(?<![\w.~/])/(?:home|root|tmp|work|usr|opt|Users)/", text), text
+            assert "Warning" not in text and "Traceback" not in text
+
+
+def test_a_wrong_cell_of_a_notebook_is_found():
+    sources = ["x = (", "from smca import Predicter", "log = !python train_net.py \\\n    --resum"]
+    sources.append("if True:\n    !python tools/gone.py")
+    notebook = {"cells": [{"cell_type": "code", "source": [source]} for source in sources]}
+    blocks = list(check_docs.cells_of("a.ipynb", notebook))
+    problems = [problem for block in blocks for problem in check_block(block)]
+    for number, words in enumerate(("never closed", "Predicter", "--resum", "gone.py"), 1):
+        assert any(p.startswith(f"a.ipynb:{number}: ") and words in p for p in problems)
+    assert len(problems) == 4
+
+
+def test_outputs_are_joined_and_name_no_folder_of_the_machine():
+    home = f"{Path.home()}/.cache/a.json and {ROOT}/docs in {ROOT}"
+    first, second = ({"output_type": "stream", "name": "stdout", "text": t} for t in ("a", "b"))
+    shown = {"output_type": "display_data", "data": {"text/plain": [home]}}
+    assert run_notebook.joined([Node(first), Node(second), Node(shown)]) == [
+        {**first, "text": "ab"},
+        shown,
+    ]
+    assert run_notebook._portable(shown)["data"]["text/plain"] == ["~/.cache/a.json and docs in ."]
+    printed = "a\r\n 0%|  | 0/2\r50%|# | 1/2\r100%|##| 2/2\r\n\x1b[32mb\x1b[0m\n"
+    assert run_notebook._portable(printed) == "a\n100%|##| 2/2\nb\n"

@@ -48,9 +48,11 @@ from smca.config.lazy import _all_keys
 from smca.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "configs/README.md", "projects/SMCA/README.md", "docs/*.md"]
+PAGES = ["README.md", "configs/README.md", "projects/SMCA/README.md", "docs/*.md", "docs/*.ipynb"]
 COMMANDS = ("", "bash", "sh")
 _FENCE = re.compile(r"^(?:<!-- run(?::\s*(?P<more>[^>]*?))?\s*-->\n)?```(?P<language>\w*)\n", re.M)
+# Of a notebook's cell: a command, whose lines may be kept in a variable.
+_SHELL = re.compile(r"^(?P<indent> *)(?:\w+ = )?!(?P<command>(?:[^\n]*\\\n)*[^\n]*)", re.M)
 _SPAN = re.compile(
     r"(?<!`)`((?:python|make|pip|torchrun|smca-\w+)\s[^`]+|tools/\w+\.py\s[^`]+)`(?!`)"
 )
@@ -106,8 +108,11 @@ class Unchecked(Exception):
 
 
 def blocks_of(page: str) -> Iterator[Block]:
-    """The blocks of a page in Markdown, and the commands in its text."""
+    """The blocks of a page in Markdown, and the commands in its text; of a notebook its cells."""
     text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"):
+        yield from cells_of(page, json.loads(text))
+        return
     outside, position = [], 0
     while start := _FENCE.search(text, position):
         end = text.find("\n```", start.end() - 1)
@@ -128,6 +133,16 @@ def blocks_of(page: str) -> Iterator[Block]:
         command = span[1] if not span[1].startswith("tools/") else f"python {span[1]}"
         line = text.count("\n", 0, span.start()) + 1
         yield Block(page, line, "", " ".join(command.split()))
+
+
+def cells_of(page: str, notebook: dict[str, Any]) -> Iterator[Block]:
+    """Of each cell with code what is Python, and the commands; its number stands for the line."""
+    for number, cell in enumerate(notebook["cells"], 1):
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            for command in _SHELL.finditer(source):
+                yield Block(page, number, "", command["command"])
+            yield Block(page, number, "python", _SHELL.sub(r"\g<indent>pass", source))
 
 
 def commands_of(text: str) -> List[List[str]]:
@@ -222,7 +237,7 @@ def check_script(script: str, words: List[str]) -> None:
     need_file(script)
     if re.search(r"ArgumentParser|smca\.cli", (ROOT / script).read_text()):
         parse_with(str(ROOT / script), words, script)
-    elif words:
+    elif words and "sys.argv" not in (ROOT / script).read_text():
         raise Problem(f"{script} has no options")
 
 
@@ -378,6 +393,8 @@ def imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        if error.name == "IPython":  # comes with the extra 'notebook'
+            raise Unchecked(f"{name} needs IPython, which is not installed") from error
         raise Problem(f"{name} cannot be imported: {error}") from error
 
 

@@ -359,7 +359,7 @@ COLUMNS = ["list", "planted", "caught", "survived"]
 
 def make_rows(mutants: list[Mutant]) -> list[list[str]]:
     """For each list how many were planted, caught and survived."""
-    counts = []
+    counts: list[tuple[int, ...]] = []
     for name in dict.fromkeys(m.list_name for m in mutants):
         of_list = [m for m in mutants if m.list_name == name]
         survived = sum(m.outcome == "survived" for m in of_list)

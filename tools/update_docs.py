@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Write the documentation that is made of the code and of results: docs/configuration.md, and on
-every page the tables between `<!-- table: ... -->` and `<!-- end -->`.
+"""Write the documentation that is made of the code and of results: docs/configuration.md, published
+AP in configs/README.md, and on every page the tables between `<!-- table: ... -->` and
+`<!-- end -->`.
 
     tools/update_docs.py           # write what is not as it should be
     tools/update_docs.py --check   # write nothing; exit code 1 if something is stale
@@ -16,6 +17,7 @@ import argparse
 import functools
 import inspect
 import io
+import json
 import re
 import sys
 import tokenize
@@ -386,6 +388,89 @@ def convergence_in_its_page() -> str:
     return "\n".join(lines)
 
 
+# ---- Published AP
+
+
+class Published(NamedTuple):
+    """A row of docs/published.json.
+
+    Attributes:
+        model: as tables call it; "ablation" for those that only configs/README.md lists.
+        epochs: of the training.
+        AP: on COCO val2017 in %: AP and, where published, AP50, AP75, APs, APm, APl.
+        config: its name; "" where there is none.
+        ours, paper: GFLOPs and parameters.
+        in_readme: another name there; None: not there.
+    """
+
+    model: str
+    epochs: int
+    AP: List[float]
+    config: str = ""
+    ours: Sequence[str] = ("", "")
+    paper: Sequence[str] = ("", "")
+    in_readme: Optional[str] = ""
+
+    @property
+    def cells(self) -> List[str]:
+        """Of AP, some empty."""
+        return [str(value) for value in self.AP] + [""] * (6 - len(self.AP))
+
+
+def published() -> List[Published]:
+    """What the paper and the authors' repository say."""
+    text = (ROOT / "docs" / "published.json").read_text()
+    return [Published(**row) for row in json.loads(text)]
+
+
+def rows_as_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown; an empty cell is one space."""
+    first, *others = [f"| {' | '.join(line)} |".replace("  ", " ") for line in [headers, *rows]]
+    return "\n".join([first, "|---" * len(headers) + "|", *others])
+
+
+def published_in_readme() -> str:
+    """The main models."""
+    headers = ["model", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl", "config"]
+    rows = [
+        [
+            row.in_readme or row.model,
+            str(row.epochs),
+            *row.cells,
+            f"[`{row.config}`](configs/{row.config}.py)" if row.config else "",
+        ]
+        for row in published()
+        if row.in_readme is not None and row.model != "ablation"
+    ]
+    return rows_as_table(headers, rows)
+
+
+def published_in_project() -> str:
+    """All models, with their costs."""
+    headers = ["model", "config", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl"]
+    headers += ["GFLOPs ours / paper", "parameters ours / paper"]
+    rows = []
+    for row in published():
+        if row.model != "ablation":
+            costs = [f"{ours} / {paper}".strip() for ours, paper in zip(row.ours, row.paper)]
+            costs = ["" if cost == "/" else cost for cost in costs]
+            config = f"`{row.config}`" if row.config else ""
+            rows.append([row.model, config, str(row.epochs), *row.cells, *costs])
+    return rows_as_table(headers, rows)
+
+
+def with_published_ap(page: str) -> str:
+    """A page whose tables of configs have the published AP in their last column."""
+    found = {row.config: row.cells[0] for row in published()}
+    lines = []
+    for line in (ROOT / page).read_text().split("\n"):
+        match = re.match(r"\| `([\w/]+)\.py` \|.*\|(?= [\d.]*[ |]*$)", line)
+        if match and match[1] in model_zoo.list_configs():
+            line = f"{match[0]} {found.get(match[1], '')} |".replace("  ", " ")
+        lines.append(line)
+    return "\n".join(lines)
+
+
 # ---- Tables of the comparison with others
 
 
@@ -419,7 +504,12 @@ def filled(text: str, table_name: str, table_text: str) -> str:
 
 # Of pages the tables that are put together here.
 TABLES: Dict[str, Dict[str, Callable[[], str]]] = {
-    "README.md": {"convergence": convergence_in_readme, "peers": peers_in_readme},
+    "README.md": {
+        "published": published_in_readme,
+        "convergence": convergence_in_readme,
+        "peers": peers_in_readme,
+    },
+    "projects/SMCA/README.md": {"published": published_in_project},
     "docs/convergence.md": {"convergence": convergence_in_its_page},
 }
 
@@ -442,6 +532,8 @@ def page_with_tables(page: str) -> str:
 def pages() -> Dict[str, Callable[[], str]]:
     """By path what each page that is written here, in part or whole, should be."""
     found: Dict[str, Callable[[], str]] = {"docs/configuration.md": configuration_page}
+    if (ROOT / "configs" / "README.md").is_file():
+        found["configs/README.md"] = lambda: with_published_ap("configs/README.md")
     for pattern in ("README.md", "*/README.md", "*/*/README.md", "docs/*.md"):
         for path in sorted(ROOT.glob(pattern)):
             page = str(path.relative_to(ROOT))
