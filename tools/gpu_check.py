@@ -53,7 +53,8 @@ SCALES = [2.0**power for power in range(10, -15, -4)]  # of the loss in float16
 
 # --quick: the models' own parts, few and narrow.
 _TINY = ["model.embed_dim=16", "model.num_queries=6", "model.backbone.depth=18"]
-_TINY += ["+model.backbone.num_blocks=[1,1,1,1]", "model.decoder.num_layers=2"]
+_TINY += ["+model.backbone.num_blocks=[1,1,1,1]", "+model.backbone.width=16"]
+_TINY += ["model.decoder.num_layers=2"]
 _TINY += ["model.decoder.ffn_dim=16", "model.decoder.num_heads=2", "model.encoder.ffn_dim=16"]
 
 
