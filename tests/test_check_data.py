@@ -14,6 +14,7 @@ from PIL import Image
 
 import check_data as tool
 from helpers import ROOT, write_smca_config
+from smca import model_zoo
 from smca.analysis import draw_instances
 from smca.analysis.dataset import (
     Statistics,
@@ -332,3 +333,11 @@ def test_options_that_contradict_are_refused(tmp_path):
         run_tool("--json", "a.json")
     with pytest.raises(UserError, match="--json together with --images"):
         run_tool("--json", "a.json", "--images", "b", "--config-file", write_smca_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [("smca_r50_50ep", (16, 3)), ("smca_single_scale_r50_50ep", (32, 1)), ("smca_shapes", (8, 1))],
+)
+def test_the_finest_stride_and_the_number_of_scales_are_the_models(config, expected):
+    assert tool.scales_of(model_zoo.get_config(config).model) == expected

@@ -191,6 +191,11 @@ def run_tool(data, folder, *arguments):
     return tool.run(tool.get_parser().parse_intermixed_args(command))
 
 
+def test_several_data_sets_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match="There are 2 sets of test data, a report is on one"):
+        run_tool([f"[{data[0]},{data[0]}]"], tmp_path)
+
+
 def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
     (tmp_path / "b").mkdir()
     other = write_weights(tmp_path / "b", write_smca_config(tmp_path))

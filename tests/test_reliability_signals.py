@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from helpers import TinyDetector, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
@@ -156,3 +157,23 @@ def test_workers_of_the_data_loader_outlive_signals_to_the_group():
     for number in (signal.SIGINT, signal.SIGUSR1):
         os.kill(batches._workers[0].pid, number)
     assert [int(batch) for batch in batches] == list(range(1, 20))
+
+
+class Excepthooks(Dataset):
+    """Gives errors to what shows those of a worker's threads."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        for kind in (ConnectionResetError, EOFError, ValueError):
+            sys.excepthook(kind, kind("of a thread"), None)
+        return index
+
+
+def test_a_connection_that_the_end_of_a_training_breaks_is_no_error_of_its_worker(capfd):
+    loader = DataLoader(Excepthooks(), num_workers=1)
+    protect_workers(loader)
+    assert len(list(loader)) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert [line for line in errors if "of a thread" in line] == ["ValueError: of a thread"] * 2

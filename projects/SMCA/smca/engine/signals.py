@@ -4,10 +4,11 @@ import contextlib
 import enum
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Type
 
 from torch.utils.data import DataLoader
 
@@ -113,8 +114,21 @@ class _ProtectedInit:
             threading.Thread(target=_heed_parent_alone, daemon=True).start()
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.excepthook = _LostConnectionIsNoError(sys.excepthook)
         if self.init is not None:
             self.init(worker_id)
+
+
+class _LostConnectionIsNoError:
+    """A training that a signal ends while it takes a batch breaks off the connection: the thread
+    that hands tensors over in the worker would print a traceback for it."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, kind: Type[BaseException], error: BaseException, traceback: Any) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            self.hook(kind, error, traceback)
 
 
 def _heed_parent_alone() -> None:
