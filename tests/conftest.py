@@ -8,11 +8,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import smca.configs  # noqa: E402
+import torch
 import torch.utils.cpp_extension  # noqa: E402, F401  warns once where there is CUDA, but no GPU
 
 from helpers import close_logs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# At its first backward pass autograd starts a thread for each device that there is, and after
+# torch.compile or an export there is a fake one. A process that tests fork could not train then.
+torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_configure():
