@@ -1,5 +1,4 @@
 import contextlib
-import json
 import logging
 import math
 import os
@@ -15,9 +14,11 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, get_event
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from smca.analysis import read_metrics
 from smca.checkpoint.files import load_tensors
 from smca.engine.peers import Failure, PeerWatch
 from smca.engine.signals import React, stop_error
+from smca.errors import UserError
 
 try:
     import resource
@@ -336,16 +337,13 @@ class MissedEvaluation(HookBase):
         trainer.iter = trainer.storage.iter = start
 
     def _are_evaluated(self, iterations: Set[int]) -> bool:
-        if not os.path.isfile(self._metrics_file):
+        try:
+            metrics = read_metrics(self._metrics_file)
+        except UserError:  # nothing was written yet
             return False
-        with open(self._metrics_file) as file:
-            for line in file:
-                with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
-                    row = json.loads(line)
-                    # The results' names are task/metric.
-                    if row["iteration"] in iterations and any("/" in name for name in row):
-                        return True
-        return False
+        # The results' names are task/metric.
+        results = [found for name, (found, _) in metrics.items() if "/" in name]
+        return any(iterations.intersection(found) for found in results)
 
 
 def _peak_memory_mb() -> float:
