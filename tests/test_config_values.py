@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -140,6 +141,24 @@ DEMO_CONV = DEMO_MULTI_SCALE | {
         "ffn": 512,
     },
 }
+# The paper's comparisons in miniature.
+PRETRAINED = changed(
+    DEMO,
+    backbone={"blocks": [1, 1, 1], "not trained": ["stem", "res2"]},
+    encoder={"layers": 5, "pattern": "IIIII"},
+    decoder={"beta": 1.5},
+    features=["res4"],
+    strides=[16],
+    dropout=0.1,
+)
+PRETRAINED_MULTI_SCALE = changed(
+    PRETRAINED,
+    encoder={"pattern": "IIMII"},
+    decoder={"scales": 3, "scale selection": True, "beta": 0.75},
+    features=["res3", "res4"],
+    strides=[8, 16, 32],
+)
+PRETRAINED_CONV = PRETRAINED_MULTI_SCALE | {"encoder": DEMO_CONV["encoder"]}
 OWN_CLASSES = {"classes": 2}  # of the files that these tests give
 
 # --------------------------------------------------------------------------------------------- data
@@ -258,6 +277,13 @@ def recipe(count, drop, batch, weights=R50):
 DEMO_RECIPE = (SHAPES, adamw(5e-4, 5e-4), DEMO_STEPS, run("", 540))
 SLOW_DEMO_RECIPE = (SHAPES, adamw(2e-4, 2e-4), DEMO_STEPS, run("", 540))
 
+PRETRAINED_RECIPE = (
+    SHAPES | {"train": "smca_shapes_10x_train", "test": "smca_shapes_10x_val", "batch": (4, 1)},
+    adamw(1e-4, 1e-5),
+    (6000, {0: 1.0, 4799: 1.0, 4800: 0.1, 5999: 0.1}),
+    run("output/backbones/shapes_10x.pth", 1000),
+)
+
 # Of each config the model, the data, the optimiser, the schedule and the run.
 CUSTOM = (
     MULTI_SCALE | OWN_CLASSES,
@@ -325,6 +351,9 @@ TABLE = {
         SMALL_OWN_FILES,
         *SLOW_DEMO_RECIPE[1:],
     ),
+    "convergence/pretrained_single_scale": (PRETRAINED, *PRETRAINED_RECIPE),
+    "convergence/pretrained_multi_scale": (PRETRAINED_MULTI_SCALE, *PRETRAINED_RECIPE),
+    "convergence/pretrained_conv": (PRETRAINED_CONV, *PRETRAINED_RECIPE),
     "convergence/coco_conv": (DEMO_CONV | OWN_CLASSES, SMALL_OWN_FILES, *DEMO_RECIPE[1:]),
 }
 
@@ -340,7 +369,14 @@ YACS = [
 # ----------------------------------------------------------------------- what a config really gives
 
 SPREADS = {0: "fixed", 1: "single", 2: "independent"}  # values a head and scale
-SPLITS = ["coco_2017_train", "coco_2017_val", "smca_shapes_train", "smca_shapes_val"]
+SPLITS = [
+    "coco_2017_train",
+    "coco_2017_val",
+    "smca_shapes_train",
+    "smca_shapes_val",
+    "smca_shapes_10x_train",
+    "smca_shapes_10x_val",
+]
 
 
 def flat(values, prefix=""):
@@ -624,8 +660,14 @@ def get_config(data, monkeypatch):
     return get
 
 
+FASTER_RCNN = {
+    "convergence/faster_rcnn_shapes": (3, *DEMO_RECIPE),
+    "convergence/faster_rcnn_coco": (2, SMALL_OWN_FILES, *DEMO_RECIPE[1:]),
+}
+
+
 def test_tables_have_every_config():
-    assert set(TABLE) == set(model_zoo.list_configs())
+    assert {*TABLE, *FASTER_RCNN} == set(model_zoo.list_configs())
     yacs = {path.stem for path in yacs_folder().glob("*.yaml")}
     assert yacs == {"Base-SMCA", *YACS}
 
@@ -647,6 +689,33 @@ def test_config_means_what_the_table_says(name, get_config):
     assert flat(read_optimizer(config, built)) == flat(optimizer)
     assert read_data(get_config(name)) == data
     assert read_pixel_statistics(get_config(name)) == [PIXEL_MEAN, PIXEL_STD]
+
+
+@pytest.mark.parametrize("name", FASTER_RCNN)
+def test_faster_rcnn_has_the_same_backbone_data_and_schedule(name, get_config):
+    num_classes, data, optimizer, schedule, run = FASTER_RCNN[name]
+    config = get_config(name)
+    assert flat(read_run(config)) == flat(run)
+    assert read_schedule(config, schedule[1]) == schedule
+    model = build_without_memory(config)
+    assert isinstance(model, GeneralizedRCNN)
+    assert flat(read_backbone(model.backbone.bottom_up)) == flat(DEMO_MULTI_SCALE["backbone"])
+    assert {level.stride for level in model.backbone.output_shape().values()} == {4, 8, 16}
+    anchors = model.proposal_generator.anchor_generator
+    assert anchors.strides == [4, 8, 16]
+    # Two sizes and three aspect ratios: the area is the size's square.
+    areas = [
+        sorted({round(float((x1 - x0) * (y1 - y0)) ** 0.5) for x0, y0, x1, y1 in cell})
+        for cell in instantiate(config.model.proposal_generator.anchor_generator).cell_anchors
+    ]
+    assert areas == [[16, 24], [32, 48], [64, 96]]
+    assert model.roi_heads.num_classes == num_classes
+    assert model.roi_heads.box_predictor.cls_score.out_features == num_classes + 1
+    assert not model.roi_heads.mask_on
+    assert model.input_format == "RGB"
+    assert (config.model.pixel_mean, config.model.pixel_std) == (PIXEL_MEAN, PIXEL_STD)
+    assert flat(read_optimizer(config, model)) == flat(optimizer)
+    assert read_data(get_config(name)) == data
 
 
 def test_demo_data_has_2000_images_to_train_and_200_to_evaluate_on():

@@ -149,10 +149,20 @@ def test_visible_parts_do_not_overlap_although_objects_do():
 def test_an_object_has_to_show_60_percent_of_its_area_and_8_pixels_a_side():
     mask = np.zeros((40, 40), dtype=bool)
     mask[:8, :20] = True
-    assert shapes._is_visible_enough(mask, full_area=160 / 0.61)
-    assert not shapes._is_visible_enough(mask, full_area=160 / 0.59)
-    assert not shapes._is_visible_enough(mask[:7], full_area=140)
-    assert not shapes._is_visible_enough(mask & False, full_area=0)
+    assert shapes._is_visible_enough(mask, full_area=160 / 0.61, min_side=8)
+    assert not shapes._is_visible_enough(mask, full_area=160 / 0.59, min_side=8)
+    assert not shapes._is_visible_enough(mask[:7], full_area=140, min_side=8)
+    assert not shapes._is_visible_enough(mask & False, full_area=0, min_side=8)
+
+
+def test_objects_are_as_long_as_asked_for(tmp_path):
+    write_shapes(tmp_path / "set", num_train=60, num_val=1, seed=3, lengths=(10, 100))
+    annotations = json.loads((tmp_path / "set" / "train.json").read_text())["annotations"]
+    longest = np.array([max(each["bbox"][2:]) for each in annotations])
+    # Ellipses and rotated shapes are up to a fifth shorter or longer than their axes say.
+    assert 7 <= longest.min() <= 14
+    assert 80 <= longest.max() <= 125
+    assert (longest < 28 * 0.8).mean() > 0.2, "shorter than any of the usual set"
 
 
 def _xyxy(masks):

@@ -24,7 +24,7 @@ bin=$folder/venv/bin
 grep -vE '^(torch|torchvision)==' constraints.txt > "$folder/constraints.txt"
 pip() { "$bin/python" -m pip install -q --no-cache-dir -c "$folder/constraints.txt" "$@"; }
 pip setuptools wheel
-pip "${requirements[@]}" -e ".[dev,study,video]"
+pip "${requirements[@]}" -e ".[dev,convert,export,publish,report,study,video]"
 "$bin/python" tools/install_detectron2.py
 
 status=0

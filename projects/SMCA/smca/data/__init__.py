@@ -1,6 +1,7 @@
 """Data sets, reading and augmenting their images, and the training loader.
 
-Importing this registers the embedded data set.
+Importing this registers the embedded data set, and one like it whose objects differ ten times in
+size.
 """
 
 from .coco import check_same_categories, class_names, num_classes, register_coco, require_dataset
@@ -12,6 +13,7 @@ from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, 
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
 
 register_shapes()
+register_shapes(prefix="smca_shapes_10x", lengths=(12, 120))
 
 __all__ = [
     "DatasetError",

@@ -33,12 +33,12 @@ _SPLITS = ("train", "val")
 
 _IMAGE_SIDES = (128, 160)  # pixels
 _NUM_OBJECTS = (1, 6)
-_LENGTHS = (28, 100)  # long side of a shape before it is rotated, in pixels
+LENGTHS = (28, 100)  # long side of a shape before it is rotated, in pixels
 _ASPECT_RATIOS = (0.5, 1.0)  # short side by long side
 _MAX_ROTATION = 20  # degrees, either way
 _CONTRASTS = (140, 260)  # distance in RGB between a shape's colour and what it covers
 _MIN_VISIBLE_FRACTION = 0.6
-_MIN_BOX_SIDE = 8  # pixels
+_MIN_BOX_SIDE = 2 / 7  # of the shortest long side
 _SUPERSAMPLING = 3
 
 
@@ -58,7 +58,11 @@ class Scene:
 
 
 def register_shapes(
-    num_train: int = 2000, num_val: int = 200, seed: int = 0, prefix: str = "smca_shapes"
+    num_train: int = 2000,
+    num_val: int = 200,
+    seed: int = 0,
+    prefix: str = "smca_shapes",
+    lengths: Tuple[int, int] = LENGTHS,
 ) -> Tuple[str, str]:
     """Register ``{prefix}_train`` and ``{prefix}_val`` in Detectron2's catalogs.
 
@@ -69,6 +73,7 @@ def register_shapes(
         num_train, num_val: images of the two splits.
         seed: of the pictures, not negative.
         prefix: of the names.
+        lengths: shortest and longest object, in pixels.
 
     Returns:
         The two names.
@@ -77,8 +82,12 @@ def register_shapes(
         AssertionError: a name is registered already.
     """
     key = f"shapes_v{_VERSION}_{num_train}_{num_val}_seed{seed}"
+    if lengths != LENGTHS:
+        key += f"_{lengths[0]}to{lengths[1]}"
     folder = cache_dir() / key
-    write = functools.partial(write_shapes, num_train=num_train, num_val=num_val, seed=seed)
+    write = functools.partial(
+        write_shapes, num_train=num_train, num_val=num_val, seed=seed, lengths=lengths
+    )
     make_files = functools.partial(create_once, folder, write)
     names = []
     for split in _SPLITS:
@@ -104,23 +113,29 @@ def _make_and_load(
     return load_coco_json(json_file, image_root, name)
 
 
-def write_shapes(folder: Path, num_train: int = 2000, num_val: int = 200, seed: int = 0) -> None:
+def write_shapes(
+    folder: Path,
+    num_train: int = 2000,
+    num_val: int = 200,
+    seed: int = 0,
+    lengths: Tuple[int, int] = LENGTHS,
+) -> None:
     """Write the data set: JPEG images in ``train/`` and ``val/``, annotations in COCO's format in
     ``train.json`` and ``val.json``.
 
-    Image i of a split depends on the seed, the split and i only. Boxes are tight around an
-    object's visible pixels; ``area`` is their number.
+    Image i of a split depends on the lengths, the seed, the split and i only. Boxes are tight
+    around an object's visible pixels; ``area`` is their number.
 
     Args:
         folder: created; must not exist.
-        num_train, num_val, seed: as in `register_shapes`.
+        num_train, num_val, seed, lengths: as in `register_shapes`.
     """
     for split_index, (split, num_images) in enumerate(zip(_SPLITS, (num_train, num_val))):
         (folder / split).mkdir(parents=True)
         images: List[Dict[str, Any]] = []
         annotations: List[Dict[str, Any]] = []
         for i in range(num_images):
-            scene = draw_scene(np.random.default_rng((seed, split_index, i)))
+            scene = draw_scene(np.random.default_rng((seed, split_index, i)), lengths)
             height, width = scene.image.shape[:2]
             name = f"{i:06d}.jpg"
             images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
@@ -150,11 +165,12 @@ def _box_of(mask: np.ndarray) -> List[int]:
     return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
+def draw_scene(rng: np.random.Generator, lengths: Tuple[int, int] = LENGTHS) -> Scene:
     """Draw one picture.
 
     Args:
         rng: all randomness comes from here.
+        lengths: shortest and longest object, in pixels.
 
     Returns:
         A scene with at least one object.
@@ -169,10 +185,14 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         if len(masks) == num_objects:
             break
         class_index = int(rng.integers(len(SHAPE_CLASSES)))
-        alpha, full_area, outline = _random_shape(rng, SHAPE_CLASSES[class_index], height, width)
+        name = SHAPE_CLASSES[class_index]
+        alpha, full_area, outline = _random_shape(rng, name, lengths, height, width)
         mask = alpha > 0.5
         visible = [earlier & ~mask for earlier in masks] + [mask]
-        if all(map(_is_visible_enough, visible, full_areas + [full_area])):
+        min_side = lengths[0] * _MIN_BOX_SIDE
+        if all(
+            _is_visible_enough(*pair, min_side) for pair in zip(visible, [*full_areas, full_area])
+        ):
             masks, classes = visible, classes + [class_index]
             full_areas.append(full_area)
             _paint(rng, canvas, alpha, outline, _random_texture(rng, class_index))
@@ -182,10 +202,10 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(np.asarray(image), masks, classes)
 
 
-def _is_visible_enough(mask: np.ndarray, full_area: float) -> bool:
+def _is_visible_enough(mask: np.ndarray, full_area: float, min_side: float) -> bool:
     if mask.sum() < max(_MIN_VISIBLE_FRACTION * full_area, 1):
         return False
-    return min(_box_of(mask)[2:]) >= _MIN_BOX_SIDE
+    return min(_box_of(mask)[2:]) >= min_side
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -236,7 +256,7 @@ def _strokes(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def _random_shape(
-    rng: np.random.Generator, name: str, height: int, width: int
+    rng: np.random.Generator, name: str, lengths: Tuple[int, int], height: int, width: int
 ) -> Tuple[np.ndarray, float, np.ndarray]:
     """Draw a shape of the class `name` somewhere on an image of height x width pixels.
 
@@ -245,7 +265,7 @@ def _random_shape(
         full_area: its area in pixels, with what lies beyond the image's border.
         outline: the same as alpha, for the inside of the shape's border.
     """
-    length = math.exp(rng.uniform(*np.log(_LENGTHS)))
+    length = math.exp(rng.uniform(*np.log(lengths)))
     aspect_ratio = math.exp(rng.uniform(*np.log(_ASPECT_RATIOS)))
     corners = _unit_polygon(rng, name) * rng.permutation((length / 2, length / 2 * aspect_ratio))
     angle = math.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
