@@ -1,5 +1,6 @@
 """The package of this checkout, one thread a process unless told otherwise (the tests' tensors are
-small, and pytest runs them in several processes), and no test's loggers in the next one."""
+small, and pytest runs them in several processes), and no test's loggers or data sets in the next
+one."""
 
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest  # noqa: E402
 import smca.configs  # noqa: E402
 import torch
 import torch.utils.cpp_extension  # noqa: E402, F401  warns once where there is CUDA, but no GPU
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from helpers import close_logs  # noqa: E402
 
@@ -35,3 +37,12 @@ def pytest_configure():
 def loggers_of_one_test():
     yield
     close_logs()
+
+
+@pytest.fixture(autouse=True)
+def data_sets_of_one_test():
+    before = [(catalog, set(catalog)) for catalog in (DatasetCatalog, MetadataCatalog)]
+    yield
+    for catalog, names in before:
+        for name in set(catalog) - names:
+            catalog.remove(name)

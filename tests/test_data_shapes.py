@@ -36,11 +36,7 @@ def folder(tmp_path_factory):
 def registered(tmp_path, monkeypatch):
     """Names of a small set that is registered but not made yet."""
     monkeypatch.setenv("SMCA_CACHE", str(tmp_path))
-    names = register_shapes(num_train=3, num_val=2, seed=5, prefix="tiny_shapes")
-    yield names
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return register_shapes(num_train=3, num_val=2, seed=5, prefix="tiny_shapes")
 
 
 def _contents(folder):
@@ -238,9 +234,6 @@ def test_perfect_predictions_give_an_ap_of_100(registered):
 def test_other_parameters_use_another_folder(registered):
     names = register_shapes(num_train=3, num_val=2, seed=6, prefix="other_shapes")
     folders = {MetadataCatalog.get(n).json_file for n in (registered[0], names[0])}
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
     assert len(folders) == 2
 
 

@@ -403,8 +403,7 @@ def data(tmp_path):
     """The name of a data set of two images."""
     items = [make_item(tmp_path, squares(20, 40, 60), [0, 1, 2], seed)[0] for seed in range(2)]
     DatasetCatalog.register("tiny_statistics", lambda: items)
-    yield "dataloader.test.dataset.names=tiny_statistics"
-    DatasetCatalog.remove("tiny_statistics")
+    return "dataloader.test.dataset.names=tiny_statistics"
 
 
 def write_training(folder, base="smca"):

@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 import train_backbone
 from helpers import ROOT
@@ -16,10 +16,6 @@ CONFIG = str(ROOT / "configs" / "convergence" / "pretrained_multi_scale.py")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-    yield
-    for name in ("backbone_train", "backbone_val"):
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
 
 
 def test_a_trained_backbone_is_where_a_detector_starts(tmp_path, capsys, caplog):
