@@ -9,6 +9,8 @@ from typing import Dict, Iterator, Set
 
 import pytest
 
+from helpers import child_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
 # From the ground up. A room may import from those before its row, and from itself.
@@ -125,3 +127,35 @@ def test_neither_a_config_nor_a_predictor_needs_the_trainer():
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_no_file_is_too_long(module):
     assert len(FILES[module].read_text().splitlines()) <= MAX_LINES
+
+
+# Runs a script up to its first import of PyTorch and prints how OpenMP's threads wait by then.
+SPY = """
+import os, runpy, sys
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Spy())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "5000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ],
+)
+@pytest.mark.parametrize("script", ["train_net.py", "demo.py", "tools/run_demo.py"])
+def test_threads_are_told_how_to_wait_before_there_are_any(script, settings, expected):
+    """Else a program beside a training on the CPU costs a time slice a wait."""
+    env = child_environment()
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        env.pop(name, None)
+    command = [sys.executable, "-c", SPY, str(ROOT / script)]
+    run = subprocess.run(command, env=env | settings, capture_output=True, text=True)
+    assert run.stdout.split() == [expected], run.stderr

@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
+import smca  # noqa: F401  before PyTorch, whose threads it tells how to wait
+
+# isort: split
 from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 

@@ -1,7 +1,17 @@
 """SMCA (Spatially Modulated Co-Attention, ICCV 2021) for Detectron2.
 
-Importing this registers the meta-architecture ``SMCA`` and the embedded data set.
+Importing this registers the meta-architecture ``SMCA`` and the embedded data set. Before PyTorch
+it also makes threads on the CPU wait in a way that bears other work on the machine.
 """
+
+import os
+
+# Threads that wait for another one's part of an operation spin, by default for milliseconds. Where
+# a second program runs on one of two cores, the waiting ones keep the last from it: a step takes 23
+# times as long. Spinning for some 50 microseconds costs 3 % of a step on a quiet machine and bears
+# that (docs/performance.md). Only GNU's OpenMP, as in PyTorch's own wheels, reads it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 try:
     import detectron2.config  # noqa: F401
