@@ -106,6 +106,15 @@ def test_registering_again_returns_the_same_name(tmp_path):
     assert register_coco(*files, name="other") == register_coco(*files, name="other") == "other"
 
 
+def test_a_data_set_that_was_removed_is_registered_again(tmp_path):
+    files = _write(tmp_path, _coco())
+    name = register_coco(*files)
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    assert register_coco(*files) == name
+    assert len(DatasetCatalog.get(name)) == 2
+
+
 def test_two_files_of_one_name_are_two_data_sets(tmp_path):
     names = []
     for folder in (tmp_path / "x", tmp_path / "y"):

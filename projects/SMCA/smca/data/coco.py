@@ -100,9 +100,9 @@ def _register(
     key = (json_file, image_root)
     if name is None:
         name = f"{Path(json_file).stem}_{_short_hash(repr(key))}"
-    if _registered.get(name) == key:
-        return name
     if name in DatasetCatalog.list():
+        if _registered.get(name) == key:
+            return name
         raise DatasetError(f"Data set name '{name}' is taken already: choose another name.")
 
     data = read_coco(json_file)
