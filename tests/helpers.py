@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
@@ -25,6 +26,10 @@ from smca.modeling.scales import Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASS_NAMES = ["round", "square", "long"]
+
+needs_fake_gpu = pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="fake tensors of older versions ask the driver of a GPU"
+)
 
 # ---- Command lines and processes
 
@@ -298,6 +303,13 @@ def write_weights(folder, config, **others):
 def make_image(height=90, width=120, seed=0):
     """A random uint8 RGB image."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def make_ramp(height, width):
+    """A uint8 RGB image that keeps its values within 3 where a library resamples it: from left to
+    right, from top to bottom, and even."""
+    x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
+    return np.stack(np.broadcast_arrays(x, y, 100.0), axis=-1).astype(np.uint8)
 
 
 def write_image(path, *args, **kwargs):

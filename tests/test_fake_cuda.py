@@ -7,12 +7,10 @@ from detectron2.structures import Boxes, Instances
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from helpers import build_model, make_image
+from helpers import build_model, make_image, needs_fake_gpu
 from smca.engine import Trainer
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < "2.14", reason="fake tensors of older versions ask the driver of a GPU"
-)
+pytestmark = needs_fake_gpu
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
 

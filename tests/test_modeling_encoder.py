@@ -15,6 +15,7 @@ from helpers import (
     assert_same_gradients,
     assert_uniform,
     make_scales,
+    needs_fake_gpu,
     randomize,
     valid_cells,
     weighted_sum,
@@ -259,6 +260,7 @@ def test_checkpointing_is_off_in_evaluation(name, monkeypatch):
         encoder.train()(scales)
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize("name", ENCODERS)
 def test_checkpointing_keeps_the_random_state_of_a_gpu(name, monkeypatch):
     # Else the second pass would drop other elements than the first. No GPU is needed: its tensors

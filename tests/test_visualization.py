@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import reference
-from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
+from helpers import CLASS_NAMES, make_image, make_ramp, make_smca, write_image, write_smca_config
 from smca.analysis import (
     NoModulationError,
     draw_contact_sheet,
@@ -116,8 +116,8 @@ def test_truth_of_a_dataset_dict_has_boxes_as_corners():
 
 def test_truth_of_an_image_without_objects_can_be_drawn():
     truth = truth_of({"height": 60, "width": 80, "annotations": []})
-    image = make_image(480, 640)
-    assert (draw_instances(image, truth) == image).all()
+    image = make_ramp(480, 640)
+    np.testing.assert_allclose(draw_instances(image, truth).astype(int), image, atol=3, rtol=0)
 
 
 def test_a_contact_sheet_holds_every_picture():

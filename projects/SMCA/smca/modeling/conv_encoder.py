@@ -77,7 +77,7 @@ class ConvEncoderLayer(nn.Module):
 
     def _finish(self, scale: Scale, mixed: Tensor) -> Scale:
         update = self.dropout(as_tokens(self.conv_out(mixed)))
-        return scale._replace(tokens=self.ffn(self.norm(scale.tokens + update)))
+        return scale.with_tokens(self.ffn(self.norm(scale.tokens + update)))
 
 
 class ConvEncoder(nn.Module):
@@ -150,5 +150,5 @@ class ConvEncoder(nn.Module):
         if self.reduce is not None:
             finest = scales[0]
             tokens = as_tokens(self.reduce(finest.as_map(finest.tokens)))
-            scales = [scales[1]._replace(tokens=tokens), *scales[1:]]
+            scales = [scales[1].with_tokens(tokens), *scales[1:]]
         return scales

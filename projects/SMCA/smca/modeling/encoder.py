@@ -102,4 +102,4 @@ class TransformerEncoder(nn.Module):
             else:
                 joined = run(torch.cat(tokens, dim=1), joined_position, joined_mask)
                 tokens = list(joined.split(num_cells, dim=1))
-        return [scale._replace(tokens=t) for scale, t in zip(scales, tokens)]
+        return [scale.with_tokens(t) for scale, t in zip(scales, tokens)]

@@ -34,6 +34,11 @@ class Scale(NamedTuple):
     size: Size
     stride: int
 
+    def with_tokens(self, tokens: Tensor) -> "Scale":
+        """The same scale with other features."""
+        # Not _replace, which torch.compile and torch.export of PyTorch 2.6 do not see through.
+        return Scale(tokens, self.position, self.padding_mask, self.size, self.stride)
+
     def as_map(self, tokens: Tensor) -> Tensor:
         """(B, S, d) tokens as a (B, d, h, w) map: a view, channels last in memory."""
         return tokens.transpose(1, 2).unflatten(2, self.size)
