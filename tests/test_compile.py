@@ -61,7 +61,8 @@ def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, 
         for batch, wanted in zip(batches, expected, strict=True):
             result = model(batch)[0]["instances"]
             assert_same_detections(result, wanted)
-    assert 3 <= graphs() <= 6
+    # Older versions make one for a batch that the others' serves as well.
+    assert 3 <= graphs() <= (6 if torch.__version__ >= "2.14" else 7)
     assert not counters["graph_break"]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
+from torch.torch_version import TorchVersion
 
 import compare_export
 import export as tool
@@ -28,14 +29,20 @@ from helpers import (
 from smca.inference import Predictor
 from smca.inference.export import (
     METADATA_NAME,
+    OLDEST_TORCH,
     ExportableDetector,
     count_nodes,
     export_detector,
 )
 
 needs_onnx = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
-    reason="ONNX files need the extra 'export': onnx, onnxscript, onnxruntime",
+    torch.__version__ < OLDEST_TORCH["onnx"]
+    or not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="ONNX files need PyTorch 2.9 and the extra 'export': onnx, onnxscript, onnxruntime",
+)
+needs_export = pytest.mark.skipif(
+    torch.__version__ < max(OLDEST_TORCH.values(), key=TorchVersion),
+    reason="needs a PyTorch that writes every format",
 )
 BASES = ["smca_single_scale", "smca", "smca_conv", "detr"]
 
@@ -209,6 +216,7 @@ def tiny(tmp_path_factory):
     return ["--config-file", config, "--weights", write_weights(folder, config)]
 
 
+@needs_export
 def test_pt2_gives_the_models_detections(tiny, tmp_path):
     path = str(tmp_path / "model.pt2")
     assert tool.main([*tiny, "--format", "pt2", "--output", path]) == 0
@@ -245,6 +253,7 @@ def test_images_of_a_model_that_takes_bgr_are_rgb_too(tiny):
     assert torch.equal(ExportableDetector(model, "BGR")(images.flip(1), sizes)[0], boxes)
 
 
+@needs_export
 def test_a_map_without_channels_can_be_traced(tmp_path):
     torch.manual_seed(0)
     config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1, spread="covariance")
@@ -306,6 +315,16 @@ def test_unknown_formats_and_other_names_of_the_file_are_refused(tiny, tmp_path,
     assert message.endswith("The output a.onnx needs a name that ends in .pt2.")
 
 
+@pytest.mark.parametrize(("name", "oldest"), [("onnx", "2.9"), ("pt2", "2.14")])
+def test_an_old_pytorch_is_refused(tiny, tmp_path, capsys, monkeypatch, name, oldest):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.1+cpu"))
+    output = tmp_path / f"model.{name}"
+    message = error_of(capsys, tool.main, *tiny, "--format", name, "--output", output)
+    assert f"--format {name} needs PyTorch {oldest} or newer, this is 2.8.1+cpu" in message
+    assert not output.exists()
+
+
+@needs_export
 def test_missing_packages_are_named_with_the_extra(tiny, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -315,6 +334,7 @@ def test_missing_packages_are_named_with_the_extra(tiny, tmp_path, capsys, monke
     assert "onnxscript" in message and "extra 'export'" in message
 
 
+@needs_export
 def test_an_output_that_cannot_be_written_is_said_at_once_and_nothing_is_left(
     tiny, tmp_path, capsys
 ):
@@ -325,6 +345,7 @@ def test_an_output_that_cannot_be_written_is_said_at_once_and_nothing_is_left(
     assert os.listdir(tmp_path) == ["file"]
 
 
+@needs_export
 def test_a_failed_export_leaves_the_old_file(tiny, tmp_path, monkeypatch):
     output = tmp_path / "model.pt2"
     output.write_text("old")
@@ -334,6 +355,7 @@ def test_a_failed_export_leaves_the_old_file(tiny, tmp_path, monkeypatch):
     assert output.read_text() == "old" and os.listdir(tmp_path) == ["model.pt2"]
 
 
+@needs_export
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Only an SMCA or DETR model .* not Linear"):
         export_detector(
@@ -341,6 +363,7 @@ def test_other_models_are_refused(tmp_path):
         )
 
 
+@needs_export
 def test_other_preprocessing_than_a_resize_is_refused(tiny, tmp_path):
     predictor = Predictor(tiny[3], config_file=tiny[1])
     predictor.augmentations = T.AugmentationList([T.RandomFlip()])

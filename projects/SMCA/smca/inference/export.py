@@ -36,6 +36,9 @@ OUTPUTS = ("boxes", "scores", "labels")
 # The oldest with all operators that the graph needs: what reads ONNX files reads this.
 OPSET = 18
 METADATA_NAME = "metadata.json"  # the file in a .pt2
+# The oldest PyTorch whose files were seen to be right (docs/versions.md): 2.6 fails at ONNX, and
+# .pt2 files of 2.9 refuse sizes that they could compute.
+OLDEST_TORCH = {"onnx": "2.9", "pt2": "2.14"}
 
 
 class ExportableDetector(nn.Module):
@@ -95,6 +98,11 @@ def check_export(output: str, format: str) -> None:
         raise UserError(f"There is no --format {format}{did_you_mean(format, list(FORMATS))}")
     if not output.endswith(f".{format}"):
         raise UserError(f"The output {output} needs a name that ends in .{format}.")
+    if torch.__version__ < OLDEST_TORCH[format]:
+        raise UserError(
+            f"--format {format} needs PyTorch {OLDEST_TORCH[format]} or newer, this is "
+            f"{torch.__version__}: the weights can be exported in an environment that has it."
+        )
     if format == "onnx":
         missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
         if missing:
