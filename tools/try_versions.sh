@@ -38,5 +38,5 @@ names = ("torch", "torchvision", "numpy", "scipy", "Pillow")
 print("Python", platform.python_version(), *(f"{name} {version(name)}" for name in names), sep=", ")
 PY
 )
-echo "$versions: $(tail -n 1 "$folder/log")"
+echo "$versions: $(grep -E ' (passed|failed|error)' "$folder/log" | tail -n 1)"
 exit "$status"
