@@ -280,8 +280,8 @@ SLOW_DEMO_RECIPE = (SHAPES, adamw(2e-4, 2e-4), DEMO_STEPS, run("", 540))
 PRETRAINED_RECIPE = (
     SHAPES | {"train": "smca_shapes_10x_train", "test": "smca_shapes_10x_val", "batch": (4, 1)},
     adamw(1e-4, 1e-5),
-    (6000, {0: 1.0, 4799: 1.0, 4800: 0.1, 5999: 0.1}),
-    run("output/backbones/shapes_10x.pth", 1000),
+    (3000, {0: 1.0, 2399: 1.0, 2400: 0.1, 2999: 0.1}),
+    run("output/backbones/shapes_10x.pth", 500),
 )
 
 # Of each config the model, the data, the optimiser, the schedule and the run.

@@ -215,6 +215,13 @@ def test_a_bad_model_setting_is_named(override, message):
         ("smca_r50_50ep", "model.num_queries=0", "model.num_queries=0 must be at least 1"),
         # What the encoder is given is a reference to the model's.
         ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),
+        (
+            "smca_shapes",
+            "model.in_features=[res3,res9]",
+            "model.in_features=[res3, res9] must be some of stem, res2, res3.",
+        ),
+        ("smca_r50_50ep", "model.encoder=null", "model.encoder=None must be a module"),
+        ("smca_r50_50ep", "model.backbone=null", "model.backbone=None must be a module"),
         ("smca_r50_50ep", "model.backbone.norm=XX", "The config's model.backbone cannot be built"),
     ],
 )

@@ -38,15 +38,20 @@ def build_resnet(
             later stage has twice as many as the one before.
 
     Raises:
-        ValueError: for another depth, or a dilated ResNet of basic blocks.
+        ValueError: for another depth, a dilated ResNet of basic blocks, or unknown features.
     """
     if depth not in _NUM_BLOCKS:
         raise ValueError(f"depth={depth} must be one of {sorted(_NUM_BLOCKS)}.")
     bottleneck = depth >= 50
     if dilated_res5 and not bottleneck:
         raise ValueError("dilated_res5=True needs depth 50 or 101.")
+    num_blocks = num_blocks or _NUM_BLOCKS[depth]
+    names = ["stem", *(f"res{index + 2}" for index in range(len(num_blocks)))]
+    if not out_features or not set(out_features) <= set(names):
+        given, known = ", ".join(out_features), ", ".join(names)
+        raise ValueError(f"out_features=[{given}] must be some of {known}.")
     stages, in_channels = [], width
-    for index, blocks in enumerate(num_blocks or _NUM_BLOCKS[depth]):
+    for index, blocks in enumerate(num_blocks):
         channels = width * 2**index
         out_channels = 4 * channels if bottleneck else channels
         dilated = dilated_res5 and index == 3

@@ -69,7 +69,8 @@ class SMCA(nn.Module):
 
     Raises:
         ValueError: for a number that is too small, a width that is no multiple of 4, features that
-            the backbone does not give, or parts made for another number of scales.
+            the backbone does not give, or parts that are missing or made for another number of
+            scales.
     """
 
     def __init__(
@@ -90,6 +91,11 @@ class SMCA(nn.Module):
         pixel_std: Sequence[float],
     ):
         super().__init__()
+        for name, part in (("backbone", backbone), ("encoder", encoder), ("decoder", decoder)):
+            if part is None:
+                raise ValueError(
+                    f"{name}=None must be a module: only the criterion may be missing."
+                )
         num_scales = len(in_features) + num_extra_scales
         for name, part in (("encoder", encoder), ("decoder", decoder)):
             expected = getattr(part, "num_scales", num_scales)
