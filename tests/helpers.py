@@ -6,6 +6,10 @@ import os
 import textwrap
 from pathlib import Path
 
+from smca import model_zoo
+from smca.modeling.matcher import Targets
+from smca.modeling.scales import Scale
+
 import numpy as np
 import pytest
 import torch
@@ -20,9 +24,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import resize_mask
-from smca import model_zoo
-from smca.modeling.matcher import Targets
-from smca.modeling.scales import Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASS_NAMES = ["round", "square", "long"]

@@ -6,6 +6,8 @@ import math
 import zipfile
 from pathlib import Path
 
+from smca.errors import UserError
+
 import pytest
 
 import compare_peers as tool
@@ -13,7 +15,6 @@ import peer_models
 from benchmark import in_fresh_process
 from helpers import write_smca_config
 from peer_models import MODELS, Model
-from smca.errors import UserError
 
 SIZES = dict(inference=(64, 96), train_step=(64, 96))
 

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
+from smca import add_smca_config
+from smca.config import build, load_config
+from smca.errors import ConfigError
+from smca.modeling import SMCA, HungarianMatcher, SetCriterion
+
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, SwinTransformer, ViT, build_model
 from omegaconf import OmegaConf
-
-from smca import add_smca_config
-from smca.config import build, load_config
-from smca.errors import ConfigError
-from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [

@@ -6,17 +6,6 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
-from omegaconf import OmegaConf
-from PIL import Image
-
 from smca.data import (
     DatasetError,
     class_names,
@@ -27,6 +16,17 @@ from smca.data import (
     register_coco,
     require_dataset,
 )
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,11 @@
 import copy
 import signal
 
+from smca.data import build_train_loader
+from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
+from smca.engine.storage import BoundedStorage
+from smca.errors import NonFiniteError
+
 import pytest
 import torch
 from detectron2.engine import HookBase, hooks
@@ -9,10 +14,6 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from helpers import MeanLoss
-from smca.data import build_train_loader
-from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
-from smca.engine.storage import BoundedStorage
-from smca.errors import NonFiniteError
 
 
 @pytest.fixture

@@ -4,10 +4,6 @@ import contextlib
 import io
 import math
 
-import numpy as np
-import pytest
-from pycocotools.cocoeval import COCOeval
-
 from smca.analysis.metrics import (
     COCOeval_faster,
     Matches,
@@ -19,6 +15,10 @@ from smca.analysis.metrics import (
     load_truth,
     match,
 )
+
+import numpy as np
+import pytest
+from pycocotools.cocoeval import COCOeval
 
 CAT, DOG = 3, 7  # category ids
 

@@ -4,6 +4,8 @@ import ast
 import io
 import sys
 
+from smca.cli import predict
+
 import pytest
 from detectron2.config import LazyConfig
 
@@ -11,7 +13,6 @@ import draw
 import draw_training
 import evaluate
 from helpers import ROOT, make_image, write_image, write_smca_config, write_weights
-from smca.cli import predict
 
 SOURCES = [*(ROOT / "tools").glob("*.py"), *(ROOT / "projects" / "SMCA" / "smca").rglob("*.py")]
 

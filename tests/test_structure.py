@@ -150,7 +150,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
     ],
 )
-@pytest.mark.parametrize("script", ["train_net.py", "demo.py", "tools/run_demo.py"])
+@pytest.mark.parametrize("script", ["train_net.py", "tools/run_demo.py", "tools/evaluate.py"])
 def test_threads_are_told_how_to_wait_before_there_are_any(script, settings, expected):
     """Else a program beside a training on the CPU costs a time slice a wait."""
     env = child_environment()
@@ -159,3 +159,10 @@ def test_threads_are_told_how_to_wait_before_there_are_any(script, settings, exp
     command = [sys.executable, "-c", SPY, str(ROOT / script)]
     run = subprocess.run(command, env=env | settings, capture_output=True, text=True)
     assert run.stdout.split() == [expected], run.stderr
+
+
+def test_warnings_of_detectron2s_imports_are_not_the_users():
+    env = child_environment()
+    env.pop("PYTHONWARNINGS", None)
+    command = [sys.executable, "-c", "import smca, detectron2.modeling"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True).stderr == ""

@@ -1,5 +1,8 @@
 import logging
 
+from smca.checkpoint import SMCACheckpointer
+from smca.config import load_config
+
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -7,8 +10,6 @@ from detectron2.data import DatasetCatalog
 
 import train_backbone
 from helpers import ROOT
-from smca.checkpoint import SMCACheckpointer
-from smca.config import load_config
 
 CONFIG = str(ROOT / "configs" / "convergence" / "pretrained_multi_scale.py")
 

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any, List, Sequence, Tuple
 
+from smca.config import load_config
+from smca.errors import exit_code
+
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
@@ -22,9 +25,6 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
-
-from smca.config import load_config
-from smca.errors import exit_code
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Published parameters (M) and GFLOPs.

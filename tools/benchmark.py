@@ -29,7 +29,6 @@ import functools
 import gc
 import itertools
 import json
-import os
 import platform
 import pstats
 import re
@@ -44,14 +43,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from smca.config import AMP_DTYPES, load_config
+from smca.errors import UserError, exit_code
+
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmark_cases import MEASUREMENTS, REFERENCE, Job, Options
 from figures import write_figures
-from smca.config import AMP_DTYPES, load_config
-from smca.errors import UserError, exit_code
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN_MODELS = [
@@ -382,7 +382,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if options.compare:
         compare(*options.compare)
         return
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of imports, in each process
     records: List[Record] = []
     jobs = list(itertools.chain.from_iterable(MEASUREMENTS[n](options) for n in options.what))
     for job in tqdm(jobs, unit="measurement", disable=None):

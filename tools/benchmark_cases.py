@@ -19,6 +19,15 @@ from typing import (
     Tuple,
 )
 
+from smca.analysis.metrics import COCOeval_faster, average_precision, load_truth
+from smca.config import AMP_DTYPES, load_config
+from smca.data import draw_scene
+from smca.engine import Trainer
+from smca.modeling import SMCA, SetCriterion
+from smca.modeling.kernels import attend
+from smca.modeling.matcher import Targets
+from smca.modeling.weight_map import Gaussian
+
 import numpy as np
 import torch
 from detectron2.config import instantiate
@@ -30,14 +39,6 @@ from PIL import Image
 from torch import Tensor
 
 from analyze_model import analyze, analyze_training
-from smca.analysis.metrics import COCOeval_faster, average_precision, load_truth
-from smca.config import AMP_DTYPES, load_config
-from smca.data import draw_scene
-from smca.engine import Trainer
-from smca.modeling import SMCA, SetCriterion
-from smca.modeling.kernels import attend
-from smca.modeling.matcher import Targets
-from smca.modeling.weight_map import Gaussian
 
 Options = argparse.Namespace  # of tools/benchmark.py
 Size = Tuple[int, int]  # (height, width)

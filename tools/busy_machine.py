@@ -17,12 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
+from smca.analysis import read_metrics
+
 import torch
 from tqdm import tqdm
 
 from benchmark import device_name
 from figures import Table, markdown, write_figures
-from smca.analysis import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARMUP = 6  # steps

@@ -22,11 +22,6 @@ import textwrap
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
-
 from smca.analysis.dataset import (
     DataSplit,
     collect_statistics,
@@ -39,6 +34,11 @@ from smca.analysis.recommendation import Advice, recommend
 from smca.config import load_config
 from smca.data import require_dataset
 from smca.errors import UserError, exit_code
+
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 _CUSTOM_COCO = str(ROOT / "configs" / "custom_coco.py")

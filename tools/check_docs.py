@@ -39,13 +39,13 @@ from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from omegaconf import OmegaConf
-
 from smca import model_zoo
 from smca.config import load_config
 from smca.config.lazy import _all_keys
 from smca.errors import UserError
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "configs/README.md", "projects/SMCA/README.md", "docs/*.md", "docs/*.ipynb"]

@@ -38,10 +38,10 @@ import time
 from pathlib import Path
 from typing import Dict, Optional, Sequence, Set
 
+from smca.errors import UserError, exit_code
+
 import torch
 from tqdm import tqdm
-
-from smca.errors import UserError, exit_code
 
 try:
     from convergence_report import read_report, write_report  # says what to do without pandas

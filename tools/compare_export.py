@@ -22,6 +22,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from smca.config import load_config
+from smca.errors import UserError, exit_code
+from smca.inference import Predictor
+from smca.inference.export import OUTPUTS, count_nodes, export_detector
+from smca.modeling import SMCA
+
 import numpy as np
 import torch
 from detectron2.structures import Instances
@@ -33,11 +39,6 @@ from tqdm import tqdm
 from benchmark import CONFIGS, MAIN_MODELS, device_name
 from benchmark_cases import Size, build_model
 from figures import write_figures
-from smca.config import load_config
-from smca.errors import UserError, exit_code
-from smca.inference import Predictor
-from smca.inference.export import OUTPUTS, count_nodes, export_detector
-from smca.modeling import SMCA
 
 BATCHES: List[List[Size]] = [
     [(800, 1066)],

@@ -31,14 +31,15 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from smca.config import AMP_DTYPES
+from smca.errors import UserError, exit_code
+
 import torch
 from tqdm import tqdm
 
 from benchmark import PeakMemory, device_name, in_fresh_process, print_table
 from figures import write_figures
 from peer_models import MODELS, TASKS
-from smca.config import AMP_DTYPES
-from smca.errors import UserError, exit_code
 
 Options = argparse.Namespace
 Record = Dict[str, Any]  # of a model, task and type in one of the repeats

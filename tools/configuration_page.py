@@ -11,13 +11,13 @@ import tokenize
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
-from detectron2.config import LazyConfig
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
 from smca import model_zoo
 from smca.config.schema import Kind
 from smca.config.train import _TRAIN
+
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
+from smca.errors import UserError
+
 import numpy as np
 from matplotlib.figure import Figure
 from yaml import YAMLError
-
-from smca.errors import UserError
 
 try:
     import pandas as pd

@@ -20,19 +20,20 @@ from typing import (
     Tuple,
 )
 
+import smca.configs
+from smca.analysis import read_metrics
+from smca.config import load_config, quoted
+from smca.config.schema import LIST, SECTION, Kind, check_value, number, text
+from smca.errors import UserError, did_you_mean
+
 import numpy as np
 import pandas as pd
-import smca.configs
 import torch
 import yaml
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from convergence_report import COLUMNS, Report, read_file
-from smca.analysis import read_metrics
-from smca.config import load_config, quoted
-from smca.config.schema import LIST, SECTION, Kind, check_value, number, text
-from smca.errors import UserError, did_you_mean
 
 __all__ = ["Study", "Training", "make_report", "read_study", "select"]
 

@@ -15,11 +15,11 @@ import os
 import sys
 from typing import List
 
-from tqdm import tqdm
-
 from smca.analysis import write_pictures
 from smca.errors import exit_code
 from smca.inference import add_predictor_arguments, load_test_dataset, predictor_of
+
+from tqdm import tqdm
 
 
 def get_parser() -> argparse.ArgumentParser:

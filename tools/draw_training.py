@@ -19,8 +19,6 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from tqdm import tqdm
-
 from smca import Predictor
 from smca.analysis import (
     DetectionMaps,
@@ -34,6 +32,8 @@ from smca.analysis import (
 )
 from smca.errors import CheckpointError, exit_code
 from smca.inference import add_weights_kind, load_test_dataset, load_weights
+
+from tqdm import tqdm
 
 
 def get_parser() -> argparse.ArgumentParser:

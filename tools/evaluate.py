@@ -21,13 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig
-from pycocotools.coco import COCO
-from tabulate import tabulate
-from tqdm import tqdm
-
 from smca.analysis import evenly
 from smca.analysis.evaluation import Evaluation, detect, device_name, evaluate
 from smca.analysis.metrics import load_truth
@@ -41,6 +34,13 @@ from smca.inference import (
     load_test_dataset,
     predictor_of,
 )
+
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig
+from pycocotools.coco import COCO
+from tabulate import tabulate
+from tqdm import tqdm
 
 
 def get_parser() -> argparse.ArgumentParser:

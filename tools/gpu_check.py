@@ -14,7 +14,6 @@ Exit code: 0 if every check passed, 1 if one failed, 2 if there is no GPU.
 """
 
 import argparse
-import os
 import shlex
 import socket
 import sys
@@ -22,6 +21,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from smca.config import AMP_DTYPES, load_config
+from smca.errors import UserError, exit_code
 
 import torch
 import torch.distributed as dist
@@ -41,8 +43,6 @@ from benchmark import (
 )
 from benchmark_cases import MEASUREMENTS, Job, build_model, random_batch
 from figures import Table, markdown, write_figures
-from smca.config import AMP_DTYPES, load_config
-from smca.errors import UserError, exit_code
 
 Options = argparse.Namespace
 NO_GPU = 2  # exit code
@@ -373,7 +373,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         )
     options.size = (64, 96) if options.quick else (800, 1066)
     options.deadline = time.perf_counter() + SECONDS
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of imports, in each process
     outcomes = []
     for outcome in run_checks(options):
         outcomes.append(outcome)

@@ -43,12 +43,13 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from smca.errors import UserError, exit_code
+
 import yaml
 from tabulate import tabulate
 from tqdm import tqdm
 
 from figures import write_figures
-from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "tests" / "mutants"

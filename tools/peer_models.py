@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 from unittest import mock
 
+from smca.errors import UserError
+
 import torch
 import torchvision
 from detectron2.structures import Boxes
@@ -35,7 +37,6 @@ from benchmark_cases import (
     random_images,
     without_gradients,
 )
-from smca.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TASKS = ("inference", "train_step")

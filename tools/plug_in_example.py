@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
+from smca.modeling.weight_map import WeightMapPredictor
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import MLP
 from transformers import DetrForObjectDetection
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
-
-from smca.modeling.weight_map import WeightMapPredictor
 
 
 class ModulatedDetr(nn.Module):

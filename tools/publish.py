@@ -18,11 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
-import torch
-import yaml
-from omegaconf import DictConfig
-from tabulate import tabulate
-
 from smca.analysis import read_metrics
 from smca.config import dataset_names
 from smca.errors import UserError, exit_code
@@ -34,6 +29,11 @@ from smca.inference import (
     need_extra,
     save_pretrained,
 )
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from tabulate import tabulate
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MAX_CLASSES = 100  # named in the card

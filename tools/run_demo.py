@@ -19,15 +19,15 @@ from typing import Dict, List, Mapping, Optional
 import smca  # noqa: F401  before PyTorch, whose threads it tells how to wait
 
 # isort: split
-from detectron2.engine import default_argument_parser
-from tabulate import tabulate
-
 from smca import Predictor
 from smca.analysis import write_pictures
 from smca.config import load_config, quoted
 from smca.engine import main
 from smca.errors import exit_code
 from smca.inference import load_test_dataset
+
+from detectron2.engine import default_argument_parser
+from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple
 
-import numpy as np
-from PIL import Image
-
 from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
 from smca.errors import UserError, exit_code
 from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of
+
+import numpy as np
+from PIL import Image
 
 ALL_SCALES = "all, as the query weighs them"
 

@@ -13,6 +13,11 @@ import itertools
 import os
 from typing import List, Optional, Sequence, Tuple
 
+from smca.checkpoint.files import write_atomically
+from smca.config import load_config
+from smca.data import SHAPE_CLASSES, register_shapes
+from smca.errors import exit_code
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import instantiate
@@ -23,11 +28,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
-
-from smca.checkpoint.files import write_atomically
-from smca.config import load_config
-from smca.data import SHAPE_CLASSES, register_shapes
-from smca.errors import exit_code
 
 SIDE = 64  # pixels of an object's picture
 _CONTEXT = 1.5  # side of the square that is cut out, in long sides of the object's box

@@ -10,6 +10,8 @@ import argparse
 import time
 from typing import Any, Dict
 
+from smca.data import draw_scene
+
 import numpy as np
 import torch
 from torchvision.ops import box_convert, masks_to_boxes
@@ -17,7 +19,6 @@ from tqdm import tqdm, trange
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from plug_in_example import ModulatedDetr
-from smca.data import draw_scene
 
 SIDE = 160  # pixels that a batch is padded to
 PARTS = ("loss_ce", "loss_bbox", "loss_giou")

@@ -18,10 +18,11 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
-from configuration_page import configuration_page
-from figures import MARK, Table, markdown, read_json, with_tables
 from smca import model_zoo
 from smca.errors import UserError, exit_code
+
+from configuration_page import configuration_page
+from figures import MARK, Table, markdown, read_json, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 

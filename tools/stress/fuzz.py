@@ -25,6 +25,12 @@ import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from smca.config import build, get_config, get_config_file, load_config
+from smca.data import DetrDatasetMapper, read_image, register_coco
+from smca.data.mapper import check_image
+from smca.errors import UserError
+from smca.inference import Predictor
+
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -34,12 +40,6 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
-
-from smca.config import build, get_config, get_config_file, load_config
-from smca.data import DetrDatasetMapper, read_image, register_coco
-from smca.data.mapper import check_image
-from smca.errors import UserError
-from smca.inference import Predictor
 
 __all__ = ["COCO", "KINDS", "checkpoint", "image_files", "run", "saved", "small_yaml"]
 

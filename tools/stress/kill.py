@@ -25,16 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Callable, List, Optional, Set
 
+from smca.config import quoted
+from smca.data import register_shapes, require_dataset
+from smca.engine import run
+from smca.errors import UserError, exit_code
+
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_argument_parser
 from tabulate import tabulate
-
-from smca.config import quoted
-from smca.data import register_shapes, require_dataset
-from smca.engine import run
-from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 

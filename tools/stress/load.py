@@ -16,17 +16,17 @@ import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
-import numpy as np
-import torch
-from detectron2.config import LazyConfig, instantiate
-from detectron2.structures import Boxes, Instances
-from torch import nn
-
 from smca.config import get_config
 from smca.data import detr_augmentations
 from smca.engine.storage import BoundedStorage
 from smca.engine.trainer import Trainer
 from smca.inference import Predictor
+
+import numpy as np
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import Boxes, Instances
+from torch import nn
 
 __all__ = ["Usage", "evaluate", "grows", "small_model", "train"]
 

@@ -5,6 +5,7 @@ it also makes threads on the CPU wait in a way that bears other work on the mach
 """
 
 import os
+import warnings
 
 # Threads that wait for another one's part of an operation spin, by default for milliseconds. Where
 # a second program runs on one of two cores, the waiting ones keep the last from it: a step takes 23
@@ -14,7 +15,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 try:
-    import detectron2.config  # noqa: F401
+    with warnings.catch_warnings():
+        # fvcore and Detectron2 script a few functions when they are imported, in each process, and
+        # newer versions of PyTorch warn each time: nothing that a user could do anything about.
+        warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        import detectron2.modeling  # noqa: F401
 except Exception as error:
     raise ImportError(
         f"SMCA needs Detectron2, which cannot be imported ({error}): run 'make setup' in SMCA's "

@@ -7,13 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
-import numpy as np
-from detectron2.structures import BoxMode
-from detectron2.utils.env import seed_all_rng
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
 from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances
 from smca.analysis.pictures import evenly
 from smca.data import (
@@ -24,6 +17,13 @@ from smca.data import (
     read_coco,
     record_problems,
 )
+
+import numpy as np
+from detectron2.structures import BoxMode
+from detectron2.utils.env import seed_all_rng
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 __all__ = [
     "DataSplit",

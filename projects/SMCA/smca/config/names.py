@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import List
 
-from detectron2.config import LazyConfig
-from omegaconf import DictConfig
-
 import smca.configs as configs
 from smca.errors import ConfigError, did_you_mean
+
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig
 
 __all__ = ["get_config", "get_config_file", "list_configs", "load_file"]
 

@@ -2,9 +2,6 @@
 
 from typing import Any, Mapping, Sequence
 
-import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
 from smca.config.schema import (
     SECTION,
     TRUE_OR_FALSE,
@@ -16,6 +13,9 @@ from smca.config.schema import (
     whole_number,
 )
 from smca.errors import ConfigError
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 __all__ = ["AMP_DTYPES", "WRITERS", "check_train", "resolve_device"]
 
