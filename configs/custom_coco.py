@@ -11,11 +11,11 @@ The number of classes and their names come from the training file. Everything ca
 for instance ``model.backbone.depth=101``, ``train.max_iter=20000`` or ``optimizer.lr=5e-5``.
 """
 
-from smca.data import num_classes, register_coco
-
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from smca.data import num_classes, register_coco
 
 from .common.coco import dataloader
 from .common.models.smca import model

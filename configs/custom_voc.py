@@ -11,9 +11,9 @@ training objects, by the alphabet, or ``'data.names=[cat,dog]'``. All else is as
 ``custom_coco.py``. Needs supervision (the extra "convert").
 """
 
-from smca.data import class_names, coco_from_voc
-
 from detectron2.config import LazyCall as L
+
+from smca.data import class_names, coco_from_voc
 
 from .custom_coco import dataloader, lr_multiplier, model, optimizer, train
 

@@ -6,9 +6,9 @@ The file names the folders of the images (``train``, ``val``) and the classes (`
 is as in ``custom_coco.py``. Needs supervision (the extra "convert").
 """
 
-from smca.data import coco_from_yolo, yolo_images
-
 from detectron2.config import LazyCall as L
+
+from smca.data import coco_from_yolo, yolo_images
 
 from .custom_coco import dataloader, lr_multiplier, model, optimizer, train
 

@@ -10,11 +10,11 @@ the sizes of images are its. Classes that the weights know by name keep what the
 start anew. See docs/fine_tuning.md.
 """
 
-from smca.solver import layer_lr_factor, steps_of_epochs
-
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
+
+from smca.solver import layer_lr_factor, steps_of_epochs
 
 from .custom_coco import data, dataloader, model, optimizer, train
 

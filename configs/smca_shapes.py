@@ -1,10 +1,10 @@
 """The demo: a small SMCA learns the embedded data set from scratch in minutes on a CPU."""
 
-from smca.data import SHAPE_CLASSES
-
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
+
+from smca.data import SHAPE_CLASSES
 
 from .common.coco import dataloader
 from .common.models.smca_single_scale import model

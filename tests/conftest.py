@@ -7,9 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import smca.configs  # noqa: E402
-
 import pytest  # noqa: E402
+import smca.configs  # noqa: E402
 import torch
 import torch.utils.cpp_extension  # noqa: E402, F401  warns once where there is CUDA, but no GPU
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402

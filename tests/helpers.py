@@ -6,10 +6,6 @@ import os
 import textwrap
 from pathlib import Path
 
-from smca import model_zoo
-from smca.modeling.matcher import Targets
-from smca.modeling.scales import Scale
-
 import numpy as np
 import pytest
 import torch
@@ -24,6 +20,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import resize_mask
+from smca import model_zoo
+from smca.modeling.matcher import Targets
+from smca.modeling.scales import Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASS_NAMES = ["round", "square", "long"]

@@ -9,10 +9,10 @@ import sys
 import time
 import traceback
 
-from smca.engine import run
-
 import torch
 from detectron2.engine import default_argument_parser
+
+from smca.engine import run
 
 
 class Job:

@@ -7,9 +7,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from smca.config import load_config
-from smca.errors import ConfigError, UserError
-
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -21,6 +18,8 @@ import benchmark as tool
 import benchmark_cases as cases
 from analyze_model import analyze, analyze_training, attention_flops
 from helpers import ROOT, assert_same_gradients, child_environment, leaves, write_smca_config
+from smca.config import load_config
+from smca.errors import ConfigError, UserError
 
 FIELDS = {"name", "config", "size", "overrides", "dtype", "compiled", "device", "threads", "torch"}
 FIELDS |= {"median_s", "times_s", "peak_bytes", "extra_bytes"}

@@ -5,6 +5,15 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.utils.env import seed_all_rng
+from PIL import Image
+
+import check_data as tool
+from helpers import ROOT, write_smca_config
 from smca import model_zoo
 from smca.analysis import draw_instances
 from smca.analysis.dataset import (
@@ -18,16 +27,6 @@ from smca.analysis.recommendation import recommend
 from smca.data import DatasetError, DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError
 from smca.modeling.weight_map import WeightMapPredictor
-
-import numpy as np
-import pytest
-import torch
-from detectron2.data import transforms as T
-from detectron2.utils.env import seed_all_rng
-from PIL import Image
-
-import check_data as tool
-from helpers import ROOT, write_smca_config
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from smca import engine
-from smca.engine import Trainer
-from smca.errors import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -31,6 +27,9 @@ from helpers import (
     write_dataset,
     write_tiny_config,
 )
+from smca import engine
+from smca.engine import Trainer
+from smca.errors import UserError
 
 CONVERGENCE = ROOT / "configs" / "convergence"
 

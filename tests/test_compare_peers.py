@@ -6,8 +6,6 @@ import math
 import zipfile
 from pathlib import Path
 
-from smca.errors import UserError
-
 import pytest
 
 import compare_peers as tool
@@ -15,6 +13,7 @@ import peer_models
 from benchmark import in_fresh_process
 from helpers import write_smca_config
 from peer_models import MODELS, Model
+from smca.errors import UserError
 
 SIZES = dict(inference=(64, 96), train_step=(64, 96))
 

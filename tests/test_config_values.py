@@ -7,8 +7,6 @@ import functools
 import json
 from pathlib import Path
 
-from smca import add_smca_config, model_zoo
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +16,8 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+
+from smca import add_smca_config, model_zoo
 
 # ------------------------------------------------------------------------------------------- models
 

@@ -1,11 +1,7 @@
 """Models of the configs: the published sizes, other backbones, and both ways to build them."""
 
+import builtins
 from pathlib import Path
-
-from smca import add_smca_config
-from smca.config import build, load_config
-from smca.errors import ConfigError
-from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 
 import pytest
 import torch
@@ -13,6 +9,11 @@ from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, SwinTransformer, ViT, build_model
 from omegaconf import OmegaConf
+
+from smca import add_smca_config
+from smca.config import build, load_config
+from smca.errors import ConfigError
+from smca.modeling import SMCA, HungarianMatcher, SetCriterion
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [
@@ -244,6 +245,15 @@ def test_what_is_built_is_what_detectron2_builds():
     nested.plain.pop("_target_")
     expected = {"list": [{"a": 1}, 2], "plain": {"a": 1}}
     assert build(nested, "nested") == instantiate(nested) == expected
+
+
+def test_a_config_that_fails_leaves_the_import_statement_as_it_was(tmp_path):
+    """Detectron2 puts its own in place while it loads a config."""
+    (tmp_path / "broken.py").write_text("model = undefined\n")
+    before = builtins.__import__
+    with pytest.raises(ConfigError, match="broken.py"):
+        load_config(str(tmp_path / "broken.py"))
+    assert builtins.__import__ is before
 
 
 class Broken(torch.nn.Module):

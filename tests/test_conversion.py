@@ -5,13 +5,6 @@ import json
 import os
 import sys
 
-from smca import model_zoo
-from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.conversion import convert, convert_file
-from smca.errors import CheckpointError
-from smca.inference import Predictor
-from smca.version import __version__
-
 import numpy as np
 import pytest
 import torch
@@ -23,6 +16,12 @@ import convert_checkpoint
 import reference
 from helpers import ROOT, build_model
 from official_names import official_names
+from smca import model_zoo
+from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint.conversion import convert, convert_file
+from smca.errors import CheckpointError
+from smca.inference import Predictor
+from smca.version import __version__
 
 D, FFN, Q = 16, 24, 5
 

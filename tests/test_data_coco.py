@@ -6,17 +6,6 @@ import math
 import os
 from pathlib import Path
 
-from smca.data import (
-    DatasetError,
-    class_names,
-    file_problems,
-    num_classes,
-    read_coco,
-    record_problems,
-    register_coco,
-    require_dataset,
-)
-
 import numpy as np
 import pytest
 import torch
@@ -27,6 +16,17 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
+
+from smca.data import (
+    DatasetError,
+    class_names,
+    file_problems,
+    num_classes,
+    read_coco,
+    record_problems,
+    register_coco,
+    require_dataset,
+)
 
 
 @pytest.fixture(autouse=True)

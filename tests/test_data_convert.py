@@ -3,10 +3,6 @@
 import json
 from pathlib import Path
 
-from smca.config import load_config
-from smca.data import DatasetError, class_names, coco_from_voc, coco_from_yolo, yolo_images
-from smca.engine import main
-
 import pytest
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,6 +12,9 @@ from PIL import Image
 import check_data
 import evaluate
 from helpers import ROOT
+from smca.config import load_config
+from smca.data import DatasetError, class_names, coco_from_voc, coco_from_yolo, yolo_images
+from smca.engine import main
 from test_train_net import SMALL, arguments
 
 pytest.importorskip("supervision", reason="the extra 'convert' is not installed")

@@ -1,13 +1,13 @@
 import itertools
 import random
 
-from smca.data import DatasetError, build_train_loader, set_start_batch
-from smca.errors import ConfigError
-
 import numpy as np
 import pytest
 import torch
 from detectron2.utils import comm
+
+from smca.data import DatasetError, build_train_loader, set_start_batch
+from smca.errors import ConfigError
 
 DATASET = [{"image_id": i} for i in range(10)]
 

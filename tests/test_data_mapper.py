@@ -1,11 +1,11 @@
-from smca.data import DatasetError, DetrDatasetMapper, check_image, detr_augmentations, read_image
-
 import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
+
+from smca.data import DatasetError, DetrDatasetMapper, check_image, detr_augmentations, read_image
 
 
 def _rgb(height=12, width=20):

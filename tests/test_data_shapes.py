@@ -2,6 +2,15 @@ import json
 import multiprocessing
 import os
 
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import pairwise_intersection
+from PIL import Image
+
 from smca.data import (
     SHAPE_CLASSES,
     DatasetError,
@@ -14,15 +23,6 @@ from smca.data import (
     write_shapes,
 )
 from smca.data.cache import create_once
-
-import numpy as np
-import pytest
-import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
-from detectron2.structures.boxes import pairwise_intersection
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,6 @@ import re
 import shutil
 import sys
 
-from smca.data import SHAPE_CLASSES, register_shapes
-from smca.inference import Predictor
-
 import numpy as np
 import pytest
 import torch
@@ -25,6 +22,8 @@ from helpers import (
     write_smca_config,
     write_weights,
 )
+from smca.data import SHAPE_CLASSES, register_shapes
+from smca.inference import Predictor
 
 
 @pytest.fixture(scope="module")

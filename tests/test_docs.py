@@ -5,8 +5,6 @@ import json
 import re
 from pathlib import Path
 
-from smca.errors import UserError
-
 import pytest
 
 import check_docs
@@ -14,6 +12,7 @@ import run_notebook
 import update_docs
 from check_docs import Block, Problem, blocks_of, check_block, commands_of
 from figures import render, write_figures
+from smca.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for pattern in check_docs.PAGES for path in sorted(ROOT.glob(pattern))]

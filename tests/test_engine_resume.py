@@ -1,12 +1,11 @@
 import os
 import shutil
 
-from smca.engine import Trainer, main
-
 import pytest
 import torch
 
 from helpers import arguments, write_tiny_config
+from smca.engine import Trainer, main
 
 
 def train(config, folder, *overrides, resume=False):

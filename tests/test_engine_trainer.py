@@ -1,11 +1,6 @@
 import copy
 import signal
 
-from smca.data import build_train_loader
-from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
-from smca.engine.storage import BoundedStorage
-from smca.errors import NonFiniteError
-
 import pytest
 import torch
 from detectron2.engine import HookBase, hooks
@@ -14,6 +9,10 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from helpers import MeanLoss
+from smca.data import build_train_loader
+from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
+from smca.engine.storage import BoundedStorage
+from smca.errors import NonFiniteError
 
 
 @pytest.fixture

@@ -5,13 +5,6 @@ import json
 import re
 from html.parser import HTMLParser
 
-from smca.analysis.evaluation import detect, evaluate, worst_images
-from smca.analysis.metrics import load_truth
-from smca.analysis.report import write_report
-from smca.data import register_coco
-from smca.errors import UserError
-from smca.inference import Predictor
-
 import numpy as np
 import pytest
 import torch
@@ -23,6 +16,12 @@ from PIL import Image
 
 import evaluate as tool
 from helpers import CLASS_NAMES, make_smca, write_smca_config, write_weights
+from smca.analysis.evaluation import detect, evaluate, worst_images
+from smca.analysis.metrics import load_truth
+from smca.analysis.report import write_report
+from smca.data import register_coco
+from smca.errors import UserError
+from smca.inference import Predictor
 
 
 @pytest.fixture

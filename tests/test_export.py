@@ -7,15 +7,6 @@ import subprocess
 import sys
 import textwrap
 
-from smca.inference import Predictor
-from smca.inference.export import (
-    METADATA_NAME,
-    OLDEST_TORCH,
-    ExportableDetector,
-    count_nodes,
-    export_detector,
-)
-
 import numpy as np
 import pytest
 import torch
@@ -34,6 +25,14 @@ from helpers import (
     write_image,
     write_smca_config,
     write_weights,
+)
+from smca.inference import Predictor
+from smca.inference.export import (
+    METADATA_NAME,
+    OLDEST_TORCH,
+    ExportableDetector,
+    count_nodes,
+    export_detector,
 )
 
 needs_onnx = pytest.mark.skipif(

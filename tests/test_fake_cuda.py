@@ -1,7 +1,5 @@
 """The models on a GPU that is not there: which tensors stay on the host, and how often it waits."""
 
-from smca.engine import Trainer
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers import build_model, make_image, needs_fake_gpu
+from smca.engine import Trainer
 
 pytestmark = needs_fake_gpu
 aten = torch.ops.aten

@@ -4,21 +4,13 @@ import json
 import logging
 import shutil
 
-import smca
-from smca import model_zoo
-from smca.checkpoint import SMCACheckpointer
-from smca.config import load_config
-from smca.engine import EarlyStopping, Trainer, main, run
-from smca.errors import CheckpointError, ConfigError, UserError
-from smca.inference import load_test_dataset
-from smca.solver import layer_lr_factor, steps_of_epochs
-
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import EvalHook, launch
 from omegaconf import DictConfig, OmegaConf
 
+import smca
 from helpers import (
     ROOT,
     MeanLoss,
@@ -32,6 +24,13 @@ from helpers import (
     write_tiny_config,
     write_weights,
 )
+from smca import model_zoo
+from smca.checkpoint import SMCACheckpointer
+from smca.config import load_config
+from smca.engine import EarlyStopping, Trainer, main, run
+from smca.errors import CheckpointError, ConfigError, UserError
+from smca.inference import load_test_dataset
+from smca.solver import layer_lr_factor, steps_of_epochs
 
 FINE_TUNE = str(ROOT / "configs" / "fine_tune.py")
 

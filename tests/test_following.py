@@ -3,12 +3,6 @@
 import json
 import sys
 
-from smca.config import load_config
-from smca.engine import main, run
-from smca.engine.pictures import EvaluationPictures
-from smca.engine.writers import _TrackingWriter, build_writers
-from smca.errors import ConfigError
-
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -21,6 +15,11 @@ from helpers import (
     write_smca_config,
     write_tiny_config,
 )
+from smca.config import load_config
+from smca.engine import main, run
+from smca.engine.pictures import EvaluationPictures
+from smca.engine.writers import _TrackingWriter, build_writers
+from smca.errors import ConfigError
 
 
 def metrics_of(folder):

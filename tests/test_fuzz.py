@@ -3,12 +3,11 @@
 import json
 import logging
 
-from smca.checkpoint.conversion import read_state_dict
-from smca.errors import CheckpointError
-
 import pytest
 import torch
 
+from smca.checkpoint.conversion import read_state_dict
+from smca.errors import CheckpointError
 from stress import fuzz
 
 EXAMPLES = 20  # of each of the five kinds

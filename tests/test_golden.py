@@ -3,9 +3,6 @@
 import gc
 import json
 
-from smca.checkpoint.conversion import convert_file
-from smca.modeling import kernels
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +12,8 @@ from detectron2.structures import Boxes, Instances
 import reference
 from helpers import ROOT, build_model, match_detections
 from official_names import official_names
+from smca.checkpoint.conversion import convert_file
+from smca.modeling import kernels
 
 GOLDEN = ROOT / "tests" / "golden"
 

@@ -3,13 +3,12 @@
 import argparse
 import json
 
-from smca.errors import UserError
-
 import pytest
 import torch
 
 import gpu_check as tool
 from figures import read_table
+from smca.errors import UserError
 
 CONFIG = "smca_single_scale_r50_50ep"
 

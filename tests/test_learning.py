@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 
-from smca.engine import main
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from helpers import ROOT, write_dataset, write_smca_config
+from smca.engine import main
 
 COLOURS = [(230, 60, 40), (40, 90, 230)]
 # [x, y, width, height] in pixels, and the category.

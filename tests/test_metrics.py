@@ -4,6 +4,10 @@ import contextlib
 import io
 import math
 
+import numpy as np
+import pytest
+from pycocotools.cocoeval import COCOeval
+
 from smca.analysis.metrics import (
     COCOeval_faster,
     Matches,
@@ -15,10 +19,6 @@ from smca.analysis.metrics import (
     load_truth,
     match,
 )
-
-import numpy as np
-import pytest
-from pycocotools.cocoeval import COCOeval
 
 CAT, DOG = 3, 7  # category ids
 

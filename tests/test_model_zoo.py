@@ -7,13 +7,13 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from smca import model_zoo
-from smca.config import load_config
-from smca.errors import CheckpointError, ConfigError
-
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+
+from smca import model_zoo
+from smca.config import load_config
+from smca.errors import CheckpointError, ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAME = "smca_single_scale_r50_50ep"

@@ -2,11 +2,6 @@
 
 from functools import lru_cache
 
-from smca.modeling import kernels
-from smca.modeling.attention import CoAttention, MultiheadAttention
-from smca.modeling.kernels import attend, fit_channels
-from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMapPredictor
-
 import pytest
 import torch
 
@@ -20,6 +15,10 @@ from helpers import (
     make_scales,
     randomize,
 )
+from smca.modeling import kernels
+from smca.modeling.attention import CoAttention, MultiheadAttention
+from smca.modeling.kernels import attend, fit_channels
+from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMapPredictor
 
 D, H, Q, B = 32, 4, 5, 2
 MODULATED = [name for name in MODULATIONS if name != "none"]

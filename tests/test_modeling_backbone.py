@@ -2,13 +2,13 @@
 
 import copy
 
-from smca.modeling import neck
-from smca.modeling.backbone import FrozenNormConv2d, build_resnet, fold_frozen_norms
-
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from torch import nn
+
+from smca.modeling import neck
+from smca.modeling.backbone import FrozenNormConv2d, build_resnet, fold_frozen_norms
 
 
 def resnet(depth=18, norm="FrozenBN", freeze_at=2, **settings):

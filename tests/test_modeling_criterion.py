@@ -2,11 +2,6 @@
 
 import itertools
 
-from smca.engine.trainer import Trainer
-from smca.errors import NonFiniteError
-from smca.modeling.criterion import SetCriterion
-from smca.modeling.matcher import Targets
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from helpers import assert_close, assert_same_gradients, leaves, random_predictions, random_targets
+from smca.engine.trainer import Trainer
+from smca.errors import NonFiniteError
+from smca.modeling.criterion import SetCriterion
+from smca.modeling.matcher import Targets
 
 C, Q = 6, 5
 

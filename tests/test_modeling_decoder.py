@@ -1,10 +1,5 @@
 """Decoder, and encoder and decoder together, against the reference."""
 
-from smca.modeling import kernels
-from smca.modeling.decoder import Decoder
-from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMap
-
 import pytest
 import torch
 
@@ -21,6 +16,10 @@ from helpers import (
     with_leaves,
 )
 from official_names import official_state_dict
+from smca.modeling import kernels
+from smca.modeling.decoder import Decoder
+from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMap
 
 D, H, FFN, Q = 32, 4, 48, 5
 SIZES = dict(embed_dim=D, num_heads=H, ffn_dim=FFN, dropout=0.0)

@@ -3,11 +3,6 @@
 from contextlib import nullcontext
 from functools import partial
 
-from smca.modeling import layers
-from smca.modeling.conv_encoder import ConvEncoder
-from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.scales import Scale
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +22,10 @@ from helpers import (
     with_leaves,
 )
 from official_names import official_state_dict
+from smca.modeling import layers
+from smca.modeling.conv_encoder import ConvEncoder
+from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.scales import Scale
 
 D, H, FFN = 32, 4, 48
 

@@ -1,14 +1,5 @@
 """The detector around encoder and decoder: scales, heads, losses, detections."""
 
-from smca.errors import UserError
-from smca.modeling import kernels
-from smca.modeling.backbone import build_resnet
-from smca.modeling.conv_encoder import ConvEncoder
-from smca.modeling.criterion import SetCriterion
-from smca.modeling.decoder import Decoder
-from smca.modeling.detector import SMCA, Predictions
-from smca.modeling.encoder import TransformerEncoder
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -23,6 +14,14 @@ from helpers import (
     randomize,
 )
 from official_names import official_state_dict
+from smca.errors import UserError
+from smca.modeling import kernels
+from smca.modeling.backbone import build_resnet
+from smca.modeling.conv_encoder import ConvEncoder
+from smca.modeling.criterion import SetCriterion
+from smca.modeling.decoder import Decoder
+from smca.modeling.detector import SMCA, Predictions
+from smca.modeling.encoder import TransformerEncoder
 
 D, H, FFN, Q, C = 32, 4, 48, 7, 5
 MODELS = ["single scale", "multi scale", "conv"]

@@ -1,12 +1,12 @@
 """Dropout against its definition: rate, scale, gradients, what is kept, and PyTorch's generator."""
 
-from smca.modeling import kernels
-from smca.modeling.kernels import Dropout, dropout, relu_dropout
-
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
+
+from smca.modeling import kernels
+from smca.modeling.kernels import Dropout, dropout, relu_dropout
 
 FUNCTIONS = {"dropout": (dropout, lambda x: x), "relu_dropout": (relu_dropout, F.relu)}
 

@@ -1,13 +1,12 @@
 """Hungarian matching against brute force, and GIoU against the reference."""
 
-from smca.modeling.box_ops import generalized_iou
-from smca.modeling.matcher import HungarianMatcher
-
 import pytest
 import torch
 
 import reference
 from helpers import assert_close, leaves, random_predictions, random_targets
+from smca.modeling.box_ops import generalized_iou
+from smca.modeling.matcher import HungarianMatcher
 
 C = 6
 WEIGHTS = dict(class_weight=2.0, box_weight=5.0, giou_weight=2.0, alpha=0.25, gamma=2.0)

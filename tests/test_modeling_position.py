@@ -1,13 +1,12 @@
 """Sine position encoding and padding masks of the scales."""
 
-from smca.modeling.position_encoding import SinePositionEncoding
-from smca.modeling.scales import padding_masks
-
 import pytest
 import torch
 
 import reference
 from helpers import IMAGE_SIZES, pixel_mask
+from smca.modeling.position_encoding import SinePositionEncoding
+from smca.modeling.scales import padding_masks
 
 
 def cell_mask(height, width, *valid_sizes):

@@ -1,6 +1,17 @@
 import json
 import math
 
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from PIL import Image
+
+import draw_training as tool
+from helpers import CLASS_NAMES, make_smca, write_image, write_smca_config
 from smca.analysis import (
     LayerRecord,
     ModulationStatistics,
@@ -16,18 +27,6 @@ from smca.analysis import (
 from smca.errors import UserError, exit_code
 from smca.inference import Predictor
 from smca.modeling.weight_map import SPREADS
-
-import numpy as np
-import pytest
-import torch
-from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog
-from detectron2.data import transforms as T
-from detectron2.structures import BoxMode
-from PIL import Image
-
-import draw_training as tool
-from helpers import CLASS_NAMES, make_smca, write_image, write_smca_config
 
 
 def make_record(head_centres, precisions, strides=(8,), scale_weights=None, spread=None):

@@ -5,17 +5,16 @@ from functools import cache
 from typing import List, NamedTuple
 from unittest import mock
 
-from smca.config import load_config
-from smca.modeling import HungarianMatcher
-from smca.modeling.detector import Predictions
-from smca.modeling.weight_map import WeightMap
-
 import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
 from helpers import ROOT, randomize
+from smca.config import load_config
+from smca.modeling import HungarianMatcher
+from smca.modeling.detector import Predictions
+from smca.modeling.weight_map import WeightMap
 
 SMALL = ["model.embed_dim=32", "model.num_queries=12", "model.num_classes=5", "model.dropout=0"]
 SMALL += ["model.backbone.depth=18", "model.backbone.norm=GN", "model.encoder.ffn_dim=48"]

@@ -5,11 +5,6 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import smca
-from smca.analysis import draw_instances
-from smca.errors import CheckpointError, UserError
-from smca.inference import Detections
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +13,11 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+import smca
 from helpers import CLASS_NAMES, make_image, make_ramp, make_smca, write_image, write_smca_config
+from smca.analysis import draw_instances
+from smca.errors import CheckpointError, UserError
+from smca.inference import Detections
 
 SHORT_SIDE, LONG_SIDE = 96, 160  # of the tiny config's evaluation
 

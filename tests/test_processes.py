@@ -5,8 +5,6 @@ import json
 import shutil
 from typing import NamedTuple
 
-from smca.engine import Trainer, launch, main
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
 from helpers import write_dataset, write_smca_config
+from smca.engine import Trainer, launch, main
 
 # Objects of the images. Any two have as many as there are processes: the losses are divided by the
 # number of objects of a process on average, but at least by 1, and so differ for fewer.

@@ -4,8 +4,6 @@ import ast
 import io
 import sys
 
-from smca.cli import predict
-
 import pytest
 from detectron2.config import LazyConfig
 
@@ -13,6 +11,7 @@ import draw
 import draw_training
 import evaluate
 from helpers import ROOT, make_image, write_image, write_smca_config, write_weights
+from smca.cli import predict
 
 SOURCES = [*(ROOT / "tools").glob("*.py"), *(ROOT / "projects" / "SMCA" / "smca").rglob("*.py")]
 

@@ -6,11 +6,6 @@ import math
 import sys
 from types import SimpleNamespace
 
-from smca import Predictor
-from smca.errors import CheckpointError, ConfigError, UserError
-from smca.inference import save_pretrained
-from smca.inference.build import load_detector
-
 import pytest
 import torch
 import yaml
@@ -20,6 +15,10 @@ import demo
 import draw
 import publish
 from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
+from smca import Predictor
+from smca.errors import CheckpointError, ConfigError, UserError
+from smca.inference import save_pretrained
+from smca.inference.build import load_detector
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'publish' is missing")
 hub = pytest.importorskip("huggingface_hub", reason="the extra 'publish' is missing")

@@ -1,14 +1,14 @@
 """The training recipe's steps against plain PyTorch: rates of the parts, clipping, AdamW."""
 
-from smca import model_zoo
-from smca.engine import Trainer
-from smca.solver import step_schedule
-
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import HookBase, hooks
 from detectron2.structures import Boxes, Instances
+
+from smca import model_zoo
+from smca.engine import Trainer
+from smca.solver import step_schedule
 
 LR, BACKBONE_LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 1e-5, 1e-4, 0.1
 SMALL = [

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import smca
-
 import pytest
+
+import smca
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}

@@ -7,14 +7,13 @@ import pickle
 import resource
 import signal
 
-from smca.checkpoint import SMCACheckpointer
-from smca.errors import CheckpointError
-
 import pytest
 import torch
 
 from helpers import TinyDetector, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
+from smca.checkpoint import SMCACheckpointer
+from smca.errors import CheckpointError
 
 
 def train(folder, config, *args, **kwargs):

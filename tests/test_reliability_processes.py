@@ -11,13 +11,12 @@ import textwrap
 import time
 from pathlib import Path
 
-from smca.engine import launch, peers
-
 import pytest
 import torch
 
 from helpers import TinyDetector, start_by_fork, write_dataset, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
+from smca.engine import launch, peers
 from test_train_net import SMALL
 
 ROOT = Path(__file__).parents[1]

@@ -6,14 +6,13 @@ import signal
 import sys
 import time
 
-from smca.engine.signals import React, StopSignals, protect_workers
-
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import TinyDetector, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
+from smca.engine.signals import React, StopSignals, protect_workers
 
 WORKERS = ["dataloader.train.num_workers=2", "dataloader.test.num_workers=1"]
 

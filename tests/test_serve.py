@@ -12,10 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from smca import Predictor
-from smca.analysis import draw_gaussians, modulation_maps
-from smca.errors import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -23,6 +19,9 @@ from PIL import Image
 
 import serve
 from helpers import CLASS_NAMES, make_image, make_smca, write_smca_config
+from smca import Predictor
+from smca.analysis import draw_gaussians, modulation_maps
+from smca.errors import UserError
 
 _TIMEOUT = 60  # seconds, of which a loaded machine may need many
 

@@ -1,8 +1,5 @@
 import logging
 
-from smca.checkpoint import SMCACheckpointer
-from smca.config import load_config
-
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -10,6 +7,8 @@ from detectron2.data import DatasetCatalog
 
 import train_backbone
 from helpers import ROOT
+from smca.checkpoint import SMCACheckpointer
+from smca.config import load_config
 
 CONFIG = str(ROOT / "configs" / "convergence" / "pretrained_multi_scale.py")
 

@@ -5,12 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smca.checkpoint import SMCACheckpointer
-from smca.config import load_config
-from smca.data.errors import DatasetError
-from smca.engine import Trainer, main, run
-from smca.errors import CheckpointError
-
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -27,6 +21,11 @@ from helpers import (
     write_dataset,
     write_tiny_config,
 )
+from smca.checkpoint import SMCACheckpointer
+from smca.config import load_config
+from smca.data.errors import DatasetError
+from smca.engine import Trainer, main, run
+from smca.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

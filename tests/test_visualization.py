@@ -1,5 +1,14 @@
 import json
 
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+from matplotlib.figure import Figure
+from PIL import Image
+
+import reference
+from helpers import CLASS_NAMES, make_image, make_ramp, make_smca, write_image, write_smca_config
 from smca.analysis import (
     NoModulationError,
     draw_contact_sheet,
@@ -15,16 +24,6 @@ from smca.analysis import (
 from smca.errors import UserError
 from smca.inference import Predictor
 from smca.modeling.weight_map import SPREADS
-
-import numpy as np
-import pytest
-import torch
-from detectron2.structures import Boxes, BoxMode, Instances
-from matplotlib.figure import Figure
-from PIL import Image
-
-import reference
-from helpers import CLASS_NAMES, make_image, make_ramp, make_smca, write_image, write_smca_config
 
 VARIANTS = {
     "several scales": ("smca", {}),

@@ -7,9 +7,6 @@ import math
 import signal
 from typing import Dict, List, NamedTuple
 
-from smca.config import load_config
-from smca.engine import Trainer, do_test, main
-
 import numpy as np
 import pytest
 import torch
@@ -21,6 +18,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from helpers import TinyDetector, write_dataset, write_tiny_config
+from smca.config import load_config
+from smca.engine import Trainer, do_test, main
 
 
 class Batch(NamedTuple):

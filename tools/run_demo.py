@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
-import smca  # noqa: F401  before PyTorch, whose threads it tells how to wait
-
-# isort: split
 from smca import Predictor
 from smca.analysis import write_pictures
 from smca.config import load_config, quoted

@@ -1,10 +1,10 @@
 """COCO 2017 through Detectron2's catalog (``DETECTRON2_DATASETS``), with DETR's augmentation."""
 
-from smca.data import DetrDatasetMapper, build_train_loader, detr_augmentations
-
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
+
+from smca.data import DetrDatasetMapper, build_train_loader, detr_augmentations
 
 dataloader = dict(
     train=L(build_train_loader)(

@@ -1,10 +1,10 @@
 """AdamW; the backbone at a tenth of the learning rate."""
 
-from smca.solver import backbone_lr_factor
-
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import get_default_optimizer_params
+
+from smca.solver import backbone_lr_factor
 
 optimizer = L(torch.optim.AdamW)(
     params=L(get_default_optimizer_params)(

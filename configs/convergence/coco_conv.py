@@ -1,8 +1,8 @@
 """`coco_single_scale.py` with the model of `shapes_conv.py`."""
 
-from smca.data import num_classes
-
 from detectron2.config import LazyCall as L
+
+from smca.data import num_classes
 
 from .coco_single_scale import data, dataloader, lr_multiplier, optimizer, train
 from .shapes_conv import model

@@ -1,9 +1,9 @@
 """The demo's model and schedule, from scratch, on your own data in COCO format at 160 pixels; the
 files are given as for `custom_coco.py`."""
 
-from smca.data import num_classes
-
 from detectron2.config import LazyCall as L
+
+from smca.data import num_classes
 
 from ..custom_coco import data, dataloader
 from ..smca_shapes import lr_multiplier, model, optimizer, train

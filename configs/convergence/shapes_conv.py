@@ -1,9 +1,9 @@
 """`shapes_multi_scale.py` with the convolutional encoder. The decoder reads its three scales as
 they are; a finer one, which the published model reduces first, would take most of the time."""
 
-from smca.modeling import ConvEncoder
-
 from detectron2.config import LazyCall as L
+
+from smca.modeling import ConvEncoder
 
 from ..smca_shapes import optimizer
 from .shapes_multi_scale import dataloader, lr_multiplier, model, train

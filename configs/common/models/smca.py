@@ -1,8 +1,8 @@
 """SMCA as in the paper: ResNet-50, strides 16, 32 and 64, encoder "IIMII"."""
 
-from smca.modeling import SMCA, Decoder, SetCriterion, TransformerEncoder, build_resnet
-
 from detectron2.config import LazyCall as L
+
+from smca.modeling import SMCA, Decoder, SetCriterion, TransformerEncoder, build_resnet
 
 model = L(SMCA)(
     backbone=L(build_resnet)(

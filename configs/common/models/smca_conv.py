@@ -1,8 +1,8 @@
 """SMCA with the convolutional encoder on strides 8, 16, 32 and 64 ("new multi scale")."""
 
-from smca.modeling import ConvEncoder
-
 from detectron2.config import LazyCall as L
+
+from smca.modeling import ConvEncoder
 
 from .smca import model
 

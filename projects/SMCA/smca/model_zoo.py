@@ -10,16 +10,16 @@ import json
 from pathlib import Path
 from typing import Dict, Optional
 
-from smca.checkpoint import SMCACheckpointer
-from smca.config import names
-from smca.config.names import get_config_file, list_configs
-from smca.errors import CheckpointError
-
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
+
+from smca.checkpoint import SMCACheckpointer
+from smca.config import names
+from smca.config.names import get_config_file, list_configs
+from smca.errors import CheckpointError
 
 __all__ = ["get", "get_checkpoint_url", "get_config", "get_config_file", "list_configs"]
 

@@ -4,12 +4,12 @@ import json
 import math
 from typing import Dict, List, Tuple
 
-from smca.analysis.detections import DPI
-from smca.errors import UserError
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from smca.analysis.detections import DPI
+from smca.errors import UserError
 
 __all__ = ["draw_curves", "read_metrics"]
 

@@ -7,6 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
+import numpy as np
+from detectron2.structures import BoxMode
+from detectron2.utils.env import seed_all_rng
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
 from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances
 from smca.analysis.pictures import evenly
 from smca.data import (
@@ -17,13 +24,6 @@ from smca.data import (
     read_coco,
     record_problems,
 )
-
-import numpy as np
-from detectron2.structures import BoxMode
-from detectron2.utils.env import seed_all_rng
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 __all__ = [
     "DataSplit",

@@ -4,6 +4,11 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
+import numpy as np
+import torch
+from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
+
 from smca.analysis.detections import ImageDetector
 from smca.analysis.metrics import (
     AveragePrecision,
@@ -18,11 +23,6 @@ from smca.analysis.metrics import (
 )
 from smca.data import read_image
 from smca.errors import UserError
-
-import numpy as np
-import torch
-from detectron2.structures import BoxMode
-from pycocotools.coco import COCO
 
 __all__ = ["Evaluation", "detect", "device_name", "evaluate", "worst_images"]
 

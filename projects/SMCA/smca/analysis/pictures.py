@@ -4,6 +4,8 @@ import logging
 import os
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
 
+from matplotlib.figure import Figure
+
 from smca.analysis.curves import draw_curves, read_metrics
 from smca.analysis.detections import (
     ImageDetector,
@@ -14,8 +16,6 @@ from smca.analysis.detections import (
 from smca.analysis.recorder import NoModulationError
 from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, modulation_maps
 from smca.data import read_image
-
-from matplotlib.figure import Figure
 
 __all__ = ["draw_pictures", "evenly", "write_pictures"]
 

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, List, Tuple
 
-from smca.analysis.dataset import LARGE, SMALL, Statistics
-
 import numpy as np
+
+from smca.analysis.dataset import LARGE, SMALL, Statistics
 
 __all__ = ["Advice", "recommend"]
 

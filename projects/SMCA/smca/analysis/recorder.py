@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-from smca.errors import UserError
-from smca.modeling.decoder import DecoderOutput
-from smca.modeling.weight_map import WeightMap
-
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from smca.errors import UserError
+from smca.modeling.decoder import DecoderOutput
+from smca.modeling.weight_map import WeightMap
 
 __all__ = ["LayerRecord", "NoModulationError", "Recorder"]
 

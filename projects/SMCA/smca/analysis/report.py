@@ -9,10 +9,6 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
-from smca.analysis.detections import draw_truth_and_detections, truth_of
-from smca.analysis.evaluation import Evaluation, worst_images
-from smca.data import read_image
-
 import jinja2
 import numpy as np
 import torch
@@ -20,6 +16,10 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from smca.analysis.detections import draw_truth_and_detections, truth_of
+from smca.analysis.evaluation import Evaluation, worst_images
+from smca.data import read_image
 
 __all__ = [
     "draw_calibration",

@@ -12,6 +12,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+from torchvision.ops import box_convert
+
 from smca.analysis.detections import ImageDetector, truth_of
 from smca.analysis.recorder import LayerRecord, Recorder
 from smca.analysis.weight_maps import DetectionMaps, maps_of
@@ -20,12 +26,6 @@ from smca.errors import UserError
 from smca.modeling import SMCA
 from smca.modeling.criterion import SetCriterion
 from smca.modeling.matcher import Targets
-
-import numpy as np
-import torch
-from detectron2.structures import Instances
-from torch import Tensor
-from torchvision.ops import box_convert
 
 __all__ = [
     "ModulationStatistics",

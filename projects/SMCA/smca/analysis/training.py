@@ -2,6 +2,10 @@
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
 from smca.analysis.detections import DPI, aspect, class_name
 from smca.analysis.statistics import SIZES, ModulationStatistics, summarize
 from smca.analysis.weight_maps import (
@@ -13,10 +17,6 @@ from smca.analysis.weight_maps import (
     overlay_map,
     show_image,
 )
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["draw_examples", "draw_training"]
 

@@ -7,6 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from PIL import Image
+
 from smca.analysis.detections import (
     DPI,
     ImageDetector,
@@ -17,16 +27,6 @@ from smca.analysis.detections import (
 )
 from smca.analysis.recorder import LayerRecord, Recorder
 from smca.errors import UserError
-
-import numpy as np
-import torch
-from detectron2.structures import Instances
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
-from PIL import Image
 
 __all__ = [
     "DetectionMaps",

@@ -5,6 +5,16 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, Callable, Collection, Dict, Iterable, List, Optional, Sequence, Set
 
+import torch
+import torch.distributed as dist
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import _IncompatibleKeys
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
 from smca.checkpoint.files import (
     RefusedCode,
     find_checkpoints,
@@ -17,16 +27,6 @@ from smca.checkpoint.files import (
 from smca.checkpoint.fine_tuning import CLASS_ROWS, QUERY_ROWS, adapt
 from smca.errors import CheckpointError
 from smca.version import __version__
-
-import torch
-import torch.distributed as dist
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
-from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from fvcore.common.checkpoint import _IncompatibleKeys
-from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 __all__ = ["SMCACheckpointer"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, List, Optional, Sequence, TextIO
 
-from smca.errors import UserError, exit_code
-from smca.inference import add_predictor_arguments, predictor_of
-
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from smca.errors import UserError, exit_code
+from smca.inference import add_predictor_arguments, predictor_of
 
 __all__ = ["JSON_NAME", "get_parser", "main", "output_paths"]
 

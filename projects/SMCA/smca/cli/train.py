@@ -3,10 +3,10 @@
 import os
 from typing import Optional, Sequence
 
+from detectron2.engine import default_argument_parser
+
 from smca.config.names import get_config_file, list_configs
 from smca.engine import run
-
-from detectron2.engine import default_argument_parser
 
 __all__ = ["main"]
 

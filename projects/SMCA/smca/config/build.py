@@ -5,11 +5,11 @@ import re
 import traceback
 from typing import Any, List
 
-from smca.errors import ConfigError, UserError
-
 from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
+
+from smca.errors import ConfigError, UserError
 
 __all__ = ["build", "build_model", "dataset_names", "origin"]
 

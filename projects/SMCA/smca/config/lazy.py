@@ -3,12 +3,6 @@
 import inspect
 from typing import Any, Iterator, List, Optional, Sequence
 
-from smca.config.build import origin
-from smca.config.names import get_config_file, list_configs, load_file
-from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
-from smca.config.train import check_train
-from smca.errors import ConfigError, did_you_mean
-
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
@@ -18,6 +12,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from yaml import YAMLError
+
+from smca.config.build import origin
+from smca.config.names import get_config_file, list_configs, load_file
+from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
+from smca.config.train import check_train
+from smca.errors import ConfigError, did_you_mean
 
 __all__ = ["load_config", "quoted", "require_values"]
 

@@ -1,13 +1,14 @@
 """The configs that come with this package, by name."""
 
+import builtins
 from pathlib import Path
 from typing import List
 
-import smca.configs as configs
-from smca.errors import ConfigError, did_you_mean
-
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
+
+import smca.configs as configs
+from smca.errors import ConfigError, did_you_mean
 
 __all__ = ["get_config", "get_config_file", "list_configs", "load_file"]
 
@@ -59,7 +60,11 @@ def load_file(config_file: str) -> DictConfig:
     """``LazyConfig.load``, and ``train.output_dir`` after the config's name where a .py file leaves
     it at its default: ``output/smca_r50_50ep``, ``output/ablations/head_shared``.
     """
-    cfg = LazyConfig.load(config_file)
+    importer = builtins.__import__
+    try:
+        cfg = LazyConfig.load(config_file)
+    finally:
+        builtins.__import__ = importer  # where a config fails, Detectron2 leaves its own
     # A .yaml file is one that training wrote, with the folder that it was told.
     if config_file.endswith(".py") and "train" in cfg:
         if cfg.train.get("output_dir") == _DEFAULT_OUTPUT_DIR:

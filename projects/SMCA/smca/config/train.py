@@ -2,6 +2,9 @@
 
 from typing import Any, Mapping, Sequence
 
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
 from smca.config.schema import (
     SECTION,
     TRUE_OR_FALSE,
@@ -13,9 +16,6 @@ from smca.config.schema import (
     whole_number,
 )
 from smca.errors import ConfigError
-
-import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
 __all__ = ["AMP_DTYPES", "WRITERS", "check_train", "resolve_device"]
 

@@ -5,12 +5,12 @@ main settings. Nothing is defined twice."""
 
 from typing import Any, Dict, Iterator, Tuple
 
+from detectron2.config import CfgNode, configurable, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+
 from smca import modeling
 from smca.config.names import get_config
 from smca.errors import ConfigError
-
-from detectron2.config import CfgNode, configurable, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY
 
 # Settings of `model` that a yacs config can replace under MODEL.SMCA; None leaves them as they
 # are in the LazyConfig.

@@ -5,14 +5,14 @@ import logging
 import random
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from smca.errors import ConfigError
-
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smca.errors import ConfigError
 
 from .errors import DatasetError
 

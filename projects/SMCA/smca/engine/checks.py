@@ -1,12 +1,12 @@
 """What has to be right with a config's data and model before a training or an evaluation."""
 
-from smca.config import dataset_names
-from smca.data import require_dataset
-from smca.errors import ConfigError, did_you_mean
-
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+
+from smca.config import dataset_names
+from smca.data import require_dataset
+from smca.errors import ConfigError, did_you_mean
 
 __all__ = ["check_class_counts", "check_datasets", "check_model"]
 

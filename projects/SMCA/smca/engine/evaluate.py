@@ -4,13 +4,13 @@ import itertools
 import logging
 from typing import Any, Dict, Iterable, Optional, Sequence
 
-from smca.config import build
-
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from omegaconf import DictConfig
 from torch import nn
+
+from smca.config import build
 
 __all__ = [
     "Results",

@@ -6,12 +6,6 @@ import sys
 import threading
 from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Sequence, Set, Tuple
 
-from smca.analysis import read_metrics
-from smca.checkpoint.files import load_tensors
-from smca.engine.peers import Failure, PeerWatch
-from smca.engine.signals import React, stop_error
-from smca.errors import UserError
-
 import torch
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
@@ -19,6 +13,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, get_event_storage
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from smca.analysis import read_metrics
+from smca.checkpoint.files import load_tensors
+from smca.engine.peers import Failure, PeerWatch
+from smca.engine.signals import React, stop_error
+from smca.errors import UserError
 
 try:
     import resource

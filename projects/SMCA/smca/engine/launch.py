@@ -15,16 +15,16 @@ from types import FrameType
 from typing import Any, Callable, List, Optional, Tuple
 from urllib.parse import urlparse
 
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import multiprocessing as mp
+
 from smca.config import load_config, resolve_device
 from smca.engine.peers import Failure, PeerWatch
 from smca.engine.signals import STOP_SIGNALS
 from smca.engine.train import main
 from smca.errors import ConfigError, UserError
-
-import torch
-import torch.distributed as dist
-from detectron2.utils import comm
-from torch import multiprocessing as mp
 
 __all__ = ["run"]
 

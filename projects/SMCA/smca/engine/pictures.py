@@ -3,9 +3,6 @@
 import logging
 from typing import Any, Dict, List
 
-from smca.analysis import draw_pictures, evenly
-from smca.config import build, dataset_names
-
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
@@ -17,6 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import nn
+
+from smca.analysis import draw_pictures, evenly
+from smca.config import build, dataset_names
 
 __all__ = ["EvaluationPictures"]
 

@@ -5,10 +5,10 @@ import os
 import re
 from typing import List, Optional, Sequence, Tuple
 
+from omegaconf import DictConfig
+
 from smca.checkpoint.files import remove_temporary_files
 from smca.errors import ConfigError
-
-from omegaconf import DictConfig
 
 __all__ = ["newest_previous_run", "set_previous_run_aside"]
 

@@ -5,6 +5,14 @@ import os
 import random
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar, cast
 
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.files import remove_temporary_files
 from smca.config import (
@@ -40,14 +48,6 @@ from smca.engine.trainer import Trainer
 from smca.engine.writers import build_writers
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.modeling import SMCA
-
-import torch
-from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import nn
 
 __all__ = ["do_eval", "do_train", "main"]
 

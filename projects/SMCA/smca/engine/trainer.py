@@ -7,12 +7,6 @@ import random
 import time
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from smca.checkpoint.files import read_tag, write_atomically
-from smca.data.loader import set_start_batch, set_start_sample
-from smca.engine.signals import STOP_SIGNALS, React, StopSignals
-from smca.engine.storage import BoundedStorage
-from smca.errors import NonFiniteError
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -21,6 +15,12 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from smca.checkpoint.files import read_tag, write_atomically
+from smca.data.loader import set_start_batch, set_start_sample
+from smca.engine.signals import STOP_SIGNALS, React, StopSignals
+from smca.engine.storage import BoundedStorage
+from smca.errors import NonFiniteError
 
 __all__ = ["Trainer"]
 

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
-from smca.checkpoint.files import write_atomically
-from smca.errors import ConfigError
-
 import numpy as np
 from detectron2.utils.events import EventWriter, get_event_storage
 from omegaconf import OmegaConf
+
+from smca.checkpoint.files import write_atomically
+from smca.errors import ConfigError
 
 __all__ = ["MLflowWriter", "WandbWriter", "build_writers"]
 

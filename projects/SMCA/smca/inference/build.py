@@ -6,6 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model as build_yacs_model
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.fine_tuning import CLASS_ROWS
 from smca.config import (
@@ -21,16 +31,6 @@ from smca.config import (
 )
 from smca.data import require_dataset
 from smca.errors import CheckpointError, ConfigError, UserError
-
-import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data import transforms as T
-from detectron2.modeling import build_model as build_yacs_model
-from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
 __all__ = [
     "WEIGHTS",

@@ -2,12 +2,12 @@
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from smca.analysis.detections import class_name, draw_instances
-from smca.inference.images import ImageSource, rgb_array
-
 import numpy as np
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
+
+from smca.analysis.detections import class_name, draw_instances
+from smca.inference.images import ImageSource, rgb_array
 
 __all__ = ["Detections"]
 

@@ -15,17 +15,17 @@ import warnings
 from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
 from smca.checkpoint.files import write_atomically
 from smca.errors import UserError, did_you_mean
 from smca.modeling import SMCA
 from smca.modeling.backbone import FrozenNormConv2d
 from smca.modeling.scales import padding_mask
 from smca.version import __version__
-
-import torch
-from detectron2.data import transforms as T
-from detectron2.structures import ImageList
-from torch import Tensor, nn
 
 from .predictor import Predictor
 

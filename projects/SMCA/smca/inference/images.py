@@ -6,13 +6,13 @@ import urllib.request
 from http.client import HTTPException
 from typing import Union
 
-from smca.data import DatasetError, as_rgb, read_image
-from smca.errors import UserError
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from smca.data import DatasetError, as_rgb, read_image
+from smca.errors import UserError
 
 __all__ = ["ImageSource", "rgb_array"]
 

@@ -4,6 +4,11 @@ import numbers
 import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, overload
 
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from torch import nn
+
 from smca.analysis.detections import class_name
 from smca.config import AMP_DTYPES
 from smca.errors import UserError
@@ -11,11 +16,6 @@ from smca.inference.build import TrainedDetector, load_detector
 from smca.inference.detections import Detections
 from smca.inference.images import ImageSource, rgb_array
 from smca.inference.pretrained import load_pretrained
-
-import numpy as np
-import torch
-from detectron2.data import transforms as T
-from torch import nn
 
 __all__ = ["Predictor"]
 

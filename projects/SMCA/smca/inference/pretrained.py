@@ -12,15 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, Optional
 
-from smca.config import resolve_device
-from smca.errors import CheckpointError, ConfigError, UserError
-from smca.inference.build import TrainedDetector
-from smca.version import __version__
-
 import yaml
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+
+from smca.config import resolve_device
+from smca.errors import CheckpointError, ConfigError, UserError
+from smca.inference.build import TrainedDetector
+from smca.version import __version__
 
 __all__ = ["CARD_NAME", "load_pretrained", "need_extra", "save_pretrained"]
 

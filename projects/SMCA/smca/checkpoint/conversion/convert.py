@@ -9,18 +9,18 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional
 
-from smca.checkpoint.files import RefusedCode, load_tensors, write_atomically
-from smca.config import get_config
-from smca.errors import CheckpointError
-from smca.modeling import build_resnet
-from smca.version import __version__
-
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+
+from smca.checkpoint.files import RefusedCode, load_tensors, write_atomically
+from smca.config import get_config
+from smca.errors import CheckpointError
+from smca.modeling import build_resnet
+from smca.version import __version__
 
 from .names import official_name
 from .recognition import find_detr, find_smca, has, resnet_depth

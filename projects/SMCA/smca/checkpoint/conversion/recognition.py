@@ -3,11 +3,11 @@
 import re
 from typing import Any, Dict, List, Tuple
 
-from smca.errors import CheckpointError
-from smca.modeling.weight_map import SPREADS
-
 import torch
 from torch import Tensor
+
+from smca.errors import CheckpointError
+from smca.modeling.weight_map import SPREADS
 
 __all__ = ["find_detr", "find_smca", "has", "resnet_depth"]
 
