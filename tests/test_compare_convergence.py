@@ -469,6 +469,40 @@ def test_no_steps_are_counted_to_an_ap_near_zero():
     assert "steps to" not in table.splitlines()[0]
     assert "steps to AP" not in table
     assert "DETR stays at AP 0.40" in table
+
+
+def claims_report(**finals):
+    """Of runs with these final AP, one a seed; None: not finished."""
+    runs = [
+        {"name": name, "seed": seed, "final": ap and {"AP": ap}}
+        for name, values in finals.items()
+        for seed, ap in enumerate(values)
+    ]
+    claims = {"A over B": {"runs": ["A", "B"], "published": [43.7, 41.0]}}
+    return {"runs": runs, "claims": claims}
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "here", "difference", "seeds", "verdict"),
+    [
+        # Variances 1 of three seeds: sqrt(1 / 3 + 1 / 3).
+        ([30, 31, 32], [10, 11, 12], "31.0 over 11.0", "+20.0 ± 0.8", "3 and 3", "yes"),
+        ([10, 11, 12], [30, 31, 32], "11.0 over 31.0", "-20.0 ± 0.8", "3 and 3", "no"),
+        # Variances 50 and 40.5 of two.
+        ([30, 20], [28, 19], "25.0 over 23.5", "+1.5 ± 6.7", "2 and 2", "undecided"),
+        # t = 2.5 of 4 degrees of freedom: the chance is 7 %, though more than two standard errors.
+        ([12, 13, 14], [10, 11, 12], "13.0 over 11.0", "+2.0 ± 0.8", "3 and 3", "undecided"),
+        ([30, None], [10, 11], "30.0 over 10.5", "+19.5", "1 and 2", "undecided"),
+        ([None], [10, 11], "not trained", "-", "-", "undecided"),
+    ],
+)
+def test_a_claim_is_decided_where_its_difference_is_no_chance(
+    better, worse, here, difference, seeds, verdict
+):
+    table = convergence.make_claims(claims_report(A=better, B=worse))
+    expected = dict(claim="A over B", published="43.7 over 41.0", here=here)
+    expected.update(difference=difference, seeds=seeds, verdict=verdict)
+    assert table.to_dict("records") == [expected]
     assert "steps to AP" not in table_of(target_ap=0.9)
 
 
@@ -533,6 +567,10 @@ def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
             "comparisons: main has to be a list, it cannot be 'wide'",
         ),
         ({"comparisons": {"main": ["wde"]}}, "no run wde in .*did you mean wide?"),
+        ({"claims": {"A over B": ["wide"]}}, "claims: A over B has to be a section"),
+        ({"claims": {"A": {"runs": ["wide"]}}}, "claims: A needs runs: [A, B]"),
+        ({"claims": {"A": {"runs": ["wide", "wde"]}}}, "no run wde in .*did you mean wide?"),
+        ({"claims": {"A": {"published": [4, 3]}}}, "claims: A needs runs: [A, B]"),
         ({"overrides": ["train.max_itr=5"]}, "did you mean train.max_iter?"),
         ({"overrides": ["train.seed=5"]}, "train.seed cannot be overridden"),
         ({"overrides": ["train.eval_period=0"]}, "train.eval_period=0: make it"),

@@ -187,6 +187,8 @@ def check_command(words: Sequence[str]) -> None:
     elif program in entry_points():
         module = entry_points()[program].partition(":")[0]
         parse_with(module, rest, program)
+    elif program.endswith(".sh"):
+        need_file(words[0])
     elif program not in ("git", "cd"):
         raise Problem(f"{program} is no program that this tool knows")
 

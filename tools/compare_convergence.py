@@ -24,6 +24,8 @@ A study is a YAML file (relative paths start at its folder):
     comparisons:        # a table and a picture each, the first run is the baseline;
       main: [DETR, SMCA]                                        # left out: one with all runs
       longer: ["DETR, longer", SMCA]
+    claims:             # a table of what was published and what came out, the better run first
+      modulation: {runs: [SMCA, DETR], published: [41.0, 34.8]}
 
 Every run trains in OUTPUT/NAME/seedN. Started again, a study goes on where it was stopped, and
 finished runs stay as they are. A report (.json) in place of the study is drawn again by itself.

@@ -13,6 +13,7 @@ from smca.errors import UserError
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import ttest_ind
 from yaml import YAMLError
 
 try:
@@ -20,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("Studies need pandas: run \"pip install 'pandas>=2'\".") from error
 
-__all__ = ["COLUMNS", "Report", "draw", "evaluations", "make_table", "reach"]
+__all__ = ["COLUMNS", "Report", "draw", "evaluations", "make_claims", "make_table", "reach"]
 __all__ += ["read_file", "read_report", "write_report"]
 
 _MIN_TARGET_AP = 1.0  # %; steps to less than this compare noise
@@ -78,6 +79,8 @@ def write_report(report: Report, folder: str) -> List[str]:
         picture = f"![AP over steps, epochs and time]({os.path.basename(paths[-1])})"
         table = make_table(rows, trained, report["target_ap"])
         sections += [f"## {comparison}", table, picture]
+    if report.get("claims"):
+        sections += ["## Claims", _markdown(make_claims(report))]
     sections.append(_describe_runs(report))
     Path(paths[1]).write_text("\n\n".join(sections) + "\n")
     return paths
@@ -150,6 +153,43 @@ def make_table(rows: pd.DataFrame, names: Sequence[str], target_ap: Optional[flo
     if has_target or counts_last:
         parts.append(f"The ratios are of {names[0]}'s steps and time to the run's.")
     return "\n\n".join(parts)
+
+
+def make_claims(report: Report) -> pd.DataFrame:
+    """Of each claim that one run is better than another what was published, and what came out.
+
+    Only finished trainings count. The difference of two means has its standard error, the root of
+    the sum of the variances over the numbers of seeds; "yes" and "no" are said where Welch's t-test
+    gives a chance of less than 5 % to so large a difference of equal runs, else "undecided".
+
+    Returns:
+        A row for each claim, of texts.
+    """
+    rows = []
+    for claim, content in report["claims"].items():
+        better, worse = (
+            [run["final"]["AP"] for run in report["runs"] if run["name"] == name and run["final"]]
+            for name in content["runs"]
+        )
+        published = " over ".join(map(str, content.get("published", ["-"])))
+        rows.append({"claim": claim, "published": published})
+        if not better or not worse:
+            rows[-1].update(here="not trained", difference="-", seeds="-", verdict="undecided")
+            continue
+        means = np.mean(better), np.mean(worse)
+        difference, verdict = f"{means[0] - means[1]:+.1f}", "undecided"
+        if min(len(better), len(worse)) > 1:
+            variances = [np.var(values, ddof=1) / len(values) for values in (better, worse)]
+            difference += f" ± {math.sqrt(sum(variances)):.1f}"
+            if ttest_ind(better, worse, equal_var=False).pvalue < 0.05:
+                verdict = "yes" if means[0] > means[1] else "no"
+        rows[-1].update(
+            here=f"{means[0]:.1f} over {means[1]:.1f}",
+            difference=difference,
+            seeds=f"{len(better)} and {len(worse)}",
+            verdict=verdict,
+        )
+    return pd.DataFrame(rows)
 
 
 def _describe(name: str, run: pd.DataFrame) -> Dict[str, str]:

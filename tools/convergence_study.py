@@ -39,8 +39,10 @@ __all__ = ["Study", "Training", "make_report", "read_study", "select"]
 
 # Keys of a study and of a run in it, and what their values may be.
 _AP = number("a number, an AP in %")
-_STUDY = dict(seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION, comparisons=SECTION)
+_STUDY = dict(seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION)
+_STUDY.update(comparisons=SECTION, claims=SECTION)
 _RUN = dict(config=text(), overrides=LIST, seeds=LIST, stop_at_ap=_AP)
+_CLAIM = dict(runs=LIST, published=LIST)
 # What the study itself sets, for every training.
 _PLACE = ("train.seed", "train.output_dir")
 # Settings that the runs of a study must have in common: the data and when to evaluate.
@@ -140,6 +142,7 @@ class Study:
         overrides: those of all runs. target_ap: in %, or None.
         trainings: all runs with the first seed, then all with the next, and so on.
         comparisons: names of runs by the name of the comparison, the baseline first.
+        claims: by what they say, "runs" (the better one first) and perhaps their "published" AP.
     """
 
     name: str
@@ -148,6 +151,7 @@ class Study:
     target_ap: Optional[float]
     trainings: List[Training]
     comparisons: Dict[str, List[str]]
+    claims: Dict[str, Dict[str, Any]]
 
 
 def read_study(path: str, output_dir: Optional[str] = None, opts: Sequence[str] = ()) -> Study:
@@ -183,7 +187,8 @@ def read_study(path: str, output_dir: Optional[str] = None, opts: Sequence[str] 
     comparisons = content.get("comparisons", {"all": list(content["runs"])})
     overrides = (*shared, *opts)
     target_ap = content.get("target_ap")
-    return Study(Path(path).stem, output_dir, overrides, target_ap, trainings, comparisons)
+    claims = content.get("claims", {})
+    return Study(Path(path).stem, output_dir, overrides, target_ap, trainings, comparisons, claims)
 
 
 def make_report(study: Study) -> Report:
@@ -221,6 +226,7 @@ def make_report(study: Study) -> Report:
         "overrides": [text for text in study.overrides if not text.startswith("data.")],
         "target_ap": study.target_ap,
         "comparisons": study.comparisons,
+        "claims": study.claims,
         "iterations_per_epoch": iterations_per_epoch,
         "evaluation_columns": list(COLUMNS),
         "runs": runs,
@@ -261,6 +267,13 @@ def _read_yaml(path: str) -> Dict[str, Any]:
     for name, run_names in content.get("comparisons", {}).items():
         check_value(f"{path}, comparisons: {name}", run_names, LIST)
         _check_names(run_names, content["runs"], path)
+    for name, claim in content.get("claims", {}).items():
+        where = f"{path}, claims: {name}"
+        check_value(where, claim, SECTION)
+        _check_section(claim, _CLAIM, where)
+        if len(claim.get("runs", ())) != 2 or len(claim.get("published", (0, 0))) != 2:
+            raise UserError(f"{where} needs runs: [A, B], and may have published: [AP, AP].")
+        _check_names(claim["runs"], content["runs"], path)
     return content
 
 

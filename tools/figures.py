@@ -82,14 +82,17 @@ def read_table(path: Path) -> Table:
 
 
 def study_tables(path: Path, comparison: str) -> List[Table]:
-    """The tables of a comparison in a study's report.
+    """The tables of a comparison in a study's report, or of its claims.
 
     Raises:
         UserError: the report has no such comparison.
     """
-    from convergence_report import evaluations, make_table, read_report
+    from convergence_report import evaluations, make_claims, make_table, read_report
 
     report = read_report(str(path))
+    if comparison == "claims" and report.get("claims"):
+        claims = make_claims(report)
+        return [Table(list(claims.columns), claims.values.tolist())]
     if comparison not in report["comparisons"]:
         raise UserError(f"{path} has no comparison {comparison}.")
     names = report["comparisons"][comparison]
