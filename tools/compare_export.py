@@ -179,16 +179,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     options = get_parser().parse_args(argv)
     options.device = "cpu"
     torch.set_num_threads(options.threads)
-    rows = []
+    headers = ["config", "runtime", "boxes", "scores", "nodes", "MB", "eager (s)", "runtime (s)"]
+    command = shlex.join(["python", "tools/compare_export.py", *(argv or sys.argv[1:])])
+    where = f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}"
+    rows: List[List[str]] = []
     configs = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]
     for config in tqdm(configs, unit="model", disable=None):
         rows += compare(config, options)
-    headers = ["config", "runtime", "boxes", "scores", "nodes", "MB", "eager (s)", "runtime (s)"]
+        if options.output:  # after each, so that a long run that is stopped leaves its results
+            write_figures(options.output, command, headers, rows, machine=where)
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
-    if options.output:
-        command = shlex.join(["python", "tools/compare_export.py", *(argv or sys.argv[1:])])
-        where = f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}"
-        write_figures(options.output, command, headers, rows, machine=where)
 
 
 if __name__ == "__main__":
