@@ -150,7 +150,9 @@ runpy.run_path(sys.argv[1], run_name="__main__")
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
     ],
 )
-@pytest.mark.parametrize("script", ["train_net.py", "tools/run_demo.py", "tools/evaluate.py"])
+@pytest.mark.parametrize(
+    "script", ["train_net.py", "demo.py", "tools/run_demo.py", "tools/evaluate.py"]
+)
 def test_threads_are_told_how_to_wait_before_there_are_any(script, settings, expected):
     """Else a program beside a training on the CPU costs a time slice a wait."""
     env = child_environment()

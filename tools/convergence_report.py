@@ -172,9 +172,10 @@ def make_claims(report: Report) -> pd.DataFrame:
             for name in content["runs"]
         )
         published = " over ".join(map(str, content.get("published", ["-"])))
-        rows.append({"claim": claim, "published": published})
+        row = {"claim": claim, "published": published}
+        rows.append(row)
         if not better or not worse:
-            rows[-1].update(here="not trained", difference="-", seeds="-", verdict="undecided")
+            row.update(here="not trained", difference="-", seeds="-", verdict="undecided")
             continue
         means = np.mean(better), np.mean(worse)
         difference, verdict = f"{means[0] - means[1]:+.1f}", "undecided"
@@ -183,7 +184,7 @@ def make_claims(report: Report) -> pd.DataFrame:
             difference += f" ± {math.sqrt(sum(variances)):.1f}"
             if ttest_ind(better, worse, equal_var=False).pvalue < 0.05:
                 verdict = "yes" if means[0] > means[1] else "no"
-        rows[-1].update(
+        row.update(
             here=f"{means[0]:.1f} over {means[1]:.1f}",
             difference=difference,
             seeds=f"{len(better)} and {len(worse)}",

@@ -39,8 +39,9 @@ __all__ = ["Study", "Training", "make_report", "read_study", "select"]
 
 # Keys of a study and of a run in it, and what their values may be.
 _AP = number("a number, an AP in %")
-_STUDY = dict(seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION)
-_STUDY.update(comparisons=SECTION, claims=SECTION)
+_STUDY = dict(
+    seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION, comparisons=SECTION, claims=SECTION
+)
 _RUN = dict(config=text(), overrides=LIST, seeds=LIST, stop_at_ap=_AP)
 _CLAIM = dict(runs=LIST, published=LIST)
 # What the study itself sets, for every training.

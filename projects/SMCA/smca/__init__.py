@@ -18,8 +18,7 @@ try:
     with warnings.catch_warnings():
         # fvcore and Detectron2 script a few functions when they are imported, in each process, and
         # newer versions of PyTorch warn each time: nothing that a user could do anything about.
-        warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script")
         import detectron2.modeling  # noqa: F401
 except Exception as error:
     raise ImportError(
