@@ -187,6 +187,47 @@ def test_table_and_picture_are_made_from_the_json_alone(finished, tmp_path):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_a_report_keeps_what_another_machine_trained(finished, tmp_path, monkeypatch, capsys):
+    path, out = finished
+    here, docs = tmp_path / "here", tmp_path / "docs"
+    docs.mkdir()
+    report = read_json(out)
+    wide, narrow, *_ = report["runs"]
+    wide["evaluations"][-1][3:] = wide["final"]["AP"], wide["final"]["AP50"] = [12.5, 25.0]
+    narrow["final"], narrow["evaluations"] = None, narrow["evaluations"][:1]  # stopped there
+    report["runs"] = [wide, narrow]
+    (docs / "tiny.json").write_text(json.dumps(report))
+    args = [path, "--output", str(here), "--report-dir", str(docs)]
+    assert tool.main([*args, "--report-only"]) == 0
+    assert read_json(docs)["runs"][:2] == [wide, narrow]
+
+    trained = []
+
+    def launch(training, jobs):
+        trained.append(str(training))
+        write_metrics(training, [{"iteration": 6, "bbox/AP": 1.0, "bbox/AP50": 2.0}])
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(tool, "launch", launch)
+    assert tool.main(args) == 0
+    assert trained == ["narrow, seed 0", "wide, seed 1", "narrow, seed 1"]
+    assert "1 finished trainings that are not here" in capsys.readouterr().out
+    first, *others = read_json(docs)["runs"]
+    assert first == wide and [run["final"]["AP"] for run in others] == [1.0, 1.0, 1.0]
+
+
+def test_a_report_of_other_settings_is_not_kept(finished, launched, tmp_path):
+    path, out = finished
+    for other in ("model.dropout=0.3", "train.max_iter=5"):
+        docs = tmp_path / other
+        docs.mkdir()
+        shutil.copy(out / "tiny.json", docs)
+        here = str(tmp_path / other / "here")
+        args = [path, "--output", here, "--report-dir", str(docs), "--report-only", other]
+        assert tool.main(args) == 0
+        assert not any(run["evaluations"] for run in read_json(docs)["runs"])
+
+
 def test_other_settings_in_the_same_folder_are_an_error(copied, launched, capsys):
     path, out = copied
     assert tool.main([path, "--output", str(out), "optimizer.lr=0.5"]) == 1

@@ -28,7 +28,8 @@ A study is a YAML file (relative paths start at its folder):
       modulation: {runs: [SMCA, DETR], published: [41.0, 34.8]}
 
 Every run trains in OUTPUT/NAME/seedN. Started again, a study goes on where it was stopped, and
-finished runs stay as they are. A report (.json) in place of the study is drawn again by itself.
+finished runs stay as they are, also those that --report-dir has a report of, from another machine.
+A report (.json) in place of the study is drawn again by itself.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Set
+from typing import Dict, List, Optional, Sequence, Set
 
 from smca.errors import UserError, exit_code
 
@@ -46,7 +47,8 @@ import torch
 from tqdm import tqdm
 
 try:
-    from convergence_report import read_report, write_report  # says what to do without pandas
+    # It says what to do without pandas.
+    from convergence_report import Report, join, read_report, write_report
     from convergence_study import Training, make_report, read_study, select
 except ImportError as error:
     if __name__ != "__main__":
@@ -94,15 +96,29 @@ def run(args: argparse.Namespace) -> int:
         report, folder = read_report(args.study), os.path.dirname(args.study)
     else:
         study = read_study(args.study, args.output, args.opts)
+        file = os.path.join(args.report_dir or "", f"{study.name}.json")
+        former = read_report(file) if args.report_dir and os.path.isfile(file) else None
         if not args.report_only:
             for training in study.trainings:
                 training.check_folder()
-            failures = train(select(study.trainings, args.runs), args.jobs)
+            trainings = select(study.trainings, args.runs)
+            if former:
+                trainings = _not_finished(trainings, join(make_report(study), former), file)
+            failures = train(trainings, args.jobs)
         report, folder = make_report(study), study.output_dir
+        report = join(report, former) if former else report
     print("Written:", *write_report(report, args.report_dir or folder), sep="\n  ")
     for training, reason in failures.items():
         print(f"Error: {training} failed: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _not_finished(trainings: Sequence[Training], report: Report, file: str) -> List[Training]:
+    finished = {(run["name"], run["seed"]) for run in report["runs"] if run["final"]}
+    left = [t for t in trainings if t.is_finished() or (t.name, t.seed) not in finished]
+    if len(left) < len(trainings):
+        print(f"{file} has {len(trainings) - len(left)} finished trainings that are not here.")
+    return left
 
 
 def train(trainings: Sequence[Training], jobs: int) -> Dict[Training, str]:

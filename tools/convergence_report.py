@@ -21,11 +21,12 @@ try:
 except ImportError as error:
     raise ImportError("Studies need pandas: run \"pip install 'pandas>=2'\".") from error
 
-__all__ = ["COLUMNS", "Report", "draw", "evaluations", "make_claims", "make_table", "reach"]
+__all__ = ["COLUMNS", "Report", "draw", "evaluations", "join", "make_claims", "make_table", "reach"]
 __all__ += ["read_file", "read_report", "write_report"]
 
 _MIN_TARGET_AP = 1.0  # %; steps to less than this compare noise
 _RUN_COLUMNS = ("name", "seed", "num_parameters", "max_iter")
+_SAME_TRAINING = (*_RUN_COLUMNS, "config", "overrides")
 COLUMNS = ("iteration", "epoch", "seconds", "AP", "AP50")
 
 Report = Dict[str, Any]
@@ -54,6 +55,30 @@ def read_report(path: str) -> Report:
     if not isinstance(report, dict) or "evaluation_columns" not in report:
         raise UserError(f"{path} is no report of a study.")
     return report
+
+
+def join(report: Report, former: Report) -> Report:
+    """
+    Args:
+        former: an earlier report of the study, perhaps of trainings on other machines.
+
+    Returns:
+        `report` with `former`'s rows of the trainings that got further there. Rows of other
+        settings (config, overrides, parameters, steps) are not taken.
+    """
+    if any(former.get(key) != report[key] for key in ("overrides", "evaluation_columns")):
+        return report
+    rows = {_identity(run): run for run in former["runs"]}
+    runs = [max(run, rows.get(_identity(run), run), key=_steps) for run in report["runs"]]
+    return {**report, "runs": runs}
+
+
+def _identity(run: Dict[str, Any]) -> str:
+    return json.dumps([run[key] for key in _SAME_TRAINING])
+
+
+def _steps(run: Dict[str, Any]) -> int:
+    return run["evaluations"][-1][0] if run["evaluations"] else 0
 
 
 def write_report(report: Report, folder: str) -> List[str]:
