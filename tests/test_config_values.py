@@ -280,7 +280,7 @@ SLOW_DEMO_RECIPE = (SHAPES, adamw(2e-4, 2e-4), DEMO_STEPS, run("", 540))
 PRETRAINED_RECIPE = (
     SHAPES | {"train": "smca_shapes_10x_train", "test": "smca_shapes_10x_val", "batch": (4, 1)},
     adamw(1e-4, 1e-5),
-    (3000, {0: 1.0, 2399: 1.0, 2400: 0.1, 2999: 0.1}),
+    (1500, {0: 1.0, 1199: 1.0, 1200: 0.1, 1499: 0.1}),
     run("output/backbones/shapes_10x.pth", 500),
 )
 

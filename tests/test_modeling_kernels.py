@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chisquare
 
 from smca.modeling import kernels
 from smca.modeling.kernels import Dropout, dropout, relu_dropout
@@ -26,16 +26,25 @@ def test_elements_are_dropped_with_the_given_probability(name, p):
     torch.testing.assert_close(result[~dropped], x[~dropped] / (1 - p))
 
 
-def test_neighbours_are_dropped_independently():
-    # Four of them share one random number.
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_elements_are_dropped_independently_of_one_another(p):
+    # Each of the 16 patterns of four neighbours, anywhere in a large tensor, and of all four
+    # elements of small ones, the first and the last among them.
     torch.manual_seed(0)
-    dropped = (dropout(positive(400_000), 0.3) == 0).view(-1, 4).long()
-    codes = torch.bincount((dropped * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16)
-    count = dropped.sum(1).bincount(minlength=5)
-    for ones, binomial in enumerate((1, 4, 6, 4, 1)):
-        p = binomial * 0.3**ones * 0.7 ** (4 - ones)
-        assert binomtest(int(count[ones]), 100_000, p).pvalue > 1e-3
-    assert (codes > 0).all()
+    large = (dropout(positive(400_000), p) == 0).view(-1, 4)
+    small = torch.stack([dropout(torch.ones(4), p) == 0 for _ in range(4_000)])
+    for dropped in (large, small):
+        codes = torch.bincount((dropped * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16)
+        ones = torch.tensor([bin(code).count("1") for code in range(16)])
+        expected = p ** ones.double() * (1 - p) ** (4 - ones.double()) * len(dropped)
+        assert chisquare(codes, expected).pvalue > 1e-3
+
+
+def test_dropped_elements_are_everywhere():
+    # Places are sums of distances, which end too early where too few are drawn.
+    torch.manual_seed(0)
+    parts = (dropout(positive(1_000_000), 0.1) == 0).view(100, -1).sum(1)
+    assert chisquare(parts).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -54,6 +63,20 @@ def test_gradients_pass_where_elements_were_kept(name, p, dtype):
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(*gradients)
     assert (p == 1) != bool(kept.any())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("turned", ["x", "gradient"])
+def test_the_order_in_memory_does_not_matter(name, turned):
+    function, before = FUNCTIONS[name]
+    tensors = {"x": torch.randn(2, 5, 7), "gradient": torch.randn(2, 5, 7)}
+    tensors[turned] = tensors[turned].mT.contiguous().mT
+    x = tensors["x"].requires_grad_()
+    result = function(x, 0.5)
+    expected = before(x) * (result != 0) * 2
+    torch.testing.assert_close(result, expected)
+    ours, right = (torch.autograd.grad(y, x, tensors["gradient"])[0] for y in (result, expected))
+    torch.testing.assert_close(ours, right)
 
 
 def test_relu_dropout_keeps_only_its_result():

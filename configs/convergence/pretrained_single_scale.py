@@ -25,5 +25,5 @@ model.decoder.beta = 1.5
 
 lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[8, 10])
 train.init_checkpoint = "output/backbones/shapes_10x.pth"
-train.max_iter = 3000
+train.max_iter = 1500
 train.eval_period = train.checkpointer.period = 500

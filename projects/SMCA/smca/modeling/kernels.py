@@ -5,6 +5,7 @@ On the CPU PyTorch's fused attention has no dropout, and its gradients of very l
 wrong; and its random numbers are made one after another, on any number of cores.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, Callable, List, Optional, Tuple
 
@@ -245,11 +246,11 @@ def _pieces(x: Tensor, dtype: torch.dtype, count: int) -> List[Tensor]:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``F.dropout``: elements are 0 with probability p, to within 2^-17, the others divided by
-    1 - p. On the CPU four elements share one random number."""
-    if p == 0 or not _draws_itself(x):
-        return F.dropout(x, p)
-    return _Dropout.apply(x, p)
+    """``F.dropout``: elements are 0 with probability p, the others divided by 1 - p. On the CPU
+    random numbers are drawn for the dropped elements alone."""
+    if 0 < p < 1 and _draws_itself(x):
+        return _Dropout.apply(x, p)
+    return F.dropout(x, p)
 
 
 def relu_dropout(x: Tensor, p: float) -> Tensor:
@@ -271,11 +272,25 @@ def _draws_itself(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _keep_mask(x: Tensor, p: float) -> Tensor:
-    """Bool of x's shape, True with probability 1 - p: four 16-bit numbers from each of 64 bits."""
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return numbers >= round(p * 2**16) - 2**15
+def _draw_places(num_elements: int, p: float) -> Tensor:
+    """Ascending places among so many elements of those to drop, each with probability p.
+
+    The number of elements from one to the next has the geometric distribution, that of
+    1 + floor(log u / log(1 - p)) with u uniform in (0, 1]; u has 31 of 64 random bits."""
+    # Six standard deviations more than will be needed: short of some once in 10^9 times.
+    count = int(num_elements * p + 6 * (num_elements * p * (1 - p)) ** 0.5) + 8
+    bits = torch.empty(-(-count // 2), dtype=torch.int64).random_(-(2**63), None)
+    u = bits.view(torch.int32).float().abs_().add_(0.5).mul_(2.0**-31)
+    distances = u.log_().mul_(1 / math.log1p(-p)).floor_().add_(1)
+    places = distances.long().cumsum(0).sub_(1)
+    return places[: torch.searchsorted(places, num_elements)]
+
+
+def _drop(x: Tensor, places: Tensor, p: float) -> Tensor:
+    """x over 1 - p, but 0 in these places."""
+    result = x.mul(_keep_factor(p)).contiguous()
+    result.view(-1).index_fill_(0, places, 0)
+    return result
 
 
 def _keep_factor(p: float) -> float:
@@ -285,23 +300,24 @@ def _keep_factor(p: float) -> float:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        mask = _keep_mask(x, p)
-        ctx.save_for_backward(mask)
+        places = _draw_places(x.numel(), p)
+        ctx.save_for_backward(places)
         ctx.p = p
-        return x.mul(mask).mul_(_keep_factor(p))
+        return _drop(x, places, p)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return gradient.mul(mask).mul_(_keep_factor(ctx.p)), None
+        (places,) = ctx.saved_tensors
+        return _drop(gradient, places, ctx.p), None
 
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         result = F.relu(x)
-        if p > 0 and _draws_itself(x):
-            result.mul_(_keep_mask(x, p)).mul_(_keep_factor(p))
+        if 0 < p < 1 and _draws_itself(x):
+            result = result.contiguous().mul_(_keep_factor(p))
+            result.view(-1).index_fill_(0, _draw_places(x.numel(), p), 0)
         elif p > 0:
             result = F.dropout(result, p)
         ctx.save_for_backward(result)
