@@ -52,6 +52,7 @@ MULTI_SCALE = {
         "modulation": "multi_head",
         "spread": "independent",
         "beta": 8.0,
+        "offset gain": 1.0,
         "scale selection": True,
     },
     "classes": 80,
@@ -83,7 +84,7 @@ SINGLE_SCALE = changed(
     features=["res5"],
     strides=[32],
 )
-NO_MODULATION = {"modulation": "none", "spread": None, "beta": None}
+NO_MODULATION = {"modulation": "none", "spread": None, "beta": None, "offset gain": None}
 DETR = changed(SINGLE_SCALE, decoder=NO_MODULATION)
 
 # ... and the authors' later model.
@@ -146,7 +147,7 @@ PRETRAINED = changed(
     DEMO,
     backbone={"blocks": [1, 1, 1], "not trained": ["stem", "res2"]},
     encoder={"layers": 5, "pattern": "IIIII"},
-    decoder={"beta": 1.5},
+    decoder={"beta": 1.5, "offset gain": pytest.approx(0.433, abs=1e-3)},
     features=["res4"],
     strides=[16],
     dropout=0.1,
@@ -154,7 +155,12 @@ PRETRAINED = changed(
 PRETRAINED_MULTI_SCALE = changed(
     PRETRAINED,
     encoder={"pattern": "IIMII"},
-    decoder={"scales": 3, "scale selection": True, "beta": 0.75},
+    decoder={
+        "scales": 3,
+        "scale selection": True,
+        "beta": 0.75,
+        "offset gain": pytest.approx(0.306, abs=1e-3),
+    },
     features=["res3", "res4"],
     strides=[8, 16, 32],
 )
@@ -490,16 +496,18 @@ def read_encoder(encoder):
 def read_decoder(decoder):
     def read_layer(layer):
         modulation = layer.modulation
-        kind, spread, beta = "none", None, None
+        kind, spread, beta, gain = "none", None, None, None
         if modulation is not None:
             kind = "head_shared" if modulation.offset is None else "multi_head"
-            spread, beta = SPREADS[len(modulation.shape.initial_spreads)], modulation.beta
+            spread = SPREADS[len(modulation.shape.initial_spreads)]
+            beta, gain = modulation.beta, modulation.offset_gain
         return {
             "heads": common([layer.self_attention.num_heads, layer.co_attention.num_heads]),
             "ffn": layer.ffn.linear1.out_features,
             "modulation": kind,
             "spread": spread,
             "beta": beta,
+            "offset gain": gain,
             "scale selection": layer.scale_weight is not None,
         }
 

@@ -196,6 +196,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
         ("model.decoder.spread=wide", "spread='wide'.*independent"),
         ("model.decoder.modulation=heads", "modulation='heads'.*multi_head"),
         ("model.decoder.beta=0", "beta=0.*positive"),
+        ("model.decoder.offset_gain=0", "offset_gain=0.*positive"),
         ("model.decoder.num_scales=2", "^in_features .*give 3 scales.*made for 2.*num_scales=3"),
         ("model.backbone.depth=51", "^depth=51.*one of"),
         ("model.max_detections=0", "^max_detections=0"),

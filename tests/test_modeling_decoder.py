@@ -367,6 +367,17 @@ def test_initial_values(modulation, spread):
             assert_uniform(value, (6 / (value.shape[0] + value.shape[1])) ** 0.5)
 
 
+@pytest.mark.parametrize("gain", [0.25, 3.0])
+def test_offsets_start_with_their_gain_and_nothing_else_does(gain):
+    decoder = make_decoder(3, 2, modulation="multi_head", spread="independent", offset_gain=gain)
+    plain = make_decoder(3, 2, modulation="multi_head", spread="independent")
+    for (name, value), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
+        if "offset.weight" in name:
+            assert_uniform(value, gain * (6 / (value.shape[0] + value.shape[1])) ** 0.5)
+        elif value.dim() > 1 and value.any():
+            assert value.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1)
+
+
 def test_stacked_projection_has_the_bound_of_the_published_width():
     torch.manual_seed(0)
     decoder = Decoder(num_layers=1, num_scales=1)

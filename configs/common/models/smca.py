@@ -27,6 +27,7 @@ model = L(SMCA)(
         modulation="multi_head",
         spread="independent",
         beta=8.0,
+        offset_gain=1.0,
         scale_selection=True,
         num_scales="${smca.num_scales:${..in_features},${..num_extra_scales}}",
         embed_dim="${..embed_dim}",

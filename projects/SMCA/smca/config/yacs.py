@@ -27,6 +27,7 @@ _SETTINGS = (
     "decoder.modulation",
     "decoder.spread",
     "decoder.beta",
+    "decoder.offset_gain",
     "decoder.scale_selection",
 )
 

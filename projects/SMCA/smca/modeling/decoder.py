@@ -52,6 +52,7 @@ class DecoderLayer(nn.Module):
         modulation: str,
         spread: str,
         beta: float,
+        offset_gain: float,
         scale_selection: bool,
         predicts_centre: bool,
     ):
@@ -77,6 +78,7 @@ class DecoderLayer(nn.Module):
                 modulation=modulation,
                 spread=spread,
                 beta=beta,
+                offset_gain=offset_gain,
             )
             self.centre = mlp(embed_dim, 2) if predicts_centre else None
         if scale_selection and num_scales > 1:
@@ -142,6 +144,7 @@ class Decoder(nn.Module):
         modulation: "multi_head" (SMCA), "head_shared" (the paper's first step) or "none" (DETR).
         spread: the maps' shape, one of `weight_map.SPREADS`.
         beta: divides the squared distances.
+        offset_gain: of the initial weights that predict the heads' offsets.
         scale_selection: each query weighs the scales; without, their results are simply added.
     """
 
@@ -152,6 +155,7 @@ class Decoder(nn.Module):
         modulation: str = "multi_head",
         spread: str = "independent",
         beta: float = 8.0,
+        offset_gain: float = 1.0,
         scale_selection: bool = True,
         num_scales: int = 3,
         embed_dim: int = 256,
@@ -166,8 +170,9 @@ class Decoder(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-        if beta <= 0:
-            raise ValueError(f"beta={beta} must be positive.")
+        for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
+            if factor <= 0:
+                raise ValueError(f"{name}={factor} must be positive.")
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales
@@ -182,6 +187,7 @@ class Decoder(nn.Module):
                 modulation=modulation,
                 spread=spread,
                 beta=beta,
+                offset_gain=offset_gain,
                 scale_selection=scale_selection,
                 predicts_centre=index == 0,
             )

@@ -258,9 +258,11 @@ class WeightMapPredictor(nn.Module):
             its own; "head_shared": all heads look around the centre with one spread.
         spread: the shape, one of `SPREADS`.
         beta: divides the squared distance; a larger one makes wider maps.
+        offset_gain: of the offsets' initial weights. With 1 heads start about 1.4 cells from the
+            centre, 0.7 radii of maps with beta = 8; sqrt(beta / 8) keeps that proportion.
 
     Raises:
-        ValueError: there is no such modulation or spread, or beta is not positive.
+        ValueError: there is no such modulation or spread, or beta or the gain is not positive.
     """
 
     def __init__(
@@ -272,18 +274,21 @@ class WeightMapPredictor(nn.Module):
         modulation: str = "multi_head",
         spread: str = "independent",
         beta: float = 8.0,
+        offset_gain: float = 1.0,
     ):
         super().__init__()
         kinds = [kind for kind in MODULATIONS if kind != "none"]
         for name, value, known in (("modulation", modulation, kinds), ("spread", spread, SPREADS)):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-        if beta <= 0:
-            raise ValueError(f"beta={beta} must be positive.")
+        for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
+            if factor <= 0:
+                raise ValueError(f"{name}={factor} must be positive.")
         self.num_heads = num_heads if modulation == "multi_head" else 1
         self.num_scales = num_scales
         self.shape = SPREADS[spread]
         self.beta = beta
+        self.offset_gain = offset_gain
         # What a setting does not use does not exist.
         self.offset: Optional[nn.Linear] = None
         self.spread: Optional[nn.Linear] = None
@@ -295,8 +300,10 @@ class WeightMapPredictor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The spread starts the same for every query; the offsets keep their random start, so that
-        heads differ."""
+        """The spread starts the same for every query; the offsets start at random, so that heads
+        differ."""
+        if self.offset is not None and self.offset_gain != 1:
+            nn.init.xavier_uniform_(self.offset.weight, self.offset_gain)
         if self.spread is not None:
             initial = torch.tensor(self.shape.initial_spreads)
             nn.init.zeros_(self.spread.weight)
