@@ -43,9 +43,13 @@ CASES = {
 TOLERANCE, GRADIENT_TOLERANCE, PARAMETER_TOLERANCE, BACKBONE_TOLERANCE = 1e-5, 1e-4, 1e-3, 3e-3
 # This case's figure for layer2.2.conv2 is itself 3.3e-3 off the value in float64.
 BACKBONE_TOLERANCES = {"conv_multi_scale_batch": 4e-3}
-# Their made-up weights make rounding differences of 1e-6 up to 4e-3 in the backbone, and these
+# Their made-up weights make rounding differences of 1e-6 up to 5e-3 in the backbone, and these
 # depend on the processor and the threads. Their gradients are computed in float64.
-EXACT_GRADIENTS = ["single_scale_covariance", "conv_multi_scale_batch"]
+EXACT_GRADIENTS = [
+    "single_scale_covariance",
+    "single_scale_single",
+    "conv_multi_scale_batch",
+]
 # Zero in exact arithmetic: the queries that it multiplies are.
 NOISE = "transformer.decoder.layers.0.self_attn.in_proj_weight"
 

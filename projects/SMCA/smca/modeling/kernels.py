@@ -28,6 +28,8 @@ _MAX_LOGIT = 1e5
 # Size of the channels' products up to which float32 rounds their sum, a log-weight, and its
 # gradients by less than 1e-4.
 _MAX_PRODUCT = 4096.0
+# Largest channel of a query in the half types.
+_MAX_CHANNEL = torch.finfo(torch.float16).max
 
 
 def attend(
@@ -201,10 +203,11 @@ def fit_channels(
     query, cells, long = channels
     query = query / logit_factor
     if dtype in HALF_TYPES:
-        # A map too narrow for the type to hold becomes wider, around the same centre; there it
-        # is still less than a cell.
+        # A map too narrow for float16 to hold becomes wider, around the same centre; there it is
+        # still less than a cell. In bfloat16 too: of larger logits the CPU's kernel, which computes
+        # them twice, has gradients that are nan where the two differ much.
         largest = query.detach().abs().amax(dim=-1, keepdim=True)
-        query = query * (torch.finfo(dtype).max / largest).clamp(max=1)
+        query = query * (_MAX_CHANNEL / largest).clamp(max=1)
         # Each of the query's three pieces meets each of the cell's two; only the long numbers have
         # a second piece.
         pieces, (high, low) = _pieces(query, dtype, 3), _pieces(cells, dtype, 2)
