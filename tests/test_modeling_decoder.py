@@ -369,6 +369,7 @@ def test_initial_values(modulation, spread):
 
 @pytest.mark.parametrize("gain", [0.25, 3.0])
 def test_offsets_start_with_their_gain_and_nothing_else_does(gain):
+    torch.manual_seed(0)
     decoder = make_decoder(3, 2, modulation="multi_head", spread="independent", offset_gain=gain)
     plain = make_decoder(3, 2, modulation="multi_head", spread="independent")
     for (name, value), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
