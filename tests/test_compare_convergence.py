@@ -641,6 +641,15 @@ def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):
     assert training.cfg.train.output_dir == str(tmp_path / "out" / name / "seed0")
 
 
+def test_a_value_that_the_model_refuses_is_named(tmp_path, capsys):
+    config = str(ROOT / "configs" / "smca_shapes.py")
+    runs = {"wide": {"config": config, "overrides": ["model.decoder.beta=-1"]}}
+    path = write_study(tmp_path, overrides=[], runs=runs)
+    args = [path, "--output", tmp_path / "out", "--report-only"]
+    text = error_of(capsys, tool.main, *args)
+    assert "model.decoder" in text and "beta=-1" in text
+
+
 def test_an_unknown_run_is_an_error(finished, capsys):
     text = error_of(capsys, tool.main, finished[0], "--output", finished[1], "--runs", "narow")
     assert "no run narow in the study, did you mean narrow?" in text

@@ -22,7 +22,7 @@ from typing import (
 
 import smca.configs
 from smca.analysis import read_metrics
-from smca.config import load_config, quoted
+from smca.config import build, load_config, quoted
 from smca.config.schema import LIST, SECTION, Kind, check_value, number, text
 from smca.errors import UserError, did_you_mean
 
@@ -236,7 +236,7 @@ def make_report(study: Study) -> Report:
 
 def _num_parameters(cfg: DictConfig) -> int:
     with torch.device("meta"):
-        model = instantiate(cfg.model)
+        model = build(cfg.model, "model")
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
