@@ -115,7 +115,7 @@ DEMO = changed(
         "not trained": [],
     },
     encoder={"layers": 1, "pattern": "I", "ffn": 512},
-    decoder={"layers": 3, "ffn": 512, "beta": 2.0},
+    decoder={"layers": 3, "ffn": 512, "beta": 2.0, "offset gain": 0.5},
     features=["res3"],
     strides=[8],
     classes=3,
@@ -128,7 +128,7 @@ DEMO_MULTI_SCALE = changed(
     DEMO,
     backbone={"blocks": [1, 1, 1]},
     encoder={"layers": 5, "pattern": "IIMII"},
-    decoder={"scales": 3, "scale selection": True, "beta": 0.5},
+    decoder={"scales": 3, "scale selection": True, "beta": 0.5, "offset gain": 0.25},
     features=["res3", "res4"],
     strides=[8, 16, 32],
 )

@@ -367,10 +367,20 @@ def test_initial_values(modulation, spread):
             assert_uniform(value, (6 / (value.shape[0] + value.shape[1])) ** 0.5)
 
 
-@pytest.mark.parametrize("gain", [0.25, 3.0])
-def test_offsets_start_with_their_gain_and_nothing_else_does(gain):
+@pytest.mark.parametrize(
+    ("settings", "gain"),
+    [
+        ({"offset_gain": 0.25}, 0.25),
+        ({"offset_gain": 3.0}, 3.0),
+        # Without one, as many radii of a map from the centre as published: radii are sqrt(beta).
+        ({"beta": 0.5}, 0.25),
+        ({"beta": 72.0}, 3.0),
+        ({"beta": 0.5, "offset_gain": 1.0}, 1.0),
+    ],
+)
+def test_offsets_start_with_their_gain_and_nothing_else_does(settings, gain):
     torch.manual_seed(0)
-    decoder = make_decoder(3, 2, modulation="multi_head", spread="independent", offset_gain=gain)
+    decoder = make_decoder(3, 2, modulation="multi_head", spread="independent", **settings)
     plain = make_decoder(3, 2, modulation="multi_head", spread="independent")
     for (name, value), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
         if "offset.weight" in name:

@@ -33,7 +33,6 @@ import platform
 import pstats
 import re
 import resource
-import shlex
 import statistics
 import sys
 import time
@@ -51,7 +50,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmark_cases import MEASUREMENTS, REFERENCE, Job, Options
-from figures import write_figures
+from figures import command_line, write_figures
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MAIN_MODELS = [
@@ -324,7 +323,7 @@ def compare(path_a: str, path_b: str) -> None:
 
 def write_records(path: str, records: List[Record]) -> None:
     """The records and their table as JSON, with the command and the date."""
-    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    command = command_line(__file__, sys.argv[1:])
     where = f"{records[0]['device']}, {records[0]['threads']} threads, torch {torch.__version__}"
     write_figures(path, command, *table_of(records), machine=where, records=records)
 

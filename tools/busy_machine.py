@@ -9,7 +9,6 @@ Nothing else should run meanwhile; with two cores it takes ten minutes.
 
 import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmark import device_name
-from figures import Table, markdown, write_figures
+from figures import Table, command_line, markdown, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARMUP = 6  # steps
@@ -99,7 +98,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     table = table_of(measured)
     print(markdown(table))
     if args.output:
-        command = shlex.join(["python", "tools/busy_machine.py", *argv])
+        command = command_line(__file__, argv)
         where = f"{device_name('cpu')}, {os.cpu_count()} cores, torch {torch.__version__}"
         write_figures(args.output, command, *table, machine=where)
     return 0

@@ -14,7 +14,6 @@ of one image of the first size.
 import argparse
 import functools
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 from benchmark import CONFIGS, MAIN_MODELS, device_name
 from benchmark_cases import Size, build_model
-from figures import write_figures
+from figures import command_line, write_figures
 
 BATCHES: List[List[Size]] = [
     [(800, 1066)],
@@ -180,7 +179,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     options.device = "cpu"
     torch.set_num_threads(options.threads)
     headers = ["config", "runtime", "boxes", "scores", "nodes", "MB", "eager (s)", "runtime (s)"]
-    command = shlex.join(["python", "tools/compare_export.py", *(argv or sys.argv[1:])])
+    command = command_line(__file__, argv or sys.argv[1:])
     where = f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}"
     rows: List[List[str]] = []
     configs = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]

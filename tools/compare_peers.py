@@ -24,7 +24,6 @@ import argparse
 import itertools
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -38,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from benchmark import PeakMemory, device_name, in_fresh_process, print_table
-from figures import write_figures
+from figures import command_line, write_figures
 from peer_models import MODELS, TASKS
 
 Options = argparse.Namespace
@@ -172,7 +171,7 @@ def write(options: Options, records: Sequence[Record]) -> None:
     words = ["DIR" if word == options.official else word for word in options.words]
     write_figures(
         options.output,
-        shlex.join(["python", "tools/compare_peers.py", *words]),
+        command_line(__file__, words),
         COLUMNS,
         table(records),
         machine=f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}",

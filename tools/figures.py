@@ -13,6 +13,7 @@ the comparison first, `docs/convergence/shapes.json main: run | AP`.
 
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
@@ -139,6 +140,11 @@ def with_tables(root: Path, text: str) -> str:
         return f"{mark}\n{table}\n<!-- end -->"
 
     return MARK.sub(replaced, text)
+
+
+def command_line(script: str, words: Sequence[str]) -> str:
+    """What a user types for a tool (its `__file__`) with these words."""
+    return shlex.join(["python", f"tools/{Path(script).name}", *words])
 
 
 def write_figures(

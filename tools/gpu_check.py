@@ -14,7 +14,6 @@ Exit code: 0 if every check passed, 1 if one failed, 2 if there is no GPU.
 """
 
 import argparse
-import shlex
 import socket
 import sys
 import time
@@ -42,7 +41,7 @@ from benchmark import (
     table_of,
 )
 from benchmark_cases import MEASUREMENTS, Job, build_model, random_batch
-from figures import Table, markdown, write_figures
+from figures import Table, command_line, markdown, write_figures
 
 Options = argparse.Namespace
 NO_GPU = 2  # exit code
@@ -321,7 +320,7 @@ def write_report(
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / name) for name in ("report.md", "report.json")]
-    command = shlex.join(["python", "tools/gpu_check.py", *options.words])
+    command = command_line(__file__, options.words)
     where = f"{device_name(options.device)}, torch {torch.__version__}"
     speed = speed_table(records)
     checks = Table(

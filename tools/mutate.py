@@ -31,7 +31,6 @@ import json
 import os
 import py_compile
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -49,7 +48,7 @@ import yaml
 from tabulate import tabulate
 from tqdm import tqdm
 
-from figures import write_figures
+from figures import command_line, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "tests" / "mutants"
@@ -421,7 +420,7 @@ def check_fit(mutants: list[Mutant]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
-    args.command = shlex.join(["python", "tools/mutate.py", *words])
+    args.command = command_line(__file__, words)
     return exit_code(run, args)
 
 

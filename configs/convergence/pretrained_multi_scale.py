@@ -7,4 +7,3 @@ model.num_extra_scales = 1
 model.encoder.pattern = "IIMII"
 # With several scales a map's radius is sqrt(16 beta stride) pixels: 14 at stride 16.
 model.decoder.beta = 0.75
-model.decoder.offset_gain = (0.75 / 8) ** 0.5

@@ -7,6 +7,7 @@ from typing import Any, List, Tuple
 import numpy as np
 
 from smca.analysis.dataset import LARGE, SMALL, Statistics
+from smca.modeling.weight_map import PUBLISHED_BETA
 
 __all__ = ["Advice", "recommend"]
 
@@ -18,7 +19,6 @@ _START_RADIUS = 1 / 3  # of a small object
 _ALIKE = 3  # large by small objects: 2.5 and 1.5 in the study
 _QUERIES_BY_OBJECTS, _MIN_QUERIES = 1.4, 40
 _SHORT_SIDES = (128, 800)  # pixels: the study's least, and the published one
-_PUBLISHED_BETA = 8.0
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
     several scales sqrt(16 beta stride) pixels."""
     radius = _START_RADIUS * small
     beta = 2 * (radius / stride) ** 2 if num_scales == 1 else radius**2 / (16 * stride)
-    beta = min(float(f"{beta:.1g}"), _PUBLISHED_BETA)
+    beta = min(float(f"{beta:.1g}"), PUBLISHED_BETA)
     start = stride * math.sqrt(beta / 2) if num_scales == 1 else math.sqrt(16 * beta * stride)
     return Advice(
         "model.decoder.beta",

@@ -9,7 +9,13 @@ from .attention import CoAttention, MultiheadAttention
 from .kernels import Dropout
 from .layers import FeedForward, mlp, xavier_uniform
 from .scales import Scale
-from .weight_map import MODULATIONS, SPREADS, WeightMapPredictor, float32_region
+from .weight_map import (
+    MODULATIONS,
+    PUBLISHED_BETA,
+    SPREADS,
+    WeightMapPredictor,
+    float32_region,
+)
 
 
 class Memory(NamedTuple):
@@ -52,7 +58,7 @@ class DecoderLayer(nn.Module):
         modulation: str,
         spread: str,
         beta: float,
-        offset_gain: float,
+        offset_gain: Optional[float],
         scale_selection: bool,
         predicts_centre: bool,
     ):
@@ -144,7 +150,8 @@ class Decoder(nn.Module):
         modulation: "multi_head" (SMCA), "head_shared" (the paper's first step) or "none" (DETR).
         spread: the maps' shape, one of `weight_map.SPREADS`.
         beta: divides the squared distances.
-        offset_gain: of the initial weights that predict the heads' offsets.
+        offset_gain: of the initial weights that predict the heads' offsets; None: sqrt(beta / 8),
+            for heads to start as many radii of a map from the centre as published.
         scale_selection: each query weighs the scales; without, their results are simply added.
     """
 
@@ -154,8 +161,8 @@ class Decoder(nn.Module):
         num_layers: int = 6,
         modulation: str = "multi_head",
         spread: str = "independent",
-        beta: float = 8.0,
-        offset_gain: float = 1.0,
+        beta: float = PUBLISHED_BETA,
+        offset_gain: Optional[float] = None,
         scale_selection: bool = True,
         num_scales: int = 3,
         embed_dim: int = 256,
@@ -171,7 +178,7 @@ class Decoder(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
         for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
-            if factor <= 0:
+            if factor is not None and factor <= 0:
                 raise ValueError(f"{name}={factor} must be positive.")
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1.")

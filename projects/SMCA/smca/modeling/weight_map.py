@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 MODULATIONS = ("multi_head", "head_shared", "none")
 REFERENCE_STRIDE = 32
+PUBLISHED_BETA = 8.0
 
 
 def float32_region(tensor: Tensor) -> ContextManager[Any]:
@@ -259,7 +260,8 @@ class WeightMapPredictor(nn.Module):
         spread: the shape, one of `SPREADS`.
         beta: divides the squared distance; a larger one makes wider maps.
         offset_gain: of the offsets' initial weights. With 1 heads start about 1.4 cells from the
-            centre, 0.7 radii of maps with beta = 8; sqrt(beta / 8) keeps that proportion.
+            centre, 0.7 radii of maps with the published beta = 8. None: sqrt(beta / 8), which keeps
+            that proportion (and is 1 as published).
 
     Raises:
         ValueError: there is no such modulation or spread, or beta or the gain is not positive.
@@ -273,8 +275,8 @@ class WeightMapPredictor(nn.Module):
         num_scales: int = 1,
         modulation: str = "multi_head",
         spread: str = "independent",
-        beta: float = 8.0,
-        offset_gain: float = 1.0,
+        beta: float = PUBLISHED_BETA,
+        offset_gain: Optional[float] = None,
     ):
         super().__init__()
         kinds = [kind for kind in MODULATIONS if kind != "none"]
@@ -282,13 +284,13 @@ class WeightMapPredictor(nn.Module):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
         for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
-            if factor <= 0:
+            if factor is not None and factor <= 0:
                 raise ValueError(f"{name}={factor} must be positive.")
         self.num_heads = num_heads if modulation == "multi_head" else 1
         self.num_scales = num_scales
         self.shape = SPREADS[spread]
         self.beta = beta
-        self.offset_gain = offset_gain
+        self.offset_gain = (beta / PUBLISHED_BETA) ** 0.5 if offset_gain is None else offset_gain
         # What a setting does not use does not exist.
         self.offset: Optional[nn.Linear] = None
         self.spread: Optional[nn.Linear] = None
