@@ -11,6 +11,7 @@ from helpers import (
     LargestTensor,
     assert_close,
     assert_same_gradients,
+    assert_uniform,
     leaves,
     make_scales,
     randomize,
@@ -576,6 +577,13 @@ def test_spread_starts_at_one_for_every_query(modulation, spread):
         spreads = one.expand(-1, -1, centres.shape[2], -1)
         expected = reference.log_weights(*scale.size, centres, spreads, spread, 8.0, factor)
         assert_close(weight_map.log_weights().flatten(3), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("beta", "gain"), [(8.0, 1.0), (2.0, 0.5)])
+def test_offsets_start_in_proportion_to_the_maps_also_outside_of_a_decoder(beta, gain):
+    torch.manual_seed(0)
+    weight = make_predictor(3, "multi_head", "independent", beta).offset.weight
+    assert_uniform(weight, gain * (6 / sum(weight.shape)) ** 0.5)
 
 
 @pytest.mark.parametrize("spread", SPREADS)

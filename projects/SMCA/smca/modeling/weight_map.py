@@ -304,7 +304,7 @@ class WeightMapPredictor(nn.Module):
     def reset_parameters(self) -> None:
         """The spread starts the same for every query; the offsets start at random, so that heads
         differ."""
-        if self.offset is not None and self.offset_gain != 1:
+        if self.offset is not None:
             nn.init.xavier_uniform_(self.offset.weight, self.offset_gain)
         if self.spread is not None:
             initial = torch.tensor(self.shape.initial_spreads)
