@@ -9,13 +9,7 @@ from .attention import CoAttention, MultiheadAttention
 from .kernels import Dropout
 from .layers import FeedForward, mlp, xavier_uniform
 from .scales import Scale
-from .weight_map import (
-    MODULATIONS,
-    PUBLISHED_BETA,
-    SPREADS,
-    WeightMapPredictor,
-    float32_region,
-)
+from .weight_map import PUBLISHED_BETA, WeightMapPredictor, check_settings, float32_region
 
 
 class Memory(NamedTuple):
@@ -171,15 +165,7 @@ class Decoder(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        for name, value, known in (
-            ("modulation", modulation, MODULATIONS),
-            ("spread", spread, tuple(SPREADS)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-        for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
-            if factor is not None and factor <= 0:
-                raise ValueError(f"{name}={factor} must be positive.")
+        check_settings(modulation, spread, beta, offset_gain)
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales

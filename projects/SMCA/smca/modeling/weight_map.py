@@ -250,6 +250,28 @@ class Grid(Protocol):
     def stride(self) -> int: ...
 
 
+def check_settings(
+    modulation: str,
+    spread: str,
+    beta: float,
+    offset_gain: Optional[float],
+    modulations: Sequence[str] = MODULATIONS,
+) -> None:
+    """
+    Raises:
+        ValueError: there is no such modulation or spread, or beta or the gain is not positive.
+    """
+    for name, value, known in (
+        ("modulation", modulation, modulations),
+        ("spread", spread, tuple(SPREADS)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
+    for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
+        if factor is not None and factor <= 0:
+            raise ValueError(f"{name}={factor} must be positive.")
+
+
 class WeightMapPredictor(nn.Module):
     """Predicts a decoder layer's weight maps from its queries.
 
@@ -280,12 +302,7 @@ class WeightMapPredictor(nn.Module):
     ):
         super().__init__()
         kinds = [kind for kind in MODULATIONS if kind != "none"]
-        for name, value, known in (("modulation", modulation, kinds), ("spread", spread, SPREADS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-        for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
-            if factor is not None and factor <= 0:
-                raise ValueError(f"{name}={factor} must be positive.")
+        check_settings(modulation, spread, beta, offset_gain, kinds)
         self.num_heads = num_heads if modulation == "multi_head" else 1
         self.num_scales = num_scales
         self.shape = SPREADS[spread]
