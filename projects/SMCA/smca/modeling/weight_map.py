@@ -259,7 +259,8 @@ def check_settings(
 ) -> None:
     """
     Raises:
-        ValueError: there is no such modulation or spread, or beta or the gain is not positive.
+        ValueError: there is no such modulation or spread, or beta or the gain is not a positive
+            number.
     """
     for name, value, known in (
         ("modulation", modulation, modulations),
@@ -267,9 +268,10 @@ def check_settings(
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-    for name, factor in (("beta", beta), ("offset_gain", offset_gain)):
-        if factor is not None and factor <= 0:
-            raise ValueError(f"{name}={factor} must be positive.")
+    gain = 1.0 if offset_gain is None else offset_gain
+    for name, factor in (("beta", beta), ("offset_gain", gain)):
+        if not (isinstance(factor, (int, float)) and factor > 0):
+            raise ValueError(f"{name}={factor!r} must be a positive number.")
 
 
 class WeightMapPredictor(nn.Module):
