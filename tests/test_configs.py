@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import get_cfg, instantiate
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, SwinTransformer, ViT, build_model
 from omegaconf import OmegaConf
 
@@ -46,6 +46,21 @@ def detect(model, height=64, width=96):
     image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     with torch.no_grad():
         return model.eval()([{"image": image}])[0]["instances"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in sorted(CONFIGS.rglob("*.py"))
+        if "common" not in path.parts and path.name != "__init__.py"
+    ],
+    ids=lambda path: path.stem,
+)
+def test_a_config_has_nothing_but_what_trains(path):
+    """What a config imports to build on would be saved with every training, beside what it used."""
+    keys = {"model", "dataloader", "optimizer", "lr_multiplier", "train", "data", "base"}
+    assert set(LazyConfig.load(str(path))) <= keys
 
 
 @pytest.mark.parametrize(
