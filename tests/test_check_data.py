@@ -2,12 +2,14 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
@@ -24,6 +26,7 @@ from smca.analysis.dataset import (
     find_remarks,
 )
 from smca.analysis.recommendation import recommend
+from smca.config import load_config
 from smca.data import DatasetError, DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError
 from smca.modeling.weight_map import WeightMapPredictor
@@ -202,6 +205,13 @@ def test_objects_as_in_the_study_get_its_best_settings(num_scales, beta):
     assert "one of stride 8" in advice["scales"]
 
 
+def test_one_scale_in_place_of_three_is_said_with_its_own_beta():
+    statistics = statistics_of(np.full(50, 100), image_size=(400, 400))
+    three, one = (recommend(statistics, 16, num_scales) for num_scales in (3, 1))
+    assert f"model.decoder.beta={values(one)['model.decoder.beta']}." in three[-1].reason
+    assert "model.decoder.beta" not in one[-1].reason
+
+
 @pytest.mark.parametrize("num_scales", [1, 3])
 @pytest.mark.parametrize("size", [60, 100])
 def test_beta_starts_the_models_maps_at_a_third_of_a_small_object(size, num_scales):
@@ -294,6 +304,25 @@ def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
     assert check["splits"]["train"]["statistics"]["objects"] == 3
     for name in names - {"check.json"}:
         Image.open(tmp_path / "out" / name).load()
+
+
+def test_the_printed_overrides_do_what_the_advice_says(tmp_path, capsys):
+    json_file, image_root = write_data(tmp_path, *GOOD)
+    config = str(ROOT / "configs" / "custom_coco.py")
+    data = [f"data.{split}_json={json_file}" for split in ("train", "val")]
+    data += [f"data.{split}_images={image_root}" for split in ("train", "val")]
+    run_tool("--config-file", config, "--output", tmp_path / "out", "--no-decode", *data)
+    pasted = capsys.readouterr().out.partition("As overrides:")[2].partition("Written:")[0]
+    cfg = load_config(config, [*data, *shlex.split(pasted.replace("\\\n", " "))])
+    advice = json.loads((tmp_path / "out" / "check.json").read_text())["advice"]
+    value = {item["setting"]: item["value"] for item in advice}
+    assert cfg.model.num_queries == value["model.num_queries"]
+    assert cfg.model.decoder.beta == value["model.decoder.beta"]
+    item = {"file_name": f"{image_root}/1.png", "height": 60, "width": 80, "image_id": 1}
+    train, test = (instantiate(cfg.dataloader[split].mapper) for split in ("train", "test"))
+    shapes = [train({**item, "annotations": []})["image"].shape for _ in range(9)]
+    shapes.append(test(dict(item))["image"].shape)
+    assert {min(shape[1:]) for shape in shapes} == {value["short_sides"]}
 
 
 def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):

@@ -17,6 +17,7 @@ import collections
 import json
 import os
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -86,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
         print(problems_text(name, split, args.num_examples))
     print_list("Remarks", remarks)
     print_list("Settings that suit the training data", map(advice_text, advice))
+    if advice:
+        overrides = [override for item in advice for override in item.overrides]
+        print("As overrides:\n    " + " \\\n    ".join(map(shlex.quote, overrides)))
 
     os.makedirs(args.output, exist_ok=True)
     paths = [os.path.join(args.output, "check.json")]

@@ -4,6 +4,7 @@
 Someone who trains on COCO sees there, from the first epoch on, whether the run is on track.
 """
 
+import argparse
 import csv
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +19,7 @@ PICTURE = ROOT / "docs" / "official_training.png"
 
 def main() -> None:
     """Draw loss and AP of every run over the epochs."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     runs: Dict[str, List[Dict[str, str]]] = defaultdict(list)
     with LOG.open() as file:
         for row in csv.DictReader(file):

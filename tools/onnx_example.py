@@ -6,8 +6,8 @@
 It prints a line for each detection: image, class, score and the box x0 y0 x1 y1 in pixels.
 """
 
+import argparse
 import json
-import sys
 from typing import List, Optional, Tuple
 
 import numpy as np
@@ -40,14 +40,20 @@ def as_batch(images: List[Image.Image]) -> Tuple[np.ndarray, np.ndarray]:
     return batch, sizes
 
 
-def main(model_path: str, *paths: str) -> None:
+def main() -> None:
     """Detect objects in the images, as one batch."""
-    session = onnxruntime.InferenceSession(model_path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="an ONNX file of tools/export.py")
+    parser.add_argument("images", nargs="+")
+    args = parser.parse_args()
+    session = onnxruntime.InferenceSession(args.model)
     metadata = session.get_modelmeta().custom_metadata_map
     info = {name: json.loads(value) for name, value in metadata.items()}
-    images, image_sizes = as_batch(read_images(list(paths), info["short_side"], info["max_size"]))
+    images, image_sizes = as_batch(read_images(args.images, info["short_side"], info["max_size"]))
     outputs = session.run(None, {"images": images, "image_sizes": image_sizes})
-    for path, boxes, scores, labels, (height, width) in zip(paths, *outputs, image_sizes):
+    for path, boxes, scores, labels, (height, width) in zip(args.images, *outputs, image_sizes):
         original = ImageOps.exif_transpose(Image.open(path))
         boxes = boxes * np.tile([original.width / width, original.height / height], 2)
         for box, score, label in zip(boxes, scores, labels):
@@ -57,4 +63,4 @@ def main(model_path: str, *paths: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,7 +1,7 @@
 """Which settings suit a data set, and why, from the measured study (docs/convergence.md)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, List, Tuple
 
 import numpy as np
@@ -29,11 +29,13 @@ class Advice:
         setting: its key, or what it is about.
         value: for a key, what to set; else words.
         reason: one sentence.
+        overrides: of a config with the augmentations of ``configs/common/coco.py``.
     """
 
     setting: str
     value: Any
     reason: str
+    overrides: List[str] = field(default_factory=list)
 
 
 def recommend(
@@ -65,9 +67,15 @@ def recommend(
             f"cells of stride {finest_stride}; the study's models saw them as {_CELLS}"
             + ("." if cells >= _CELLS - 0.1 else ", which larger images would cost too much.")
             + _smallest_class(statistics, short_side, max_size, small),
+            [
+                f"dataloader.train.mapper.augmentations.short_sides=[{short_side}]",
+                # Or half of the images keep the sizes of the augmentation with crops.
+                "dataloader.train.mapper.augmentations_with_crop=null",
+                f"dataloader.test.mapper.augmentations.short_sides={short_side}",
+            ],
         ),
         _advise_beta(small, finest_stride, num_scales),
-        _advise_scales(small, large, cells, finest_stride),
+        _advise_scales(small, large, cells, finest_stride, num_scales),
     ]
 
 
@@ -80,7 +88,7 @@ def _advise_queries(statistics: Statistics) -> Advice:
     )
     if most > 100:
         reason += ". COCO's AP counts the best 100 detections of an image only"
-    return Advice("model.num_queries", queries, reason + ".")
+    return Advice("model.num_queries", queries, reason + ".", [f"model.num_queries={queries}"])
 
 
 def _short_side(statistics: Statistics, stride: int, max_size: int) -> Tuple[int, float]:
@@ -110,23 +118,35 @@ def _smallest_class(statistics: Statistics, short_side: int, max_size: int, smal
     )
 
 
-def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
+def _beta(small: float, stride: int, num_scales: int) -> float:
     """Inverts the radius at which a map starts at the finest scale, sqrt(beta / 2) cells, with
     several scales sqrt(16 beta stride) pixels."""
     radius = _START_RADIUS * small
     beta = 2 * (radius / stride) ** 2 if num_scales == 1 else radius**2 / (16 * stride)
-    beta = min(float(f"{beta:.1g}"), PUBLISHED_BETA)
+    return min(float(f"{beta:.1g}"), PUBLISHED_BETA)
+
+
+def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
+    beta = _beta(small, stride, num_scales)
     start = stride * math.sqrt(beta / 2) if num_scales == 1 else math.sqrt(16 * beta * stride)
     return Advice(
         "model.decoder.beta",
         beta,
-        f"maps start with a radius of {start:.0f} pixels at stride {stride}, about a third of a "
-        f"small object ({small:.0f} pixels); starting so, not twice as wide, took the study's "
-        "models from AP 28.9 to 33.2 with one scale and from 16.6 to 21.9 with three.",
+        f"with {_scales(num_scales)} maps start with a radius of {start:.0f} pixels at stride "
+        f"{stride}, about a third of a small object ({small:.0f} pixels); starting so, not twice "
+        "as wide, took the study's models from AP 28.9 to 33.2 with one scale and from 16.6 to 21.9 with "
+        "three.",
+        [f"model.decoder.beta={beta}"],
     )
 
 
-def _advise_scales(small: float, large: float, cells: float, stride: int) -> Advice:
+def _scales(number: int) -> str:
+    return "one scale" if number == 1 else f"{number} scales"
+
+
+def _advise_scales(
+    small: float, large: float, cells: float, stride: int, num_scales: int
+) -> Advice:
     ratio = large / small
     alike = f"large objects are {ratio:.1f} times as long as small ones"
     if ratio <= _ALIKE and cells >= _CELLS - 0.1:
@@ -134,8 +154,13 @@ def _advise_scales(small: float, large: float, cells: float, stride: int) -> Adv
             "scales",
             f"one of stride {stride} is enough",
             f"{alike}; in the study (2.5 and 1.5 times) several scales gained nothing over one, "
-            "and took two to three times as long (configs/convergence/coco_single_scale.py has "
-            "one of stride 8).",
+            "and took two to three times as long."
+            + (
+                ""
+                if num_scales == 1
+                else " One is: the first of model.in_features alone, model.num_extra_scales=0 and "
+                f"model.decoder.beta={_beta(small, stride, 1)}."
+            ),
         )
     if cells < _CELLS - 0.1 and stride > 8:
         return Advice(
