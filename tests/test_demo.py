@@ -22,6 +22,7 @@ from helpers import (
     write_smca_config,
     write_weights,
 )
+from smca.cli.predict import find_images
 from smca.data import SHAPE_CLASSES, register_shapes
 from smca.inference import Predictor
 
@@ -292,6 +293,22 @@ def test_a_yacs_config_gives_the_same_detections(tmp_path):
     assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
 
 
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("MODEL.META_ARCHITECTURE SMCAA", "SMCAA"),
+        ("MODEL.SMCA.DECODER.SPREAD foo", "foo"),
+        ("MODEL.DEVICE gpu", "MODEL.DEVICE=gpu cannot be used"),
+    ],
+)
+def test_a_yacs_config_that_cannot_be_built_is_named(trained, tmp_path, capsys, line, words):
+    write_image(tmp_path / "a.png")
+    config = str(ROOT / "configs" / "yacs" / "Base-SMCA.yaml")
+    args = ["--config-file", config, "--weights", trained[1], "--input", tmp_path / "a.png"]
+    args += ["--output", tmp_path / "out", "--opts", "MODEL.DEVICE", "cpu", *line.split(" ")]
+    assert words in error_of(capsys, demo.main, *args)
+
+
 class _Recorder(torch.nn.Module):
     """Keeps its input and detects nothing."""
 
@@ -313,6 +330,45 @@ def test_the_predictor_resizes_and_orders_channels_as_told():
 
 
 # What is missing or wrong
+
+
+def results_before(error, trained, tmp_path, monkeypatch):
+    """Exit code of a run that an error ends at its third image, and the images of its results."""
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        write_image(tmp_path / "images" / f"{index}.png")
+    save, seen = Image.Image.save, []
+
+    def fail(self, path, *args, **kwargs):
+        seen.append(path)
+        if len(seen) == 3:
+            raise error
+        return save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    out = tmp_path / "out"
+    code = run(
+        trained, "--input", tmp_path / "images", "--output", out, "--confidence-threshold", 0
+    )
+    return code, {row["image_id"] for row in read_json(out)}
+
+
+def test_results_so_far_are_kept_when_the_command_is_stopped(trained, tmp_path, monkeypatch):
+    assert results_before(KeyboardInterrupt(), trained, tmp_path, monkeypatch) == (130, {0, 1})
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_there_is(trained, tmp_path, monkeypatch, capsys):
+    error = OSError(28, "No space left on device")
+    assert results_before(error, trained, tmp_path, monkeypatch) == (1, {0, 1})
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error")]
+    assert "out/2.png cannot be written: " in line and "No space left" in line
+
+
+def test_other_files_of_a_folder_are_no_images(tmp_path):
+    write_image(tmp_path / "a.png")
+    for name in ("b.pdf", "c.txt", "d.palm"):
+        (tmp_path / name).write_text("not an image")
+    assert find_images([str(tmp_path)]) == [str(tmp_path / "a.png")]
 
 
 def test_missing_files_are_named(trained, tmp_path, capsys):
@@ -350,12 +406,17 @@ def test_weights_that_do_not_say_their_config_need_one(trained, tmp_path, capsys
 
 
 def test_wrong_outputs_and_thresholds_are_errors(trained, tmp_path, capsys):
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "c.png", "c.tif"):
         write_image(tmp_path / name)
     model = ["--config-file", trained[0], "--weights", trained[1]]
     for arguments, words in (
         (["--input", tmp_path, "--output", tmp_path], "would overwrite the input"),
-        (["--input", tmp_path, "--output", "x.png"], "give a folder for 2 images"),
+        (["--input", tmp_path / "c.tif", "--output", tmp_path], "would overwrite"),
+        (
+            ["--input", tmp_path / "a.png", "--output", tmp_path / "b.png" / "c"],
+            "cannot be written",
+        ),
+        (["--input", tmp_path, "--output", "x.png"], "give a folder for 4 images"),
         (["--input", tmp_path, "--confidence-threshold", "2"], "has to be in [0, 1]"),
     ):
         assert words in error_of(capsys, demo.main, *model, *arguments)

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 
@@ -99,6 +100,23 @@ def test_another_batch_size_on_resume_is_a_warning(tmp_path, monkeypatch):
         train(config, tmp_path / "run")
     train(config, tmp_path / "run", "dataloader.train.total_batch_size=2", resume=True)
     assert "total_batch_size was 4" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_another_rate_on_resume_is_the_rate_of_what_follows(tmp_path):
+    """It is what to do after a loss that is not finite, and config.yaml says it."""
+    config = write_tiny_config(tmp_path, eval_period=0, max_iter=2)
+    schedule = "lr_multiplier.milestones=[8,9]"
+    overrides = ["optimizer.lr=0.004", "optimizer.weight_decay=0.5", schedule]
+    train(config, tmp_path / "run")
+    before = (tmp_path / "run" / "log.txt").read_text()
+    resumed = train(config, tmp_path / "run", *overrides, "train.max_iter=3", resume=True)
+    group = resumed["trainer"]["optimizer"]["param_groups"][0]
+    assert group["initial_lr"] == 0.004 and group["weight_decay"] == 0.5
+    rows = map(json.loads, (tmp_path / "run" / "metrics.json").read_text().splitlines())
+    assert {row["iteration"]: row["lr"] for row in rows if "lr" in row}[2] == 0.004
+    log = (tmp_path / "run" / "log.txt").read_text()[len(before) :]
+    assert log.count("lr was 0.01 when the checkpoint was written and is 0.004 now") == 1
+    assert log.count("weight_decay was 0.01") == 1 and log.count("not exactly") == 2
 
 
 def test_an_average_may_begin_with_the_resumed_run(tmp_path):

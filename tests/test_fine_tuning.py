@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
+from functools import partial
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import EvalHook, launch
+from detectron2.engine import EvalHook, hooks, launch
 from omegaconf import DictConfig, OmegaConf
 
 import smca
@@ -24,6 +27,7 @@ from helpers import (
     write_tiny_config,
     write_weights,
 )
+from reliability_cases import Job
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.config import load_config
@@ -401,6 +405,39 @@ def test_all_processes_end_by_the_results_of_the_first(tmp_path):
     rendezvous = f"file://{tmp_path / 'rendezvous'}"
     launch(_train_in_process, 2, dist_url=rendezvous, args=(tmp_path,))
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["6", "6"]
+
+
+def _die_after_an_evaluation(iteration):
+    """The process is killed once the results of an evaluation are in metrics.json."""
+    original = hooks.PeriodicWriter.after_step
+
+    def die(self):
+        original(self)
+        if self.trainer.iter == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    hooks.PeriodicWriter.after_step = die
+
+
+def test_an_evaluation_before_a_kill_counts(tmp_path):
+    settings = {"max_iter": 20, "early_stopping": 3, "num_pictures": 0}
+    config = write_tiny_config(tmp_path, **settings)
+    words = ["--config-file", config, "optimizer.lr=0", "train.model_ema.enabled=False"]
+    words += ["model.batch_norm=False"]
+    # Evaluations with one AP after steps 2, 4, 6 and 8. The one after 4 is not in its checkpoint.
+    job = Job(tmp_path, *words, prepare=partial(_die_after_an_evaluation, 3))
+    assert job.wait() == -signal.SIGKILL
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
+    main(arguments("--resume", *words))
+    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 7
+    # The one that ends the training may be the one that was not in a checkpoint.
+    shutil.rmtree(tmp_path / "run")
+    job = Job(tmp_path, *words, prepare=partial(_die_after_an_evaluation, 3))
+    assert job.wait() == -signal.SIGKILL
+    main(arguments("--resume", *words, "train.early_stopping=1"))
+    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 3
 
 
 def test_a_run_stops_early_and_resuming_leaves_it_at_that(tmp_path):

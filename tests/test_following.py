@@ -100,6 +100,42 @@ def test_wandb_has_the_values_in_a_file_offline(tmp_path, monkeypatch):
     assert image.stat().st_size > 1000
 
 
+class RecordingWriter(_TrackingWriter):
+    """A service (any module) that keeps what it is sent."""
+
+    name = "json"
+
+    def _start(self, output_dir, run_id):
+        self.sent = []
+        return "1"
+
+    def _send_values(self, values, iteration):
+        self.sent.append((iteration, sorted(values)))
+
+    def _send_image(self, name, image, iteration):
+        self.sent.append((iteration, name))
+
+
+def test_pictures_are_sent_with_their_step_before_later_ones(tmp_path):
+    """Weights & Biases drops what belongs to a step before the last one that it was sent."""
+    writer = RecordingWriter(str(tmp_path))
+    with EventStorage() as storage:
+        for step in range(8):
+            storage.put_scalar("loss", 1.0)
+            if step % 3 == 2:
+                storage.put_scalar("AP", 1.0)
+                storage.put_image("picture", torch.zeros(3, 4, 4))
+            if step % 4 == 3:
+                writer.write()
+                storage.clear_images()
+            storage.step()
+    first, second = ["AP"], ["loss"]
+    assert writer.sent == [
+        *((2, first), (2, "picture"), (3, second)),
+        *((5, first), (5, "picture"), (7, second)),
+    ]
+
+
 class FailingWriter(_TrackingWriter):
     """A service (any module) that starts, and is gone when there are values to send."""
 
@@ -121,6 +157,13 @@ def test_a_service_that_fails_ends_no_training(tmp_path, caplog):
             storage.step()
         writer.close()
     assert caplog.text.count("Nothing more is sent to json: the network is gone") == 1
+
+
+def test_a_service_that_fails_at_the_end_ends_no_training(tmp_path, caplog, monkeypatch):
+    writer = FailingWriter(str(tmp_path))
+    monkeypatch.setattr(FailingWriter, "_end", lambda self: [][0])
+    writer.close()
+    assert "The run at json was not ended: list index out of range" in caplog.text
 
 
 def test_a_service_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):

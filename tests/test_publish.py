@@ -302,6 +302,17 @@ def test_a_trainings_config_is_not_overwritten(checkpoint, capsys):
     assert checkpoint.with_name("config.yaml").read_text() == before
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_detector(checkpoint, tmp_path, monkeypatch):
+    def fail(model, path):
+        raise sys.modules["safetensors"].SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(safetensors, "save_model", fail)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=f"{out} cannot be written: I/O error: File too large"):
+        save_pretrained(load_detector(str(checkpoint)), str(out))
+    assert not (out / "config.yaml").exists()
+
+
 def test_a_detector_with_parts_of_ones_own_is_not_published(checkpoint, tmp_path):
     detector = load_detector(str(checkpoint))
     detector.cfg.model.backbone._target_ = Mark

@@ -161,7 +161,7 @@ def test_another_run_is_set_aside_whole(finished, tmp_path):
     code, output = train(tmp_path, config, out, prepare=fail_at(0))
     assert code == 1
     assert "before there was anything to save" in output
-    assert files(run / "previous_1") == before - {"log.txt"}
+    assert files(run / "previous_1") == before - {"log.txt", ".lock"}
     assert "last_checkpoint" not in files(run)
 
     code, output = train(tmp_path, config, out, "--resume")
@@ -177,6 +177,35 @@ def test_another_run_is_set_aside_whole(finished, tmp_path):
     assert [row["iteration"] for row in rows if "total_loss" in row] == [0, 1, 2]
     # previous_2 is the failed one's.
     assert iteration_of(run / "previous_3" / "model_final.pth") == 1
+
+
+def test_a_folder_that_another_training_writes_to_is_refused(tmp_path):
+    long = {"max_iter": 100000, "eval_period": 0, "checkpointer": {"period": 5, "max_to_keep": 2}}
+    config = write_tiny_config(tmp_path, **long)
+    words = ["--config-file", config, "dataloader.train.num_workers=1"]
+    first = Job(tmp_path, *words)
+    first.wait_for("total_loss")
+    for flags in ([], ["--resume"]):
+        second = Job(tmp_path, *flags, *words)
+        assert second.wait() == 1
+        (line,) = [line for line in second.output.splitlines() if line.startswith("Error")]
+        assert f"train.output_dir={tmp_path}/run is in use by another training" in line
+    assert first.is_alive()
+    # Killed, it leaves a worker, but no lock.
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    resumed = Job(tmp_path, "--resume", *words)
+    resumed.wait_for("Resuming at iteration")
+    resumed.signal_group(signal.SIGTERM)
+    resumed.wait()
+
+
+@pytest.mark.parametrize("folder", ["truth.json", "truth.json/run"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
+    config = write_tiny_config(tmp_path)
+    code, output = train(tmp_path, config, f"train.output_dir={tmp_path}/{folder}")
+    assert code == 1 and len(output.splitlines()) == 1
+    assert f"train.output_dir={tmp_path}/{folder} cannot be written" in output
 
 
 def test_an_evaluation_leaves_the_training_s_files_alone(finished, tmp_path):

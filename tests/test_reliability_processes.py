@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import TinyDetector, start_by_fork, write_dataset, write_tiny_config
+from helpers import TinyDetector, error_of, start_by_fork, write_dataset, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
+from smca.cli import train as train_command
 from smca.engine import launch, peers
 from test_train_net import SMALL
 
@@ -261,6 +263,27 @@ def test_the_launcher_says_which_process_was_killed(tmp_path):
     assert job.wait(120) == 137
     assert "Error: Process 1 was ended by SIGKILL." in job.output
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
+
+
+def test_a_signal_ends_a_process_that_waits_for_another_machine(tmp_path):
+    config = write_tiny_config(tmp_path)
+    args = ["--config-file", config, "--num-machines", 2]
+    with socket.socket() as link:
+        link.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{link.getsockname()[1]}"
+    job = Job(tmp_path, *args, "--dist-url", url, prepare=let_launcher_fork)
+    while not list(descendants(job.pid)):
+        time.sleep(0.1)
+    time.sleep(3)  # its store waits
+    job.signal_group(signal.SIGINT)
+    assert job.wait(30) == 130
+
+
+def test_several_machines_need_an_address(tmp_path, capsys):
+    config = write_tiny_config(tmp_path)
+    words = ["--config-file", config, "--num-machines", "2", "train.device=cpu"]
+    text = error_of(capsys, train_command.main, *words)
+    assert "--dist-url has to be tcp://HOST:PORT" in text
 
 
 def test_torchrun_and_two_launchers_train_like_one_process(tmp_path):

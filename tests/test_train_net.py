@@ -233,6 +233,21 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
     assert "dataset_name is a list of 2, an evaluator takes one data set: give" in text
 
 
+def test_several_evaluators_evaluate_after_one_another(tmp_path):
+    config = write_tiny_config(tmp_path, max_iter=2)
+    with open(config, "a") as file:
+        file.write(
+            "from detectron2.evaluation import DatasetEvaluator\n"
+            "class Counter(DatasetEvaluator):\n"
+            "    def reset(self):\n        self.count = 0\n"
+            "    def process(self, inputs, outputs):\n        self.count += len(inputs)\n"
+            "    def evaluate(self):\n        return {'images': {'count': self.count}}\n"
+            "dataloader['evaluator'] = [dataloader['evaluator'], L(Counter)()]\n"
+        )
+    results = main(arguments("--config-file", config))
+    assert results["images"] == {"count": 8} and "AP" in results["bbox"]
+
+
 # Configs and overrides that cannot be used
 
 
@@ -248,6 +263,8 @@ def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
         ("train.max_iter.foo=1", "no key train.max_iter.foo"),
         ("train.amp.dtype=fp17", "train.amp.dtype has to be bf16 or fp16, it cannot be 'fp17'"),
         ("train.max_iter=many", "train.max_iter has to be a number, it cannot be 'many'"),
+        ("train.seed=5000000000", "train.seed has to be a whole number below 2 ** 31"),
+        ("dataloader.train.total_batch_size=2.0", "dataloader.train.total_batch_size"),
         ("train.max_iter=0", "train.max_iter has to be a whole number of at least 1"),
         ("train.max_iter=2.5", "train.max_iter has to be a whole number"),
         ("train.accumulate=0", "train.accumulate has to be"),

@@ -134,8 +134,8 @@ def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
         beta,
         f"with {_scales(num_scales)} maps start with a radius of {start:.0f} pixels at stride "
         f"{stride}, about a third of a small object ({small:.0f} pixels); starting so, not twice "
-        "as wide, took the study's models from AP 28.9 to 33.2 with one scale and from 16.6 to 21.9 with "
-        "three.",
+        "as wide, took the study's models from AP 28.9 to 33.2 with one scale and from 16.6 to "
+        "21.9 with three.",
         [f"model.decoder.beta={beta}"],
     )
 

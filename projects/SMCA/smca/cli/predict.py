@@ -1,18 +1,20 @@
 """Detect objects in images or a video: ``smca-predict``, in a checkout ``demo.py``."""
 
 import argparse
+import contextlib
 import glob
 import json
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence, TextIO
+from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from smca.checkpoint.files import write_atomically
 from smca.errors import UserError, exit_code
 from smca.inference import add_predictor_arguments, predictor_of
 
@@ -70,7 +72,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code, 1 if something could not be read.
     """
-    return exit_code(run, get_parser().parse_args(argv))
+    try:
+        return exit_code(run, get_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,22 +98,21 @@ def run_on_images(args: argparse.Namespace) -> int:
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
     predictor = predictor_of(args)
-    os.makedirs(os.path.dirname(outputs[0]) or ".", exist_ok=True)
-    results: List[Dict[str, Any]] = []
+    make_folder_of(outputs[0])
     num_failed = 0
     progress = tqdm(zip(paths, outputs), total=len(paths), unit="image", disable=None)
-    for image_id, (path, output) in enumerate(progress):
-        try:
-            detections = predictor(path, threshold=args.confidence_threshold)
-        except UserError as error:
-            _say(f"Skipped: {error}", file=sys.stderr)
-            num_failed += 1
-            continue
-        detections.draw().save(output)
-        results += detections.to_coco(file_name=path, image_id=image_id)
-        _say(f"{path}: {len(detections)} detections, drawn in {output}")
-    json_file = os.path.join(os.path.dirname(outputs[0]), JSON_NAME)
-    write_json(results, json_file)
+    with results_beside(outputs[0]) as results:
+        for image_id, (path, output) in enumerate(progress):
+            try:
+                detections = predictor(path, threshold=args.confidence_threshold)
+            except UserError as error:
+                _say(f"Skipped: {error}", file=sys.stderr)
+                num_failed += 1
+                continue
+            with naming(output):
+                detections.draw().save(output)
+            results += detections.to_coco(file_name=path, image_id=image_id)
+            _say(f"{path}: {len(detections)} detections, drawn in {output}")
     if num_failed:
         print(f"{num_failed} of {len(paths)} images could not be read.", file=sys.stderr)
     return 1 if num_failed else 0
@@ -132,7 +136,8 @@ def find_images(patterns: Sequence[str]) -> List[str]:
     Raises:
         UserError: nothing is there.
     """
-    image_suffixes = set(Image.registered_extensions())
+    known = Image.registered_extensions().items()
+    image_suffixes = {suffix for suffix, kind in known if kind in Image.OPEN}  # PDF is not
     paths: List[str] = []
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
@@ -176,9 +181,15 @@ def output_paths(paths: Sequence[str], output: str) -> List[str]:
             taken.add(candidate)
             outputs.append(os.path.join(output, candidate))
     sources = {os.path.realpath(path) for path in paths}
+    folders = {os.path.dirname(source) for source in sources}
     for path in outputs:
-        if os.path.realpath(path) in sources:
+        target = os.path.realpath(path)
+        if target in sources:
             raise UserError(f"--output would overwrite the input {path}: give another folder.")
+        if os.path.exists(target) and os.path.dirname(target) in folders and path != output:
+            raise UserError(
+                f"--output would overwrite {path}, beside its input: give another folder."
+            )
     return outputs
 
 
@@ -196,34 +207,34 @@ def run_on_video(args: argparse.Namespace) -> int:
         raise UserError(f"{args.video_input} is no video that OpenCV can read.")
     output = video_output_path(args.video_input, args.output)
     predictor = predictor_of(args)
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+    make_folder_of(output)
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
     if not 0 < frames_per_second < 1000:  # which some files do not say
         frames_per_second = 25.0
-    results: List[Dict[str, Any]] = []
     writer: Any = None  # its size is that of the first drawn frame
     index = 0
     # Some files do not say how many frames they have.
     num_frames = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
     progress = tqdm(total=num_frames, unit="frame", disable=None)
-    while is_readable:
-        image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        detections = predictor(image, threshold=args.confidence_threshold)
-        drawn = even_sized(np.asarray(detections.draw()))
-        if writer is None:
-            codec, size = cv2.VideoWriter_fourcc(*"mp4v"), drawn.shape[1::-1]
-            writer = cv2.VideoWriter(output, codec, frames_per_second, size)
-            if not writer.isOpened():
-                raise UserError(f"OpenCV cannot write {output}: is the folder writable?")
-        writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
-        results += detections.to_coco(file_name=args.video_input, image_id=index)
-        index += 1
-        progress.update()
-        is_readable, frame = video.read()
-    progress.close()
-    writer.release()
-    video.release()
-    write_json(results, os.path.join(os.path.dirname(output), JSON_NAME))
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(results_beside(output))
+        stack.callback(video.release)
+        stack.callback(progress.close)
+        while is_readable:
+            image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            detections = predictor(image, threshold=args.confidence_threshold)
+            drawn = even_sized(np.asarray(detections.draw()))
+            if writer is None:
+                codec, size = cv2.VideoWriter_fourcc(*"mp4v"), drawn.shape[1::-1]
+                writer = cv2.VideoWriter(output, codec, frames_per_second, size)
+                if not writer.isOpened():
+                    raise UserError(f"OpenCV cannot write {output}: is the folder writable?")
+                stack.callback(writer.release)  # or nothing can play what there is
+            writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            results += detections.to_coco(file_name=args.video_input, image_id=index)
+            index += 1
+            progress.update()
+            is_readable, frame = video.read()
     print(f"{args.video_input}: {index} frames, {len(results)} detections, drawn in {output}")
     return 0
 
@@ -261,8 +272,35 @@ def even_sized(image: np.ndarray) -> np.ndarray:
 # Results
 
 
-def write_json(results: List[Dict[str, Any]], path: str) -> None:
-    """Write the results, and say so."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
-    print(f"{len(results)} detections in {path}")
+def make_folder_of(path: str) -> None:
+    """
+    Raises:
+        UserError: it cannot be made.
+    """
+    folder = os.path.dirname(path) or "."
+    with naming(folder):
+        os.makedirs(folder, exist_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn what the system says to writing a file into an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def results_beside(output: str) -> Iterator[List[Dict[str, Any]]]:
+    """A list for the results, which are written as JSON beside `output` at the end, and whatever
+    ends the work before that."""
+    path = os.path.join(os.path.dirname(output), JSON_NAME)
+    results: List[Dict[str, Any]] = []
+    try:
+        yield results
+    finally:
+        content = json.dumps(results, indent=1).encode()
+        with naming(path):
+            write_atomically(path, lambda file: file.write(content))
+        print(f"{len(results)} detections in {path}")

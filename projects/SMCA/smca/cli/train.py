@@ -23,7 +23,10 @@ CONFIG is a file, or the name of a config that comes with the package:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; gives the exit code."""
-    args = default_argument_parser(epilog=_EXAMPLES).parse_args(argv)
+    parser = default_argument_parser(epilog=_EXAMPLES)
+    # A free port, where Detectron2's is the same for all trainings of a user.
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args(argv)
     args.config_file = _config_file(args.config_file)
     return run(args)
 

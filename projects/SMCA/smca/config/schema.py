@@ -25,10 +25,12 @@ def text(words: str = "a text") -> Kind:
     return Kind(words, lambda value: isinstance(value, str))
 
 
-def whole_number(least: float = -math.inf) -> Kind:
-    """An integer of at least `least`."""
-    words = "a whole number" + ("" if least == -math.inf else f" of at least {least}")
-    return Kind(words, lambda value: _is_number(value, int) and value >= least)
+def whole_number(
+    least: float = -math.inf, below: float = math.inf, words: str = "a whole number"
+) -> Kind:
+    """An integer in [least, below), called `words`."""
+    words += "" if least == -math.inf else f" of at least {least}"
+    return Kind(words, lambda value: _is_number(value, int) and least <= value < below)
 
 
 def number(words: str = "a number", least: float = -math.inf, below: float = math.inf) -> Kind:

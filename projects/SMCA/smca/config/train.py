@@ -33,7 +33,8 @@ _TRAIN = {
     "init_checkpoint": Kind("a path, a URL or ''", lambda v: v is None or isinstance(v, str)),
     "max_iter": whole_number(least=1),
     "device": text("auto, cpu, cuda or another device of PyTorch"),
-    "seed": whole_number(),
+    # The number of the process is added to it.
+    "seed": whole_number(below=2**31, words="a whole number below 2 ** 31"),
     "amp": {
         "enabled": TRUE_OR_FALSE,
         "dtype": Kind(" or ".join(AMP_DTYPES), lambda v: v in list(AMP_DTYPES)),
@@ -94,10 +95,11 @@ def _is_call(value: Any) -> bool:
     return isinstance(value, DictConfig) and "_target_" in value
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, key: str = "train.device") -> torch.device:
     """
     Args:
         name: "auto" or a PyTorch device.
+        key: what names it in the config.
 
     Returns:
         The device of this process; for "auto", a GPU if there is one, else the CPU.
@@ -116,5 +118,5 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         is_there = False
     if not is_there:
-        raise ConfigError(f"train.device={name} cannot be used on this machine: take auto or cpu.")
+        raise ConfigError(f"{key}={name} cannot be used on this machine: take auto or cpu.")
     return device

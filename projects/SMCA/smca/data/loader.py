@@ -125,7 +125,11 @@ def build_train_loader(
     if len(dataset) == 0:
         raise DatasetError("The training data set has no images: check dataloader.train.dataset.")
     world_size = comm.get_world_size()
-    if total_batch_size < 1 or total_batch_size % world_size:
+    if (
+        not isinstance(total_batch_size, int)
+        or total_batch_size < 1
+        or total_batch_size % world_size
+    ):
         raise ConfigError(
             f"total_batch_size={total_batch_size} must be a positive multiple of the number of "
             f"processes, {world_size}: change dataloader.train.total_batch_size."

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import threading
-from typing import Any, Dict, List, Mapping, MutableMapping, Optional, Sequence, Set, Tuple
+from typing import Any, Collection, Dict, List, Mapping, MutableMapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.checkpoint import Checkpointer
@@ -262,9 +262,10 @@ class EarlyStopping(HookBase):
         self._period = period
         self._patience = patience
         self._checkpointer = checkpointer
-        self._metric = metric
+        self.metric = metric
         self._best: Optional[float] = None
         self._num_worse = 0  # since the best
+        self._last_iter = -1  # of what was counted
 
     def before_train(self) -> None:
         self._stop_if_due()
@@ -274,10 +275,19 @@ class EarlyStopping(HookBase):
         if self._period <= 0 or next_iter % self._period or next_iter == self.trainer.max_iter:
             return
         # Only the main process has results.
-        value, iteration = self.trainer.storage.latest().get(self._metric, (None, None))
-        value = comm.all_gather(value if iteration == self.trainer.iter else None)[0]
-        if value is None:
+        value, iteration = self.trainer.storage.latest().get(self.metric, (None, None))
+        self.count(value if iteration == self.trainer.iter else None)
+
+    def count(self, value: Optional[float]) -> None:
+        """Take the evaluation of this iteration into account, unless that was done before.
+
+        Args:
+            value: of the metric, None if there is none; that of the main process counts.
+        """
+        value = comm.all_gather(value)[0]
+        if value is None or self._last_iter >= self.trainer.iter:
             return
+        self._last_iter = self.trainer.iter
         if math.isfinite(value) and (self._best is None or value > self._best):
             self._best, self._num_worse = float(value), 0
         else:
@@ -291,7 +301,7 @@ class EarlyStopping(HookBase):
         logger.info(
             "The training ends early: %s did not become better than %s in %d evaluations "
             "(train.early_stopping=%d).",
-            self._metric,
+            self.metric,
             "nan" if self._best is None else f"{self._best:.3f}",
             self._num_worse,
             self._patience,
@@ -300,15 +310,17 @@ class EarlyStopping(HookBase):
         return True
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best": self._best, "num_worse": self._num_worse}
+        return {"best": self._best, "num_worse": self._num_worse, "last_iter": self._last_iter}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._best, self._num_worse = state_dict["best"], state_dict["num_worse"]
+        self._last_iter = state_dict.get("last_iter", -1)
 
 
 class MissedEvaluation(HookBase):
     """When a training goes on from a checkpoint that should have been evaluated, and was not before
-    the run ended, does that first. Put it behind the others.
+    the run ended, does that first; if it was, `EarlyStopping` counts it, which the checkpoint
+    may be too old to say. Put it behind the others.
 
     Args:
         period: iterations from one evaluation to the next, as of the `EvalHook`.
@@ -328,22 +340,31 @@ class MissedEvaluation(HookBase):
         if self._period <= 0 or start % self._period or not 0 < start < trainer.max_iter:
             return
         # Of a training that was to end here, the results are one number further.
-        if comm.all_gather(self._are_evaluated({start - 1, start}))[0]:
-            return
-        logger.info("The evaluation of iteration %d is made up for.", start - 1)
+        results = comm.all_gather(self._results_of((start - 1, start)))[0]
         trainer.iter = trainer.storage.iter = start - 1
+        if not results:
+            logger.info("The evaluation of iteration %d is made up for.", start - 1)
         for hook in self._steps:
-            hook.after_step()
+            if not results:
+                hook.after_step()
+            elif isinstance(hook, EarlyStopping):
+                hook.count(results.get(hook.metric))
         trainer.iter = trainer.storage.iter = start
 
-    def _are_evaluated(self, iterations: Set[int]) -> bool:
+    def _results_of(self, iterations: Collection[int]) -> Dict[str, float]:
+        """What metrics.json has of an evaluation after one of these iterations, by its name."""
         try:
             metrics = read_metrics(self._metrics_file)
         except UserError:  # nothing was written yet
-            return False
+            return {}
         # The results' names are task/metric.
-        results = [found for name, (found, _) in metrics.items() if "/" in name]
-        return any(iterations.intersection(found) for found in results)
+        return {
+            name: value
+            for name, (found, values) in metrics.items()
+            if "/" in name
+            for iteration, value in zip(found, values)
+            if iteration in iterations
+        }
 
 
 def _peak_memory_mb() -> float:

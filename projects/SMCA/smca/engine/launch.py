@@ -271,6 +271,8 @@ def _join(
     is_cuda = torch.cuda.is_available()
     if is_cuda:
         torch.cuda.set_device(local_rank)
+    # It may wait for another machine, long, and where Python does not see Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         init_method=url,
@@ -278,6 +280,7 @@ def _join(
         rank=rank,
         timeout=_COLLECTIVE_TIMEOUT,
     )
+    signal.signal(signal.SIGINT, handler)
     comm.create_local_process_group(local_size)
     comm.synchronize()
     torch.set_num_threads(max(1, torch.get_num_threads() // local_size))

@@ -1,16 +1,28 @@
 """The output folder of a run, which holds one run's files at a time."""
 
+import errno
 import fnmatch
+import logging
 import os
 import re
-from typing import List, Optional, Sequence, Tuple
+from typing import IO, List, Optional, Sequence, Tuple
 
 from omegaconf import DictConfig
 
 from smca.checkpoint.files import remove_temporary_files
 from smca.errors import ConfigError
 
-__all__ = ["newest_previous_run", "set_previous_run_aside"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["claim", "newest_previous_run", "set_previous_run_aside"]
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+_LOCKED: List[IO[str]] = []  # closing one would give up its lock
 
 _TRAINED = ("last_checkpoint", "model_*.pth", "metrics.json")
 # log.txt is not among them: Detectron2 goes on with it from run to run.
@@ -29,6 +41,38 @@ _FILES = (
     "modulation.png",
     "examples.jpg",
 )
+
+
+def claim(folder: str) -> None:
+    """Make the output folder this process's own until it ends: a second training would move the
+    first one's files away and both write on.
+
+    Raises:
+        ConfigError: it cannot be written, or another process trains there.
+    """
+    path = os.path.join(folder, _LOCK)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115, open as long as the lock is held
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir={folder} cannot be written: {error.strerror}."
+        ) from error
+    _LOCKED.append(file)
+    if fcntl is None:
+        return
+    try:
+        # Not flock's kind, which a killed training's workers would go on holding.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ConfigError(
+                f"train.output_dir={folder} is in use by another training: wait for its end, or "
+                "choose another folder."
+            ) from error
+        logger.warning(
+            "%s cannot be locked (%s): let no other training write there.", folder, error
+        )
 
 
 def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:

@@ -42,7 +42,7 @@ from smca.engine.hooks import (
 )
 from smca.engine.peers import PeerWatch
 from smca.engine.pictures import EvaluationPictures
-from smca.engine.run_folder import newest_previous_run, set_previous_run_aside
+from smca.engine.run_folder import claim, newest_previous_run, set_previous_run_aside
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.engine.writers import build_writers
@@ -83,6 +83,7 @@ def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results
         return do_eval(cfg, args)
 
     train = cfg.train
+    _from_main_process(claim, train.output_dir)
     if not args.resume:
         previous, train.init_checkpoint = _from_main_process(set_previous_run_aside, train)
     setup_logger(train.output_dir, distributed_rank=comm.get_rank(), name="smca")
@@ -177,7 +178,8 @@ def _resolve_data_settings(cfg: DictConfig) -> None:
         if isinstance(node, DictConfig):
             OmegaConf.update(cfg, key, build(node, key), merge=False)
     check_train(cfg.train)
-    evaluated = OmegaConf.select(cfg, "dataloader.evaluator.dataset_name")
+    evaluator = cfg.dataloader.get("evaluator")  # or a list of them
+    evaluated = evaluator.get("dataset_name") if isinstance(evaluator, DictConfig) else None
     if isinstance(evaluated, ListConfig):
         raise ConfigError(
             f"dataloader.evaluator.dataset_name is a list of {len(evaluated)}, an evaluator takes "

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -84,12 +84,17 @@ class _TrackingWriter(EventWriter):
         ).items():
             if iteration > self._last_write:
                 by_iteration.setdefault(iteration, {})[name] = value
+        images: Dict[int, List[Tuple[str, np.ndarray]]] = {}
+        # Detectron2's storage shows them to writers in this list; TensorBoard's clears it.
+        for name, image, iteration in storage._vis_data:
+            images.setdefault(iteration, []).append((name, np.asarray(image).transpose(1, 2, 0)))
         try:
-            for iteration, values in sorted(by_iteration.items()):
-                self._send_values(values, iteration)
-            # Detectron2's storage shows them to writers in this list; TensorBoard's clears it.
-            for name, image, iteration in storage._vis_data:
-                self._send_image(name, np.asarray(image).transpose(1, 2, 0), iteration)
+            # In order: Weights & Biases drops what is of a step before the last that it got.
+            for iteration in sorted({*by_iteration, *images}):
+                if iteration in by_iteration:
+                    self._send_values(by_iteration[iteration], iteration)
+                for name, image in images.get(iteration, ()):
+                    self._send_image(name, image, iteration)
         except Exception as error:
             self._is_on = False
             logger.warning("Nothing more is sent to %s: %s", self.name, error)
@@ -98,7 +103,10 @@ class _TrackingWriter(EventWriter):
     def close(self) -> None:
         if self._is_on:
             self._is_on = False
-            self._end()
+            try:
+                self._end()
+            except Exception as error:
+                logger.warning("The run at %s was not ended: %s", self.name, error)
 
 
 class WandbWriter(_TrackingWriter):

@@ -269,11 +269,17 @@ def _build_from_lazy(
 
 def _build_from_yacs(cfg: CfgNode, device: Optional[str]) -> _Built:
     """As `_build_from_lazy`."""
-    cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
+    cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE, "MODEL.DEVICE"))
     augmentation = T.ResizeShortestEdge(
         [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
     )
-    model = build_yacs_model(cfg)
+    try:
+        model = build_yacs_model(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.args[0] if error.args else type(error).__name__
+        raise ConfigError(f"The config's model cannot be built: {reason}") from error
     return model, [augmentation], cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
 
 

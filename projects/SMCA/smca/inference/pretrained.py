@@ -56,6 +56,7 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
             a config.yaml of its own), or cannot be written.
     """
     safetensors = need_extra("safetensors.torch")
+    safetensors_error = need_extra("safetensors").SafetensorError  # no type of Python's own errors
     present = {file.name for file in Path(folder).glob("[!.]*")}
     foreign = sorted(present - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
     if foreign:
@@ -86,9 +87,10 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
     _check_parts(published, "The detector's config")
     try:
         os.makedirs(folder, exist_ok=True)
-        Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
         safetensors.save_model(detector.model, os.path.join(folder, WEIGHTS_NAME))
-    except OSError as error:
+        # The last, without which the folder is no detector.
+        Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
+    except (OSError, safetensors_error) as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
     return published
 
