@@ -1,12 +1,6 @@
 from .evaluate import do_test
-from .hooks import (
-    BestCheckpointer,
-    EarlyStopping,
-    EmergencyCheckpointer,
-    EvalHook,
-    ModelEMA,
-    ProgressPrinter,
-)
+from .evaluation_hooks import BestCheckpointer, EarlyStopping, EvalHook
+from .hooks import EmergencyCheckpointer, ModelEMA, ProgressPrinter
 from .launch import run
 from .train import do_eval, do_train, main
 from .trainer import Trainer

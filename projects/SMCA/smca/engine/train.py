@@ -31,15 +31,13 @@ from smca.engine.evaluate import (
     do_test,
     log_summary,
 )
-from smca.engine.hooks import (
+from smca.engine.evaluation_hooks import (
     BestCheckpointer,
     EarlyStopping,
-    EmergencyCheckpointer,
     EvalHook,
     MissedEvaluation,
-    ModelEMA,
-    ProgressPrinter,
 )
+from smca.engine.hooks import EmergencyCheckpointer, ModelEMA, ProgressPrinter
 from smca.engine.peers import PeerWatch
 from smca.engine.pictures import EvaluationPictures
 from smca.engine.run_folder import claim, newest_previous_run, set_previous_run_aside

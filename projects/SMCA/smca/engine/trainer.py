@@ -5,7 +5,7 @@ import math
 import os
 import random
 import time
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smca.checkpoint.files import read_tag, write_atomically
 from smca.data.loader import set_start_batch, set_start_sample
+from smca.engine.resume import keep_settings, sample_of_old, warn_of_change
 from smca.engine.signals import STOP_SIGNALS, React, StopSignals
 from smca.engine.storage import BoundedStorage
 from smca.errors import NonFiniteError
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 # Keeps the random numbers of the model apart from those of the data loader, which are
 # derived from the same seed.
 _MODEL = 2
-# What a config says of an optimizer, and a checkpoint as well.
-_OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
 # Gradients that overflow at such a scale of the loss are broken, float16 or not.
 _LEAST_SCALE = 2.0**-14
 
@@ -379,43 +378,11 @@ class Trainer(SimpleTrainer):
         """Goes on with a checkpoint's state, but with the rates that the config has now."""
         configured = [dict(group) for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
-        self._keep_settings(configured)
+        keep_settings(self.optimizer, configured)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.total_batch_size is not None:
-            self._start_sample = state_dict.get("sample", _sample_of_old(state_dict))
+            self._start_sample = state_dict.get("sample", sample_of_old(state_dict))
         for name, value in self._stream().items():
             if name in state_dict and state_dict[name] != value:
-                _warn_of_change(name, state_dict[name], value)
-
-    def _keep_settings(self, configured: Sequence[Mapping[str, Any]]) -> None:
-        """Undo that PyTorch's optimizers take their settings from a checkpoint, too."""
-        changed: Dict[str, Tuple[Any, Any]] = {}
-        for group, settings in zip(self.optimizer.param_groups, configured):
-            for name in _OPTIMIZER_SETTINGS & settings.keys():
-                key = "initial_lr" if name == "lr" else name  # which the schedule multiplies
-                former, value = group.get(key, settings[name]), settings[name]
-                # Pairs such as Adam's betas become lists in a config.
-                if list(np.ravel(former)) != list(np.ravel(value)):
-                    group[key] = value
-                    changed.setdefault(f"the optimizer's {name}", (former, value))
-        for name, (former, value) in sorted(changed.items()):
-            _warn_of_change(name, former, value)
-
-
-def _warn_of_change(name: str, former: Any, value: Any) -> None:
-    logger.warning(
-        "The run goes on, but not exactly: %s was %s when the checkpoint was written and is %s "
-        "now.",
-        name,
-        former,
-        value,
-    )
-
-
-def _sample_of_old(state_dict: Dict[str, Any]) -> Optional[int]:
-    """Where a checkpoint that does not say so is in the stream of data, or None."""
-    if not state_dict.get("total_batch_size") or not state_dict.get("accumulate"):
-        return None
-    num_batches = (state_dict["iteration"] + 1) * state_dict["accumulate"]
-    return num_batches * state_dict["total_batch_size"]
+                warn_of_change(name, state_dict[name], value)
