@@ -366,7 +366,35 @@ def test_options_that_contradict_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "config, expected",
-    [("smca_r50_50ep", (16, 3)), ("smca_single_scale_r50_50ep", (32, 1)), ("smca_shapes", (8, 1))],
+    [
+        ("smca_r50_50ep", (16, 3, 16)),
+        ("smca_single_scale_r50_50ep", (32, 1, 32)),
+        ("smca_shapes", (8, 1, 8)),
+        ("smca_conv_r50_50ep", (8, 4, 16)),
+    ],
 )
-def test_the_finest_stride_and_the_number_of_scales_are_the_models(config, expected):
+def test_strides_and_the_number_of_scales_are_the_models(config, expected):
     assert tool.scales_of(model_zoo.get_config(config).model) == expected
+
+
+def test_a_dilated_stage_keeps_its_stride():
+    model = model_zoo.get_config("smca_single_scale_r50_50ep").model
+    model.backbone.dilated_res5 = True
+    assert tool.scales_of(model) == (16, 1, 16)
+
+
+def test_the_convolutional_model_has_beta_for_the_scale_that_its_decoder_reads():
+    statistics = statistics_of(np.full(50, 100), image_size=(400, 400))
+    conv, same = recommend(statistics, 8, 4, map_stride=16), recommend(statistics, 8, 4)
+    # The finest has a radius of sqrt(16 beta stride) pixels.
+    assert values(same)["model.decoder.beta"] == pytest.approx(
+        2 * values(conv)["model.decoder.beta"], rel=0.3
+    )
+    assert "at stride 16" in conv[2].reason and "in_features" not in conv[3].reason
+
+
+def test_a_config_of_small_images_is_told_to_let_them_grow():
+    sizes = np.full(50, 40)
+    advice = recommend(statistics_of(sizes, (640, 480)), 8, 1, max_size=256)
+    assert advice[1].overrides[-1] == "dataloader.test.mapper.augmentations.max_size=1333"
+    assert values(advice) == values(recommend(statistics_of(sizes, (640, 480)), 8, 1))

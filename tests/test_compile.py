@@ -8,6 +8,7 @@ from detectron2.structures import Boxes, Instances
 from torch._dynamo.utils import counters
 
 from helpers import assert_same_detections, build_model
+from smca.analysis.recorder import Recorder
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
@@ -76,3 +77,41 @@ def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
         assert model.encoder.layers[0].ffn.linear1.weight.grad.any()
     assert 3 <= graphs() <= 8
     assert not counters["graph_break"]
+
+
+def test_checkpointed_layers_compile_and_have_the_same_gradients(graphs):
+    torch.manual_seed(0)
+    overrides = ["model.encoder.pattern=IM", "model.encoder.checkpointing=True", *TWO_SCALES]
+    model = build_model("smca_r50_50ep", *TINY, *overrides, "model.dropout=0").train()
+    batches = make_batches(3, 2)
+
+    def gradients(batch):
+        model.zero_grad()
+        sum(model(batch).values()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = [gradients(batch) for batch in batches]
+    model.compile_parts(backend="eager")
+    for batch, wanted in zip(batches, expected, strict=True):
+        found = gradients(batch)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert graphs() > 0
+
+
+def test_a_compiled_model_is_recorded(graphs):
+    torch.manual_seed(0)
+    model = build_model("smca_single_scale_r50_50ep", *TINY).eval()
+    (batch,) = make_batches(1, 1)
+    with torch.no_grad():
+        with Recorder(model) as expected:
+            model(batch)
+        model.compile_parts(backend="eager")
+        model(batch)
+        compiled = graphs()
+        with Recorder(model) as found:
+            model(batch)
+        torch.testing.assert_close(found.layer(-1).centre, expected.layer(-1).centre)
+        model(batch)
+    assert graphs() == compiled > 0

@@ -289,7 +289,7 @@ def test_a_computed_number_can_be_given(own, override):
     assert cfg[section][key] == int(value)
 
 
-def test_steps_of_epochs_count_images_of_all_files(tmp_path):
+def test_steps_of_epochs_count_images_of_all_files(tmp_path, monkeypatch):
     for name, count in (("a", 30), ("b", 11)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"images": [{}] * count}))
     a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
@@ -297,6 +297,8 @@ def test_steps_of_epochs_count_images_of_all_files(tmp_path):
     assert steps_of_epochs(4, [a, b], 8) == 20  # of 20.5
     assert steps_of_epochs(4, [a, b], 8, accumulate=2) == 10
     assert steps_of_epochs(0.01, a, 8) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert steps_of_epochs(4, "~/a.json", 8) == 15
 
 
 def test_the_longest_beginning_in_whole_words_decides_the_rate():

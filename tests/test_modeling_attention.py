@@ -222,6 +222,33 @@ def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
     assert_same_gradients(maps, expected, used(inputs, spread), tolerance)
 
 
+@pytest.mark.parametrize("size", [(25, 42), (50, 84)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, centres, spreads",
+    [(torch.float32, 1e-4, 1e-4), (torch.float16, 0.02, 0.1), (torch.bfloat16, 0.15, 0.7)],
+    ids=str,
+)
+def test_how_far_rounded_gradients_of_large_maps_are_off(dtype, centres, spreads, size):
+    """The sums over x^2, x and 1 that make a spread's gradient are rounded, and cancel."""
+    inputs = random_gaussians(size, "independent", num_queries=40)
+    query, key, value, weights = (
+        random_tensor(B, H, n, D, seed=seed).to(dtype)
+        for seed, n in enumerate([40, size[0] * size[1], size[0] * size[1], 40])
+    )
+    maps = make_map(*inputs.values(), "independent", size)
+    output = attend(query, key, value, weight_map=maps)
+    found = torch.autograd.grad((output.float() * weights).sum(), list(inputs.values()))
+
+    exact = leaves({name: x.detach().double() for name, x in inputs.items()})
+    query, key, value, weights = (x.double() for x in (query, key, value, weights))
+    log_weights = reference.log_weights(*size, *exact.values(), "independent")
+    scores = query @ key.transpose(-1, -2) / D**0.5 + log_weights.flatten(3)
+    loss = (scores.softmax(dim=-1) @ value * weights).sum()
+    expected = torch.autograd.grad(loss, list(exact.values()))
+    for gradient, wanted, limit in zip(found, expected, (centres, spreads), strict=True):
+        assert (gradient.double() - wanted).norm() / wanted.norm() < limit
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 def test_no_weight_is_more_than_one(spread):
     inputs = random_gaussians((6, 8), spread)

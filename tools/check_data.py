@@ -14,9 +14,9 @@ problems, which training would stop at.
 
 import argparse
 import collections
+import copy
 import json
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -31,11 +31,12 @@ from smca.analysis.dataset import (
     examine,
     find_remarks,
 )
-from smca.analysis.recommendation import Advice, recommend
-from smca.config import load_config
+from smca.analysis.recommendation import MAX_SIZE, Advice, recommend
+from smca.config import build, load_config
 from smca.data import require_dataset
 from smca.errors import UserError, exit_code
 
+import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
@@ -82,7 +83,13 @@ def run(args: argparse.Namespace) -> int:
     statistics = {name: collect_statistics(split) for name, split in splits.items()}
     train_name = next(iter(splits))
     remarks = find_remarks(splits)
-    advice = recommend(statistics[train_name], *scales_of(cfg.model))
+    advice = []
+    if len(statistics[train_name].boxes):
+        stride, num_scales, map_stride = scales_of(cfg.model)
+        max_size = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations.max_size")
+        advice = recommend(
+            statistics[train_name], stride, num_scales, max_size or MAX_SIZE, map_stride
+        )
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
     print_list("Remarks", remarks)
@@ -162,10 +169,17 @@ def _as_list(value: Any) -> List[Any]:
     return [value] if isinstance(value, (str, os.PathLike)) else list(value)
 
 
-def scales_of(model: DictConfig) -> Tuple[int, int]:
-    """The finest stride of a config's model, in pixels, and its number of scales."""
-    feature = re.fullmatch(r"res(\d)", str(OmegaConf.select(model, "in_features")[0]))
-    return 2 ** int(feature[1]) if feature else 16, int(model.decoder.num_scales)
+def scales_of(model: DictConfig) -> Tuple[int, int, int]:
+    """The finest stride of a config's model, in pixels, its number of scales, and the finest stride
+    that its decoder reads."""
+    model = copy.deepcopy(model)
+    model.num_classes = 1  # which the data may have to say
+    with torch.device("meta"):  # nothing is allocated
+        built = build(model, "model")
+    strides = built.neck.strides
+    # The published convolutional encoder.
+    is_reduced = getattr(built.encoder, "reduce", None) is not None
+    return strides[0], len(strides), 2 * strides[0] if is_reduced else strides[0]
 
 
 def draw(

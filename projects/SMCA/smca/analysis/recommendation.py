@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 
 from smca.analysis.dataset import LARGE, SMALL, Statistics
 from smca.modeling.weight_map import PUBLISHED_BETA
 
-__all__ = ["Advice", "recommend"]
+__all__ = ["MAX_SIZE", "Advice", "recommend"]
+
+MAX_SIZE = 1333  # of the long side in COCO's recipe, in pixels
 
 # The study's best models see a small object as 3 cells of
 # their finest scale (25 and 27 pixels at stride 8), with maps that start at 8 pixels, a third of
@@ -39,7 +41,11 @@ class Advice:
 
 
 def recommend(
-    statistics: Statistics, finest_stride: int, num_scales: int, max_size: int = 1333
+    statistics: Statistics,
+    finest_stride: int,
+    num_scales: int,
+    max_size: int = MAX_SIZE,
+    map_stride: Optional[int] = None,
 ) -> List[Advice]:
     """Settings for the data, by what the measured study (docs/convergence.md) found.
 
@@ -47,13 +53,17 @@ def recommend(
         statistics: of the training data.
         finest_stride: of the model's scales, in pixels.
         num_scales: of the model.
-        max_size: limit of the long side, in pixels.
+        max_size: of the config's long sides, in pixels. Where it is less than COCO's, that is
+            advised as well.
+        map_stride: of the finest scale that the decoder reads, if it is another one.
 
     Returns:
         One for queries, image size, beta and the model's scales; none without objects.
     """
     if not len(statistics.boxes):
         return []
+    is_capped, max_size = max_size < MAX_SIZE, max(max_size, MAX_SIZE)
+    map_stride = map_stride or finest_stride
     short_side, cells = _short_side(statistics, finest_stride, max_size)
     small, large = np.percentile(
         statistics.scaled_sizes(short_side, max_size), [SMALL, LARGE]
@@ -72,10 +82,15 @@ def recommend(
                 # Or half of the images keep the sizes of the augmentation with crops.
                 "dataloader.train.mapper.augmentations_with_crop=null",
                 f"dataloader.test.mapper.augmentations.short_sides={short_side}",
+                *(
+                    f"dataloader.{split}.mapper.augmentations.max_size={max_size}"
+                    for split in ("train", "test")
+                    if is_capped
+                ),
             ],
         ),
-        _advise_beta(small, finest_stride, num_scales),
-        _advise_scales(small, large, cells, finest_stride, num_scales),
+        _advise_beta(small, map_stride, num_scales),
+        _advise_scales(small, large, cells, finest_stride, num_scales, map_stride),
     ]
 
 
@@ -145,7 +160,7 @@ def _scales(number: int) -> str:
 
 
 def _advise_scales(
-    small: float, large: float, cells: float, stride: int, num_scales: int
+    small: float, large: float, cells: float, stride: int, num_scales: int, map_stride: int
 ) -> Advice:
     ratio = large / small
     alike = f"large objects are {ratio:.1f} times as long as small ones"
@@ -157,7 +172,7 @@ def _advise_scales(
             "and took two to three times as long."
             + (
                 ""
-                if num_scales == 1
+                if num_scales == 1 or map_stride != stride  # the finest is needed with another
                 else " One is: the first of model.in_features alone, model.num_extra_scales=0 and "
                 f"model.decoder.beta={_beta(small, stride, 1)}."
             ),

@@ -132,6 +132,9 @@ class Recorder:
         return self._layers[index % num_layers]
 
     def __enter__(self) -> "Recorder":
+        # A compiled decoder would not call hooks that it did not have when it was compiled.
+        self._uncompiled = torch.compiler.set_stance("force_eager")
+        self._uncompiled.__enter__()
         self._handles.append(self._decoder.register_forward_pre_hook(self._keep_sizes))
         self._handles.append(self._decoder.register_forward_hook(self._keep_output))
         for index, layer in enumerate(self._decoder.layers):
@@ -148,6 +151,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._uncompiled.__exit__(*exc_info)
 
     def _keep_sizes(self, module: nn.Module, inputs: Tuple[Any, ...]) -> None:
         self._image_sizes = inputs[2]

@@ -46,7 +46,8 @@ class EvaluationPictures:
         try:
             figures = self._draw(model)
         except Exception as error:
-            logger.warning("There will be no pictures of this training: %s", error)
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("There will be no pictures of this training: %s", reason)
             self._num_images = 0
             return
         for name, figure in figures.items():

@@ -3,6 +3,7 @@ activation checkpointing."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
@@ -45,4 +46,10 @@ def run_layer(layer: nn.Module, checkpointing: bool, *args: Any) -> Any:
     the same dropout, in the backward pass.
 
     Every tensor has to be an argument, or in a list, tuple or dict that is one."""
-    return checkpoint(layer, *args, use_reentrant=False) if checkpointing else layer(*args)
+    return _run_checkpointed(layer, *args) if checkpointing else layer(*args)
+
+
+@torch.compiler.disable(recursive=False)
+def _run_checkpointed(layer: nn.Module, *args: Any) -> Any:
+    # PyTorch 2.14 fails to trace several of them with sizes that change; the layers are compiled.
+    return checkpoint(layer, *args, use_reentrant=False)

@@ -1,6 +1,7 @@
 """DETR's training recipe in Detectron2's terms: learning rates of the parts, and their schedule."""
 
 import json
+import os
 from typing import Any, Callable, Dict, Mapping, Sequence, Tuple, Union
 
 from detectron2.config import LazyCall as L
@@ -68,7 +69,7 @@ def steps_of_epochs(
     files = [json_file] if isinstance(json_file, str) else json_file
     num_images = 0
     for file in files:
-        with open(file, encoding="utf-8") as opened:
+        with open(os.path.expanduser(file), encoding="utf-8") as opened:
             num_images += len(json.load(opened)["images"])
     return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
