@@ -1,5 +1,6 @@
 """What the layers of a modulated decoder compute in a call of the model: where its queries look."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -114,6 +115,7 @@ class Recorder:
         self.decoded: DecoderOutput
         self._decoder = decoder
         self._handles: List[RemovableHandle] = []
+        self._uncompiled = contextlib.ExitStack()
         self._image_sizes: Tensor
         self._layers: Dict[int, LayerRecord] = {}
 
@@ -132,9 +134,9 @@ class Recorder:
         return self._layers[index % num_layers]
 
     def __enter__(self) -> "Recorder":
-        # A compiled decoder would not call hooks that it did not have when it was compiled.
-        self._uncompiled = torch.compiler.set_stance("force_eager")
-        self._uncompiled.__enter__()
+        if self._decoder._compiled_call_impl is not None:
+            # It would not call hooks that it did not have when it was compiled.
+            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
         self._handles.append(self._decoder.register_forward_pre_hook(self._keep_sizes))
         self._handles.append(self._decoder.register_forward_hook(self._keep_output))
         for index, layer in enumerate(self._decoder.layers):
@@ -151,7 +153,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._uncompiled.__exit__(*exc_info)
+        self._uncompiled.close()
 
     def _keep_sizes(self, module: nn.Module, inputs: Tuple[Any, ...]) -> None:
         self._image_sizes = inputs[2]
