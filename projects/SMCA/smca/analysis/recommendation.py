@@ -189,6 +189,6 @@ def _advise_scales(
         "several",
         f"{alike}; on COCO several scales are ahead of one (43.7 over 41.0 AP), as in the study of "
         "objects that differ ten times (19.8 over 11.6), where the convolutional encoder "
-        "(configs/common/models/smca_conv.py) took two thirds of the attention encoder's time for as "
-        "much or more (22.1).",
+        "(configs/common/models/smca_conv.py) took two thirds of the attention encoder's time for "
+        "as much or more (22.1).",
     )

@@ -5,7 +5,7 @@ import fnmatch
 import logging
 import os
 import re
-from typing import IO, List, Optional, Sequence, Tuple
+from typing import IO, Dict, List, Optional, Sequence, Tuple
 
 from omegaconf import DictConfig
 
@@ -17,12 +17,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["claim", "newest_previous_run", "set_previous_run_aside"]
+__all__ = ["claim", "newest_previous_run", "release", "set_previous_run_aside"]
 
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_LOCKED: List[IO[str]] = []  # closing one would give up its lock
+_LOCKED: Dict[str, IO[str]] = {}  # by folder; closing one gives up its lock
 
 _TRAINED = ("last_checkpoint", "model_*.pth", "metrics.json")
 # log.txt is not among them: Detectron2 goes on with it from run to run.
@@ -44,8 +44,8 @@ _FILES = (
 
 
 def claim(folder: str) -> None:
-    """Make the output folder this process's own until it ends: a second training would move the
-    first one's files away and both write on.
+    """Make the output folder this process's own until it ends or calls `release`: a second training
+    would move the first one's files away and both write on.
 
     Raises:
         ConfigError: it cannot be written, or another process trains there.
@@ -58,7 +58,7 @@ def claim(folder: str) -> None:
         raise ConfigError(
             f"train.output_dir={folder} cannot be written: {error.strerror}."
         ) from error
-    _LOCKED.append(file)
+    _LOCKED[folder] = file
     if fcntl is None:
         return
     try:
@@ -73,6 +73,13 @@ def claim(folder: str) -> None:
         logger.warning(
             "%s cannot be locked (%s): let no other training write there.", folder, error
         )
+
+
+def release(folder: str) -> None:
+    """Give up what this process has claimed."""
+    file = _LOCKED.pop(folder, None)
+    if file is not None:
+        file.close()
 
 
 def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:

@@ -40,7 +40,7 @@ from smca.engine.evaluation_hooks import (
 from smca.engine.hooks import EmergencyCheckpointer, ModelEMA, ProgressPrinter
 from smca.engine.peers import PeerWatch
 from smca.engine.pictures import EvaluationPictures
-from smca.engine.run_folder import claim, newest_previous_run, set_previous_run_aside
+from smca.engine.run_folder import claim, newest_previous_run, release, set_previous_run_aside
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.engine.writers import build_writers
@@ -80,8 +80,17 @@ def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results
         _resolve_data_settings(cfg)
         return do_eval(cfg, args)
 
+    _from_main_process(claim, cfg.train.output_dir)
+    try:
+        return _start_or_resume(cfg, args, peers)
+    finally:
+        release(cfg.train.output_dir)
+
+
+def _start_or_resume(
+    cfg: DictConfig, args: argparse.Namespace, peers: Optional[PeerWatch]
+) -> Results:
     train = cfg.train
-    _from_main_process(claim, train.output_dir)
     if not args.resume:
         previous, train.init_checkpoint = _from_main_process(set_previous_run_aside, train)
     setup_logger(train.output_dir, distributed_rank=comm.get_rank(), name="smca")
