@@ -83,13 +83,9 @@ def run(args: argparse.Namespace) -> int:
     statistics = {name: collect_statistics(split) for name, split in splits.items()}
     train_name = next(iter(splits))
     remarks = find_remarks(splits)
-    advice = []
-    if len(statistics[train_name].boxes):
-        stride, num_scales, map_stride = scales_of(cfg.model)
-        max_size = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations.max_size")
-        advice = recommend(
-            statistics[train_name], stride, num_scales, max_size or MAX_SIZE, map_stride
-        )
+    stride, num_scales, map_stride = scales_of(cfg.model)
+    max_size = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations.max_size") or MAX_SIZE
+    advice = recommend(statistics[train_name], stride, num_scales, max_size, map_stride)
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
     print_list("Remarks", remarks)

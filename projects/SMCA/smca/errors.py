@@ -61,10 +61,13 @@ def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
     """Run a command line's work.
 
     Returns:
-        What `command` returns (0 for None), or 1 after a :class:`UserError`, which is printed.
+        What `command` returns (0 for None), 1 after a :class:`UserError`, which is printed, or 130
+        after Ctrl-C.
     """
     try:
         return command(*args) or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130

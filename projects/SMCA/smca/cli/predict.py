@@ -72,10 +72,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code, 1 if something could not be read.
     """
-    try:
-        return exit_code(run, get_parser().parse_args(argv))
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(run, get_parser().parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
