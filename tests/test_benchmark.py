@@ -190,13 +190,22 @@ def test_scaling_covers_sizes_and_numbers_of_queries():
     assert len(jobs) == 2 * len(forward)
 
 
-def test_gain_over_the_reference_is_printed(measure, capsys):
+def test_table_has_the_gain_over_the_reference(measure, tmp_path, capsys):
     records = measure("co_attention")
     slow, fast = records[1], records[0]
     assert slow["name"] == fast["name"] + ", reference"
-    table = capsys.readouterr().out.split("slow reference")[1]
-    row = next(line for line in table.splitlines() if line.startswith("| co_attention forward  "))
-    assert f"{slow['median_s'] / fast['median_s']:.2f}" in row
+    content = json.loads((tmp_path / "output.json").read_text())
+    column = content["columns"].index("time, reference / here")
+    gain = f"{slow['median_s'] / fast['median_s']:.2f}"
+    assert [bool(row[column]) for row in content["rows"]] == [True, False, True, False]
+    assert content["rows"][0][column] == gain
+    assert gain in capsys.readouterr().out
+
+
+def test_models_are_measured_with_each_size(measure):
+    more = ["--image-size", "32", "64", "--train-size", "32", "64", "--batch-size", "1"]
+    sizes = [record["size"] for record in measure("encoder", "train_step", *more)]
+    assert sizes == ["1 x 32 x 64", "1 x 64 x 96"] * 2
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")

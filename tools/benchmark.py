@@ -257,9 +257,12 @@ def print_table(headers: List[str], rows: List[List[Optional[str]]]) -> None:
 
 
 def table_of(records: Sequence[Record]) -> Tuple[List[str], List[List[Optional[str]]]]:
-    """Columns and rows of all measurements."""
+    """Columns and rows of all measurements. Where a slow reference was measured too, its time and
+    memory over those here."""
     columns = ["measurement", "config", "size", "s", "extra MiB", "peak MiB", "GFLOP/s", "share"]
+    columns += ["time, reference / here", "memory, reference / here"]
     groups = [g for g in [*GROUPS, REST] if any(g in r.get("profile", {}) for r in records)]
+    found = {key(record): record for record in records}
     rows = []
     for record in records:
         row: List[Optional[str]] = [*key(record), f"{record['median_s']:.3g}"]
@@ -267,10 +270,18 @@ def table_of(records: Sequence[Record]) -> Tuple[List[str], List[List[Optional[s
         has_speed = "gflops" in record
         row.append(f"{record['gflops']:.0f}" if has_speed else None)
         row.append(f"{record['share']:.0%}" if has_speed else None)
+        name, *of = key(record)
+        reference = found.get((name + REFERENCE, *of), {})
+        row += [ratio(reference, record, quantity) for quantity in ("median_s", "extra_bytes")]
         profile = record.get("profile")
         row += [f"{profile[group]:.0%}" if profile else None for group in groups]
         rows.append(row)
     return columns + groups, rows
+
+
+def ratio(a: Record, b: Record, name: str) -> Optional[str]:
+    """a's number over b's; None if a has none or b's is 0."""
+    return f"{a[name] / b[name]:.2f}" if a and b[name] else None
 
 
 def print_ratios(pairs: Sequence[Tuple[Record, Record]]) -> None:
@@ -281,22 +292,8 @@ def print_ratios(pairs: Sequence[Tuple[Record, Record]]) -> None:
     for a, b in pairs:
         times = [f"{record['median_s'] * 1e3:.1f}" for record in (a, b)]
         rows.append([*key(b), *times])
-        for name in ("median_s", "extra_bytes", "peak_bytes"):
-            rows[-1].append(f"{a[name] / b[name]:.2f}" if b[name] else None)
+        rows[-1] += [ratio(a, b, name) for name in ("median_s", "extra_bytes", "peak_bytes")]
     print_table(headers, rows)
-
-
-def print_gain_over_reference(records: List[Record]) -> None:
-    """The ratios where a slow reference was measured too."""
-    found = {key(record): record for record in records}
-    pairs = []
-    for (name, config, size), record in found.items():
-        reference = found.get((name + REFERENCE, config, size))
-        if reference is not None:
-            pairs.append((reference, record))
-    if pairs:
-        print("\nThe slow reference (A) over ours (B)")
-        print_ratios(pairs)
 
 
 def read_records(path: str) -> Dict[Tuple[str, Optional[str], str], Record]:
@@ -348,8 +345,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5)
     add("--cells", type=int, nargs=2, default=(50, 84), metavar=("H", "W"), help="co-attention's")
     add("--num-queries", type=int, default=300, help="co-attention's")
-    add("--image-size", type=int, nargs=2, action="append", metavar=("H", "W"), help="inference's")
-    add("--train-size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"))
+    size = dict(type=int, nargs=2, action="append", metavar=("H", "W"))
+    add("--image-size", **size, help="inference's and the encoder's, can be repeated")
+    add("--train-size", **size, help="the training step's, can be repeated")
     add("--batch-size", type=int, default=2, help="of the training step")
     add("--profile", action="store_true", help="print the operators of each measurement")
     add("--output", metavar="FILE", help="write the measurements as JSON")
@@ -364,7 +362,8 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> Options:
     options.what = [word for word in options.what if "=" not in word] or list(MEASUREMENTS)
     options.config = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]
     options.image_size = [tuple(s) for s in options.image_size or [(800, 1066), (800, 1333)]]
-    options.cells, options.train_size = tuple(options.cells), tuple(options.train_size)
+    options.train_size = [tuple(s) for s in options.train_size or [(512, 672)]]
+    options.cells = tuple(options.cells)
     unknown = [name for name in options.what if name not in MEASUREMENTS]
     if unknown:
         raise UserError(f"No measurement {unknown[0]}: choose among {', '.join(MEASUREMENTS)}.")
@@ -390,7 +389,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if options.output:  # after each, so that a long run that is stopped leaves its results
             write_records(options.output, records)
     print_table(*table_of(records))
-    print_gain_over_reference(records)
 
 
 if __name__ == "__main__":

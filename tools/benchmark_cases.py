@@ -368,14 +368,14 @@ def model_jobs(
 MEASUREMENTS: Dict[str, Callable[[Options], Iterable[Job]]] = {
     "co_attention": co_attention_jobs,
     "co_attention_scaling": co_attention_scaling_jobs,
-    "encoder": lambda o: model_jobs(o, "encoder", build_encoder, o.image_size[:1]),
+    "encoder": lambda o: model_jobs(o, "encoder", build_encoder, o.image_size),
     "matcher": lambda o: [Job("matcher", "16 images", build_matcher)],
     "criterion": lambda o: [Job("criterion, matcher and backward", "16 images", build_criterion)],
     "inference": lambda o: model_jobs(
         o, "inference", build_inference, o.image_size, cost=multiply_adds
     ),
     "train_step": lambda o: model_jobs(
-        o, "train_step", build_train_step, [o.train_size], o.batch_size, training_multiply_adds
+        o, "train_step", build_train_step, o.train_size, o.batch_size, training_multiply_adds
     ),
     "train_mapper": train_mapper_jobs,
     "coco_ap": coco_ap_jobs,
