@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import json
+import shlex
 import subprocess
 import sys
 
@@ -103,10 +105,19 @@ def test_what_padding_holds_does_not_reach_the_cross_attention(tools):
     assert padded.any() and (masks[0].isinf().any(1).any(1) == padded).all()
 
 
-def test_a_short_training_runs(tools, monkeypatch, capsys):
+def test_a_short_training_writes_the_losses_of_both(tools, monkeypatch, tmp_path, capsys):
     _, training = tools
     batch = training.make_batch(np.random.default_rng(0), 1)
     monkeypatch.setattr(training, "make_batch", lambda rng: batch)
-    monkeypatch.setattr(sys, "argv", ["train_plug_in.py", "--steps", "2", "--period", "1"])
+    file = tmp_path / "losses.json"
+    words = ["--steps", "2", "--period", "1", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["train_plug_in.py", *words])
     training.main()
-    assert capsys.readouterr().out.count("loss_bbox") == 2
+    content = json.loads(file.read_text())
+    assert content["command"] == shlex.join(["python", "tools/train_plug_in.py", *words])
+    assert content["columns"][2] == "L1" and content["columns"][5] == "L1, plain"
+    first, second = content["rows"]
+    assert (first[0], second[0]) == ("1", "2") and first[1:] != second[1:]
+    # Both start from the same weights but for the maps, which change what is predicted.
+    assert all(float(text) > 0 for text in first) and first[1:4] != first[4:]
+    assert f"| {' | '.join(first)} |" in capsys.readouterr().out

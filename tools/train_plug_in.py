@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Train Hugging Face's DETR from random weights on drawn shapes, with SMCA's weight maps or as it
-is, and print its validation loss; see docs/plug_in.md.
+"""Train Hugging Face's DETR from random weights on drawn shapes, with SMCA's weight maps and as it
+is, and print both validation losses; see docs/plug_in.md.
 
-    python tools/train_plug_in.py            # with weight maps
-    python tools/train_plug_in.py --plain    # DETR alone
+    python tools/train_plug_in.py
 """
 
 import argparse
-import time
-from typing import Any, Dict
+import sys
+from typing import Any, Dict, List
 
 from smca.data import draw_scene
+from smca.errors import exit_code
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torchvision.ops import box_convert, masks_to_boxes
 from tqdm import tqdm, trange
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
+from benchmark import device_name
+from figures import Table, command_line, markdown, write_figures
 from plug_in_example import ModulatedDetr
 
 SIDE = 160  # pixels that a batch is padded to
-PARTS = ("loss_ce", "loss_bbox", "loss_giou")
+PARTS = {"loss_ce": "class loss", "loss_bbox": "L1", "loss_giou": "1 - GIoU"}
 
 
 def make_detr(**settings: Any) -> DetrForObjectDetection:
@@ -66,24 +68,21 @@ def make_batch(rng: np.random.Generator, batch_size: int = 4) -> Dict:
     return dict(pixel_values=pixels, pixel_mask=mask, labels=labels)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plain", action="store_true", help="DETR without weight maps")
-    parser.add_argument("--steps", type=int, default=350)
-    parser.add_argument("--period", type=int, default=50, help="steps between evaluations")
-    parser.add_argument("--spread", default="independent", help="the maps' shape")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def train(args: argparse.Namespace, plain: bool) -> Dict[int, List[str]]:
+    """Train DETR, `plain` or with weight maps.
 
+    Returns:
+        At each evaluation, by its step, the validation loss of each of `PARTS`.
+    """
     torch.manual_seed(args.seed)
     model = make_detr()
-    if not args.plain:
+    if not plain:
         model = ModulatedDetr(model, spread=args.spread, beta=2.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     validation = [make_batch(np.random.default_rng(10**6 + index)) for index in range(8)]
-    rng, start = np.random.default_rng(args.seed), time.perf_counter()
-    for step in trange(1, args.steps + 1, unit="step", disable=None):
+    rng, found = np.random.default_rng(args.seed), {}
+    name = "plain" if plain else "with weight maps"
+    for step in trange(1, args.steps + 1, desc=name, unit="step", disable=None):
         optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 100)
         optimizer.zero_grad()
         model(**make_batch(rng)).loss.backward()
@@ -92,12 +91,33 @@ def main() -> None:
         if step % args.period == 0:
             with torch.no_grad():
                 losses = [model(**batch).loss_dict for batch in validation]
-            means = {key: float(torch.stack([x[key] for x in losses]).mean()) for key in PARTS}
-            numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-            seconds = time.perf_counter() - start
+            means = [torch.stack([x[key] for x in losses]).mean() for key in PARTS]
+            found[step] = [f"{mean:.3f}" for mean in means]
             with tqdm.external_write_mode():
-                print(f"step {step}  {numbers}  ({seconds:.0f} s)", flush=True)
+                print(f"{name}, step {step}: {dict(zip(PARTS, found[step]))}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--period", type=int, default=50, help="steps between evaluations")
+    parser.add_argument("--spread", default="independent", help="the maps' shape")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", metavar="FILE", help="write the losses as JSON")
+    args = parser.parse_args()
+
+    ours, plain = (train(args, plain) for plain in (False, True))
+    columns = ["step", *PARTS.values(), *(f"{label}, plain" for label in PARTS.values())]
+    rows = [[str(step), *ours[step], *plain[step]] for step in ours]
+    print(markdown(Table(columns, rows)))
+    if args.output:
+        where = f"{device_name('cpu')}, torch {torch.__version__}"
+        write_figures(
+            args.output, command_line(__file__, sys.argv[1:]), columns, rows, machine=where
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
