@@ -216,16 +216,29 @@ def test_a_report_keeps_what_another_machine_trained(finished, tmp_path, monkeyp
     assert first == wide and [run["final"]["AP"] for run in others] == [1.0, 1.0, 1.0]
 
 
-def test_a_report_of_other_settings_is_not_kept(finished, launched, tmp_path):
+@pytest.mark.parametrize(
+    "key, value, num_lost",
+    [
+        ("overrides", ["model.dropout=0.3"], 4),
+        ("iterations_per_epoch", 3.0, 4),  # other data
+        ("max_iter", 5, 1),
+        ("name", "not in the study any more", 1),
+    ],
+)
+def test_a_report_of_other_settings_is_not_lost(
+    finished, launched, tmp_path, capsys, key, value, num_lost
+):
     path, out = finished
-    for other in ("model.dropout=0.3", "train.max_iter=5"):
-        docs = tmp_path / other
-        docs.mkdir()
-        shutil.copy(out / "tiny.json", docs)
-        here = str(tmp_path / other / "here")
-        args = [path, "--output", here, "--report-dir", str(docs), "--report-only", other]
-        assert tool.main(args) == 0
-        assert not any(run["evaluations"] for run in read_json(docs)["runs"])
+    report, file = read_json(out), tmp_path / "tiny.json"
+    (report if key in report else report["runs"][0])[key] = value
+    file.write_text(json.dumps(report))
+    before = state_of(tmp_path)
+    args = [path, "--output", tmp_path / "here", "--report-dir", tmp_path]
+    for more in ([], ["--report-only"]):
+        text = error_of(capsys, tool.main, *args, *more)
+        assert f"{file} has {num_lost} trainings of other settings" in text
+        assert "choose another --report-dir" in text
+    assert launched == [] and state_of(tmp_path) == before
 
 
 def test_other_settings_in_the_same_folder_are_an_error(copied, launched, capsys):

@@ -90,21 +90,19 @@ def run(args: argparse.Namespace) -> int:
     if args.study.endswith(".json"):
         if args.runs or args.opts or args.output:
             raise UserError(f"{args.study} is a report: to train, give the study's YAML file.")
-        report, folder = read_report(args.study), os.path.dirname(args.study)
+        report, folder = read_report(args.study), args.report_dir or os.path.dirname(args.study)
     else:
         study = read_study(args.study, args.output, args.opts)
-        file = os.path.join(args.report_dir or "", f"{study.name}.json")
-        former = read_report(file) if args.report_dir and os.path.isfile(file) else None
+        file = os.path.join(args.report_dir, f"{study.name}.json") if args.report_dir else ""
         if not args.report_only:
             for training in study.trainings:
                 training.check_folder()
             trainings = select(study.trainings, args.runs)
-            if former:
-                trainings = _not_finished(trainings, join(make_report(study), former), file)
+            if os.path.isfile(file):
+                trainings = _not_finished(trainings, join(make_report(study), file), file)
             failures = train(trainings, args.jobs)
-        report, folder = make_report(study), study.output_dir
-        report = join(report, former) if former else report
-    print("Written:", *write_report(report, args.report_dir or folder), sep="\n  ")
+        report, folder = join(make_report(study), file), args.report_dir or study.output_dir
+    print("Written:", *write_report(report, folder), sep="\n  ")
     for training, reason in failures.items():
         print(f"Error: {training} failed: {reason}", file=sys.stderr)
     return 1 if failures else 0

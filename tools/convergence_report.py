@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
+from smca.checkpoint.files import write_atomically
 from smca.errors import UserError
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ += ["read_file", "read_report", "write_report"]
 
 _MIN_TARGET_AP = 1.0  # %; steps to less than this compare noise
 _RUN_COLUMNS = ("name", "seed", "num_parameters", "max_iter")
+_SAME_STUDY = ("overrides", "iterations_per_epoch", "evaluation_columns")
 _SAME_TRAINING = (*_RUN_COLUMNS, "config", "overrides")
 COLUMNS = ("iteration", "epoch", "seconds", "AP", "AP50")
 
@@ -57,24 +59,38 @@ def read_report(path: str) -> Report:
     return report
 
 
-def join(report: Report, former: Report) -> Report:
+def join(report: Report, path: str) -> Report:
     """
     Args:
-        former: an earlier report of the study, perhaps of trainings on other machines.
+        path: of an earlier report of the study, perhaps of trainings on other machines. There need
+            not be one.
 
     Returns:
-        `report` with `former`'s rows of the trainings that got further there. Rows of other
-        settings (config, overrides, parameters, steps) are not taken.
+        `report` with the earlier one's rows of the trainings that got further there.
+
+    Raises:
+        UserError: rows would be lost, of other settings (config, overrides, parameters, steps), of
+            other data, or of runs that the study does not have.
     """
-    if any(former.get(key) != report[key] for key in ("overrides", "evaluation_columns")):
+    if not os.path.isfile(path):
         return report
-    rows = {_identity(run): run for run in former["runs"]}
-    runs = [max(run, rows.get(_identity(run), run), key=_steps) for run in report["runs"]]
+    former = read_report(path)
+    rows = {_identity(former, run): run for run in former["runs"] if run["evaluations"]}
+    identities = [_identity(report, run) for run in report["runs"]]
+    num_lost = len(rows.keys() - set(identities))
+    if num_lost:
+        raise UserError(
+            f"{path} has {num_lost} trainings of other settings or data, or of runs that the study "
+            "does not have, which would be lost: choose another --report-dir."
+        )
+    pairs = zip(report["runs"], identities)
+    runs = [max(run, rows.get(identity, run), key=_steps) for run, identity in pairs]
     return {**report, "runs": runs}
 
 
-def _identity(run: Dict[str, Any]) -> str:
-    return json.dumps([run[key] for key in _SAME_TRAINING])
+def _identity(report: Report, run: Dict[str, Any]) -> str:
+    study = [report.get(key) for key in _SAME_STUDY]
+    return json.dumps([*study, *(run[key] for key in _SAME_TRAINING)])
 
 
 def _steps(run: Dict[str, Any]) -> int:
@@ -89,10 +105,9 @@ def write_report(report: Report, folder: str) -> List[str]:
     Returns:
         Their paths.
     """
-    os.makedirs(folder or ".", exist_ok=True)
     start = os.path.join(folder, report["study"])
     paths = [f"{start}.json", f"{start}.md"]
-    Path(paths[0]).write_text(_to_json(report))
+    write_atomically(paths[0], lambda file: file.write(_to_json(report).encode()))
     sections = [f"# Convergence: {report['study']}"]
     rows = evaluations(report)
     for comparison, names in report["comparisons"].items():
