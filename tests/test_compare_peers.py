@@ -114,6 +114,17 @@ def test_a_turn_is_taken_again_while_the_machine_is_busy(monkeypatch):
     assert tool.measure_quietly(*words, options_of(quiet=math.inf, tries=3))["others"] == 1.5
 
 
+def test_a_peer_whose_process_is_killed_has_a_row_that_says_why(monkeypatch):
+    def run(*args):
+        raise UserError("The process that measures was killed.")
+
+    monkeypatch.setattr(tool, "in_fresh_process", run)
+    settings = dict(tasks=["inference"], dtypes=["float32"], only=["hf_detr"], repeats=2)
+    records = tool.measure_all(options_of(**settings, quiet=0.2, tries=3, output=None))
+    (row,) = tool.table(records)
+    assert row[4:] == [None, None, "The process that measures was killed."]
+
+
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
 def test_time_of_this_process_is_not_others(monkeypatch):
     before = tool.others_seconds()

@@ -105,7 +105,10 @@ def measure_quietly(name: str, task: str, dtype: str, options: Options) -> Recor
     """As `measure`; of some tries the one in which other processes had least."""
     tries: List[Record] = []
     while len(tries) < options.tries:
-        tries.append(in_fresh_process(measure, name, task, dtype, options))
+        try:
+            tries.append(in_fresh_process(measure, name, task, dtype, options))
+        except UserError as error:  # the process was killed
+            return {"missing": str(error)}
         if "missing" in tries[-1] or tries[-1]["others"] <= options.quiet:
             return tries[-1]
     return min(tries, key=lambda record: record["others"])
