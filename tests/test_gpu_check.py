@@ -11,6 +11,7 @@ from figures import read_table
 from smca.errors import UserError
 
 CONFIG = "smca_single_scale_r50_50ep"
+TASKS = ("inference", "train_step")
 
 
 @pytest.fixture
@@ -39,8 +40,7 @@ def test_the_report_has_every_check_and_the_speed_in_both_types(tmp_path, monkey
     assert all(check["passed"] for check in content["checks"])
     table = read_table(tmp_path / "report.json")
     kinds = [(row[0], row[table.columns.index("type")]) for row in table.rows]
-    tasks = ("inference", "train_step")
-    assert kinds == [(task, dtype) for dtype in ("float32", "bf16") for task in tasks]
+    assert kinds == [(task, dtype) for dtype in ("float32", "bf16") for task in TASKS]
     speeds = [float(row[table.columns.index("images a second")]) for row in table.rows]
     seconds = [record["median_s"] for record in content["records"]]
     assert speeds == pytest.approx([n / s for n, s in zip([1, 2, 1, 2], seconds)], rel=0.1)
@@ -110,6 +110,23 @@ def test_an_error_is_a_failure(options, monkeypatch, tmp_path):
     monkeypatch.setattr(tool, "measurements", lambda options: iter(()))
     words = ["--device", "cpu", "--quick", "--models", CONFIG, "--output", str(tmp_path)]
     assert tool.main(words) == 1
+
+
+def test_a_timing_that_fails_is_a_failure_in_the_report(monkeypatch, tmp_path):
+    def fail(*args):
+        raise UserError("The process that measures was killed.")
+
+    monkeypatch.setattr(tool, "CHECKS", {})
+    monkeypatch.setattr(tool, "cost_of", lambda job, settings: 1)
+    monkeypatch.setattr(tool, "in_fresh_process", fail)
+    words = ["--device", "cpu", "--quick", "--models", CONFIG, "--output", str(tmp_path)]
+    assert tool.main(words) == 1
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [check["check"] for check in content["checks"]] == [
+        f"speed of {task}, {dtype}" for dtype in ("float32", "bf16") for task in TASKS
+    ]
+    assert content["checks"][0]["figures"] == "UserError: The process that measures was killed."
+    assert content["records"] == []
 
 
 def test_float16_finds_a_scale_whose_gradient_is_finite(options):

@@ -14,12 +14,13 @@ Exit code: 0 if every check passed, 1 if one failed, 2 if there is no GPU.
 """
 
 import argparse
+import itertools
 import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from smca.config import AMP_DTYPES, load_config
 from smca.errors import UserError, exit_code
@@ -266,15 +267,21 @@ def run_checks(options: Options) -> Iterator[Outcome]:
             try:
                 passed, figures = check(config, options)
             except Exception as error:  # whatever a GPU brings up is a finding
-                passed, figures = False, f"{type(error).__name__}: {error}".splitlines()[0]
+                passed, figures = False, first_line(error)
             yield Outcome(name, config, passed, figures)
+
+
+def first_line(error: Exception) -> str:
+    """Its kind and what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---- Speed and memory
 
 
-def measurements(options: Options) -> Iterator[Record]:
-    """Inference and training steps in both types, each in a process of its own."""
+def measurements(options: Options) -> Iterator[Union[Record, Outcome]]:
+    """Inference and training steps in both types, each in a process of its own; the outcome of one
+    that fails."""
     height, width = map(str, options.size)
     sizes = ["--image-size", height, width, "--train-size", height, width]
     costs: Dict[Tuple[str, str], int] = {}
@@ -288,9 +295,12 @@ def measurements(options: Options) -> Iterator[Record]:
                     if time.perf_counter() > options.deadline:
                         return
                     what = (name, config)
-                    if what not in costs:
-                        costs[what] = cost_of(job, settings)
-                    yield in_fresh_process(measure, job, settings, costs[what])
+                    try:
+                        if what not in costs:
+                            costs[what] = cost_of(job, settings)
+                        yield in_fresh_process(measure, job, settings, costs[what])
+                    except Exception as error:  # out of memory, for instance
+                        yield Outcome(f"speed of {name}, {dtype}", config, False, first_line(error))
 
 
 def cost_of(job: Job, settings: Options) -> int:
@@ -372,15 +382,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         )
     options.size = (64, 96) if options.quick else (800, 1066)
     options.deadline = time.perf_counter() + SECONDS
-    outcomes = []
-    for outcome in run_checks(options):
-        outcomes.append(outcome)
-        words = f"{outcome.config}, {outcome.check}: {in_words(outcome.passed)}"
-        print(f"{words}; {outcome.figures}", flush=True)
+    outcomes: List[Outcome] = []
     records: List[Record] = []
-    for record in measurements(options):
-        records.append(record)
-        print(f"{record['config']} {record['name']} {record['dtype']}", flush=True)
+    for found in itertools.chain(run_checks(options), measurements(options)):
+        if isinstance(found, Outcome):
+            outcomes.append(found)
+            words = f"{found.config}, {found.check}: {in_words(found.passed)}"
+            print(f"{words}; {found.figures}", flush=True)
+        else:
+            records.append(found)
+            print(f"{found['config']} {found['name']} {found['dtype']}", flush=True)
     print(tabulate(*reversed(speed_table(records)), tablefmt="github", disable_numparse=True))
     print("Written:", *write_report(options, outcomes, records), sep="\n  ")
     return 1 if any(outcome.passed is False for outcome in outcomes) else 0
