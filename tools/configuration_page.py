@@ -72,11 +72,13 @@ WORDS = {
 INTRODUCTION = """\
 # Configuration
 
-Every key of the configs, with its default and what it is. `python tools/update_docs.py` writes this
-page from the configs, their comments and the docstrings of what they call.
+Every key of the COCO configs and, at the end, of the data in those for your own, with its default and what
+it is; [fine_tuning.md](fine_tuning.md#settings) has those that `fine_tune.py` adds.
+`python tools/update_docs.py` writes this page from the configs, their comments and the docstrings of what
+they call.
 
-A key is set on the command line, after all options, and checked before anything starts; an unknown
-one is an error that names the nearest:
+A key is set on the command line, after all options (of `demo.py` after `--opts`), and checked before
+anything starts; an unknown one is an error that names the nearest:
 
 ```
 python train_net.py --config-file configs/smca_r50_50ep.py model.num_queries=100 optimizer.lr=5e-5
@@ -271,7 +273,9 @@ def train_rows(config: DictConfig) -> Iterator[Row]:
                 yield from rows(node[name], f"{key}.")
             else:
                 words = comments.get(key) or WORDS.get(f"train.{key}", "")
-                yield Row(f"train.{key}", plain_text(node[name]), joined(words, kinds.get(key, "")))
+                values = kinds.get(key, "")
+                words = f"{words} ({values})" if words and values else words or values
+                yield Row(f"train.{key}", plain_text(node[name]), words)
 
     yield from rows(config.train, "")
 

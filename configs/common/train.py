@@ -11,7 +11,7 @@ train = dict(
     device="auto",  # "auto": a GPU if there is one, else the CPU
     # Of everything random. Negative: drawn once, and kept by --resume.
     seed=0,
-    amp=dict(enabled=False, dtype="bf16"),  # mixed precision, "bf16" or "fp16"
+    amp=dict(enabled=False, dtype="bf16"),  # mixed precision
     accumulate=1,  # batches whose gradients are averaged before the optimizer steps
     clip_grad_norm=0.1,  # None: off
     # Iterations in a row that are skipped where the loss or the gradient is nan or infinite;
