@@ -16,7 +16,7 @@ from typing import List, Optional, Sequence, Tuple
 from smca.checkpoint.files import write_atomically
 from smca.config import load_config
 from smca.data import SHAPE_CLASSES, register_shapes
-from smca.errors import exit_code
+from smca.errors import UserError, exit_code
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 SIDE = 64  # pixels of an object's picture
+_BATCH = 64  # objects of a step
 _CONTEXT = 1.5  # side of the square that is cut out, in long sides of the object's box
 
 
@@ -108,9 +109,14 @@ def run(args: argparse.Namespace) -> int:
     train_name, val_name = register_shapes(
         args.images, args.images // 10, seed=args.seed, prefix="backbone", lengths=lengths
     )
-    loader = DataLoader(ObjectPictures(train_name, augment=True), 64, shuffle=True, drop_last=True)
-    held_out = ObjectPictures(val_name, augment=False)
-    val_loader = DataLoader(held_out, 64)
+    objects, held_out = ObjectPictures(train_name, True), ObjectPictures(val_name, False)
+    if len(objects) < _BATCH or not len(held_out):
+        raise UserError(
+            f"--images {args.images} is too few: a step takes {_BATCH} objects, and a tenth of the "
+            "images is held out."
+        )
+    loader = DataLoader(objects, _BATCH, shuffle=True, drop_last=True)
+    val_loader = DataLoader(held_out, _BATCH)
     model = Classifier(
         instantiate(cfg.backbone), cfg.in_features[-1], list(cfg.pixel_mean), list(cfg.pixel_std)
     )
