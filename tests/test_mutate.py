@@ -2,8 +2,10 @@
 plant the listed ones takes an hour, see docs/testing.md.)"""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -145,3 +147,20 @@ def test_forked_pytest_gives_the_exit_code_of_each_run(tmp_path):
         print(job, file=process.stdin, flush=True)
         assert process.stdout.readline() == f"{code}\n"
     process.communicate()
+
+
+def test_tests_that_run_in_a_fork_end_with_ctrl_c(tmp_path):
+    text = "import time\ndef test_it():\n    open('begun', 'w')\n    time.sleep(60)\n"
+    (tmp_path / "test_it.py").write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, str(mutate._FORKED_PYTEST)],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    print(json.dumps([60, ["-q", "-n0"]]), file=process.stdin, flush=True)
+    while process.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)  # which the fork's end of the pipe would keep open

@@ -43,13 +43,15 @@ def run(limit: float, arguments: list[str]) -> int | str:
         finally:
             os._exit(code)
     deadline = time.monotonic() + limit
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.02)
+    try:
         ended, status = os.waitpid(pid, os.WNOHANG)
-    # What the tests started ends with them.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.02)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+    finally:  # after Ctrl-C, too
+        # What the tests started ends with them.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     if not ended:
         os.waitpid(pid, 0)
         return "late"
