@@ -618,13 +618,17 @@ def test_picture_shows_both_metrics_over_steps_epochs_and_minutes():
         ({"runs": {"wide": {"config": "nowhere.py"}}}, "nowhere.py does not exist"),
         (
             {"comparisons": {"main": "wide"}},
-            "comparisons: main has to be a list, it cannot be 'wide'",
+            "comparisons: main has to be a list of runs, it cannot be 'wide'",
         ),
+        ({"comparisons": {"main": []}}, "comparisons: main has to be a list of runs"),
         ({"comparisons": {"main": ["wde"]}}, "no run wde in .*did you mean wide?"),
         ({"claims": {"A over B": ["wide"]}}, "claims: A over B has to be a section"),
         ({"claims": {"A": {"runs": ["wide"]}}}, "claims: A needs runs: [A, B]"),
         ({"claims": {"A": {"runs": ["wide", "wde"]}}}, "no run wde in .*did you mean wide?"),
         ({"claims": {"A": {"published": [4, 3]}}}, "claims: A needs runs: [A, B]"),
+        ({"overrides": [{"train.max_iter": 5}]}, "tiny.yaml: overrides has to be a list of texts"),
+        ({"runs": {"wide": {**WIDE, "overrides": [5]}}}, "wide: overrides has to be a list of te"),
+        ({"overrides": ["train.early_stopping=3"]}, "make it 0, and use stop_at_ap"),
         ({"overrides": ["train.max_itr=5"]}, "did you mean train.max_iter?"),
         ({"overrides": ["train.seed=5"]}, "train.seed cannot be overridden"),
         ({"overrides": ["train.eval_period=0"]}, "train.eval_period=0: make it"),
@@ -645,6 +649,17 @@ def test_a_wrong_study_is_an_error(tmp_path, capsys, changes, words):
     text = error_of(capsys, tool.main, path, "--output", tmp_path / "out")
     assert all(part in text for part in words.split(".*"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["max_iter", "eval_period"])
+def test_steps_that_follow_from_the_data_have_to_be_given(tmp_path, capsys, key):
+    (tmp_path / "computed.py").write_text(
+        "from .config import dataloader, lr_multiplier, model, optimizer, train\n"
+        f'train.{key} = dict(_target_="builtins.len", obj="four")\n'
+    )
+    path = write_study(tmp_path, runs={"wide": {"config": "computed.py"}})
+    text = error_of(capsys, tool.main, path, "--output", tmp_path / "out")
+    assert f"wide has a train.{key} that is computed from the data: give train.{key}=N." in text
 
 
 def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):

@@ -39,10 +39,14 @@ __all__ = ["Study", "Training", "make_report", "read_study", "select"]
 
 # Keys of a study and of a run in it, and what their values may be.
 _AP = number("a number, an AP in %")
-_STUDY = dict(
-    seeds=LIST, overrides=LIST, target_ap=_AP, runs=SECTION, comparisons=SECTION, claims=SECTION
+_TEXTS = Kind(
+    "a list of texts", lambda value: LIST.accepts(value) and all(map(text().accepts, value))
 )
-_RUN = dict(config=text(), overrides=LIST, seeds=LIST, stop_at_ap=_AP)
+_NAMES = Kind("a list of runs", lambda value: LIST.accepts(value) and len(value) > 0)
+_STUDY = dict(
+    seeds=LIST, overrides=_TEXTS, target_ap=_AP, runs=SECTION, comparisons=SECTION, claims=SECTION
+)
+_RUN = dict(config=text(), overrides=_TEXTS, seeds=LIST, stop_at_ap=_AP)
 _CLAIM = dict(runs=LIST, published=LIST)
 # What the study itself sets, for every training.
 _PLACE = ("train.seed", "train.output_dir")
@@ -266,7 +270,7 @@ def _read_yaml(path: str) -> Dict[str, Any]:
             raise UserError(f"{path}, run {name} has no config: add config: FILE.")
         _check_section(spec, _RUN, f"{path}, run {name}")
     for name, run_names in content.get("comparisons", {}).items():
-        check_value(f"{path}, comparisons: {name}", run_names, LIST)
+        check_value(f"{path}, comparisons: {name}", run_names, _NAMES)
         _check_names(run_names, content["runs"], path)
     for name, claim in content.get("claims", {}).items():
         where = f"{path}, claims: {name}"
@@ -295,6 +299,17 @@ def _check_same_budget(trainings: Sequence[Training]) -> None:
     first = trainings[0]
     for training in {training.name: training for training in trainings}.values():
         train = training.cfg.train
+        for key in ("max_iter", "eval_period"):
+            if not isinstance(train[key], int):
+                raise UserError(
+                    f"The run {training.name} has a train.{key} that is computed from the data: "
+                    f"give train.{key}=N."
+                )
+        if train.get("early_stopping"):
+            raise UserError(
+                f"The run {training.name} has train.early_stopping={train.early_stopping}, with "
+                "which it never counts as finished: make it 0, and use stop_at_ap."
+            )
         if train.eval_period < train.log_period:
             # Detectron2 logs the last of several evaluations only.
             raise UserError(
