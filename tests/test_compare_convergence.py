@@ -316,6 +316,17 @@ def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert finals["wide"]["AP"] == 1.0 and finals["narrow"] is None
 
 
+def test_the_reason_of_a_failure_is_that_of_this_attempt(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train_net.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    path, out = write_study(tmp_path, seeds=[0], runs={"wide": WIDE}), tmp_path / "out"
+    console = out / "wide" / "seed0" / "console.txt"
+    console.parent.mkdir(parents=True)
+    console.write_text("Error: The disk is full: schön.\n")
+    text = error_of(capsys, tool.main, path, "--output", out)
+    assert text == f"Error: wide, seed 0 failed: exit code -9 (see {console})"
+
+
 def test_jobs_share_the_threads(copied, monkeypatch):
     path, out = copied
     training = tool.read_study(path, str(out)).trainings[0]

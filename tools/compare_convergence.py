@@ -49,7 +49,7 @@ from tqdm import tqdm
 try:
     # It says what to do without pandas.
     from convergence_report import Report, join, read_report, write_report
-    from convergence_study import Training, make_report, read_study, select
+    from convergence_study import Evaluation, Training, make_report, read_study, select
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -128,7 +128,8 @@ def train(trainings: Sequence[Training], jobs: int) -> Dict[Training, str]:
     print(f"{len(trainings) - len(waiting)} of {len(trainings)} trainings are finished.")
     active: Dict[Training, subprocess.Popen] = {}
     num_printed: Dict[Training, int] = {}
-    num_done = {training: _steps_done(training) for training in waiting}
+    starts: Dict[Training, int] = {}  # in the console's file, of this attempt
+    num_done = {training: _steps_done(training.evaluations()) for training in waiting}
     total, before = sum(t.max_iter for t in waiting), sum(num_done.values())
     progress = tqdm(total=total, initial=before, unit="step", disable=None)
     stopped: Set[Training] = set()
@@ -138,20 +139,25 @@ def train(trainings: Sequence[Training], jobs: int) -> Dict[Training, str]:
             while waiting and len(active) < jobs:
                 training = waiting.pop(0)
                 num_printed[training] = len(training.evaluations())
+                console = _console(training)
+                starts[training] = console.stat().st_size if console.exists() else 0
                 active[training] = launch(training, jobs)
                 _say(f"{training}: started")
             time.sleep(_POLL_SECONDS)
             for training, process in list(active.items()):
                 has_ended = process.poll() is not None  # asked before its last evaluation is read
-                num_printed[training] = _print_evaluations(training, num_printed[training])
-                steps = training.max_iter if has_ended else _steps_done(training)
+                evaluations = training.evaluations()
+                _print_evaluations(training, evaluations[num_printed[training] :])
+                num_printed[training] = len(evaluations)
+                steps = training.max_iter if has_ended else _steps_done(evaluations)
                 progress.update(steps - num_done[training])
                 num_done[training] = steps
                 if has_ended:
                     del active[training]
                     if not training.is_finished():
-                        failures[training] = _last_words(training, process.returncode)
-                elif training.has_stopped_early() and training not in stopped:
+                        last = _last_words(training, starts[training], process.returncode)
+                        failures[training] = last
+                elif training.stops_early(evaluations) and training not in stopped:
                     stopped.add(training)
                     process.terminate()
     finally:
@@ -169,7 +175,7 @@ def launch(training: Training, jobs: int = 1) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", training.config_file]
     environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // jobs)))
     os.makedirs(training.folder, exist_ok=True)
-    with open(os.path.join(training.folder, "console.txt"), "a") as file:
+    with open(_console(training), "a") as file:
         return subprocess.Popen(
             [*command, "--resume", *training.overrides],
             stdout=file,
@@ -180,17 +186,14 @@ def launch(training: Training, jobs: int = 1) -> subprocess.Popen:
         )
 
 
-def _print_evaluations(training: Training, num_printed: int) -> int:
-    evaluations = training.evaluations()
-    for iteration, _, ap, ap50 in evaluations[num_printed:]:
+def _print_evaluations(training: Training, evaluations: Sequence[Evaluation]) -> None:
+    for iteration, _, ap, ap50 in evaluations:
         of = f"{iteration} of {training.max_iter} steps"
         _say(f"{training}: {of}, AP {ap:.1f}, AP50 {ap50:.1f}")
-    return len(evaluations)
 
 
-def _steps_done(training: Training) -> int:
-    """Up to its last evaluation."""
-    evaluations = training.evaluations()
+def _steps_done(evaluations: Sequence[Evaluation]) -> int:
+    """Up to the last evaluation."""
     return evaluations[-1][0] if evaluations else 0
 
 
@@ -200,10 +203,16 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _last_words(training: Training, return_code: int) -> str:
-    path = os.path.join(training.folder, "console.txt")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()] or [f"exit code {return_code}"]
+def _console(training: Training) -> Path:
+    return Path(training.folder, "console.txt")
+
+
+def _last_words(training: Training, start: int, return_code: int) -> str:
+    """The last error on the console from `start` on, or else the last line."""
+    path = _console(training)
+    text = path.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines or [f"exit code {return_code}"]
     errors = [line[len("Error: ") :] for line in lines if line.startswith("Error: ")]
     return f"{(errors or lines)[-1]} (see {path})"
 

@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from convergence_report import COLUMNS, Report, read_file
 
-__all__ = ["Study", "Training", "make_report", "read_study", "select"]
+__all__ = ["Evaluation", "Study", "Training", "make_report", "read_study", "select"]
 
 # Keys of a study and of a run in it, and what their values may be.
 _AP = number("a number, an AP in %")
@@ -54,6 +54,8 @@ _PLACE = ("train.seed", "train.output_dir")
 _SHARED_SETTINGS = ("data.", "dataloader.", "train.eval_period")
 # What config.yaml says of the place, of the machine and of what is kept: nothing that is learnt.
 _LOCAL_SETTINGS = ("train.output_dir", "train.device", "train.checkpointer.")
+
+Evaluation = Tuple[int, Optional[float], float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,7 @@ class Training:
             LazyConfig.save(self.cfg, file)
             return _read_settings(file)
 
-    def evaluations(self) -> List[Tuple[int, Optional[float], float, float]]:
+    def evaluations(self) -> List[Evaluation]:
         """
         Rows of (iterations completed, seconds, AP, AP50), AP in %. Seconds are in training steps,
         without evaluations, checkpoints and starting up: of the times of a step that were logged,
@@ -116,12 +118,13 @@ class Training:
         return list(zip(iterations, seconds, *scores))
 
     def is_finished(self) -> bool:
-        iterations = [row[0] for row in self.evaluations()]
-        return self.max_iter in iterations or self.has_stopped_early()
+        evaluations = self.evaluations()
+        return self.max_iter in [row[0] for row in evaluations] or self.stops_early(evaluations)
 
-    def has_stopped_early(self) -> bool:
+    def stops_early(self, evaluations: Sequence[Evaluation]) -> bool:
+        """Whether one of its evaluations ends it."""
         target = self.stop_at_ap
-        return target is not None and any(ap >= target for _, _, ap, _ in self.evaluations())
+        return target is not None and any(ap >= target for _, _, ap, _ in evaluations)
 
     def check_folder(self) -> None:
         """
