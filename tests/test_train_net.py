@@ -139,6 +139,24 @@ def test_resume_of_a_finished_run_trains_no_further(copied):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.width=4", "is the checkpoint of another architecture"),
+        ("dataloader.train.dataset.names=coco_nowhere", "coco_nowhere"),
+    ],
+)
+def test_a_resume_that_fails_leaves_the_run_s_config(copied, capsys, override, words):
+    config, folder, _ = copied
+    before = (folder / "config.yaml").read_bytes()
+    assert words in error_of(capsys, train_net, "--config-file", config, "--resume", override)
+    assert (folder / "config.yaml").read_bytes() == before
+    close_logs()
+    main(arguments("--config-file", config, "--resume", "train.log_period=3"))
+    assert LazyConfig.load(str(folder / "config.yaml")).train.log_period == 3
+    assert f"Full config saved to {folder}/config.yaml" in (folder / "log.txt").read_text()
+
+
 def test_fast_dev_run_takes_every_path_and_leaves_the_run_alone(copied):
     config, folder, _ = copied
     before = state_of(folder)

@@ -1,8 +1,9 @@
 """Errors that the user can put right, and what their messages have in common."""
 
+import contextlib
 import difflib
 import sys
-from typing import Any, Callable, Collection, Optional
+from typing import Any, Callable, Collection, Iterator, Optional
 
 _MAX_LISTED = 40  # names in a message
 
@@ -55,6 +56,19 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     if nearest:
         return f", did you mean {nearest[0]}?"
     return f": there are {', '.join(known)}." if len(known) <= _MAX_LISTED else "."
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn what the system says to writing a file or folder into an error of the user's.
+
+    Args:
+        what: the path, or the option with it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
 
 
 def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:

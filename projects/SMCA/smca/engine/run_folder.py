@@ -2,22 +2,37 @@
 
 import errno
 import fnmatch
+import functools
 import logging
 import os
 import re
+import tempfile
+from pathlib import Path
 from typing import IO, Dict, List, Optional, Sequence, Tuple
 
+import torch
+from detectron2.config import LazyConfig
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from smca.checkpoint.files import remove_temporary_files
-from smca.errors import ConfigError
+from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint.files import remove_temporary_files, write_atomically
+from smca.errors import CheckpointError, ConfigError, writing
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["claim", "newest_previous_run", "release", "set_previous_run_aside"]
+__all__ = [
+    "claim",
+    "find_checkpoint",
+    "log_to",
+    "release",
+    "save_config",
+    "set_previous_run_aside",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +63,19 @@ def claim(folder: str) -> None:
     would move the first one's files away and both write on.
 
     Raises:
-        ConfigError: it cannot be written, or another process trains there.
+        UserError: it cannot be written, or another process trains there.
     """
     path = os.path.join(folder, _LOCK)
-    try:
+    with writing(f"train.output_dir={folder}"):
         os.makedirs(folder, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115, open as long as the lock is held
-    except OSError as error:
-        raise ConfigError(
-            f"train.output_dir={folder} cannot be written: {error.strerror}."
-        ) from error
-    _LOCKED[folder] = file
-    if fcntl is None:
-        return
     try:
-        # Not flock's kind, which a killed training's workers would go on holding.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            # Not flock's kind, which a killed training's workers would go on holding.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
             raise ConfigError(
                 f"train.output_dir={folder} is in use by another training: wait for its end, or "
                 "choose another folder."
@@ -73,6 +83,7 @@ def claim(folder: str) -> None:
         logger.warning(
             "%s cannot be locked (%s): let no other training write there.", folder, error
         )
+    _LOCKED[folder] = file
 
 
 def release(folder: str) -> None:
@@ -80,6 +91,39 @@ def release(folder: str) -> None:
     file = _LOCKED.pop(folder, None)
     if file is not None:
         file.close()
+
+
+def log_to(folder: str, name: str = "log.txt") -> None:
+    """Log into that file, and this package's words to stdout too.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path, rank = os.path.join(folder, name), comm.get_rank()
+    with writing(f"train.output_dir={folder}"):
+        for package in ("smca", "fvcore", "detectron2"):
+            setup_logger(
+                path, distributed_rank=rank, name=package, configure_stdout=package == "smca"
+            )
+
+
+def save_config(cfg: DictConfig, folder: str) -> None:
+    """Write ``config.yaml`` as Detectron2 does (and a .pkl where the config is no YAML), but whole
+    or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(f"train.output_dir={folder}"), tempfile.TemporaryDirectory() as scratch:
+        LazyConfig.save(cfg, os.path.join(scratch, "config.yaml"))
+        for path in Path(scratch).iterdir():
+            write = functools.partial(_write, path.read_bytes())
+            write_atomically(os.path.join(folder, path.name), write)
+    logger.info("Full config saved to %s", os.path.join(folder, "config.yaml"))
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
@@ -122,7 +166,29 @@ def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
     return previous, weights
 
 
-def newest_previous_run(folder: str) -> Optional[str]:
+def find_checkpoint(folder: str) -> str:
+    """
+    Returns:
+        Path of the checkpoint to resume from, "" to start anew.
+
+    Raises:
+        CheckpointError: none can be read, or they are those of the run before.
+    """
+    remove_temporary_files(folder)
+    last = SMCACheckpointer(torch.nn.Module(), folder).find_resumable()
+    if last:
+        return last
+    previous = _newest_previous_run(folder)
+    if previous:
+        raise CheckpointError(
+            f"There is no checkpoint in {folder}, but {previous} has those of the run "
+            f"before: resume with train.output_dir={previous}, or start anew without --resume."
+        )
+    logger.warning("There is no checkpoint in %s: starting anew.", folder)
+    return ""
+
+
+def _newest_previous_run(folder: str) -> Optional[str]:
     """
     Returns:
         The folder of the last run with checkpoints that was set aside.

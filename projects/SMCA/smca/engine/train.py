@@ -9,12 +9,10 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.files import remove_temporary_files
 from smca.config import (
     AMP_DTYPES,
     build,
@@ -40,11 +38,18 @@ from smca.engine.evaluation_hooks import (
 from smca.engine.hooks import EmergencyCheckpointer, ModelEMA, ProgressPrinter
 from smca.engine.peers import PeerWatch
 from smca.engine.pictures import EvaluationPictures
-from smca.engine.run_folder import claim, newest_previous_run, release, set_previous_run_aside
+from smca.engine.run_folder import (
+    claim,
+    find_checkpoint,
+    log_to,
+    release,
+    save_config,
+    set_previous_run_aside,
+)
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.engine.writers import build_writers
-from smca.errors import CheckpointError, ConfigError, UserError
+from smca.errors import ConfigError, UserError
 from smca.modeling import SMCA
 
 __all__ = ["do_eval", "do_train", "main"]
@@ -76,12 +81,11 @@ def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results
     if cfg.train.fast_dev_run:
         _shorten(cfg.train)
     if args.eval_only:
-        _setup_eval(cfg, args)
-        _resolve_data_settings(cfg)
+        log_to(cfg.train.output_dir, _EVAL_LOG)
+        _setup(cfg, args)
         return do_eval(cfg, args)
-
-    _from_main_process(claim, cfg.train.output_dir)
     try:
+        _from_main_process(claim, cfg.train.output_dir)
         return _start_or_resume(cfg, args, peers)
     finally:
         release(cfg.train.output_dir)
@@ -93,17 +97,16 @@ def _start_or_resume(
     train = cfg.train
     if not args.resume:
         previous, train.init_checkpoint = _from_main_process(set_previous_run_aside, train)
-    setup_logger(train.output_dir, distributed_rank=comm.get_rank(), name="smca")
+    log_to(train.output_dir)
     if not args.resume and previous:
         logger.warning(
             "%s holds another run, whose files are now in %s; --resume would have continued it.",
             train.output_dir,
             previous,
         )
-    last = _from_main_process(_find_checkpoint, train) if args.resume else ""
+    last = _from_main_process(find_checkpoint, train.output_dir) if args.resume else ""
     train.seed = _from_main_process(_choose_seed, train, last)
-    default_setup(cfg, args)
-    _resolve_data_settings(cfg)
+    _setup(cfg, args)
     return do_train(cfg, args, last, peers)
 
 
@@ -121,25 +124,6 @@ def _from_main_process(function: Callable[..., _T], *args: Any) -> _T:
     return result
 
 
-def _find_checkpoint(train: DictConfig) -> str:
-    """
-    Returns:
-        Path of the checkpoint to resume from, "" to start anew.
-    """
-    remove_temporary_files(train.output_dir)
-    last = SMCACheckpointer(torch.nn.Module(), train.output_dir).find_resumable()
-    if last:
-        return last
-    previous = newest_previous_run(train.output_dir)
-    if previous:
-        raise CheckpointError(
-            f"There is no checkpoint in {train.output_dir}, but {previous} has those of the run "
-            f"before: resume with train.output_dir={previous}, or start anew without --resume."
-        )
-    logger.warning("There is no checkpoint in %s: starting anew.", train.output_dir)
-    return ""
-
-
 def _choose_seed(train: DictConfig, last: str) -> int:
     """The seed, for a negative one that of the run to resume, or else a random one."""
     if train.seed >= 0:
@@ -150,13 +134,9 @@ def _choose_seed(train: DictConfig, last: str) -> int:
     return checkpoint["trainer"].get("seed", 0)
 
 
-def _setup_eval(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Detectron2's `default_setup`, but for the training's files: a log of its own, no config."""
-    log_file = os.path.join(cfg.train.output_dir, _EVAL_LOG)
-    for name in ("smca", "fvcore", "detectron2"):
-        setup_logger(
-            log_file, distributed_rank=comm.get_rank(), name=name, configure_stdout=name == "smca"
-        )
+def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Detectron2's `default_setup`, but for its files: the log is open, and config.yaml waits until
+    what it says is accepted."""
     without_output = copy.deepcopy(cfg)
     del without_output.train.output_dir
     default_setup(without_output, args)
@@ -173,8 +153,7 @@ def _shorten(train: DictConfig) -> None:
 def _resolve_data_settings(cfg: DictConfig) -> None:
     """Replace what a config computes from the data by its value: names of data sets that it
     registers, the number of classes (``configs/custom_coco.py``), and iterations of so many
-    epochs (``configs/fine_tune.py``). config.yaml, written before this, keeps how they are
-    computed."""
+    epochs (``configs/fine_tune.py``). config.yaml keeps how they are computed."""
     for key in ("dataloader.train.dataset.names", "dataloader.test.dataset.names"):
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig):
@@ -198,6 +177,7 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     """Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
+    _resolve_data_settings(cfg)
     check_datasets(cfg, "test")
     test_loader = build_test_loader(cfg)
     check_class_counts(cfg, "test")
@@ -223,7 +203,8 @@ def do_train(
     resume_from: Optional[str] = None,
     peers: Optional[PeerWatch] = None,
 ) -> Results:
-    """Train as the config says.
+    """Train as the config says, which becomes config.yaml once it is seen to fit data, model and
+    checkpoint.
 
     Args:
         cfg: the whole config.
@@ -235,9 +216,10 @@ def do_train(
     Returns:
         Results of the last evaluation, see :func:`main`.
     """
-    train = cfg.train
-    if resume_from is None:
-        resume_from = _from_main_process(_find_checkpoint, train) if args.resume else ""
+    train, to_save = cfg.train, copy.deepcopy(cfg)
+    _resolve_data_settings(cfg)
+    if resume_from is None and args.resume:
+        resume_from = _from_main_process(find_checkpoint, train.output_dir)
     # Data first: what is wrong with them should not take the time to build a model.
     check_datasets(cfg, "train", "test")
     train_loader = build(cfg.dataloader.train, "dataloader.train")
@@ -278,6 +260,10 @@ def do_train(
 
     trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate, peers))
     start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
+    # Not before all is accepted: the run's checkpoints would no longer fit.
+    _from_main_process(save_config, to_save, train.output_dir)
+    if comm.is_main_process():
+        trainer.register_hooks([_build_writer(train)])
     if resume_from and start_iter >= train.max_iter and comm.is_main_process():
         # The run before was killed between its last two files.
         checkpointer.keep_as(resume_from, "model_final")
@@ -336,19 +322,22 @@ def _build_hooks(
     missed = MissedEvaluation(train.eval_period, metrics_file, evaluation)
     if not comm.is_main_process():
         return [*state_hooks, *evaluation, missed]
+    return state_hooks + [
+        # The checkpointer itself removes old files, those of the run before a resume too.
+        hooks.PeriodicCheckpointer(checkpointer, **{**train.checkpointer, "max_to_keep": None}),
+        *evaluation,
+        missed,
+    ]
+
+
+def _build_writer(train: DictConfig) -> HookBase:
     # TensorBoard's is the last, since it clears the pictures.
     writers = [
         ProgressPrinter(train.max_iter),
         *build_writers(train.get("writers", []), train.output_dir),
         *default_writers(train.output_dir, train.max_iter)[1:],
     ]
-    return state_hooks + [
-        # The checkpointer itself removes old files, those of the run before a resume too.
-        hooks.PeriodicCheckpointer(checkpointer, **{**train.checkpointer, "max_to_keep": None}),
-        *evaluation,
-        hooks.PeriodicWriter(writers, period=train.log_period),
-        missed,
-    ]
+    return hooks.PeriodicWriter(writers, period=train.log_period)
 
 
 def _resume(
