@@ -93,6 +93,8 @@ def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
     assert train(tmp_path, config, prepare=die_in_second_save)[0] == -signal.SIGKILL
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not (tmp_path / "run" / "model_0000003.pth").exists()
+    for name in ("tracking.json", "nonfinite_0000001.json", "config.yaml"):
+        (tmp_path / "run" / f"{name}.ab_1cd2e.tmp").touch()
     assert train(tmp_path, config, "--resume")[0] == 0
     assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]
 
@@ -184,7 +186,7 @@ def test_a_folder_that_another_training_writes_to_is_refused(tmp_path):
     config = write_tiny_config(tmp_path, **long)
     words = ["--config-file", config, "dataloader.train.num_workers=1"]
     first = Job(tmp_path, *words)
-    first.wait_for("total_loss")
+    first.wait_for("Saving checkpoint")
     for flags in ([], ["--resume"]):
         second = Job(tmp_path, *flags, *words)
         assert second.wait() == 1
@@ -201,9 +203,10 @@ def test_a_folder_that_another_training_writes_to_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["truth.json", "truth.json/run"])
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder, flags):
     config = write_tiny_config(tmp_path)
-    code, output = train(tmp_path, config, f"train.output_dir={tmp_path}/{folder}")
+    code, output = train(tmp_path, config, *flags, f"train.output_dir={tmp_path}/{folder}")
     assert code == 1 and len(output.splitlines()) == 1
     assert f"train.output_dir={tmp_path}/{folder} cannot be written" in output
 

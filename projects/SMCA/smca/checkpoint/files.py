@@ -97,7 +97,7 @@ def _umask() -> int:
 def remove_temporary_files(folder: str) -> None:
     """Remove what :func:`write_atomically` left in a process that was killed."""
     for name in _names(folder):
-        if re.search(r"\.pth\.\w+\.tmp$|^last_checkpoint\.\w+\.tmp$", name):
+        if re.search(r"\.[a-z0-9_]{8}\.tmp$", name):  # as `tempfile` makes names
             os.remove(os.path.join(folder, name))
 
 
