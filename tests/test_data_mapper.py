@@ -105,7 +105,8 @@ def test_32_bit_is_scaled_not_clipped(tmp_path, levels, expected):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_the_image_upright(tmp_path, orientation):
+@pytest.mark.parametrize("suffix", ["png", "tif"])  # Pillow turns TIFFs itself
+def test_exif_orientation_turns_the_image_upright(tmp_path, suffix, orientation):
     upright = _rgb()
     # What a camera stores so that the orientation's transformation gives `upright` again.
     stored = {
@@ -119,17 +120,22 @@ def test_exif_orientation_turns_the_image_upright(tmp_path, orientation):
         8: np.rot90(upright, -1),
     }[orientation]
     image = Image.fromarray(np.ascontiguousarray(stored))
-    path = _save(image, tmp_path / "turned.png", exif=_exif(orientation))
+    path = _save(image, tmp_path / f"turned.{suffix}", exif=_exif(orientation))
     np.testing.assert_array_equal(read_image(path, 12, 20), upright)
     np.testing.assert_array_equal(read_image(path), upright)
+    check_image(path, 12, 20)
 
 
-def test_exif_orientation_is_ignored_if_only_the_stored_size_fits(tmp_path):
-    path = _save(Image.fromarray(_rgb()), tmp_path / "turned.png", exif=_exif(6))
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_exif_orientation_is_ignored_if_only_the_stored_size_fits(tmp_path, suffix, orientation):
+    path = _save(Image.fromarray(_rgb()), tmp_path / f"turned.{suffix}", exif=_exif(orientation))
     np.testing.assert_array_equal(read_image(path, 12, 20), _rgb())
     assert read_image(path, 20, 12).shape == (20, 12, 3)
     check_image(path, 12, 20)
     check_image(path, 20, 12)
+    with pytest.raises(DatasetError, match="is 12 x 20 pixels .* say 20 x 13"):
+        check_image(path, 13, 20)
 
 
 @pytest.mark.parametrize("read", [read_image, check_image])

@@ -53,12 +53,18 @@ def _open_image(path: PathLike) -> Iterator[Image.Image]:
         ) from error
 
 
-def _exif_transpose(image: Image.Image) -> Optional[Image.Transpose]:
-    """What turns `image` upright, or None if it already is."""
+def _exif_transposes(
+    image: Image.Image,
+) -> Tuple[Optional[Image.Transpose], Optional[Image.Transpose]]:
+    """What turns `image` upright, and what turns it as it is stored; None where it already is."""
     try:
-        return _EXIF_TRANSPOSES.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # a malformed EXIF block says nothing about the orientation
-        return None
+        return None, None
+    if image.format != "TIFF":
+        return _EXIF_TRANSPOSES.get(orientation), None
+    image.load()  # Pillow turns a TIFF upright as it loads it
+    return None, _EXIF_TRANSPOSES.get({6: 8, 8: 6}.get(orientation, orientation))
 
 
 def _matching_transpose(
@@ -66,13 +72,13 @@ def _matching_transpose(
 ) -> Optional[Image.Transpose]:
     """How to turn `image` so that it is height x width pixels: upright where that fits, as stored
     where only that does."""
-    transpose = _exif_transpose(image)
-    stored = (image.height, image.width)
-    upright = stored[::-1] if transpose in _SIDE_SWAPPING_TRANSPOSES else stored
+    transposes = _exif_transposes(image)
+    size = (image.height, image.width)
+    upright, stored = (size[::-1] if t in _SIDE_SWAPPING_TRANSPOSES else size for t in transposes)
     if height is None or width is None or upright == (height, width):
-        return transpose
+        return transposes[0]
     if stored == (height, width):
-        return None
+        return transposes[1]
     raise DatasetError(
         f"Image {path} is {upright[1]} x {upright[0]} pixels (width x height), but its "
         f"annotations say {width} x {height}: correct the annotation file or replace the image."
