@@ -100,7 +100,7 @@ def test_a_yolo_folder_is_read_by_its_config_with_names(tmp_path):
     assert list(train) == sorted(train)  # on every file system
 
 
-@pytest.mark.parametrize("names", ["[dog, cat]", "{1: cat, 0: dog}"])
+@pytest.mark.parametrize("names", ["[dog, cat]", "{1: cat, 0: dog}", "{'1': cat, '0': dog}"])
 def test_yolo_names_are_a_list_or_numbered(tmp_path, names):
     path = coco_from_yolo(write_yolo(tmp_path / "data", names), "train")
     assert class_names(path) == ["dog", "cat"]
@@ -109,6 +109,31 @@ def test_yolo_names_are_a_list_or_numbered(tmp_path, names):
 def test_a_yolo_path_one_folder_too_high_is_understood(tmp_path):
     path = write_yolo(tmp_path / "data", yaml_images="../images")
     assert yolo_images(path, "val") == str(tmp_path / "data" / "images" / "val")
+
+
+@pytest.mark.parametrize(
+    "images, labels",
+    [
+        ("images/images_train", "labels/images_train"),
+        ("images/images/b", "images/labels/b"),
+        ("a/images", "a/labels"),
+    ],
+)
+def test_yolo_labels_are_beside_the_last_folder_named_images(tmp_path, images, labels):
+    write_images(tmp_path / images, "a.png")
+    (tmp_path / labels).mkdir(parents=True)
+    (tmp_path / labels / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    path = tmp_path / "data.yaml"
+    path.write_text(f"train: {images}\nnames: [dog]")
+    assert len(json.loads(Path(coco_from_yolo(path, "train")).read_text())["annotations"]) == 1
+
+
+def test_yolo_labels_may_be_beside_their_images(tmp_path):
+    write_images(tmp_path / "images", "a.png")
+    (tmp_path / "images" / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    path = tmp_path / "data.yaml"
+    path.write_text("train: images\nnames: [dog]")
+    assert len(json.loads(Path(coco_from_yolo(path, "train")).read_text())["annotations"]) == 1
 
 
 def test_yolo_folders_can_be_several(tmp_path):
@@ -146,6 +171,10 @@ def test_a_yolo_line_that_is_none_names_its_file(tmp_path):
         ("names: [a]\nval: gone", "image folder .*gone .*does not exist"),
         ("names: [a", "is no YAML file"),
         ("names: [a]\nval: data.yaml", "give their folder"),
+        ("names: {1: a, 2: b}\nval: .", "has no name of class 0: number"),
+        ("names: {0: a, 2: b}\nval: .", "has no name of class 1: number"),
+        ("names: {a: 0, b: 1}\nval: .", "has no name of class 0: number"),
+        ("names: dog\nval: .", "has 'names' that are no list"),
     ],
 )
 def test_a_yolo_file_that_cannot_be_used_says_why(tmp_path, text, message):
@@ -184,6 +213,20 @@ def test_a_list_chooses_voc_images(tmp_path):
     coco = json.loads(Path(path).read_text())
     assert [image["file_name"] for image in coco["images"]] == ["b.jpg"]
     assert class_names(path) == ["cat"] and len(coco["annotations"]) == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a\ngone\nlost 1\n", "has 2 names that .*voc has no image of, such as gone"),
+        (b"\xff\xfe", "list of images .*train.txt cannot be read"),
+    ],
+)
+def test_a_list_that_cannot_be_used_says_why(tmp_path, content, message):
+    folder = write_voc(tmp_path / "voc", a=[])
+    (tmp_path / "train.txt").write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        coco_from_voc(folder, folder, image_list=tmp_path / "train.txt")
 
 
 def test_a_voc_class_that_training_does_not_know_is_named(tmp_path):

@@ -56,6 +56,16 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
         raise DatasetError(f"{file} is no YAML file ({error}): correct it.") from error
     if not isinstance(content, dict) or not content.get("names"):
         raise DatasetError(f"{file} has no 'names': add the names of the classes.")
+    names = content["names"]
+    if not isinstance(names, (list, dict)):
+        raise DatasetError(f"{file} has 'names' that are no list: write [dog, cat].")
+    if isinstance(names, dict):
+        numbers = {str(key) for key in names}
+        for number in map(str, range(len(names))):
+            if number not in numbers:
+                raise DatasetError(
+                    f"{file} has no name of class {number}: number 'names' from 0 without gaps."
+                )
     return content
 
 
@@ -71,10 +81,12 @@ def _yolo_folder(file: Path, root: Path, folder: str) -> str:
 
 
 def _yolo_labels(images: str) -> str:
-    """The folder of the labels: ``labels`` where the images' path has its last ``images``, or the
-    same one."""
-    *before, last = images.rpartition(f"{os.sep}images")
-    labels = "".join([before[0], f"{os.sep}labels", last]) if before[0] else images
+    """The folder of the labels: ``labels`` where the images' path has its last folder ``images``,
+    or the same one."""
+    parts = images.split(os.sep)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    labels = os.sep.join(parts)
     return labels if os.path.isdir(labels) else images
 
 
@@ -132,7 +144,7 @@ def coco_from_voc(
     def convert(images: str, annotations: str) -> Coco:
         coco = _converted("from_pascal_voc", images, annotations)
         if listed is not None:
-            coco = _chosen(coco, listed)
+            coco = _chosen(coco, listed, images)
         return _renumbered(coco, names, annotations)
 
     settings = repr((names and list(names), listed))
@@ -149,17 +161,22 @@ def _existing_folder(folder: PathLike) -> str:
 def _read_list(file: Path) -> List[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DatasetError(
-            f"The list of images {file} cannot be read ({error.strerror})."
-        ) from None
+    except (OSError, ValueError) as error:  # not UTF-8
+        raise DatasetError(f"The list of images {file} cannot be read ({error}).") from error
     # VOC's lists of a class have 1, 0 or -1 after the name.
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def _chosen(coco: Coco, stems: Sequence[str]) -> Coco:
+def _chosen(coco: Coco, stems: Sequence[str], folder: str) -> Coco:
     kept = set(stems)
-    images = [image for image in coco["images"] if Path(image["file_name"]).stem in kept]
+    stem_of = {image["id"]: Path(image["file_name"]).stem for image in coco["images"]}
+    missing = sorted(kept.difference(stem_of.values()))
+    if missing:
+        raise DatasetError(
+            f"The list of images has {len(missing)} names that {folder} has no image of, such as "
+            f"{missing[0]}: correct it (names have no suffix)."
+        )
+    images = [image for image in coco["images"] if stem_of[image["id"]] in kept]
     ids = {image["id"] for image in images}
     annotations = [a for a in coco["annotations"] if a["image_id"] in ids]
     return {**coco, "images": images, "annotations": annotations}
