@@ -123,6 +123,15 @@ def test_two_files_of_one_name_are_two_data_sets(tmp_path):
     assert names[0] != names[1]
 
 
+def test_one_name_for_several_files_is_an_error(tmp_path):
+    first, image_root = _write(tmp_path, _coco(), "first.json")
+    second, _ = _write(tmp_path, _coco(), "second.json")
+    with pytest.raises(DatasetError, match="'mine' cannot be the name of 2 annotation files"):
+        register_coco([first, second], image_root, name="mine")
+    assert "mine" not in DatasetCatalog.list()
+    assert register_coco([first], image_root, name="mine") == ["mine"]
+
+
 def test_a_name_that_is_taken_is_an_error(tmp_path):
     with pytest.raises(DatasetError, match="coco_2017_val"):
         register_coco(*_write(tmp_path, _coco()), name="coco_2017_val")
@@ -249,6 +258,13 @@ def test_annotation_id_zero_can_be_matched(tmp_path):
     assert _perfect_ap(_register_with_first_annotation(tmp_path, id=0)) == pytest.approx(100)
 
 
+def test_no_annotation_is_completed_with_the_id_zero(tmp_path):
+    coco = _coco()
+    coco["annotations"][0]["id"] = -1
+    del coco["annotations"][1]["id"]
+    assert _perfect_ap(register_coco(*_write(tmp_path, coco))) == pytest.approx(100)
+
+
 @pytest.mark.parametrize("segmentation", [[[]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], {}, None])
 def test_an_unusable_mask_does_not_lose_the_box(tmp_path, segmentation):
     name = _register_with_first_annotation(tmp_path, segmentation=segmentation)
@@ -332,6 +348,24 @@ def test_a_repeated_id_is_an_error(tmp_path, kind):
         register_coco(*_write(tmp_path, coco))
 
 
+def test_a_repeated_name_of_a_category_is_an_error(tmp_path):
+    coco = _coco()
+    coco["categories"][1]["name"] = "cat"
+    json_file, image_root = _write(tmp_path, coco)
+    message = "1 problem in .*train.json:\\s+category 10 has the name 'cat' of an earlier one"
+    for function in (class_names, lambda path: register_coco(path, image_root)):
+        with pytest.raises(DatasetError, match=message):
+            function(json_file)
+
+
+@pytest.mark.parametrize("file_name", ["a\0.png", "a\ud800.png"])
+def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
+    coco = _coco()
+    coco["images"][1]["file_name"] = file_name
+    with pytest.raises(DatasetError, match="1 problem in .*train.json:\\s+image 9: "):
+        register_coco(*_write(tmp_path, coco))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -339,6 +373,11 @@ def test_a_repeated_id_is_an_error(tmp_path, kind):
         ({"category_id": 11}, "annotation 1 .*category_id 11, which no category has"),
         ({"id": [1]}, ".* has an id that is not a whole number"),
         ({"ignore": 1}, "annotation 1 .*'ignore'"),
+        ({"iscrowd": "0"}, "annotation 1 .*has iscrowd '0', which must be 0 or 1"),
+        ({"iscrowd": 2}, "annotation 1 .*has iscrowd 2, which must be 0 or 1"),
+        ({"iscrowd": []}, "annotation 1 .*has iscrowd .., which must be 0 or 1"),
+        ({"area": "12"}, "annotation 1 .*has area '12', which must be a number"),
+        ({"area": True}, "annotation 1 .*has area True, which must be a number"),
         ({"bbox": [1, 2, 3]}, "annotation 1 .*4 numbers"),
         ({"bbox": [1, 2, 3, "4"]}, "annotation 1 .*4 numbers"),
         ({"bbox": [1, 2, 3, True]}, "annotation 1 .*4 numbers"),

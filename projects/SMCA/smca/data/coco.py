@@ -65,7 +65,7 @@ def register_coco(
             pixels. Several files must have the same categories.
         image_root: the folder that ``file_name`` is
             relative to; one for all files, or one for each.
-        name: the name to register; None makes one from the paths.
+        name: the name to register, of a single file; None makes one from the paths.
         check_images: decode every image and compare its size with the JSON's, once: the
             cache folder keeps a note of it, for as long as the files' sizes and times stay.
         categories_from: another COCO JSON, usually
@@ -82,6 +82,10 @@ def register_coco(
         raise DatasetError(
             f"There are {len(roots)} image folders for {len(files)} annotation files: give one "
             "folder, or one for each file."
+        )
+    if name is not None and len(files) > 1:
+        raise DatasetError(
+            f"'{name}' cannot be the name of {len(files)} annotation files: leave the name out."
         )
     for file in files[1:]:
         check_same_categories(file, files[0])
@@ -242,7 +246,7 @@ def _state_of_files(images: List[Record], image_root: str) -> str:
     def state(image: Record) -> Any:
         try:
             status = os.stat(os.path.join(image_root, image["file_name"]))
-        except OSError:
+        except (OSError, ValueError):  # not there, or no name that a file can have
             return None
         size = (image["height"], image["width"])
         return image["file_name"], size, status.st_size, status.st_mtime_ns
@@ -260,7 +264,7 @@ def _complete(data: Dict[str, Any], json_file: str) -> str:
     if "info" in data and all(map(_is_complete, annotations)):
         return json_file
     used_ids = {annotation.get("id") for annotation in annotations} - {None}
-    next_id = max(used_ids, default=0) + 1
+    next_id = max([0, *used_ids]) + 1
     completed = []
     for annotation in annotations:
         annotation = dict(annotation)

@@ -112,7 +112,7 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
 
 
 def record_problems(data: Mapping[str, Any]) -> List[Problem]:
-    """All that is wrong with the records, at most one of each; files apart.
+    """All that is wrong with the records; files apart.
 
     Args:
         data: as of `read_coco`.
@@ -193,7 +193,14 @@ def category_problems(categories: Sequence[Any]) -> List[Problem]:
     if not categories:
         text = "'categories' is empty; add the classes."
         return [Problem("no categories", text, categories)]
-    return _list_problems("category", categories, _CATEGORY_KEYS)
+    problems, seen = _list_problems("category", categories, _CATEGORY_KEYS), set()
+    for index, category in enumerate(categories):
+        if _record_problem(category, _CATEGORY_KEYS) is None:
+            if category["name"] in seen:  # results are listed by name
+                text = f"has the name '{category['name']}' of an earlier one; make names unique."
+                problems.append(_problem("category", index, category, "repeated name", text))
+            seen.add(category["name"])
+    return problems
 
 
 def _image_problems(images: Sequence[Any]) -> List[Problem]:
@@ -229,6 +236,12 @@ def _annotation_problems(
         elif annotation.get("ignore"):
             text = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
             problem = "'ignore' is set", text
+        elif annotation.get("iscrowd") not in (None, 0, 1):
+            text = f"has iscrowd {annotation['iscrowd']!r}, which must be 0 or 1; correct it."
+            problem = "iscrowd is not 0 or 1", text
+        elif not _is_number(annotation.get("area", 0)) and annotation["area"] is not None:
+            text = f"has area {annotation['area']!r}, which must be a number; correct or remove it."
+            problem = "area is not a number", text
         else:
             problem = _box_problem(annotation["bbox"], *sizes[annotation["image_id"]])
         if problem is not None:
@@ -236,11 +249,14 @@ def _annotation_problems(
     return problems
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _box_problem(bbox: Sequence[Any], height: int, width: int) -> Optional[Rule]:
     """What is wrong with an [x, y, width, height] box in an image of that size, as (kind,
     predicate), or None."""
-    numbers = [v for v in bbox if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    if len(bbox) != 4 or len(numbers) != 4:
+    if len(bbox) != 4 or not all(map(_is_number, bbox)):
         text = f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
         return "bbox is not 4 numbers", text
     if not all(math.isfinite(v) for v in bbox):
