@@ -173,6 +173,23 @@ def test_remarks_name_what_may_not_be_meant(tmp_path):
     assert "a/images/2.png" in same and "b/images/1.png" in same
 
 
+def test_files_that_train_together_are_counted_together(tmp_path):
+    paths = [
+        write_data(tmp_path / name, *(annotation(i, 1, 5, [0, 0, 9, i]) for i in range(1, 13)))
+        for name in ("a", "b")
+    ]
+    first, second = (examine(*each) for each in paths)
+    together = collect_statistics(first, second)
+    assert together.objects_per_image.tolist() == [12, 0, 0, 12, 0, 0]
+    assert together.images.tolist() == [0] * 12 + [3] * 12
+    assert together.objects_per_class.tolist() == [24, 0]
+    remarks = find_remarks({"train 1": first, "train 2": second, "val": first})
+    assert [remark for remark in remarks if "class" in remark] == [
+        "train: class 'cat' has 0 objects.",
+        "val: class 'cat' has 0 objects.",
+    ]
+
+
 # Settings
 
 
@@ -355,6 +372,24 @@ def test_both_splits_of_a_config_are_checked(tmp_path, capsys):
     assert list(check["splits"]) == ["train 1", "train 2", "val"]
     assert not check["splits"]["train 2"]["problems"]
     assert sum(check["splits"]["val"]["problems"].values()) == 5
+
+
+def test_the_advice_is_on_all_files_that_train(tmp_path, capsys):
+    crowded = [annotation(i, 1, 5, [0, 0, i, i]) for i in range(1, 41)]
+    first, second = write_data(tmp_path / "a", *GOOD), write_data(tmp_path / "b", *crowded)
+    config, out = ROOT / "configs" / "custom_coco.py", tmp_path / "out"
+    overrides = [
+        f"data.train_json=[{first[0]},{second[0]}]",
+        f"data.train_images=[{first[1]},{second[1]}]",
+        f"data.val_json={first[0]}",
+        f"data.val_images={first[1]}",
+    ]
+    run_tool("--config-file", config, "--output", out, "--no-decode", *overrides)
+    check = json.loads((out / "check.json").read_text())
+    (queries,) = [a["value"] for a in check["advice"] if a["setting"] == "model.num_queries"]
+    assert queries >= 40
+    assert "train: class 'cat' has 2 objects." in check["remarks"]
+    assert not [remark for remark in check["remarks"] if "'dog'" in remark and "train" in remark]
 
 
 def test_options_that_contradict_are_refused(tmp_path):

@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     remarks = find_remarks(splits)
     stride, num_scales, map_stride = scales_of(cfg.model)
     max_size = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations.max_size") or MAX_SIZE
-    advice = recommend(statistics[train_name], stride, num_scales, max_size, map_stride)
+    training = [split for name, split in splits.items() if name.startswith("train")]
+    together = collect_statistics(*training)
+    advice = recommend(together, stride, num_scales, max_size, map_stride)
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
     print_list("Remarks", remarks)

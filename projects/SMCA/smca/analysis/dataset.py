@@ -187,19 +187,22 @@ class Statistics:
         }
 
 
-def collect_statistics(split: DataSplit) -> Statistics:
-    """Statistics of what is valid of a data set."""
+def collect_statistics(*splits: DataSplit) -> Statistics:
+    """Statistics of what is valid of a data set, or of several together: those that have the first
+    one's classes."""
+    names = splits[0].class_names
+    items = [item for split in splits if split.class_names == names for item in split.dataset_dicts]
     boxes, classes, images, counts = [], [], [], []
-    for index, item in enumerate(split.dataset_dicts):
+    for index, item in enumerate(items):
         objects = [a for a in item["annotations"] if not a["iscrowd"]]
         counts.append(len(objects))
         boxes += [a["bbox"] for a in objects]
         classes += [a["category_id"] for a in objects]
         images += [index] * len(objects)
     return Statistics(
-        class_names=split.class_names,
+        class_names=names,
         image_sizes=np.array(
-            [(item["width"], item["height"]) for item in split.dataset_dicts], dtype=np.int64
+            [(item["width"], item["height"]) for item in items], dtype=np.int64
         ).reshape(-1, 2),
         objects_per_image=np.array(counts, dtype=np.int64),
         classes=np.array(classes, dtype=np.int64),
@@ -212,20 +215,24 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
     """What does not keep a data set from being used, but may not be meant.
 
     Args:
-        splits: by their names; "train" among them.
+        splits: by their names; "train" or "train 1", "train 2", ... among them.
 
     Returns:
         Sentences.
     """
     remarks = []
+    groups: Dict[str, List[DataSplit]] = collections.defaultdict(list)  # what trains is one
     for name, split in splits.items():
-        statistics = collect_statistics(split)
-        empty = int((statistics.objects_per_image == 0).sum())
-        if empty:
-            remarks.append(f"{name}: {_count(empty, 'image')} without objects.")
-        for class_name, count in zip(split.class_names, statistics.objects_per_class.tolist()):
+        groups["train" if name.startswith("train") else name].append(split)
+    for name, group in groups.items():
+        counts = collect_statistics(*group).objects_per_class.tolist()
+        for class_name, count in zip(group[0].class_names, counts):
             if count < (_FEW_OBJECTS if name == "train" else 1):
                 remarks.append(f"{name}: class '{class_name}' has {_count(count, 'object')}.")
+    for name, split in splits.items():
+        empty = int((collect_statistics(split).objects_per_image == 0).sum())
+        if empty:
+            remarks.append(f"{name}: {_count(empty, 'image')} without objects.")
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))
             for item in split.dataset_dicts
