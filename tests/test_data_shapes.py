@@ -283,3 +283,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="SMCA_CACHE"):
         create_once(tmp_path / "file" / "set", lambda partial: partial.mkdir())
+    # A folder that exists; its permissions would not keep root out.
+    (tmp_path / "set.lock").mkdir()
+    with pytest.raises(DatasetError, match="cannot be written to .*SMCA_CACHE"):
+        create_once(tmp_path / "set", lambda partial: partial.mkdir())

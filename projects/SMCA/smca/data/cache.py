@@ -31,19 +31,20 @@ def create_once(path: Path, write: Callable[[Path], Any]) -> None:
         write: creates the file or folder under the temporary path that it is given.
 
     Raises:
-        DatasetError: the cache folder cannot be created.
+        DatasetError: the cache folder cannot be written to.
     """
     if path.exists():  # asked without the lock first: a finished cache may be read-only
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DatasetError(
-            f"The cache folder {path.parent} cannot be created ({error}): set the environment "
-            "variable SMCA_CACHE to a folder that can be written to."
-        ) from error
     partial = path.with_name(path.name + ".partial")
-    with file_lock(str(path)):
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(str(path)))
+        except OSError as error:
+            raise DatasetError(
+                f"The cache folder {path.parent} cannot be written to ({error}): set the "
+                "environment variable SMCA_CACHE to a folder that can be."
+            ) from error
         if path.exists():
             return
         if partial.is_dir():
