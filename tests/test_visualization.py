@@ -306,6 +306,12 @@ def test_a_line_that_is_cut_off_is_skipped(tmp_path):
     assert read_metrics(path)["total_loss"] == ([0, 10], [1.0, 11.0])
 
 
+def test_a_line_without_an_iteration_is_skipped(tmp_path):
+    rows = [{"iteration": value, "total_loss": 9.0} for value in (None, "1", [])]
+    path = write_metrics(tmp_path / "m.json", [*losses(0), {"total_loss": 9.0}, *rows])
+    assert read_metrics(path)["total_loss"] == ([0], [1.0])
+
+
 def test_a_run_that_went_on_after_a_cut_off_line_is_read(tmp_path):
     text = json.dumps(losses(0)[0]) + '\n{"iteration": 10, "tot\n' + json.dumps(losses(10)[0])
     (tmp_path / "m.json").write_text(text + "\n")

@@ -28,9 +28,9 @@ _RESULTS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"}
 def read_metrics(path: str) -> Metrics:
     """Read the ``metrics.json`` of a training.
 
-    Lines that are no JSON, as a run leaves that was stopped while it wrote, are skipped. Where a
-    metric goes back to an earlier iteration, a resumed run replaces what the run before wrote from
-    there on.
+    Lines that are no JSON, as a run leaves that was stopped while it wrote, or have no iteration
+    are skipped. Where a metric goes back to an earlier iteration, a resumed run replaces what the
+    run before wrote from there on.
 
     Args:
         path: of a file with one JSON object with ``iteration`` a line, as Detectron2's JSONWriter
@@ -53,6 +53,8 @@ def read_metrics(path: str) -> Metrics:
             row = json.loads(line)
             iteration = row.pop("iteration")
         except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if not isinstance(iteration, int):
             continue
         values = {name: v for name, v in row.items() if isinstance(v, (int, float))}
         # A row of an earlier iteration alone is no sign of a resumed run, for JSONWriter writes an
