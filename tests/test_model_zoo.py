@@ -14,6 +14,7 @@ from detectron2.config import LazyConfig, instantiate
 from smca import model_zoo
 from smca.config import load_config
 from smca.errors import CheckpointError, ConfigError
+from smca.solver import step_schedule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAME = "smca_single_scale_r50_50ep"
@@ -89,6 +90,11 @@ def test_asking_for_weights_that_do_not_exist_says_which_do(tmp_path, monkeypatc
     registry.write_text(json.dumps({"smca_r50_50ep": {"url": "x", "sha256": "y"}}))
     with pytest.raises(CheckpointError, match="there are of smca_r50_50ep"):
         model_zoo.get_checkpoint_url(NAME)
+
+
+def test_fewer_images_than_a_batch_are_no_schedule():
+    with pytest.raises(ValueError, match="num_images=7 are fewer than batch_size=16"):
+        step_schedule(epochs=50, drop_epoch=40, batch_size=16, num_images=7)
 
 
 @pytest.fixture

@@ -133,3 +133,17 @@ def test_each_extra_scale_is_made_from_the_one_before():
     maps = projection({"res4": fine, "res5": coarse})
     assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
     assert projection.strides == [16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    "in_features, num_extra_scales, message",
+    [
+        (["res5"], 0, "in_features names .'res5'., but the backbone gives .'res4'."),
+        ([], 1, "in_features is empty"),
+        (["res4"], -1, "num_extra_scales=-1 must not be negative"),
+    ],
+)
+def test_scales_that_cannot_be_made_are_an_error(in_features, num_extra_scales, message):
+    shapes = {"res4": ShapeSpec(channels=6, stride=16)}
+    with pytest.raises(ValueError, match=message):
+        neck.ScaleProjection(shapes, in_features, num_extra_scales, embed_dim=4)

@@ -17,7 +17,8 @@ class ScaleProjection(nn.Module):
         embed_dim: d.
 
     Raises:
-        ValueError: for features that the backbone does not give.
+        ValueError: for features that the backbone does not give, no features at all, or a negative
+            number of scales.
     """
 
     def __init__(
@@ -34,6 +35,10 @@ class ScaleProjection(nn.Module):
                 f"in_features names {missing}, but the backbone gives {list(input_shape)}: add "
                 "them to the backbone's out_features."
             )
+        if not in_features:
+            raise ValueError("in_features is empty: name the backbone's features to use.")
+        if num_extra_scales < 0:
+            raise ValueError(f"num_extra_scales={num_extra_scales} must not be negative.")
         self.in_features = list(in_features)
         shapes = [input_shape[name] for name in in_features]
         self.strides = [shape.stride for shape in shapes]

@@ -85,7 +85,14 @@ def step_schedule(
 
     Returns:
         ``train.max_iter`` and ``lr_multiplier`` of a LazyConfig.
+
+    Raises:
+        ValueError: there are fewer images than a batch has.
     """
+    if num_images < batch_size:
+        raise ValueError(
+            f"num_images={num_images} are fewer than batch_size={batch_size}: make it smaller."
+        )
     # The official loader drops an epoch's last, incomplete batch.
     iterations = num_images // batch_size
     max_iter, drop = epochs * iterations, drop_epoch * iterations
