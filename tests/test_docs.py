@@ -189,7 +189,7 @@ def test_a_table_follows_the_results_of_the_study(tmp_path, monkeypatch):
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """Writes a page with a table of a file; checks and updates it."""
-    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)
     monkeypatch.setattr(update_docs, "TABLES", {})
     monkeypatch.setattr(update_docs, "configuration_page", lambda: "page\n")

@@ -157,7 +157,7 @@ def write_figures(
     """Write a measured table.
 
     Args:
-        path: of the JSON file.
+        path: of the JSON file; its folder is created if need be.
         command: that measured it, from the checkout's root.
         columns, rows: texts, None for an empty cell; rows may end early.
         more: what else the file shall hold, such as the measurements themselves.
@@ -167,4 +167,5 @@ def write_figures(
     text = json.dumps({**head, "columns": list(columns), "rows": []}, indent=1)
     lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in filled)
     text = text.replace('"rows": []', f'"rows": [\n  {lines}\n ]')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n", encoding="utf-8")
