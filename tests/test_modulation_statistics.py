@@ -451,10 +451,29 @@ def test_checkpoints_can_be_named(tmp_path, data):
     assert list(numbers) == ["10", "20"] and numbers["10"]["num_objects"] == 3
 
 
+@pytest.mark.parametrize("iteration, steps", [(4, "5"), (20, "20")])
+def test_the_best_checkpoint_has_the_steps_of_its_evaluation(tmp_path, data, iteration, steps):
+    run, out = write_training(tmp_path), tmp_path / "pictures"
+    best = {"metric": "bbox/AP", "value": 1.0, "iteration": iteration}
+    weights = torch.load(run / "model_final.pth")["model"]
+    torch.save({"model": weights, "best": best}, run / "model_best.pth")
+    words = [data, "train.max_iter=20", "--output", out, "--num-images", 1]
+    command(run / "model_best.pth", *words)
+    assert list(json.loads((out / "modulation.json").read_text())) == [steps]
+
+
+def test_an_output_that_is_a_file_is_found_before_the_work(tmp_path, data, capsys, monkeypatch):
+    run = write_training(tmp_path)
+    monkeypatch.delattr(tool, "collect")
+    (tmp_path / "out").write_text("mine")
+    assert command(run, data, "--output", tmp_path / "out") == 1
+    assert "out is no folder (File exists)." in capsys.readouterr().err
+
+
 def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys, monkeypatch):
     def error(*args):
         assert command(*args, "--output", tmp_path / "out") == 1
-        assert not (tmp_path / "out").exists()
+        assert not any((tmp_path / "out").rglob("*"))
         return capsys.readouterr().err
 
     run = write_training(tmp_path)
