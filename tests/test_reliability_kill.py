@@ -2,6 +2,8 @@
 
 import re
 
+from helpers import error_of
+from smca.errors import UserError
 from stress import kill
 
 
@@ -15,3 +17,17 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_bits_of_an_unbr
     assert "3 kills" in output
     # A process that ends before its kill begins another training.
     assert re.search(r"(\d+) of \1 trainings ended with the bits of the unbroken one", output)
+
+
+def test_a_folder_that_it_did_not_make_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SMCA_CACHE", "")
+    (tmp_path / "work").write_text("mine")
+    text = error_of(capsys, kill.main, "--output-dir", tmp_path)
+    assert "would be removed" in text and (tmp_path / "work").read_text() == "mine"
+
+    def fail(*args):
+        raise UserError("it began")
+
+    monkeypatch.setattr(kill, "Experiment", fail)
+    for _ in range(2):  # over its own folder
+        assert "it began" in error_of(capsys, kill.main, "--output-dir", tmp_path / "kill")

@@ -61,6 +61,7 @@ _OVERRIDES = [
     "train.log_period=1",
     "train.checkpointer={period:2,max_to_keep:3}",
 ]
+_MARK = "made_by_kill"  # a file in the output folder, which may then be removed
 _KILLS_PER_TRAINING = 10
 _AIMED = 0.6  # of the kills, at writing
 _WRITING = ("writing a checkpoint", "writing last_checkpoint", "between these two files")
@@ -315,8 +316,15 @@ def _final(run_dir: Path) -> Any:
 def stress(args: argparse.Namespace) -> int:
     """The command's work."""
     folder = Path(args.output_dir).absolute()
+    is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_empty and not (folder / _MARK).is_file():
+        raise UserError(
+            f"--output-dir {args.output_dir} would be removed, but it did not make it: choose a "
+            "new folder."
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / _MARK).touch()
     os.environ["SMCA_CACHE"] = str(folder / "cache")
     if f"{_DATA}_train" not in DatasetCatalog:
         register_shapes(num_train=12, num_val=2, prefix=_DATA)
