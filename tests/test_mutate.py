@@ -10,6 +10,7 @@ import time
 import pytest
 
 import mutate
+from helpers import error_of
 
 CODE = """\
 def mean(values):
@@ -124,6 +125,14 @@ def test_a_bug_that_fits_no_more_is_named(toy, capsys):
     assert mutate.main(["--check"]) == 1
     error = capsys.readouterr().err
     assert "'nothing has a mean of one' of tests/mutants/toy.yaml does not fit" in error
+
+
+def test_nothing_to_plant_is_an_error(toy, capsys):
+    assert "--match 'typo' is in no bug's words" in error_of(capsys, mutate.main, "--match", "typo")
+    for option in ("--jobs", "--random"):
+        with pytest.raises(SystemExit):
+            mutate.main([option, "0"])
+        assert f"{option}: has to be a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_tests_that_fail_without_a_bug_catch_nothing(toy, capsys):

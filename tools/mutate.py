@@ -49,6 +49,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from figures import command_line, write_figures
+from options import count
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "tests" / "mutants"
@@ -375,9 +376,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="LIST", help="names of lists")
     parser.add_argument("--match", default="", metavar="TEXT", help="in the bug's words or file")
-    parser.add_argument("--random", type=int, metavar="N", help="plant N bugs that nobody listed")
+    parser.add_argument("--random", type=count, metavar="N", help="plant N bugs that nobody listed")
     parser.add_argument("--seed", type=int, default=0, help="of --random; default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="default: %(default)s")
     parser.add_argument("--output", metavar="FILE", help="JSON with the table and every outcome")
     parser.add_argument("--check", action="store_true", help="only see that every bug still fits")
     return parser
@@ -388,6 +389,8 @@ def run(args: argparse.Namespace) -> int:
         mutants = random_mutants(args.random, args.seed, args.match)
     else:
         mutants = read_mutants(args.only, args.match)
+    if not mutants:
+        raise UserError(f"--match {args.match!r} is in no bug's words or file.")
     if args.check:
         check_fit(mutants)
         print(f"{len(mutants)} bugs fit.")
