@@ -152,8 +152,28 @@ def test_the_card_of_the_last_weights_has_the_evaluation_after_the_training(chec
     assert "12.0" in card and "nan" not in card and "| iterations             | 14 " in card
 
 
-def test_without_an_evaluation_the_card_says_so(checkpoint, tmp_path):
+@pytest.mark.parametrize("said, iterations, ap", [(14, 14, "12.0"), (None, 14, None)])
+def test_a_training_of_so_many_epochs_is_published(checkpoint, tmp_path, said, iterations, ap):
+    # As of configs/fine_tune.py, whose config.yaml says how the iterations are computed.
+    cfg = LazyConfig.load(str(checkpoint.with_name("config.yaml")))
+    cfg.train.max_iter = {"_target_": "smca.solver.steps_of_epochs", "json_file": "gone.json"}
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    (tmp_path / "metrics.json").write_text(checkpoint.with_name("metrics.json").read_text())
+    contents = torch.load(checkpoint, weights_only=True)
+    del contents["best"]
+    contents["smca"]["max_iter"] = said
+    torch.save({**contents, "iteration": 13}, tmp_path / "model_final.pth")
+    run(tmp_path / "model_final.pth", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| iterations             | {iterations} " in card
+    assert (ap or "The training made no evaluation of this checkpoint") in card
+
+
+@pytest.mark.parametrize("metrics", [None, ""])
+def test_without_an_evaluation_the_card_says_so(checkpoint, tmp_path, metrics):
     (tmp_path / "config.yaml").write_text(checkpoint.with_name("config.yaml").read_text())
+    if metrics is not None:
+        (tmp_path / "metrics.json").write_text(metrics)
     alone = tmp_path / "alone.pth"
     alone.write_bytes(checkpoint.read_bytes())
     run(alone, tmp_path / "out")

@@ -32,7 +32,7 @@ from smca.inference import (
 
 import torch
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -117,7 +117,8 @@ def model_card(
     title = args.title or config_name
     cfg: Any = detector.cfg  # a LazyConfig, as `save_pretrained` requires
     data = args.data or ", ".join(dataset_names(cfg, "train")) or "not said"
-    model, iteration = published["model"], _iteration(detector.checkpoint, cfg.train.max_iter)
+    max_iter = _max_iter(cfg, provenance)
+    model, iteration = published["model"], _iteration(detector.checkpoint, max_iter)
     # Others would tell paths of the machine that trained it.
     overrides = [*(provenance.get("overrides") or []), *args.opts]
     overrides = [text for text in overrides if text.lstrip("+").startswith("model.")]
@@ -129,7 +130,7 @@ def model_card(
         ("queries", model.get("num_queries")),
         ("modulation", (model.get("decoder") or {}).get("modulation")),
         ("weights", _kind(detector.weights)),
-        ("iterations", iteration and f"{min(iteration + 1, cfg.train.max_iter):,}"),
+        ("iterations", iteration and f"{min(iteration + 1, max_iter or math.inf):,}"),
         ("trained on", data),
         ("licence of the weights", args.license),
         ("smca", published["smca_version"]),
@@ -152,11 +153,18 @@ def model_card(
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}"
 
 
-def _iteration(checkpoint: Mapping[str, Any], max_iter: int) -> Optional[int]:
+def _max_iter(cfg: DictConfig, provenance: Mapping[str, Any]) -> Optional[int]:
+    """Iterations of the whole training, None where neither config nor checkpoint says them."""
+    # A config may compute them from data that need not be here.
+    said = [OmegaConf.select(cfg, "train.max_iter"), provenance.get("max_iter")]
+    return next((number for number in said if isinstance(number, int)), None)
+
+
+def _iteration(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:
     """Of the weights' evaluation, as metrics.json counts; None where the checkpoint says none. The
     last evaluation, after the training, counts one more than the last iteration from 0."""
     iteration = (checkpoint.get("best") or checkpoint).get("iteration")
-    return max_iter if iteration == max_iter - 1 else iteration
+    return max_iter if max_iter and iteration == max_iter - 1 else iteration
 
 
 def _kind(weights: str) -> str:
@@ -173,10 +181,13 @@ def _classes(names: List[str], number: Optional[int]) -> str:
 
 def _results(cfg: DictConfig, weights: str, kind: str, iteration: Optional[int]) -> str:
     """A table of the evaluation that the training made of these weights."""
-    file = Path(weights).with_name("metrics.json")
-    if not file.is_file() or iteration is None:
+    prefix = "ema/" if kind == "ema" else ""
+    try:
+        metrics = read_metrics(str(Path(weights).with_name("metrics.json")))
+    except UserError:  # there is none, or nothing in it
+        metrics = {}
+    if not metrics or iteration is None:
         return "There is no evaluation beside the checkpoint."
-    metrics, prefix = read_metrics(str(file)), "ema/" if kind == "ema" else ""
     found = {}
     for name in _METRICS:
         values = dict(zip(*metrics.get(f"{prefix}bbox/{name}", ((), ()))))

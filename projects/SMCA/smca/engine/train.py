@@ -17,8 +17,10 @@ from smca.config import (
     AMP_DTYPES,
     build,
     build_model,
+    check_early_stopping,
     check_train,
     dataset_names,
+    find_config_file,
     load_config,
     resolve_device,
 )
@@ -76,7 +78,10 @@ def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results
     Raises:
         UserError: see its docstring.
     """
+    args.config_file = find_config_file(args.config_file)  # Detectron2 logs what is in it
     cfg = load_config(args.config_file, args.opts)
+    if not args.eval_only:
+        check_early_stopping(cfg.train)
     cfg.train.device = str(resolve_device(cfg.train.device))
     if cfg.train.fast_dev_run:
         _shorten(cfg.train)
@@ -372,6 +377,7 @@ def _provenance(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Any]:
         "overrides": [text for text in args.opts if not text.lstrip("+").startswith("train.")],
         "class_names": list(class_names),
         "num_classes": OmegaConf.select(cfg, "model.num_classes"),
+        "max_iter": cfg.train.max_iter,
     }
 
 
