@@ -31,6 +31,12 @@ def load(name, *overrides):
     return load_config(str(CONFIGS / f"{name}.py"), overrides)
 
 
+@pytest.mark.parametrize("name", ["smca_r50_50ep", "ablations/head_shared.py"])
+def test_a_config_is_found_by_its_name_wherever_it_is_called(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == load(name.removesuffix(".py"))
+
+
 def build_without_memory(cfg):
     """The model's structure; nothing is allocated or initialised."""
     with torch.device("meta"):

@@ -293,6 +293,9 @@ def test_several_evaluators_evaluate_after_one_another(tmp_path):
         ("train.fast_dev_run=1", "train.fast_dev_run has to be true or false, it cannot be 1"),
         ("train.amp=True", "train.amp has to be a section"),
         ("train.device=gpu", "train.device=gpu cannot be used"),
+        ("train.device=cuda:99", "train.device=cuda:99 cannot be used"),
+        ("train.device=meta", "train.device=meta cannot be used"),
+        ("dataloader.train.dataset.names=a,b", "needs brackets, dataloader.train.dataset.names=[a"),
         ("model.num_classes=three", "model.num_classes has to be a number"),
         ("max_iter", "Override 'max_iter' cannot be read"),
         ("train.max_iter=[1", "cannot be read"),
@@ -309,6 +312,15 @@ def test_several_evaluators_evaluate_after_one_another(tmp_path):
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
     out = f"train.output_dir={tmp_path}"
     assert words in error_of(capsys, train_net, "--config-file", trained[0], out, override)
+
+
+def test_early_stopping_without_evaluations_is_an_error(trained, tmp_path, capsys):
+    config = ["--config-file", trained[0], f"train.output_dir={tmp_path}/out"]
+    wrong = ["train.early_stopping=3", "train.eval_period=0"]
+    assert "set train.eval_period to" in error_of(capsys, train_net, *config, *wrong)
+    assert not (tmp_path / "out").exists()
+    # What asks for no training takes them: a run of that kind can be used.
+    assert load_config(trained[0], wrong).train.early_stopping == 3
 
 
 @pytest.mark.parametrize(

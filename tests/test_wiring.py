@@ -401,7 +401,8 @@ def built(folder, *overrides, **changes):
     return drive(folder, *overrides, steps=False, **changes).trainer
 
 
-def test_the_model_is_on_the_device_of_the_config(tmp_path):
+def test_the_model_is_on_the_device_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.setattr("smca.engine.train.resolve_device", torch.device)
     trainer = built(tmp_path, device="meta")
     assert {p.device.type for p in trainer.model.parameters()} == {"meta"}
     assert trainer.device.type == "meta"

@@ -1,11 +1,9 @@
 """Train or evaluate a model from a LazyConfig: ``smca-train``, in a checkout ``train_net.py``."""
 
-import os
 from typing import Optional, Sequence
 
 from detectron2.engine import default_argument_parser
 
-from smca.config.names import get_config_file, list_configs
 from smca.engine import run
 
 __all__ = ["main"]
@@ -26,13 +24,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = default_argument_parser(epilog=_EXAMPLES)
     # A free port, where Detectron2's is the same for all trainings of a user.
     parser.set_defaults(dist_url="auto")
-    args = parser.parse_args(argv)
-    args.config_file = _config_file(args.config_file)
-    return run(args)
-
-
-def _config_file(text: str) -> str:
-    """The file that is meant: an installation has no folder configs/ to name one in."""
-    if not os.path.isfile(text) and text.removesuffix(".py") in list_configs():
-        return get_config_file(text)
-    return text
+    return run(parser.parse_args(argv))

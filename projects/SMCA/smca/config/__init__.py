@@ -3,8 +3,8 @@
 from . import resolvers  # noqa: F401
 from .build import build, build_model, dataset_names
 from .lazy import load_config, quoted, require_values
-from .names import get_config, get_config_file, list_configs
-from .train import AMP_DTYPES, WRITERS, check_train, resolve_device
+from .names import find_config_file, get_config, get_config_file, list_configs
+from .train import AMP_DTYPES, WRITERS, check_early_stopping, check_train, resolve_device
 from .yacs import add_smca_config
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "add_smca_config",
     "build",
     "build_model",
+    "check_early_stopping",
     "check_train",
     "dataset_names",
+    "find_config_file",
     "get_config",
     "get_config_file",
     "list_configs",

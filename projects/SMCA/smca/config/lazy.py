@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from yaml import YAMLError
 
 from smca.config.build import origin
-from smca.config.names import get_config_file, list_configs, load_file
+from smca.config.names import find_config_file, get_config_file, list_configs, load_file
 from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
@@ -35,8 +35,8 @@ def load_config(
     another config.
 
     Args:
-        config_file: path of a .py or .yaml LazyConfig. Where a .py file leaves
-            ``train.output_dir`` at its default, it becomes ``output/NAME``.
+        config_file: path of a .py or .yaml LazyConfig, or the name of one of this package's. Where
+            a .py file leaves ``train.output_dir`` at its default, it becomes ``output/NAME``.
         overrides: ``key=value``, in hydra's syntax. The key has to be in the config, or be an
             argument of what the config calls there; ``+key=value`` adds any other.
         needed: keys whose values, and those below them, have to be there ("???" is none); None:
@@ -45,7 +45,7 @@ def load_config(
     Raises:
         ConfigError: names the file or the key, and the nearest valid key.
     """
-    cfg = _load_file(config_file)
+    cfg = _load_file(find_config_file(config_file))
     base = OmegaConf.select(cfg, _BASE)
     # The base first, so that the other overrides change its model.
     for override in sorted(overrides, key=lambda text: not text.startswith(f"{_BASE}=")):
@@ -193,6 +193,11 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
             f"Override {text!r} cannot be read, write key=value (with quotes inside quotes for "
             f"special characters, '\"a b\"'): {str(error).splitlines()[0]}"
         ) from error
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"Override {text!r} gives several values: a list needs brackets, {key}=[a,b], and a "
+            "text with a comma quotes inside quotes, '\"a,b\"'."
+        )
     if override.is_delete():
         raise ConfigError(f"Override {text!r} would delete a key, which is not possible.")
     if not override.is_add():

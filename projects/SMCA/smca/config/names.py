@@ -1,6 +1,7 @@
 """The configs that come with this package, by name."""
 
 import builtins
+import os
 from pathlib import Path
 from typing import List
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 import smca.configs as configs
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["get_config", "get_config_file", "list_configs", "load_file"]
+__all__ = ["find_config_file", "get_config", "get_config_file", "list_configs", "load_file"]
 
 # Of configs/common/train.py.
 _DEFAULT_OUTPUT_DIR = "output"
@@ -42,6 +43,14 @@ def get_config_file(name: str) -> str:
         raise ConfigError(f"There is no config {name}{did_you_mean(name, known)}")
     candidates = [Path(folder, f"{name}.py") for folder in configs.__path__]
     return str(next(path for path in candidates if path.is_file()))
+
+
+def find_config_file(text: str) -> str:
+    """The config file that a command line means: the file of that path, else the config of that
+    name, for an installation has no folder configs/ to name one in."""
+    if not os.path.isfile(text) and text.removesuffix(".py") in list_configs():
+        return get_config_file(text)
+    return text
 
 
 def get_config(name: str) -> DictConfig:

@@ -17,7 +17,7 @@ from smca.config.schema import (
 )
 from smca.errors import ConfigError
 
-__all__ = ["AMP_DTYPES", "WRITERS", "check_train", "resolve_device"]
+__all__ = ["AMP_DTYPES", "WRITERS", "check_early_stopping", "check_train", "resolve_device"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WRITERS = ("wandb", "mlflow")
@@ -73,6 +73,21 @@ def check_train(train: DictConfig) -> None:
     _check(train, _TRAIN, "train")
 
 
+def check_early_stopping(train: DictConfig) -> None:
+    """
+    Make sure that a training has the evaluations that end it early.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    patience = train.get("early_stopping", 0)
+    if patience and train.eval_period == 0:
+        raise ConfigError(
+            f"train.early_stopping={patience} counts evaluations, of which train.eval_period=0 "
+            "makes none: set train.eval_period to the iterations from one to the next."
+        )
+
+
 def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
     for key, kind in kinds.items():
         full_name = f"{name}.{key}"
@@ -111,10 +126,12 @@ def resolve_device(name: str, key: str = "train.device") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        # Whether there is a GPU can be asked without occupying memory on it.
-        is_there = device.type != "cuda" or torch.cuda.is_available()
-        if device.type != "cuda":
+        if device.type == "cuda":
+            # Which GPUs there are can be asked without occupying memory on one.
+            is_there = (device.index or 0) < torch.cuda.device_count()
+        else:
             torch.empty(0, device=device)
+            is_there = device.type != "meta"  # whose tensors have no values
     except (RuntimeError, AssertionError, NotImplementedError):
         is_there = False
     if not is_there:
