@@ -14,6 +14,7 @@ import torch.utils.cpp_extension  # noqa: E402, F401  warns once where there is 
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from helpers import close_logs  # noqa: E402
+from smca.data import register_shapes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +47,13 @@ def data_sets_of_one_test():
     for catalog, names in before:
         for name in set(catalog) - names:
             catalog.remove(name)
+
+
+@pytest.fixture
+def few_shapes(tmp_path_factory, monkeypatch):
+    """The embedded data set's names stand for three of its images: it takes a minute to draw, and
+    lies in the user's cache folder."""
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    for split, name in zip(("train", "val"), register_shapes(1, 2, prefix="few_shapes")):
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            monkeypatch.setitem(catalog.data, f"smca_shapes_{split}", catalog.data[name])

@@ -41,6 +41,7 @@ def test_tensorboard_gets_detections_at_each_evaluation(tmp_path):
     assert pictures[0].width > 400
 
 
+@pytest.mark.usefixtures("few_shapes")
 def test_a_model_with_modulation_has_weight_maps_too(tmp_path):
     config = write_smca_config(tmp_path)
     cfg, model = load_config(config, ["train.num_pictures=1"]), make_smca(config).train()
@@ -54,6 +55,7 @@ def test_a_model_with_modulation_has_weight_maps_too(tmp_path):
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("few_shapes")
 def test_a_picture_that_fails_ends_no_training(tmp_path, caplog):
     cfg = load_config(write_smca_config(tmp_path))
     pictures = EvaluationPictures(cfg, 1)

@@ -81,6 +81,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.usefixtures("few_shapes")
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_bar_goes_to_its_end_on_a_terminal_and_is_not_there_without(
