@@ -144,6 +144,7 @@ def test_weights_are_downloaded_once(published, tmp_path, monkeypatch):
     entry["url"] = f"http://localhost:{server.server_port}/{path.name}"
     model_zoo._REGISTRY.write_text(json.dumps({NAME: entry}))
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "localhost")
     model_zoo.get(NAME, trained=True, device="cpu")
     server.shutdown()
     server.server_close()

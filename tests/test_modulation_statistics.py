@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -470,7 +470,7 @@ def test_an_output_that_is_a_file_is_found_before_the_work(tmp_path, data, capsy
     assert "out is no folder (File exists)." in capsys.readouterr().err
 
 
-def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys, monkeypatch):
+def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys):
     def error(*args):
         assert command(*args, "--output", tmp_path / "out") == 1
         assert not any((tmp_path / "out").rglob("*"))
@@ -483,8 +483,12 @@ def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys, monkeypatc
     assert "nowhere.pth does not exist" in error(tmp_path / "nowhere.pth")
     assert "model_best.pth does not say at which iteration" in error(run / "model_best.pth", data)
     assert "no objects" in error(run, data, "--num-images", 0)
-    monkeypatch.chdir(tmp_path)
-    assert "coco_2017_val" in error(run, "dataloader.test.dataset.names=coco_2017_val")
+    # Not COCO, which may be there.
+    DatasetCatalog.register("lost_data", list)
+    MetadataCatalog.get("lost_data").set(json_file=str(tmp_path / "lost.json"))
+    assert "lost.json, which does not exist" in error(
+        run, "dataloader.test.dataset.names=lost_data"
+    )
 
 
 def test_detr_has_nothing_to_draw(tmp_path, data, capsys):
