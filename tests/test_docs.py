@@ -1,8 +1,10 @@
 """The documentation: commands and code are right, generated pages fresh, links whole."""
 
 import ast
+import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 import check_docs
 import run_notebook
 import update_docs
-from check_docs import Block, Problem, blocks_of, check_block, commands_of
+from check_docs import Block, blocks_of, check_block, commands_of
 from figures import render, write_figures
-from smca.errors import UserError
+from helpers import error_of
+from smca.errors import UserError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [path for pattern in check_docs.PAGES for path in sorted(ROOT.glob(pattern))]
@@ -111,11 +114,12 @@ def test_blocks_and_commands_in_the_text_are_found(tmp_path, monkeypatch):
     }
 
 
-def test_a_fence_that_is_not_closed_is_found(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_docs, "ROOT", tmp_path)
     (tmp_path / "page.md").write_text("```\nmake test\n")
-    with pytest.raises(Problem, match="not closed"):
-        list(blocks_of("page.md"))
+    check = functools.partial(exit_code, check_docs.main)
+    assert "page.md has a fence that is not closed" in error_of(capsys, check, "page.md")
+    assert "The page gone.md does not exist" in error_of(capsys, check, "gone.md")
 
 
 @pytest.mark.parametrize(
@@ -409,6 +413,29 @@ def test_a_wrong_cell_of_a_notebook_is_found():
     for number, words in enumerate(("never closed", "Predicter", "--resum", "gone.py"), 1):
         assert any(p.startswith(f"a.ipynb:{number}: ") and words in p for p in problems)
     assert len(problems) == 4
+
+
+def test_what_is_no_notebook_is_named(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("nbclient")
+    for text in ("# Title", "{}"):
+        (tmp_path / "page.md").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["run_notebook.py", str(tmp_path / "page.md")])
+        assert "page.md is no notebook." in error_of(capsys, lambda words: run_notebook.main())
+
+
+@pytest.mark.parametrize("kind", ["DeadKernelError", "CellTimeoutError"])
+def test_a_notebook_that_does_not_end_is_named(tmp_path, monkeypatch, capsys, kind):
+    exceptions = pytest.importorskip("nbclient.exceptions")
+
+    def execute(self):
+        raise getattr(exceptions, kind)("Kernel died\nat once")
+
+    path = tmp_path / "a.ipynb"
+    path.write_text('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}')
+    monkeypatch.setattr("nbclient.NotebookClient.execute", execute)
+    monkeypatch.setattr(sys, "argv", ["run_notebook.py", str(path)])
+    text = error_of(capsys, lambda words: run_notebook.main())
+    assert text == f"Error: {path} did not end: Kernel died"
 
 
 def test_outputs_are_joined_and_name_no_folder_of_the_machine():

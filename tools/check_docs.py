@@ -42,7 +42,7 @@ from unittest import mock
 from smca import model_zoo
 from smca.config import load_config
 from smca.config.lazy import _all_keys
-from smca.errors import UserError
+from smca.errors import UserError, exit_code
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
@@ -108,7 +108,13 @@ class Unchecked(Exception):
 
 
 def blocks_of(page: str) -> Iterator[Block]:
-    """The blocks of a page in Markdown, and the commands in its text; of a notebook its cells."""
+    """The blocks of a page in Markdown, and the commands in its text; of a notebook its cells.
+
+    Raises:
+        UserError: there is no such page, or where a block ends is not said.
+    """
+    if not (ROOT / page).is_file():
+        raise UserError(f"The page {page} does not exist in {ROOT}.")
     text = (ROOT / page).read_text()
     if page.endswith(".ipynb"):
         yield from cells_of(page, json.loads(text))
@@ -117,7 +123,7 @@ def blocks_of(page: str) -> Iterator[Block]:
     while start := _FENCE.search(text, position):
         end = text.find("\n```", start.end() - 1)
         if end < 0:
-            raise Problem(f"{page}: a fence is not closed")
+            raise UserError(f"{page} has a fence that is not closed.")
         line = text.count("\n", 0, start.end())
         body = text[start.end() : end]
         is_run = start.group().startswith("<!--")
@@ -549,4 +555,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

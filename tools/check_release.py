@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from smca.errors import exit_code
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Run by the environment's Python. Its argument is the folder that the package has to be in.
@@ -138,4 +140,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -42,14 +42,17 @@ def run(args: argparse.Namespace) -> None:
     try:
         import nbformat
         from nbclient import NotebookClient
-        from nbclient.exceptions import CellExecutionError
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     except ImportError as error:
         raise UserError(
             "Notebooks need nbclient, nbformat and ipykernel: install the extra 'notebook'."
         ) from error
     if not os.path.isfile(args.notebook):
         raise UserError(f"The notebook {args.notebook} does not exist.")
-    notebook = nbformat.read(args.notebook, as_version=4)
+    try:
+        notebook = nbformat.read(args.notebook, as_version=4)
+    except Exception as error:  # it raises many kinds
+        raise UserError(f"{args.notebook} is no notebook.") from error
     os.environ["PYTHONWARNINGS"] = "ignore"
     # What the cells call python is the one that this runs in.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
     except CellExecutionError as error:
         lines = _COLOUR.sub("", str(error)).strip().splitlines()
         raise UserError(f"{args.notebook} has an error in a cell: {lines[-1]}") from error
+    except (CellTimeoutError, DeadKernelError) as error:
+        raise UserError(f"{args.notebook} did not end: {str(error).splitlines()[0]}") from error
     finally:
         progress.close()
     for cell in cells:

@@ -28,7 +28,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from smca.config import build, get_config, get_config_file, load_config
 from smca.data import DetrDatasetMapper, read_image, register_coco
 from smca.data.mapper import check_image
-from smca.errors import UserError
+from smca.errors import UserError, exit_code
 from smca.inference import Predictor
 
 import numpy as np
@@ -497,4 +497,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -20,6 +20,7 @@ from smca.config import get_config
 from smca.data import detr_augmentations
 from smca.engine.storage import BoundedStorage
 from smca.engine.trainer import Trainer
+from smca.errors import exit_code
 from smca.inference import Predictor
 
 import numpy as np
@@ -173,4 +174,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))
