@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 
@@ -5,6 +6,8 @@ import pytest
 
 import busy_machine
 from busy_machine import CASES, Case
+from helpers import error_of
+from smca.errors import exit_code
 
 
 def test_ratios_are_to_the_first_row_on_a_quiet_machine():
@@ -23,10 +26,15 @@ def trainings(monkeypatch):
 
     def run(command, env, **kwargs):
         started.append((command, env))
+        if "optimizer.rl=1" in command:
+            return subprocess.CompletedProcess(
+                command, 1, "", "a warning\nError: no optimizer.rl.\n"
+            )
         (folder,) = [x.partition("=")[2] for x in command if x.startswith("train.output_dir=")]
         os.makedirs(folder)
         with open(os.path.join(folder, "metrics.json"), "w") as file:
             file.writelines(f'{{"iteration": {i}, "time": {i}.0}}\n' for i in range(2, 11))
+        return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
     return started
@@ -64,3 +72,14 @@ def test_a_neighbour_is_there_for_the_second_training_only(trainings, monkeypatc
     monkeypatch.setattr(subprocess, "Popen", Neighbour)
     busy_machine.measure(CASES[0], 5, [])
     assert events == [1, "killed", "gone"] and len(trainings) == 2
+
+
+def test_what_a_training_says_is_the_error(trainings, capsys):
+    text = error_of(capsys, functools.partial(exit_code, busy_machine.main), "optimizer.rl=1")
+    assert text == "Error: The training failed: no optimizer.rl."
+
+
+def test_no_steps_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        busy_machine.main(["--steps", "0"])
+    assert "--steps: has to be a whole number of at least 1, not 0" in capsys.readouterr().err

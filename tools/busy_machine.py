@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from smca.analysis import read_metrics
+from smca.errors import UserError, exit_code
 
 import torch
 from tqdm import tqdm
 
 from benchmark import device_name
 from figures import Table, command_line, markdown, write_figures
+from options import count
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARMUP = 6  # steps
@@ -49,7 +51,11 @@ CASES = [
 
 
 def seconds_of_a_step(case: Case, steps: int, overrides: Sequence[str]) -> float:
-    """The median of a training in a process of its own."""
+    """The median of a training in a process of its own.
+
+    Raises:
+        UserError: what the training says if it fails.
+    """
     env = {k: v for k, v in os.environ.items() if k not in _SETTINGS} | case.environment
     settings = ["dataloader.evaluator=null", "train.eval_period=0", "train.num_pictures=0"]
     settings += ["train.log_period=1", "train.device=cpu", f"train.max_iter={steps + _WARMUP}"]
@@ -57,7 +63,10 @@ def seconds_of_a_step(case: Case, steps: int, overrides: Sequence[str]) -> float
     config = ["--config-file", str(ROOT / "configs" / "smca_shapes.py")]
     with tempfile.TemporaryDirectory() as folder:
         command = [*script, *config, *settings, f"train.output_dir={folder}/run", *overrides]
-        subprocess.run(command, env=env, check=True, capture_output=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise UserError(f"The training failed: {last.removeprefix('Error: ')}")
         iterations, times = read_metrics(f"{folder}/run/metrics.json")["time"]
     return statistics.median(t for i, t in zip(iterations, times) if i >= _WARMUP)
 
@@ -88,7 +97,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=30, help="of each; default: %(default)s")
+    parser.add_argument("--steps", type=count, default=30, help="of each; default: %(default)s")
     parser.add_argument("--output", metavar="FILE", help="of the table, as JSON")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
     args = parser.parse_args(argv)
@@ -105,4 +114,4 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(exit_code(main))
