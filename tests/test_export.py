@@ -1,5 +1,6 @@
 """Exported detectors give what the model itself gives, in onnxruntime, OpenVINO and PyTorch."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from helpers import (
     write_smca_config,
     write_weights,
 )
+from smca.errors import exit_code
 from smca.inference import Predictor
 from smca.inference.export import (
     METADATA_NAME,
@@ -370,3 +372,17 @@ def test_other_preprocessing_than_a_resize_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="keep T.ResizeShortestEdge of one size"):
         export_detector(predictor, str(tmp_path / "model.pt2"), "pt2")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_runtime_that_is_missing_is_named_before_the_first_export(name, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda other: None if other == name else other)
+    monkeypatch.delattr(compare_export, "compare")
+    main = functools.partial(exit_code, compare_export.main)
+    assert f"run pip install {name}" in error_of(capsys, main, "--openvino")
+
+
+def test_no_repeats_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        compare_export.main(["--repeats", "0"])
+    assert "--repeats: has to be a whole number of at least 1, not 0" in capsys.readouterr().err

@@ -13,6 +13,7 @@ of one image of the first size.
 
 import argparse
 import functools
+import importlib.util
 import os
 import statistics
 import sys
@@ -38,6 +39,7 @@ from tqdm import tqdm
 from benchmark import CONFIGS, MAIN_MODELS, device_name
 from benchmark_cases import Size, build_model
 from figures import command_line, write_figures
+from options import count
 
 BATCHES: List[List[Size]] = [
     [(800, 1066)],
@@ -102,15 +104,24 @@ def median_seconds(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def runtimes(path: str, threads: int, with_openvino: bool) -> Dict[str, Run]:
-    """The exported file in each runtime, by its name."""
-    try:
-        import onnxruntime
-    except ImportError as error:
+def check_runtimes(with_openvino: bool) -> None:
+    """
+    Raises:
+        UserError: what is not installed.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
         raise UserError(
             "Exported models run in onnxruntime: run pip install onnxruntime (or install the extra "
             "'export')."
-        ) from error
+        )
+    if with_openvino and importlib.util.find_spec("openvino") is None:
+        raise UserError("OpenVINO is not installed: run pip install openvino.")
+
+
+def runtimes(path: str, threads: int, with_openvino: bool) -> Dict[str, Run]:
+    """The exported file in each runtime, by its name."""
+    import onnxruntime
+
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     # It would keep the largest memory of each size.
@@ -167,8 +178,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="can be repeated")
     parser.add_argument("--openvino", action="store_true", help="compare with OpenVINO too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3, help="calls that are timed")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=count, default=3, help="calls that are timed")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
     return parser
 
@@ -177,6 +188,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
     options = get_parser().parse_args(argv)
     options.device = "cpu"
+    check_runtimes(options.openvino)
     torch.set_num_threads(options.threads)
     headers = ["config", "runtime", "boxes", "scores", "nodes", "MB", "eager (s)", "runtime (s)"]
     command = command_line(__file__, argv or sys.argv[1:])
