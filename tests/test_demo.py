@@ -24,6 +24,7 @@ from helpers import (
 )
 from smca.cli.predict import find_images
 from smca.data import SHAPE_CLASSES, register_shapes
+from smca.errors import exit_code
 from smca.inference import Predictor
 
 
@@ -500,3 +501,11 @@ def test_demo_run_trains_evaluates_draws_and_tells_where(tmp_path, monkeypatch):
     names = {os.path.basename(path) for path in written}
     assert {"model_final.pth", "validation.png", "gaussians.png", "curves.png"} <= names
     assert all(os.path.isfile(path) for path in written)
+
+
+def test_the_demos_folder_is_that_of_its_option(tmp_path, capsys):
+    def main(words):
+        return exit_code(run_demo.run, run_demo.get_parser().parse_args(words))
+
+    words = ["--output-dir", tmp_path / "run", f"train.output_dir={tmp_path}/mine"]
+    assert "it follows from --output-dir" in error_of(capsys, main, *words)

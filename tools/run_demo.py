@@ -20,7 +20,7 @@ from smca import Predictor
 from smca.analysis import write_pictures
 from smca.config import load_config, quoted
 from smca.engine import main
-from smca.errors import exit_code
+from smca.errors import UserError, exit_code
 from smca.inference import load_test_dataset
 
 from detectron2.engine import default_argument_parser
@@ -39,7 +39,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--config-file", default=str(ROOT / "configs" / "smca_shapes.py"), metavar="FILE"
     )
     parser.add_argument(
-        "--restart", action="store_true", help="train from the start, over what is there"
+        "--restart",
+        action="store_true",
+        help="train from the start; the former run moves to DIR/previous_1 and so on",
     )
     parser.add_argument("opts", nargs="*", metavar="key=value", help="LazyConfig overrides")
     return parser
@@ -48,6 +50,8 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> str:
     """The command's work; gives what there is to tell at the end."""
     start = time.perf_counter()
+    if any(text.lstrip("+").startswith("train.output_dir=") for text in args.opts):
+        raise UserError("train.output_dir cannot be overridden: it follows from --output-dir.")
     overrides = args.opts + [f"train.output_dir={quoted(args.output_dir)}"]
     cfg = load_config(args.config_file, overrides)
     run_dir = args.output_dir
