@@ -171,6 +171,7 @@ def test_a_table_follows_the_results_of_the_study(tmp_path, monkeypatch):
             {"name": name, "final": {"AP": ap, "AP50": ap50}}
             for name, ap, ap50 in [("A", 1.0, 3.0), ("B", 7.0, 8.26), ("A", 2.0, 5.0), ("C", 9, 9)]
         ]
+        runs.append({"name": "A", "final": None})  # not finished
         report = {"comparisons": {"main": ["B", "A"]}, "runs": runs}
         (folder / f"{study}.json").write_text(json.dumps(report))
     published = [{"model": "X", "epochs": 5, "AP": [12.5], "config": "x"}]
@@ -188,6 +189,11 @@ def test_a_table_follows_the_results_of_the_study(tmp_path, monkeypatch):
     assert text.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in text and "| AP (AP50) | B | A |" in text
     assert text.count("| 7.0 (8.3) | 1.5 (4.0) |") == 2
+
+    report["runs"] = [run for run in runs if run["name"] != "B"]
+    (folder / "shapes.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="shapes.json has no finished training of B"):
+        update_docs.pages()["README.md"]()
 
 
 @pytest.fixture

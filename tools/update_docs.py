@@ -30,11 +30,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def final_means(study: str) -> Dict[str, tuple[str, str]]:
-    """Of each run of the study's main comparison AP and AP50 at its end, means of its seeds."""
-    report = read_json(ROOT / "docs" / "convergence" / f"{study}.json")
+    """Of each run of the study's main comparison AP and AP50 at its end, means of the seeds that
+    are finished.
+
+    Raises:
+        UserError: a run has none.
+    """
+    path = ROOT / "docs" / "convergence" / f"{study}.json"
+    report = read_json(path)
     means = {}
     for name in report["comparisons"]["main"]:
-        finals = [run["final"] for run in report["runs"] if run["name"] == name]
+        runs = [run for run in report["runs"] if run["name"] == name]
+        finals = [run["final"] for run in runs if run["final"]]
+        if not finals:
+            raise UserError(f"{path} has no finished training of {name}.")
         ap, ap50 = (sum(final[key] for final in finals) / len(finals) for key in ("AP", "AP50"))
         means[name] = (f"{ap:.1f}", f"{ap50:.1f}")
     return means
