@@ -7,6 +7,7 @@ import torch
 
 from helpers import arguments, write_tiny_config
 from smca.engine import Trainer, main
+from smca.errors import CheckpointError
 
 
 def train(config, folder, *overrides, resume=False):
@@ -117,6 +118,15 @@ def test_another_rate_on_resume_is_the_rate_of_what_follows(tmp_path):
     log = (tmp_path / "run" / "log.txt").read_text()[len(before) :]
     assert log.count("lr was 0.01 when the checkpoint was written and is 0.004 now") == 1
     assert log.count("weight_decay was 0.01") == 1 and log.count("not exactly") == 2
+
+
+def test_other_groups_of_parameters_on_resume_are_named(tmp_path):
+    config = write_tiny_config(tmp_path, eval_period=0, max_iter=2)
+    factor = "+optimizer.params.lr_factor_func._target_=smca.solver.backbone_lr_factor"
+    train(config, tmp_path / "run", factor, "+optimizer.params.lr_factor_func.factor=0.1")
+    with pytest.raises(CheckpointError, match="optimizer.params.*were 4 and 4 .* now 8") as error:
+        train(config, tmp_path / "run", "train.max_iter=3", resume=True)
+    assert "cut short" not in str(error.value)
 
 
 def test_an_average_may_begin_with_the_resumed_run(tmp_path):

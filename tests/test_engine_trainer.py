@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers import MeanLoss
 from smca.data import build_train_loader
-from smca.engine import BestCheckpointer, EmergencyCheckpointer, ModelEMA, Trainer
+from smca.engine import BestCheckpointer, EmergencyCheckpointer, EvalHook, ModelEMA, Trainer
 from smca.engine.storage import BoundedStorage
 from smca.errors import NonFiniteError
 
@@ -245,6 +245,20 @@ def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, erro
     state = saved(checkpointer.get_checkpoint_file())
     assert state["trainer"]["iteration"] == 2
     assert torch.equal(state["model"]["layer.weight"], weights.values[2]["layer.weight"])
+
+
+def test_a_training_in_the_handler_of_another_error_is_whole(model, tmp_path, caplog):
+    """As where a notebook tries once more."""
+    results = Record(lambda trainer: trainer.iter)
+    trainer = Trainer(model, batches(2), torch.optim.SGD(model.parameters(), lr=0.1))
+    guard = EmergencyCheckpointer(Checkpointer(model, str(tmp_path)))
+    trainer.register_hooks([EvalHook(0, lambda: results.values.append("evaluated")), guard])
+    try:
+        raise OSError("the first try")
+    except OSError:
+        trainer.train(0, 2)
+    assert results.values == ["evaluated"]
+    assert not list(tmp_path.iterdir()) and "ended early" not in caplog.text
 
 
 def test_a_signal_in_the_forward_pass_waits_for_the_step(model, tmp_path):

@@ -4,7 +4,6 @@ that a kill left out."""
 import logging
 import math
 import os
-import sys
 from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from detectron2.checkpoint import Checkpointer
@@ -29,7 +28,7 @@ class EvalHook(hooks.EvalHook):
             super()._do_eval()
 
     def after_train(self) -> None:
-        if sys.exc_info()[1] is None:  # not even if it failed in the last iteration
+        if self.trainer.error is None:  # not even if it failed in the last iteration
             super().after_train()
 
 

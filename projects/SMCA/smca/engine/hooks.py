@@ -124,7 +124,7 @@ class EmergencyCheckpointer(HookBase):
 
     def after_train(self) -> None:
         with self._lock:
-            error = sys.exc_info()[1]
+            error = self.trainer.error
             if error is not None and comm.is_main_process():
                 self._rescue(error)
             self._is_over = True

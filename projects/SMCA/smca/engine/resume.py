@@ -6,12 +6,36 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-__all__ = ["keep_settings", "sample_of_old", "warn_of_change"]
+from smca.errors import CheckpointError
+
+__all__ = ["check_groups", "keep_settings", "sample_of_old", "warn_of_change"]
 
 logger = logging.getLogger(__name__)
 
 # What a config says of an optimizer, and a checkpoint as well.
 _OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
+
+
+def check_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Make sure that an optimizer has the groups of parameters that a checkpoint has.
+
+    Args:
+        optimizer: whose state is to be loaded.
+        saved: the state in the checkpoint.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    sizes = [
+        " and ".join(str(len(group["params"])) for group in groups)
+        for groups in (saved["param_groups"], optimizer.param_groups)
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            "The optimizer's groups of parameters (optimizer.params) are not those of the run, "
+            f"they were {sizes[0]} parameters and are now {sizes[1]}: resume with the settings of "
+            "its config.yaml, or start another run from its weights, with train.init_checkpoint."
+        )
 
 
 def keep_settings(

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smca.checkpoint.files import read_tag, write_atomically
 from smca.data.loader import set_start_batch, set_start_sample
-from smca.engine.resume import keep_settings, sample_of_old, warn_of_change
+from smca.engine.resume import check_groups, keep_settings, sample_of_old, warn_of_change
 from smca.engine.signals import STOP_SIGNALS, React, StopSignals
 from smca.engine.storage import BoundedStorage
 from smca.errors import NonFiniteError
@@ -92,6 +92,8 @@ class Trainer(SimpleTrainer):
         self.report_dir = report_dir
         self.signals = StopSignals()
         self.stopped_early = False
+        # What ends the training, which hooks look at afterwards.
+        self.error: Optional[BaseException] = None
         # Once all processes know of one: stop after this iteration.
         self.stop_signal: Optional[int] = None
         self._num_skipped = 0  # in a row
@@ -120,11 +122,13 @@ class Trainer(SimpleTrainer):
                     self.run_step()
                     self.after_step()
                     self.iter += 1
-            except Exception:
-                # The logger of Detectron2's own loop, of which users may have set filters.
-                logging.getLogger("detectron2.engine.train_loop").exception(
-                    "Exception during training:"
-                )
+            except BaseException as error:
+                self.error = error
+                if isinstance(error, Exception):
+                    # The logger of Detectron2's own loop, of which users may have set filters.
+                    logging.getLogger("detectron2.engine.train_loop").exception(
+                        "Exception during training:"
+                    )
                 raise
             finally:
                 self.after_train()
@@ -152,6 +156,7 @@ class Trainer(SimpleTrainer):
         try:
             super().after_train()
         finally:
+            self.error = None  # whose traceback holds on to all that there was
             self.signals.restore()
 
     def run_step(self) -> None:
@@ -375,7 +380,12 @@ class Trainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Goes on with a checkpoint's state, but with the rates that the config has now."""
+        """Goes on with a checkpoint's state, but with the rates that the config has now.
+
+        Raises:
+            CheckpointError: the optimizer has other groups of parameters.
+        """
+        check_groups(self.optimizer, state_dict["optimizer"])
         configured = [dict(group) for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
         keep_settings(self.optimizer, configured)
