@@ -18,7 +18,7 @@ from helpers import ROOT, build_model
 from official_names import official_names
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.conversion import convert, convert_file
+from smca.checkpoint.conversion import convert, convert_file, read_state_dict
 from smca.errors import CheckpointError
 from smca.inference import Predictor
 from smca.version import __version__
@@ -379,6 +379,11 @@ def official_file(checkpoint, tmp_path):
     path = tmp_path / "official.pth"
     torch.save({"model": checkpoint, "epoch": 49, "args": argparse.Namespace(lr=1e-4)}, path)
     return path
+
+
+def test_what_one_file_may_hold_no_other_may(official_file):
+    assert read_state_dict(str(official_file))
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 def test_output_loads_and_says_where_it_comes_from(official_file, tmp_path):

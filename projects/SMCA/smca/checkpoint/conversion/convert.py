@@ -123,10 +123,10 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
         CheckpointError: the file cannot be read, holds something else than tensors there, or would
             run code when it is opened. The message is a sentence without its subject, the file.
     """
-    # Command line arguments, which the official training script keeps beside the weights.
-    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        checkpoint = load_tensors(path)
+        # Command line arguments, which the official training script keeps beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = load_tensors(path)
     except RefusedCode as error:
         raise CheckpointError(
             f"would run code when it is opened ({error}), which is refused: only files of "
