@@ -429,6 +429,13 @@ def test_another_number_of_classes_has_its_own_sentence(tmp_path):
         load(TinyDetector(num_classes=3), path, need_detector=True)
 
 
+def test_a_folder_is_no_checkpoint(trained, tmp_path, capsys):
+    config, folder, _ = trained
+    words = ["--config-file", config, f"train.output_dir={tmp_path}"]
+    line = error_of(capsys, train_net, *words, f"train.init_checkpoint={folder}")
+    assert f"{folder} is a folder: name a checkpoint in it, such as model_final.pth" in line
+
+
 def test_weights_of_another_shape_are_named(tmp_path):
     path = save(tmp_path / "a.pth", TinyDetector(width=16).state_dict())
     with pytest.raises(CheckpointError) as error:
@@ -481,7 +488,7 @@ def test_a_checkpoint_that_cannot_be_downloaded_is_named(monkeypatch):
     checkpointer = SMCACheckpointer(TinyDetector())
     monkeypatch.setattr(checkpointer.path_manager, "get_local_path", refuse)
     name = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
-    with pytest.raises(CheckpointError, match="R-50.pkl cannot be downloaded.*init_checkpoint=''"):
+    with pytest.raises(CheckpointError, match="R-50.pkl cannot be downloaded: give a local copy"):
         checkpointer.load(name)
 
 

@@ -376,10 +376,9 @@ def _strip_backbone_prefix(weights: Dict[str, Any]) -> Dict[str, Any]:
 
 def _unreachable_message(path: str) -> str:
     if "://" in path:
-        return (
-            f"{path} cannot be downloaded: give a local copy with train.init_checkpoint=FILE, "
-            "or start from scratch with train.init_checkpoint=''."
-        )
+        return f"{path} cannot be downloaded: give a local copy of it."
+    if os.path.isdir(path):
+        return f"{path} is a folder: name a checkpoint in it, such as model_final.pth."
     if not PathManager.isfile(path):
         return f"The checkpoint {os.path.abspath(path)} does not exist."
     return f"The checkpoint {path} cannot be read."
