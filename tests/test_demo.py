@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -10,8 +11,13 @@ import torch
 from detectron2.data import transforms as T
 from PIL import Image
 
+import check_data
 import demo
+import draw
+import evaluate
+import export
 import run_demo
+import serve
 from helpers import (
     CLASS_NAMES,
     ROOT,
@@ -418,9 +424,42 @@ def test_wrong_outputs_and_thresholds_are_errors(trained, tmp_path, capsys):
             "cannot be written",
         ),
         (["--input", tmp_path, "--output", "x.png"], "give a folder for 4 images"),
-        (["--input", tmp_path, "--confidence-threshold", "2"], "has to be in [0, 1]"),
+        (["--input", "model.max_detections=5"], "overrides go behind --opts, at the end"),
     ):
         assert words in error_of(capsys, demo.main, *model, *arguments)
+
+
+@pytest.mark.parametrize(
+    "tool, given",
+    [
+        *(
+            (tool, ["--confidence-threshold", "5"])
+            for tool in (demo, draw, evaluate, export, serve)
+        ),
+        (demo, ["--confidence-threshold", "high"]),
+        (draw, ["--num-images", "0"]),
+        (draw, ["--num-detections", "-1"]),
+        (evaluate, ["--max-images", "0"]),
+        (evaluate, ["--num-worst", "-1"]),
+        (check_data, ["--num-images", "0"]),
+        (check_data, ["--num-examples", "few"]),
+    ],
+)
+def test_an_option_s_value_out_of_range_is_named_before_anything_is_read(capsys, tool, given):
+    with pytest.raises(SystemExit):
+        tool.get_parser().parse_args(given)
+    assert f"argument {given[0]}: {given[1]} has to be " in capsys.readouterr().err
+
+
+def test_images_may_be_urls(trained, tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
+    urls = ["https://example.com/photos/a.png?size=2/3", "https://example.com/"]
+    out = ("--output", tmp_path / "out", "--confidence-threshold", 0)
+    assert run(trained, "--input", *urls, *out) == 0
+    assert {row["file_name"] for row in read_json(tmp_path / "out")} == set(urls)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png", "example.png"}
 
 
 # Video

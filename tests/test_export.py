@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from helpers import (
     write_weights,
 )
 from smca.errors import exit_code
-from smca.inference import Predictor
+from smca.inference import Predictor, load_detector, save_pretrained
 from smca.inference.export import (
     METADATA_NAME,
     OLDEST_TORCH,
@@ -219,6 +220,32 @@ def tiny(tmp_path_factory):
 
 
 @needs_export
+def test_the_average_of_the_weights_and_a_published_folder_can_be_exported(
+    tiny, tmp_path, monkeypatch
+):
+    pytest.importorskip("safetensors", reason="the extra 'publish' is missing")
+    seen = []
+
+    def export(predictor, output, *_):
+        seen.append(predictor)
+        Path(output).touch()
+
+    monkeypatch.setattr("smca.cli.export.export_detector", export)
+    average = {name: value * 2 for name, value in torch.load(tiny[3])["model"].items()}
+    config = ["--config-file", tiny[1]]
+    weights = write_weights(tmp_path, tiny[1], model_ema=average)
+    save_pretrained(load_detector(weights, tiny[1], weights="ema"), str(tmp_path / "published"))
+    for given in (
+        [*config, "--weights", weights, "--weights-kind", "ema"],
+        ["--weights", str(tmp_path / "published")],
+    ):
+        command = [*given, "--format", "pt2", "--output", str(tmp_path / "model.pt2")]
+        assert tool.main(command) == 0
+        weight = seen.pop().model.class_embed.weight
+        assert torch.equal(weight, average["class_embed.weight"])
+
+
+@needs_export
 def test_pt2_gives_the_models_detections(tiny, tmp_path):
     path = str(tmp_path / "model.pt2")
     assert tool.main([*tiny, "--format", "pt2", "--output", path]) == 0
@@ -343,7 +370,7 @@ def test_an_output_that_cannot_be_written_is_said_at_once_and_nothing_is_left(
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "model.pt2"
     message = error_of(capsys, tool.main, *tiny, "--format", "pt2", "--output", output)
-    assert f"The output {output} cannot be written" in message
+    assert f"{output.parent} cannot be written" in message
     assert os.listdir(tmp_path) == ["file"]
 
 

@@ -75,6 +75,7 @@ def test_the_table_has_the_centre_and_the_scale_weights_of_each_layer(viewer):
 
 def test_a_click_takes_the_smallest_box_around_it(viewer):
     seen = viewer.look(make_image())
+    assert viewer.draw(seen, 0).width == seen.drawn_width > seen.image.shape[1]
     boxes = [[0.0, 0, 100, 80], [10, 10, 40, 40], [5, 5, 60, 60], [90, 70, 99, 79]]
     for index in range(4, len(seen.detections)):
         boxes.append([200.0 + index, 200, 201 + index, 201])
@@ -106,12 +107,9 @@ def test_what_cannot_be_served_is_one_sentence(viewer, monkeypatch):
 
     monkeypatch.setattr(gradio.Blocks, "launch", refuse)
     monkeypatch.setattr(serve, "predictor_of", lambda args: viewer.predictor)
-    for arguments, words in (
-        (["--port", "7999"], "served at http://127.0.0.1:7999: give another --host or --port"),
-        (["--confidence-threshold", "50"], "--confidence-threshold 50 has to be in"),
-    ):
-        with pytest.raises(UserError, match=words):
-            serve.run(serve.get_parser().parse_args(arguments))
+    words = "served at http://127.0.0.1:7999: give another --host or --port"
+    with pytest.raises(UserError, match=words):
+        serve.run(serve.get_parser().parse_args(["--port", "7999"]))
 
 
 # In a browser

@@ -35,6 +35,7 @@ from smca.analysis.recommendation import MAX_SIZE, Advice, recommend
 from smca.config import build, load_config
 from smca.data import require_dataset
 from smca.errors import UserError, exit_code
+from smca.inference import at_least, make_folder
 
 import torch
 from detectron2.config import instantiate
@@ -55,8 +56,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
     parser.add_argument("--images", metavar="DIR", help="its images")
     parser.add_argument("--output", default="output/check_data", metavar="DIR")
-    parser.add_argument("--num-images", type=int, default=12, help="in training_images.jpg")
-    parser.add_argument("--num-examples", type=int, default=3, help="of each kind of problem")
+    parser.add_argument("--num-images", type=at_least(1), default=12, help="in training_images.jpg")
+    parser.add_argument(
+        "--num-examples", type=at_least(0), default=3, help="of each kind of problem"
+    )
     parser.add_argument("--no-decode", action="store_true", help="do not read the images")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
@@ -65,8 +68,10 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """The command's work; gives its exit code."""
     cfg = load_config(*config_and_overrides(args))
+    files = annotation_files(cfg, only_train=bool(args.json))
+    make_folder(args.output)
     splits: Dict[str, DataSplit] = {}
-    for name, (json_file, image_root) in annotation_files(cfg, only_train=bool(args.json)).items():
+    for name, (json_file, image_root) in files.items():
 
         def progress(items: Iterable[Any], total: int, name: str = name) -> Iterable[Any]:
             title = f"{name}: images"
@@ -96,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
         overrides = [override for item in advice for override in item.overrides]
         print("As overrides:\n    " + " \\\n    ".join(map(shlex.quote, overrides)))
 
-    os.makedirs(args.output, exist_ok=True)
     paths = [os.path.join(args.output, "check.json")]
     content = {
         "splits": {

@@ -17,7 +17,14 @@ from typing import List
 
 from smca.analysis import write_pictures
 from smca.errors import exit_code
-from smca.inference import add_predictor_arguments, load_test_dataset, predictor_of
+from smca.inference import (
+    add_predictor_arguments,
+    at_least,
+    load_test_dataset,
+    make_folder,
+    predictor_of,
+    score,
+)
 
 from tqdm import tqdm
 
@@ -29,9 +36,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_predictor_arguments(parser)
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
-    parser.add_argument("--num-images", type=int, default=8, help="in validation.png")
-    parser.add_argument("--num-detections", type=int, default=4, help="in gaussians.png")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3)
+    parser.add_argument("--num-images", type=at_least(1), default=8, help="in validation.png")
+    parser.add_argument("--num-detections", type=at_least(1), default=4, help="in gaussians.png")
+    parser.add_argument("--confidence-threshold", type=score, default=0.3)
     parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
     parser.add_argument("--scale", type=int, help="of the maps, 0 is the finest; default: all")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
@@ -42,9 +49,11 @@ def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of the pictures."""
     predictor = predictor_of(args)
     metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
+    dataset_dicts = load_test_dataset(predictor.cfg)
+    make_folder(args.output)
     return write_pictures(
         predictor,
-        load_test_dataset(predictor.cfg),
+        dataset_dicts,
         args.output,
         metrics_file if os.path.isfile(metrics_file) else None,
         num_images=args.num_images,

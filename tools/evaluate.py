@@ -31,8 +31,11 @@ from smca.errors import UserError, exit_code
 from smca.inference import (
     Predictor,
     add_weights_kind,
+    at_least,
     load_test_dataset,
+    make_folder,
     predictor_of,
+    score,
 )
 
 from detectron2.config import instantiate
@@ -53,12 +56,16 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="output/report", metavar="DIR")
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         metavar="SCORE",
         help="for confusions, mistakes and pictures; default: each detector's with the best F1",
     )
-    parser.add_argument("--num-worst", type=int, default=8, help="pictures of each detector")
-    parser.add_argument("--max-images", type=int, help="evenly from the test data; default: all")
+    parser.add_argument(
+        "--num-worst", type=at_least(0), default=8, help="pictures of each detector"
+    )
+    parser.add_argument(
+        "--max-images", type=at_least(1), help="evenly from the test data; default: all"
+    )
     add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
     parser.add_argument(
@@ -90,6 +97,7 @@ def run(args: argparse.Namespace) -> List[str]:
     name, truth = load_test_truth(cfg, dataset_dicts)
     for (weights, _), predictor in zip(detectors, predictors):
         check_classes(weights, predictor, name)
+    make_folder(args.output)
     evaluations = []
     for title, predictor in zip(titles(args.weights, args.dtype), predictors):
         detections, seconds = detect(

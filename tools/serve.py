@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
 from smca.errors import UserError, exit_code
-from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of
+from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of, score
 
 import numpy as np
 from PIL import Image
@@ -35,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_predictor_arguments(parser)
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         default=0.5,
         metavar="SCORE",
         help="lowest score of a detection that the page begins with; default: %(default)s",
@@ -54,11 +54,14 @@ class Seen:
         image: (height, width, 3) uint8 RGB.
         detections: all of them, best first.
         layers: of each decoder layer; none where the model has no modulation.
+        drawn_width: of the picture with the detections, once it is drawn; a small image is enlarged
+            for it.
     """
 
     image: np.ndarray
     detections: Detections
     layers: List[LayerRecord]
+    drawn_width: int = 0
 
 
 class Viewer:
@@ -98,7 +101,9 @@ class Viewer:
 
     def draw(self, seen: Seen, threshold: float) -> Image.Image:
         """The image with the detections from that score on."""
-        return seen.detections[seen.detections.scores >= threshold].draw()
+        drawn = seen.detections[seen.detections.scores >= threshold].draw()
+        seen.drawn_width = drawn.width
+        return drawn
 
     def draw_maps(self, seen: Seen, index: int, layer: int, scale: Optional[int]) -> Image.Image:
         """Where the query of a detection looks, see `smca.analysis.draw_gaussians`."""
@@ -211,8 +216,7 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
         ) -> Any:
             if result is None:
                 return None
-            # A small image is drawn enlarged.
-            factor = result.image.shape[1] / viewer.draw(result, least).width
+            factor = result.image.shape[1] / result.drawn_width
             x, y = event.index
             index = viewer.at(result, least, factor * x, factor * y)
             return gr.skip() if index is None else index
@@ -254,10 +258,6 @@ def import_gradio() -> ModuleType:
 def run(args: argparse.Namespace) -> None:
     """The command's work, until Ctrl-C."""
     gr = import_gradio()
-    if not 0 <= args.confidence_threshold <= 1:
-        raise UserError(
-            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
-        )
     page = build_page(Viewer(predictor_of(args)), args.confidence_threshold)
     address, options = f"http://{args.host}:{args.port}", launch_options(gr)
     try:

@@ -16,8 +16,8 @@ import argparse
 import os
 from typing import Optional, Sequence
 
-from smca.errors import UserError, exit_code
-from smca.inference import Predictor
+from smca.errors import exit_code
+from smca.inference import add_detector_arguments, make_folder, predictor_of, score
 from smca.inference.export import check_export, count_nodes, export_detector
 
 
@@ -26,13 +26,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of a trained detector")
+    add_detector_arguments(parser)
+    parser.set_defaults(device="cpu", dtype="fp32")
     parser.add_argument("--format", default="onnx", help="onnx (default) or pt2")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         default=0.5,
         metavar="SCORE",
         help="for the metadata; the graph gives all detections; default: %(default)s",
@@ -44,13 +44,8 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """The command's work."""
     check_export(args.output, args.format)
-    if not 0 <= args.confidence_threshold <= 1:
-        raise UserError(
-            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
-        )
-    predictor = Predictor(
-        args.weights, config_file=args.config_file, overrides=args.opts, device="cpu"
-    )
+    predictor = predictor_of(args)
+    make_folder(os.path.dirname(args.output) or ".")
     # A call of PyTorch's, which does not say how far it is.
     print("PyTorch traces the model, which takes a minute or so.", flush=True)
     export_detector(predictor, args.output, args.format, args.confidence_threshold)

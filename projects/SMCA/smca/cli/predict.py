@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from smca.checkpoint.files import write_atomically
-from smca.errors import UserError, exit_code
-from smca.inference import add_predictor_arguments, predictor_of
+from smca.errors import UserError, exit_code, writing
+from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
+from smca.inference.images import is_url
 
 __all__ = ["JSON_NAME", "get_parser", "main", "output_paths"]
 
@@ -42,7 +43,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_predictor_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders, glob patterns")
+    source.add_argument(
+        "--input", nargs="+", metavar="PATH", help="images or their URLs, folders, glob patterns"
+    )
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
     parser.add_argument(
         "--output",
@@ -52,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=score,
         default=0.5,
         metavar="SCORE",
         help="lowest score of a detection, in [0, 1]; default: %(default)s",
@@ -77,10 +80,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """The command's work; gives its exit code."""
-    if not 0 <= args.confidence_threshold <= 1:
-        raise UserError(
-            f"--confidence-threshold {args.confidence_threshold:g} has to be in [0, 1]."
-        )
     # What is wrong with the files should not take the time to build a model.
     if args.video_input:
         return run_on_video(args)
@@ -95,7 +94,7 @@ def run_on_images(args: argparse.Namespace) -> int:
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
     predictor = predictor_of(args)
-    make_folder_of(outputs[0])
+    make_folder(os.path.dirname(outputs[0]) or ".")
     num_failed = 0
     progress = tqdm(zip(paths, outputs), total=len(paths), unit="image", disable=None)
     with results_beside(outputs[0]) as results:
@@ -106,7 +105,7 @@ def run_on_images(args: argparse.Namespace) -> int:
                 _say(f"Skipped: {error}", file=sys.stderr)
                 num_failed += 1
                 continue
-            with naming(output):
+            with writing(output):
                 detections.draw().save(output)
             results += detections.to_coco(file_name=path, image_id=image_id)
             _say(f"{path}: {len(detections)} detections, drawn in {output}")
@@ -125,10 +124,10 @@ def find_images(patterns: Sequence[str]) -> List[str]:
     """The image files that the command line names.
 
     Args:
-        patterns: files, folders or glob patterns.
+        patterns: files, URLs, folders or glob patterns.
 
     Returns:
-        Files in the order given, those of a folder or pattern by name.
+        Files and URLs in the order given, those of a folder or pattern by name.
 
     Raises:
         UserError: nothing is there.
@@ -138,7 +137,7 @@ def find_images(patterns: Sequence[str]) -> List[str]:
     paths: List[str] = []
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        if os.path.isfile(pattern):
+        if is_url(pattern) or os.path.isfile(pattern):
             found = [pattern]
         elif os.path.isdir(pattern):
             found = sorted(str(path) for path in Path(pattern).iterdir() if path.is_file())
@@ -147,6 +146,10 @@ def find_images(patterns: Sequence[str]) -> List[str]:
                 raise UserError(f"There is no image in the folder {pattern}.")
         else:
             found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+            if not found and "=" in pattern:
+                raise UserError(
+                    f"The input {pattern} does not exist: overrides go behind --opts, at the end."
+                )
             if not found:
                 raise UserError(f"The input {pattern} does not exist: give an image or a folder.")
         paths += found
@@ -169,7 +172,8 @@ def output_paths(paths: Sequence[str], output: str) -> List[str]:
         outputs = [output]
     else:
         outputs, taken = [], set()
-        for source in map(Path, paths):
+        for path in paths:
+            source = Path(path.partition("?")[0] if is_url(path) else path)
             suffix = source.suffix if source.suffix.lower() in _WRITABLE else ".png"
             candidate, number = source.stem + suffix, 1
             while candidate in taken:
@@ -204,7 +208,7 @@ def run_on_video(args: argparse.Namespace) -> int:
         raise UserError(f"{args.video_input} is no video that OpenCV can read.")
     output = video_output_path(args.video_input, args.output)
     predictor = predictor_of(args)
-    make_folder_of(output)
+    make_folder(os.path.dirname(output) or ".")
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
     if not 0 < frames_per_second < 1000:  # which some files do not say
         frames_per_second = 25.0
@@ -269,25 +273,6 @@ def even_sized(image: np.ndarray) -> np.ndarray:
 # Results
 
 
-def make_folder_of(path: str) -> None:
-    """
-    Raises:
-        UserError: it cannot be made.
-    """
-    folder = os.path.dirname(path) or "."
-    with naming(folder):
-        os.makedirs(folder, exist_ok=True)
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Turn what the system says to writing a file into an error of the user's."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
 @contextlib.contextmanager
 def results_beside(output: str) -> Iterator[List[Dict[str, Any]]]:
     """A list for the results, which are written as JSON beside `output` at the end, and whatever
@@ -298,6 +283,6 @@ def results_beside(output: str) -> Iterator[List[Dict[str, Any]]]:
         yield results
     finally:
         content = json.dumps(results, indent=1).encode()
-        with naming(path):
+        with writing(path):
             write_atomically(path, lambda file: file.write(content))
         print(f"{len(results)} detections in {path}")

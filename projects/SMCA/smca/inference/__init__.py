@@ -1,7 +1,16 @@
 """A trained detector as a function of images."""
 
 from .build import WEIGHTS, TrainedDetector, load_detector, load_test_dataset, load_weights
-from .command_line import add_dtype, add_predictor_arguments, add_weights_kind, predictor_of
+from .command_line import (
+    add_detector_arguments,
+    add_dtype,
+    add_predictor_arguments,
+    add_weights_kind,
+    at_least,
+    make_folder,
+    predictor_of,
+    score,
+)
 from .detections import Detections
 from .predictor import Predictor
 from .pretrained import CARD_NAME, need_extra, save_pretrained
@@ -12,13 +21,17 @@ __all__ = [
     "Detections",
     "Predictor",
     "TrainedDetector",
+    "add_detector_arguments",
     "add_dtype",
     "add_predictor_arguments",
     "add_weights_kind",
+    "at_least",
     "load_detector",
     "load_test_dataset",
     "load_weights",
+    "make_folder",
     "need_extra",
     "predictor_of",
     "save_pretrained",
+    "score",
 ]

@@ -2,21 +2,40 @@
 
 import argparse
 import os
+import tempfile
+from typing import Callable
 
 from smca.config import AMP_DTYPES
-from smca.errors import UserError
+from smca.errors import UserError, writing
 from smca.inference.build import WEIGHTS
 from smca.inference.predictor import Predictor
 
-__all__ = ["add_dtype", "add_predictor_arguments", "add_weights_kind", "predictor_of"]
+__all__ = [
+    "add_detector_arguments",
+    "add_dtype",
+    "add_predictor_arguments",
+    "add_weights_kind",
+    "at_least",
+    "make_folder",
+    "predictor_of",
+    "score",
+]
 
 
 def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config-file``, ``--weights``, ``--weights-kind``, ``--device`` and ``--dtype``."""
+    """Those of `add_detector_arguments`, ``--device`` and ``--dtype``."""
+    add_detector_arguments(parser)
+    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
+    add_dtype(parser)
+
+
+def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config-file``, ``--weights`` and ``--weights-kind``."""
     parser.add_argument(
         "--config-file",
         metavar="FILE",
-        help="LazyConfig (.py, .yaml) or yacs (.yaml); not needed where the weights say it",
+        help="LazyConfig (.py, .yaml, or the name of one that comes with the package) or yacs "
+        "(.yaml); not needed where the weights say it",
     )
     parser.add_argument(
         "--weights",
@@ -24,8 +43,6 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint of a trained detector, or a folder of tools/publish.py",
     )
     add_weights_kind(parser)
-    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
-    add_dtype(parser)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +63,41 @@ def add_weights_kind(parser: argparse.ArgumentParser) -> None:
         help="the trained weights or their average; default: the average if the checkpoint is the "
         "best one by it, else the trained weights",
     )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something, `least` times or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{text} has to be a whole number of at least {least}."
+            )
+        return int(text)
+
+    return parse
+
+
+def score(text: str) -> float:
+    """The type of an option that is a score."""
+    try:
+        is_score = 0 <= float(text) <= 1
+    except ValueError:
+        is_score = False
+    if not is_score:
+        raise argparse.ArgumentTypeError(f"{text} has to be a number in [0, 1].")
+    return float(text)
+
+
+def make_folder(path: str) -> None:
+    """Make a folder for a command's output if it is not there, and try to write into it.
+
+    Raises:
+        UserError: that cannot be done.
+    """
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def predictor_of(args: argparse.Namespace) -> Predictor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from smca.data import DatasetError, as_rgb, read_image
 from smca.errors import UserError
 
-__all__ = ["ImageSource", "rgb_array"]
+__all__ = ["ImageSource", "is_url", "rgb_array"]
 
 ImageSource = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
 
@@ -59,8 +59,13 @@ def rgb_array(image: ImageSource) -> np.ndarray:
     )
 
 
+def is_url(path: str) -> bool:
+    """Whether an image is to be downloaded."""
+    return path.startswith(("http://", "https://"))
+
+
 def _read(path: str) -> np.ndarray:
-    if path.startswith(("http://", "https://")):
+    if is_url(path):
         return _download(path)
     if "://" not in path and not os.path.isfile(path):
         what = "is a folder, no image" if os.path.isdir(path) else "does not exist"
