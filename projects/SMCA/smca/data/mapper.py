@@ -58,7 +58,7 @@ def _exif_transposes(
 ) -> Tuple[Optional[Image.Transpose], Optional[Image.Transpose]]:
     """What turns `image` upright, and what turns it as it is stored; None where it already is."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a malformed EXIF block says nothing about the orientation
         return None, None
     if image.format != "TIFF":
