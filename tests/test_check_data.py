@@ -342,6 +342,14 @@ def test_the_printed_overrides_do_what_the_advice_says(tmp_path, capsys):
     assert {min(shape[1:]) for shape in shapes} == {value["short_sides"]}
 
 
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    json_file, image_root = write_data(tmp_path)
+    (tmp_path / "out").touch()
+    monkeypatch.setattr(tool, "examine", None)
+    with pytest.raises(UserError, match="out cannot be written: File exists"):
+        tool.main(["--json", json_file, "--images", image_root, "--output", str(tmp_path / "out")])
+
+
 def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
     json_file, image_root = write_data(tmp_path, *GOOD)
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
