@@ -389,7 +389,11 @@ def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
         ({"bbox": [100, 2, 3, 4]}, "annotation 1 .*outside its image of 40 x 30"),
         ({"bbox": [-5, 2, 10, 4]}, "annotation 1 .*outside its image"),
         ({"bbox": [1, 2, 3, 40]}, "annotation 1 .*outside its image"),
+        ({"bbox": [2, -5, 10, 10]}, "annotation 1 .*outside its image"),
         ({"bbox": [40, 2, 2, 4]}, "annotation 1 .*outside its image"),
+        ({"bbox": [-2, 2, 2, 4]}, "annotation 1 .*outside its image"),
+        ({"bbox": [2, 30, 4, 2]}, "annotation 1 .*outside its image"),
+        ({"bbox": [2, -2, 4, 2]}, "annotation 1 .*outside its image"),
     ],
 )
 def test_a_bad_annotation_is_an_error_that_names_it(tmp_path, changes, message):

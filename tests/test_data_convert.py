@@ -1,6 +1,7 @@
 """YOLO and Pascal VOC folders, made here, read through their configs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,23 @@ def test_yolo_labels_may_be_beside_their_images(tmp_path):
     assert len(json.loads(Path(coco_from_yolo(path, "train")).read_text())["annotations"]) == 1
 
 
+def test_a_yolo_path_is_relative_to_the_file(tmp_path):
+    path = write_yolo(tmp_path / "yaml" / "data")
+    path = path.rename(tmp_path / "yaml" / "data.yaml")
+    path.write_text("path: data\ntrain: images/train\nnames: [dog, cat]")
+    assert yolo_images(path, "train") == str(tmp_path / "yaml" / "data" / "images" / "train")
+
+
+def test_a_yolo_polygon_becomes_its_box(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    triangle = "0 0.25 0.25 0.75 0.25 0.75 0.75\n"
+    (tmp_path / "data" / "labels" / "val" / "c.txt").write_text(triangle)
+    (annotation,) = json.loads(Path(coco_from_yolo(path, "val")).read_text())["annotations"]
+    assert annotation["bbox"] == pytest.approx([20, 15, 40, 30], abs=1)
+    assert annotation["area"] == pytest.approx(annotation["bbox"][2] * annotation["bbox"][3])
+    assert not annotation.get("segmentation")
+
+
 def test_yolo_folders_can_be_several(tmp_path):
     path = write_yolo(tmp_path / "data")
     path.write_text("train: [images/train, images/val]\nnames: [dog, cat]")
@@ -154,6 +172,33 @@ def test_a_changed_label_file_is_read_again(tmp_path):
     after = coco_from_yolo(path, "val")
     (annotation,) = json.loads(Path(after).read_text())["annotations"]
     assert annotation["category_id"] == 2 and annotation["bbox"] == close(20, 15, 40, 30)
+
+
+def test_a_label_file_changed_to_one_of_its_size_is_read_again(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    label = tmp_path / "data" / "labels" / "val" / "c.txt"
+    before = coco_from_yolo(path, "val")
+    label.write_text(label.read_text().replace("0 ", "1 ", 1))
+    os.utime(label, ns=(0, 0))  # whatever the clock's resolution
+    after = coco_from_yolo(path, "val")
+    classes = [json.loads(Path(each).read_text())["annotations"] for each in (before, after)]
+    assert [annotation["category_id"] for (annotation,) in classes] == [1, 2]
+
+
+def test_other_names_are_another_json(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    before = coco_from_yolo(path, "val")
+    path.write_text(path.read_text().replace("dog", "cow"))
+    assert class_names(coco_from_yolo(path, "val")) == ["cow", "cat"]
+    assert class_names(before) == ["dog", "cat"]
+    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)], b=[("cat", 1, 1, 9, 9)])
+    chosen = tmp_path / "train.txt"
+    for names in (["dog", "cat"], ["cat", "dog"]):
+        assert class_names(coco_from_voc(folder, folder, names)) == names
+        for stem in ("a", "b"):
+            chosen.write_text(stem)
+            coco = json.loads(Path(coco_from_voc(folder, folder, names, chosen)).read_text())
+            assert [image["file_name"] for image in coco["images"]] == [f"{stem}.jpg"]
 
 
 def test_a_yolo_line_that_is_none_names_its_file(tmp_path):

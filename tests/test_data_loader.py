@@ -96,8 +96,13 @@ def test_a_data_set_smaller_than_a_batch_is_repeated():
 
 
 def test_without_a_seed_one_is_drawn():
-    assert len(_batches(1, seed=None)[0]) == 4
-    assert len(_batches(1, seed=-1)[0]) == 4
+    drawn = []
+    for seed in (None, -1, None):
+        np.random.seed(len(drawn))
+        drawn.append(_batches(3, seed=seed))
+    assert len({str(_image_ids(batches)) for batches in drawn}) == 3
+    np.random.seed(1)
+    assert _batches(3, seed=None) == drawn[1]
 
 
 def test_batch_must_divide_among_the_processes(monkeypatch):

@@ -97,6 +97,8 @@ def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
         (np.array([[-100000, 0, 100000]], dtype=np.int32), [[0, 128, 255]]),
         (np.array([[-1.0, 0.6, 1.0]], dtype=np.float32), [[0, 204, 255]]),
         (np.array([[0.5, 0.5, 0.5]], dtype=np.float32), [[0, 0, 0]]),
+        (np.array([[np.nan, 0.6, 1.0]], dtype=np.float32), [[0, 153, 255]]),
+        (np.array([[np.inf, -np.inf, 1.0]], dtype=np.float32), [[0, 0, 255]]),
     ],
 )
 def test_32_bit_is_scaled_not_clipped(tmp_path, levels, expected):

@@ -22,7 +22,7 @@ from smca.data import (
     shapes,
     write_shapes,
 )
-from smca.data.cache import create_once
+from smca.data.cache import create_once, is_stamped, stamp
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +233,10 @@ def test_perfect_predictions_give_an_ap_of_100(registered):
 
 def test_other_parameters_use_another_folder(registered):
     names = register_shapes(num_train=3, num_val=2, seed=6, prefix="other_shapes")
-    folders = {MetadataCatalog.get(n).json_file for n in (registered[0], names[0])}
-    assert len(folders) == 2
+    names += register_shapes(3, 2, seed=5, prefix="small_shapes", lengths=(12, 50))
+    names += register_shapes(3, 2, seed=5, prefix="large_shapes", lengths=(50, 120))
+    folders = {MetadataCatalog.get(name).json_file for name in (registered[0], *names[::2])}
+    assert len(folders) == 4
 
 
 # The cache
@@ -287,3 +289,12 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_
     (tmp_path / "set.lock").mkdir()
     with pytest.raises(DatasetError, match="cannot be written to .*SMCA_CACHE"):
         create_once(tmp_path / "set", lambda partial: partial.mkdir())
+
+
+def test_without_a_cache_that_can_be_written_nothing_is_noted(tmp_path):
+    (tmp_path / "file").touch()
+    stamp(tmp_path / "file" / "note", "state")
+    assert not is_stamped(tmp_path / "file" / "note", "state")
+    stamp(tmp_path / "folder" / "note", "state")
+    assert is_stamped(tmp_path / "folder" / "note", "state")
+    assert not is_stamped(tmp_path / "folder" / "note", "another")
