@@ -21,6 +21,7 @@ from smca.analysis import draw_instances
 from smca.analysis.dataset import (
     Statistics,
     collect_statistics,
+    draw_statistics,
     draw_training_images,
     examine,
     find_remarks,
@@ -155,6 +156,26 @@ def test_statistics_counted_by_hand(tmp_path):
     assert summary["percentiles_5_25_50_75_95"]["object_width_by_height"][2] == 1
 
 
+def test_images_of_several_sizes_are_scaled_each_by_its_own_factor():
+    statistics = statistics_of([20, 20, 20], image_size=(80, 60), per_image=1)
+    statistics.image_sizes[1] = 160, 120
+    statistics.image_sizes[2] = 60, 30
+    assert statistics.scaled_sizes(60).tolist() == [20, 10, 40]
+    percentiles = statistics.to_json()["percentiles_5_25_50_75_95"]
+    assert (percentiles["image_width"][2], percentiles["image_height"][2]) == (80, 60)
+
+
+@pytest.mark.parametrize("count", [19, 20])
+def test_a_class_of_fewer_than_20_objects_is_remarked(tmp_path, count):
+    objects = [annotation(i, 1, 5, [0, 0, 9, i]) for i in range(1, count + 1)]
+    remarks = find_remarks({"train": examine(*write_data(tmp_path, *objects))})
+    few = ["train: class 'dog' has 19 objects."] if count == 19 else []
+    assert [line for line in remarks if "class" in line] == [
+        *few,
+        "train: class 'cat' has 0 objects.",
+    ]
+
+
 def test_remarks_name_what_may_not_be_meant(tmp_path):
     repeated = [annotation(10 + i, 1, 9, [3, 3, 5, 5]) for i in range(2)]
     train = examine(*write_data(tmp_path / "a", *GOOD[:2], *repeated))
@@ -277,6 +298,15 @@ def test_without_objects_there_is_no_advice():
 # Pictures and command line
 
 
+def test_the_class_with_most_objects_is_drawn_first(tmp_path):
+    train, val = (collect_statistics(examine(*write_data(tmp_path / split, *objects)))
+                  for split, objects in (("train", GOOD), ("val", GOOD[:1])))  # fmt: skip
+    classes = draw_statistics({"train": train, "val": val}).axes[0]
+    assert [label.get_text() for label in classes.get_yticklabels()] == ["cat", "dog"]
+    widths = [[bar.get_width() for bar in bars] for bars in classes.containers]
+    assert widths == [[2, 1], [0, 1]]
+
+
 def test_training_images_are_what_the_mapper_gives(tmp_path):
     split = examine(*write_data(tmp_path, *GOOD))
     mapper = DetrDatasetMapper(True, detr_augmentations([40, 50, 60], 200))
@@ -383,7 +413,7 @@ def test_both_splits_of_a_config_are_checked(tmp_path, capsys):
 
 
 def test_the_advice_is_on_all_files_that_train(tmp_path, capsys):
-    crowded = [annotation(i, 1, 5, [0, 0, i, i]) for i in range(1, 41)]
+    crowded = [annotation(i, 1, 5, [0, 0, 9, i / 2]) for i in range(1, 91)]
     first, second = write_data(tmp_path / "a", *GOOD), write_data(tmp_path / "b", *crowded)
     config, out = ROOT / "configs" / "custom_coco.py", tmp_path / "out"
     overrides = [
@@ -395,7 +425,7 @@ def test_the_advice_is_on_all_files_that_train(tmp_path, capsys):
     run_tool("--config-file", config, "--output", out, "--no-decode", *overrides)
     check = json.loads((out / "check.json").read_text())
     (queries,) = [a["value"] for a in check["advice"] if a["setting"] == "model.num_queries"]
-    assert queries >= 40
+    assert queries == 130
     assert "train: class 'cat' has 2 objects." in check["remarks"]
     assert not [remark for remark in check["remarks"] if "'dog'" in remark and "train" in remark]
 

@@ -18,7 +18,12 @@ import evaluate as tool
 from helpers import CLASS_NAMES, make_smca, write_smca_config, write_weights
 from smca.analysis.evaluation import detect, evaluate, worst_images
 from smca.analysis.metrics import load_truth
-from smca.analysis.report import write_report
+from smca.analysis.report import (
+    _metric_rows,
+    draw_confusion,
+    draw_precision_recall,
+    write_report,
+)
 from smca.data import register_coco
 from smca.errors import UserError
 from smca.inference import Predictor
@@ -149,6 +154,37 @@ def test_an_evaluation_has_what_can_be_counted_by_hand(data):
     assert low.counts == {4: (1, 1, 0), 5: (1, 1, 1), 6: (1, 1, 0)}
     assert low.f1 == pytest.approx(100 * 6 / 10)
     assert worst_images(low, 2) == [5, 4]
+
+
+def test_the_matrix_has_a_given_threshold_and_numbers_stand_in_its_cells(data):
+    low, _ = evaluation_of(data, threshold=0.1)
+    truth_by_detection = [[3, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 3, 0]]
+    assert low.confusion.tolist() == truth_by_detection
+    high, _ = evaluation_of(data)
+    assert high.confusion.tolist() == [*truth_by_detection[:3], [0, 0, 0, 0]]
+    (axes,) = draw_confusion([low]).axes
+    numbers = {text.get_position(): text.get_text() for text in axes.texts}
+    assert numbers == {(0, 0): "3", (3, 1): "1", (2, 3): "3"}  # (detected as, truth)
+
+
+def test_the_first_curve_is_the_mean_of_the_classes_with_objects(data):
+    evaluation, _ = evaluation_of(data)
+    mean, first, second = (axes.lines[0].get_ydata() for axes in draw_precision_recall(
+        [evaluation]).axes if axes.lines)  # fmt: skip
+    assert (first == 1).all() and (second == 0).all() and (mean == 0.5).all()
+
+
+def test_milliseconds_are_the_median_and_the_best_of_each_row_is_marked(data):
+    content = data[1]
+    found, _ = detect(FixedDetector(), DatasetCatalog.get(data[0]), [10, 11, 12])
+    slow, fast = (
+        evaluate(name, load_truth(content), found, seconds, threshold)
+        for name, seconds, threshold in (("slow", [0.1, 0.9, 0.3], None), ("fast", [0.2], 0.1))
+    )
+    assert slow.milliseconds == pytest.approx(300) and fast.milliseconds == pytest.approx(200)
+    best = {row["title"]: row["best"] for row in _metric_rows([slow, fast])}
+    assert best["F1"] == [0] and best["ms"] == [1] and best["AP"] == [0, 1]
+    assert best["threshold"] == []
 
 
 def test_the_page_needs_no_other_file(data, tmp_path):

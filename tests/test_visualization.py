@@ -21,6 +21,8 @@ from smca.analysis import (
     truth_of,
     write_pictures,
 )
+from smca.analysis.pictures import draw_pictures, evenly
+from smca.data import read_image
 from smca.errors import UserError
 from smca.inference import Predictor
 from smca.modeling.weight_map import SPREADS
@@ -278,6 +280,14 @@ def test_the_title_names_class_score_and_layer(multi_scale):
     assert f"{name} {100 * detection.score:.0f}%" in title and "layer 1 of 2" in title
 
 
+def test_the_detected_box_is_drawn_where_it_is(multi_scale):
+    (detection,) = modulation_maps(multi_scale, make_image())
+    panels = [axes for axes in draw_gaussians([detection]).axes if axes.patches]
+    assert panels
+    for axes in panels:
+        assert axes.patches[0].get_bbox().extents == pytest.approx(detection.box)
+
+
 def test_an_unknown_layer_is_an_error(multi_scale):
     with pytest.raises(UserError, match="no decoder layer 2, the model has 2"):
         modulation_maps(multi_scale, make_image(), layer=2)
@@ -362,6 +372,13 @@ def test_losses_and_ap_have_an_axis_each(tmp_path):
     saved_size(figure, tmp_path / "curves.png")
 
 
+def test_averaged_weights_have_curves_of_their_own():
+    metrics = {"bbox/AP": ([0, 5], [1.0, 2.0]), "ema/bbox/AP": ([5], [3.0])}
+    (axes,) = draw_curves(metrics).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"AP": [[0, 1], [5, 2]], "AP, averaged weights": [[5, 3]]}
+
+
 def test_what_is_absent_is_left_out(tmp_path):
     only_losses = draw_curves({"total_loss": ([0, 1], [2.0, 1.0])})
     only_results = draw_curves({"bbox/AP": ([0], [float("nan")]), "lr": ([0], [1.0])})
@@ -405,6 +422,22 @@ def test_a_run_gets_three_pictures(multi_scale, dataset_dicts, tmp_path):
     for path in paths:
         with Image.open(path) as image:
             image.load()
+
+
+def test_images_are_taken_from_everywhere():
+    assert evenly(range(10), 4) == [0, 2, 5, 7]
+    assert evenly(range(3), 8) == [0, 1, 2]
+
+
+def test_gaussians_are_of_the_surest_detections(multi_scale, dataset_dicts):
+    best = [
+        modulation_maps(multi_scale, read_image(item["file_name"]))[0] for item in dataset_dicts
+    ]
+    best.sort(key=lambda detection: detection.score, reverse=True)
+    assert best[0].score > best[1].score > best[2].score
+    drawn = draw_pictures(multi_scale, dataset_dicts, num_detections=2)["gaussians.png"]
+    titles = [draw_gaussians([d], CLASS_NAMES).subfigs[0].get_suptitle() for d in best[:2]]
+    assert [figure.get_suptitle() for figure in drawn.subfigs[:2]] == titles
 
 
 def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
