@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from torch import nn
 
@@ -64,6 +65,16 @@ def test_width_scales_all_channels(depth, channels):
     model = resnet(depth, width=16)
     assert [stage[-1].out_channels for stage in model.stages] == channels
     assert model.stem.conv1.out_channels == model.stages[0][0].in_channels == 16
+
+
+def test_a_dilated_stage_is_torchvisions():
+    def convolutions(blocks):
+        return [(b.conv2.stride, b.conv2.dilation, b.conv2.padding) for b in blocks]
+
+    expected = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    stages = resnet(50, dilated_res5=True).stages
+    assert convolutions(stages[3]) == convolutions(expected.layer4)
+    assert convolutions(stages[2]) == convolutions(expected.layer3)
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -111,6 +111,17 @@ def reference_predictions(model, kind, inputs, encoder_settings=None, decoder_se
     return reference.heads(state_dict, outputs, r)
 
 
+@pytest.mark.parametrize(
+    "constraints, size",
+    [({"square_size": 160}, (160, 160)), ({"size_divisibility": 50}, (100, 150))],
+)
+def test_images_are_padded_as_the_backbone_wants(monkeypatch, constraints, size):
+    model = make_model()
+    monkeypatch.setattr(type(model.backbone), "padding_constraints", constraints)
+    images = model.preprocess(make_inputs(image_sizes=[(64, 96), (96, 128)]))
+    assert images.tensor.shape[-2:] == size and images.image_sizes == [(64, 96), (96, 128)]
+
+
 # ------------------------------------------------------------------------------- the whole detector
 
 

@@ -127,3 +127,20 @@ def test_the_longest_token_decides_whether_the_fused_kernel_has_the_gradients():
         assert kernels._can_fuse(tokens, tokens, 0.1, 0.0)
         assert kernels._can_fuse(tokens.detach(), tokens.detach(), 1.0, 0.0)
         assert not kernels._can_fuse(tokens.detach(), tokens.detach(), 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "batch, num_queries, num_keys, sizes",
+    [
+        (4, 512, 1 << 12, [1 << 22] * 4),  # 16 MiB in float32, of 2 heads
+        (1, 40, 1 << 18, [16 << 19, 16 << 19, 8 << 19]),  # but of 16 queries at least
+    ],
+)
+def test_attention_in_pieces_holds_so_many_logits(monkeypatch, batch, num_queries, num_keys, sizes):
+    held = []
+    monkeypatch.setattr(
+        kernels, "dropout", lambda weights, p: held.append(weights.numel()) or weights
+    )
+    query, key = torch.zeros(batch, 2, num_queries, 1), torch.zeros(batch, 2, num_keys, 1)
+    kernels.attend(query, key, key, dropout_p=0.1)
+    assert held == sizes
