@@ -227,6 +227,7 @@ def image_files() -> List[bytes]:
         (image, dict(format="GIF")),
         (image, dict(format="BMP")),
         (image, dict(format="TIFF", compression="tiff_lzw")),
+        (image.transpose(Image.Transpose.ROTATE_90), dict(format="TIFF", exif=exif)),
         (image, dict(format="WEBP")),
         (grey16, dict(format="PNG")),
         (image.convert("P"), dict(format="PNG", transparency=0)),
