@@ -103,16 +103,17 @@ def build_train_loader(
 
     What batch number n of a process holds, to the last bit, depends on the seed, the rank, the
     number of processes and n only; not on `num_workers`, nor on the batch it was started at
-    (`set_start_batch`). All processes together see every image once a pass. With a seed, neither
-    building nor iterating the loader draws from the global random states.
+    (`set_start_batch`). All processes together see every image once a pass. Neither building nor
+    iterating the loader draws from the global random states, but for `numpy.random` where there is
+    no seed.
 
     Args:
         dataset: in Detectron2's format. May be smaller than a batch.
         mapper: from a dataset dict to a sample. May draw from `random`, `numpy.random` and `torch`.
         total_batch_size: images of all processes together.
         num_workers: worker processes; 0 loads in this one.
-        seed: None or a negative number draws a new one from `numpy.random`, the same in all
-            processes; such a run cannot be repeated or resumed exactly.
+        seed: None or a negative number draws a new one, the same in all processes; such a run
+            cannot be repeated or resumed exactly.
         kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``pin_memory``.
 
     Returns:
