@@ -441,6 +441,8 @@ def test_failed_write_leaves_the_old_output(official_file, tmp_path, monkeypatch
 def test_missing_input_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):
         convert_file(str(tmp_path / "nowhere.pth"), str(tmp_path / "out.pth"))
+    with pytest.raises(CheckpointError, match="is a folder: name a checkpoint in it"):
+        convert_file(str(tmp_path), str(tmp_path / "out.pth"))
 
 
 def test_output_needs_the_ending_that_detectron2_knows(official_file, tmp_path):

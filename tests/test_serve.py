@@ -99,11 +99,14 @@ def test_without_gradio_the_page_says_what_to_install(monkeypatch):
         serve.run(args)
 
 
-def test_what_cannot_be_served_is_one_sentence(viewer, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError("the address is in use"), OverflowError("port must be 0-65535")]
+)
+def test_what_cannot_be_served_is_one_sentence(viewer, monkeypatch, error):
     gradio = pytest.importorskip("gradio", reason="the extra 'serve' is missing")
 
     def refuse(*args, **kwargs):
-        raise OSError("the address is in use")
+        raise error
 
     monkeypatch.setattr(gradio.Blocks, "launch", refuse)
     monkeypatch.setattr(serve, "predictor_of", lambda args: viewer.predictor)

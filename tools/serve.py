@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
         page.launch(
             server_name=args.host, server_port=args.port, prevent_thread_lock=True, **options
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the second of a port above 65535
         raise UserError(
             f"The page cannot be served at {address}: give another --host or --port."
         ) from error

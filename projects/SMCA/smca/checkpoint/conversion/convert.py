@@ -263,6 +263,8 @@ def _local_path(path: str) -> str:
         local_path = PathManager.get_local_path(path)
     except (OSError, AssertionError) as error:
         raise CheckpointError(f"{path} cannot be downloaded: {error}") from error
+    if os.path.isdir(local_path):
+        raise CheckpointError(f"{path} is a folder: name a checkpoint in it.")
     if not os.path.isfile(local_path):
         raise CheckpointError(f"The checkpoint {path} does not exist.")
     return local_path
