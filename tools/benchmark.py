@@ -270,8 +270,8 @@ def table_of(records: Sequence[Record]) -> Tuple[List[str], List[List[Optional[s
         has_speed = "gflops" in record
         row.append(f"{record['gflops']:.0f}" if has_speed else None)
         row.append(f"{record['share']:.0%}" if has_speed else None)
-        name, *of = key(record)
-        reference = found.get((name + REFERENCE, *of), {})
+        name, config, size = key(record)
+        reference = found.get((name + REFERENCE, config, size), {})
         row += [ratio(reference, record, quantity) for quantity in ("median_s", "extra_bytes")]
         profile = record.get("profile")
         row += [f"{profile[group]:.0%}" if profile else None for group in groups]
@@ -345,9 +345,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5)
     add("--cells", type=int, nargs=2, default=(50, 84), metavar=("H", "W"), help="co-attention's")
     add("--num-queries", type=int, default=300, help="co-attention's")
-    size = dict(type=int, nargs=2, action="append", metavar=("H", "W"))
-    add("--image-size", **size, help="inference's and the encoder's, can be repeated")
-    add("--train-size", **size, help="the training step's, can be repeated")
+    sizes = {"--image-size": "inference's and the encoder's", "--train-size": "the training step's"}
+    for name, whose in sizes.items():
+        words = f"{whose}, can be repeated"
+        add(name, type=int, nargs=2, action="append", metavar=("H", "W"), help=words)
     add("--batch-size", type=int, default=2, help="of the training step")
     add("--profile", action="store_true", help="print the operators of each measurement")
     add("--output", metavar="FILE", help="write the measurements as JSON")
