@@ -248,6 +248,12 @@ def test_error_is_one_sentence(tmp_path):
     assert "no_such_measurement" in lines[0] and "train_step" in lines[0]
 
 
+def test_no_repeats_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["matcher", "--repeats", "0"])
+    assert "--repeats: has to be a whole number of at least 1, not 0" in capsys.readouterr().err
+
+
 def test_process_that_is_killed_is_reported():
     with pytest.raises(UserError, match="lack of memory"):
         tool.in_fresh_process(os._exit, 1)

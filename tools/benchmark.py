@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from smca.config import AMP_DTYPES, load_config
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 
 import torch
 from tabulate import tabulate
@@ -340,16 +340,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", *AMP_DTYPES), help="autocast's")
     add("--compile", action="store_true", help="torch.compile what is measured")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="of the CPU")
     add("--warmup", type=int, default=2, help="calls before those that count")
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=at_least(1), default=5)
     add("--cells", type=int, nargs=2, default=(50, 84), metavar=("H", "W"), help="co-attention's")
     add("--num-queries", type=int, default=300, help="co-attention's")
     sizes = {"--image-size": "inference's and the encoder's", "--train-size": "the training step's"}
     for name, whose in sizes.items():
         words = f"{whose}, can be repeated"
         add(name, type=int, nargs=2, action="append", metavar=("H", "W"), help=words)
-    add("--batch-size", type=int, default=2, help="of the training step")
+    add("--batch-size", type=at_least(1), default=2, help="of the training step")
     add("--profile", action="store_true", help="print the operators of each measurement")
     add("--output", metavar="FILE", help="write the measurements as JSON")
     add("--compare", nargs=2, metavar=("A", "B"), help="only print the ratios of two such files")

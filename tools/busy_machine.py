@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from smca.analysis import read_metrics
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 
 import torch
 from tqdm import tqdm
 
 from benchmark import device_name
 from figures import Table, command_line, markdown, write_figures
-from options import count
 
 ROOT = Path(__file__).resolve().parents[1]
 _WARMUP = 6  # steps
@@ -97,7 +96,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=count, default=30, help="of each; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=30, help="of each; default: %(default)s"
+    )
     parser.add_argument("--output", metavar="FILE", help="of the table, as JSON")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
     args = parser.parse_args(argv)

@@ -34,8 +34,8 @@ from smca.analysis.dataset import (
 from smca.analysis.recommendation import MAX_SIZE, Advice, recommend
 from smca.config import build, load_config
 from smca.data import require_dataset
-from smca.errors import UserError, exit_code
-from smca.inference import at_least, make_folder
+from smca.errors import UserError, at_least, exit_code
+from smca.inference import make_folder
 
 import torch
 from detectron2.config import instantiate

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from smca.config import load_config
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 from smca.inference import Predictor
 from smca.inference.export import OUTPUTS, count_nodes, export_detector
 from smca.modeling import SMCA
@@ -39,7 +39,6 @@ from tqdm import tqdm
 from benchmark import CONFIGS, MAIN_MODELS, device_name
 from benchmark_cases import Size, build_model
 from figures import command_line, write_figures
-from options import count
 
 BATCHES: List[List[Size]] = [
     [(800, 1066)],
@@ -178,8 +177,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", action="append", metavar="FILE", help="can be repeated")
     parser.add_argument("--openvino", action="store_true", help="compare with OpenVINO too")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=count, default=3, help="calls that are timed")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="calls that are timed")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
     return parser
 

@@ -31,14 +31,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from smca.config import AMP_DTYPES
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 
 import torch
 from tqdm import tqdm
 
 from benchmark import PeakMemory, device_name, in_fresh_process, print_table
 from figures import command_line, write_figures
-from options import count
 from peer_models import MODELS, TASKS
 
 Options = argparse.Namespace
@@ -203,12 +202,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--train-size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"))
     add("--batch-size", type=int, default=2, help="of the training step")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--repeats", type=count, default=5, help="turns of all models")
+    add("--repeats", type=at_least(1), default=5, help="turns of all models")
     add("--warmup", type=int, default=1, help="calls of a turn before those that count")
-    add("--calls", type=count, default=2, help="of a turn, whose median counts")
+    add("--calls", type=at_least(1), default=2, help="of a turn, whose median counts")
     add("--cpu-time", action="store_true", help="see above")
     add("--quiet", type=float, default=math.inf, metavar="CORES", help="see above")
-    add("--tries", type=count, default=10, help="of --quiet")
+    add("--tries", type=at_least(1), default=10, help="of --quiet")
     add("--output", metavar="FILE", help="write table and measurements as JSON")
     return parser
 

@@ -72,13 +72,13 @@ WORDS = {
 INTRODUCTION = """\
 # Configuration
 
-Every key of the COCO configs and, at the end, of the data in those for your own, with its default and what
-it is; [fine_tuning.md](fine_tuning.md#settings) has those that `fine_tune.py` adds.
-`python tools/update_docs.py` writes this page from the configs, their comments and the docstrings of what
-they call.
+Every key of the COCO configs and, at the end, of the data in those for your own, with its default
+and what it is; [fine_tuning.md](fine_tuning.md#settings) has those that `fine_tune.py` adds.
+`python tools/update_docs.py` writes this page from the configs, their comments and the docstrings
+of what they call.
 
-A key is set on the command line, after all options (of `demo.py` after `--opts`), and checked before
-anything starts; an unknown one is an error that names the nearest:
+A key is set on the command line, after all options (of `demo.py` after `--opts`), and checked
+before anything starts; an unknown one is an error that names the nearest:
 
 ```
 python train_net.py --config-file configs/smca_r50_50ep.py model.num_queries=100 optimizer.lr=5e-5

@@ -16,10 +16,9 @@ import sys
 from typing import List
 
 from smca.analysis import write_pictures
-from smca.errors import exit_code
+from smca.errors import at_least, exit_code
 from smca.inference import (
     add_predictor_arguments,
-    at_least,
     load_test_dataset,
     make_folder,
     predictor_of,

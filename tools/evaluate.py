@@ -27,11 +27,10 @@ from smca.analysis.metrics import load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import read_coco
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 from smca.inference import (
     Predictor,
     add_weights_kind,
-    at_least,
     load_test_dataset,
     make_folder,
     predictor_of,

@@ -42,14 +42,13 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 
 import yaml
 from tabulate import tabulate
 from tqdm import tqdm
 
 from figures import command_line, write_figures
-from options import count
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "tests" / "mutants"
@@ -376,9 +375,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="LIST", help="names of lists")
     parser.add_argument("--match", default="", metavar="TEXT", help="in the bug's words or file")
-    parser.add_argument("--random", type=count, metavar="N", help="plant N bugs that nobody listed")
+    parser.add_argument(
+        "--random", type=at_least(1), metavar="N", help="plant N bugs that nobody listed"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --random; default: %(default)s")
-    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="default: %(default)s")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=os.cpu_count(), help="default: %(default)s"
+    )
     parser.add_argument("--output", metavar="FILE", help="JSON with the table and every outcome")
     parser.add_argument("--check", action="store_true", help="only see that every bug still fits")
     return parser

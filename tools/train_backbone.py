@@ -16,7 +16,7 @@ from typing import List, Optional, Sequence, Tuple
 from smca.checkpoint.files import write_atomically
 from smca.config import load_config
 from smca.data import SHAPE_CLASSES, register_shapes
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, at_least, exit_code
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
-
-from options import count
 
 SIDE = 64  # pixels of an object's picture
 _BATCH = 64  # objects of a step
@@ -148,7 +146,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("config_file", metavar="CONFIG", help="whose backbone it is")
     add("--output", metavar="FILE", default="output/backbones/shapes_10x.pth")
     add("--images", type=int, default=2000, metavar="N", help="to draw; default: %(default)s")
-    add("--steps", type=count, default=1500, help="of 64 objects; default: %(default)s")
+    add("--steps", type=at_least(1), default=1500, help="of 64 objects; default: %(default)s")
     add("--lr", type=float, default=1e-3, help="highest rate; default: %(default)s")
     add("--seed", type=int, default=1000, help="of pictures and weights; default: %(default)s")
     lengths = "shortest and longest object in pixels; default: %(default)s"

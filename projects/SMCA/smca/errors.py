@@ -1,5 +1,6 @@
 """Errors that the user can put right, and what their messages have in common."""
 
+import argparse
 import contextlib
 import difflib
 import sys
@@ -69,6 +70,19 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something, `least` times or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"has to be a whole number of at least {least}, not {text}"
+            )
+        return int(text)
+
+    return parse
 
 
 def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:

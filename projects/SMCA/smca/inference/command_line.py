@@ -3,7 +3,6 @@
 import argparse
 import os
 import tempfile
-from typing import Callable
 
 from smca.config import AMP_DTYPES
 from smca.errors import UserError, writing
@@ -15,7 +14,6 @@ __all__ = [
     "add_dtype",
     "add_predictor_arguments",
     "add_weights_kind",
-    "at_least",
     "make_folder",
     "predictor_of",
     "score",
@@ -63,19 +61,6 @@ def add_weights_kind(parser: argparse.ArgumentParser) -> None:
         help="the trained weights or their average; default: the average if the checkpoint is the "
         "best one by it, else the trained weights",
     )
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that counts something, `least` times or more."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"{text} has to be a whole number of at least {least}."
-            )
-        return int(text)
-
-    return parse
 
 
 def score(text: str) -> float:
