@@ -70,7 +70,7 @@ def score(text: str) -> float:
     except ValueError:
         is_score = False
     if not is_score:
-        raise argparse.ArgumentTypeError(f"{text} has to be a number in [0, 1].")
+        raise argparse.ArgumentTypeError(f"has to be a number in [0, 1], not {text}")
     return float(text)
 
 
