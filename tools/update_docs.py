@@ -161,7 +161,7 @@ def with_published_ap(page: str) -> str:
 
 
 def peers_in_readme() -> str:
-    """How many times faster than the official code, in float32, and with which part of its
+    """How many times as fast as the official code, in float32, and with which part of its
     memory; from the ratios that docs/performance.md shows, which are peer over ours."""
     content = read_json(ROOT / "docs" / "figures" / "peers.json")
     rows = [dict(zip(content["columns"], row)) for row in content["rows"]]
@@ -171,9 +171,9 @@ def peers_in_readme() -> str:
         if who == "official" and row["type"] == "float32" and row["time, peer / ours"]:
             memory = 1 / float(row["memory, peer / ours"])
             what = f"{row['task']}, {label.removeprefix('SMCA ')}, {row['size']}"
-            faster = f"{float(row['time, peer / ours']):.1f} times faster"
-            cells.append([what, faster, f"{memory:.0%}"])
-    return markdown(Table(["", "time", "peak memory"], cells))
+            speed = f"{float(row['time, peer / ours']):.1f} times"
+            cells.append([what, speed, f"{memory:.0%}"])
+    return markdown(Table(["", "as fast as the official code", "of its peak memory"], cells))
 
 
 # ---- Pages
