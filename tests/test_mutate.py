@@ -167,6 +167,8 @@ def test_tests_that_run_in_a_fork_end_with_ctrl_c(tmp_path):
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the suite in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     print(json.dumps([60, ["-q", "-n0"]]), file=process.stdin, flush=True)
     while process.poll() is None and not (tmp_path / "begun").exists():

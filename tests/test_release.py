@@ -70,16 +70,14 @@ def test_make_setup_notices_other_extras(tmp_path, extras):
     assert f"[{extras}]" in commands(f"EXTRAS={extras}")
 
 
-def test_the_training_command_takes_the_name_of_a_config(monkeypatch):
-    from smca.cli import train
+def test_an_installation_finds_configs_by_name():
+    from smca.config import find_config_file
 
-    configs = []
-    monkeypatch.setattr(train, "run", lambda args: configs.append(args.config_file) or 0)
-    for name in ("smca_shapes", "ablations/head_shared.py", str(ROOT / "README.md"), "nothing"):
-        train.main(["--config-file", name])
-    assert configs[2:] == [str(ROOT / "README.md"), "nothing"]
-    expected = [ROOT / "configs" / "smca_shapes.py", ROOT / "configs/ablations/head_shared.py"]
-    assert [Path(path).resolve() for path in configs[:2]] == expected
+    for name in ("smca_shapes", "ablations/head_shared.py"):
+        found = Path(find_config_file(name)).resolve()
+        assert found == ROOT / "configs" / f"{name.removesuffix('.py')}.py"
+    for path in (str(ROOT / "README.md"), "nothing"):
+        assert find_config_file(path) == path
 
 
 def test_sdist_and_wheel_work_away_from_the_checkout(tmp_path):

@@ -313,10 +313,11 @@ def speed_table(records: Sequence[Record]) -> Table:
     """The benchmark's table with the type, and images a second."""
     columns, rows = table_of(records)
     filled: List[List[str]] = []
-    for record, row in zip(records, rows):
+    for record, cells in zip(records, rows):
+        row = [cell or "" for cell in cells]
         images = int(record["size"].split(" x ")[0])
         speed = f"{images / record['median_s']:.1f}"
-        filled.append([*[cell or "" for cell in row[:3]], record["dtype"], speed, *row[3:]])  # type: ignore[list-item]
+        filled.append([*row[:3], record["dtype"], speed, *row[3:]])
     return Table([*columns[:3], "type", "images a second", *columns[3:]], filled)
 
 

@@ -84,7 +84,8 @@ def check_early_stopping(train: DictConfig) -> None:
     if patience and train.eval_period == 0:
         raise ConfigError(
             f"train.early_stopping={patience} counts evaluations, of which train.eval_period=0 "
-            "makes none: set train.eval_period to the iterations from one to the next."
+            "makes none: set train.eval_period to the iterations from one to the next, or "
+            "train.early_stopping=0."
         )
 
 
