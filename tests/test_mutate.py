@@ -1,6 +1,7 @@
 """Planted bugs: the lists fit the code, and the tool tells a caught bug from one that survives. (To
 plant the listed ones takes an hour, see docs/testing.md.)"""
 
+import functools
 import json
 import signal
 import subprocess
@@ -141,15 +142,14 @@ def test_tests_that_fail_without_a_bug_catch_nothing(toy, capsys):
     assert "The tests fail without a bug" in capsys.readouterr().err
 
 
+def forked_pytest(folder, **settings):
+    command = [sys.executable, str(mutate._FORKED_PYTEST)]
+    return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, text=True, **settings)
+
+
 def test_forked_pytest_gives_the_exit_code_of_each_run(tmp_path):
     (tmp_path / "test_it.py").write_text("def test_it(): assert open('answer').read() == 'right'")
-    process = subprocess.Popen(
-        [sys.executable, str(mutate._FORKED_PYTEST)],
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = forked_pytest(tmp_path, stdout=subprocess.PIPE)
     for answer, code in (("right", "0"), ("wrong", "1"), ("right", "0")):
         (tmp_path / "answer").write_text(answer)
         job = json.dumps([60, ["-q", "-n0", "-p", "no:cacheprovider"]])
@@ -161,15 +161,9 @@ def test_forked_pytest_gives_the_exit_code_of_each_run(tmp_path):
 def test_tests_that_run_in_a_fork_end_with_ctrl_c(tmp_path):
     text = "import time\ndef test_it():\n    open('begun', 'w')\n    time.sleep(60)\n"
     (tmp_path / "test_it.py").write_text(text)
-    process = subprocess.Popen(
-        [sys.executable, str(mutate._FORKED_PYTEST)],
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that starts the suite in the background has it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A shell that starts the suite in the background has the signal ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = forked_pytest(tmp_path, stderr=subprocess.PIPE, preexec_fn=heed)
     print(json.dumps([60, ["-q", "-n0"]]), file=process.stdin, flush=True)
     while process.poll() is None and not (tmp_path / "begun").exists():
         time.sleep(0.01)

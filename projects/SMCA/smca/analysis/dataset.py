@@ -230,12 +230,13 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
             if count < (_FEW_OBJECTS if name == "train" else 1):
                 remarks.append(f"{name}: class '{class_name}' has {_count(count, 'object')}.")
     for name, split in splits.items():
-        empty = int((collect_statistics(split).objects_per_image == 0).sum())
+        items = split.dataset_dicts
+        empty = sum(all(a["iscrowd"] for a in item["annotations"]) for item in items)
         if empty:
             remarks.append(f"{name}: {_count(empty, 'image')} without objects.")
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))
-            for item in split.dataset_dicts
+            for item in items
             for a in item["annotations"]
         )
         repeated = [key for key, count in seen.items() if count > 1]
