@@ -467,7 +467,7 @@ def test_an_output_that_is_a_file_is_found_before_the_work(tmp_path, data, capsy
     monkeypatch.delattr(tool, "collect")
     (tmp_path / "out").write_text("mine")
     assert command(run, data, "--output", tmp_path / "out") == 1
-    assert "out is no folder (File exists)." in capsys.readouterr().err
+    assert "out cannot be written: File exists." in capsys.readouterr().err
 
 
 def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys):

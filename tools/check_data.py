@@ -30,6 +30,7 @@ from smca.analysis.dataset import (
     draw_training_images,
     examine,
     find_remarks,
+    training_splits,
 )
 from smca.analysis.recommendation import MAX_SIZE, Advice, recommend
 from smca.config import build, load_config
@@ -90,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
     remarks = find_remarks(splits)
     stride, num_scales, map_stride = scales_of(cfg.model)
     max_size = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations.max_size") or MAX_SIZE
-    training = [split for name, split in splits.items() if name.startswith("train")]
-    together = collect_statistics(*training)
+    together = collect_statistics(*training_splits(splits).values())
     advice = recommend(together, stride, num_scales, max_size, map_stride)
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))

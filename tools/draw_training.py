@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Sequence
 
 from smca import Predictor
 from smca.analysis import (
@@ -30,8 +30,9 @@ from smca.analysis import (
     evenly,
     summarize,
 )
-from smca.errors import CheckpointError, UserError, exit_code
-from smca.inference import add_weights_kind, load_test_dataset, load_weights
+from smca.checkpoint.files import steps_of
+from smca.errors import CheckpointError, exit_code
+from smca.inference import add_weights_kind, load_test_dataset, load_weights, make_folder
 
 from tqdm import tqdm
 
@@ -82,21 +83,6 @@ def find_checkpoints(paths: Sequence[str]) -> List[str]:
     return files
 
 
-def steps_of(checkpoint: Mapping[str, Any], max_iter: Any) -> Optional[int]:
-    """The iterations that a checkpoint has behind it, None if it does not say.
-
-    Args:
-        max_iter: of the training; only a number counts.
-    """
-    if "iteration" in checkpoint:
-        return checkpoint["iteration"] + 1
-    if "best" not in checkpoint:
-        return None
-    # Detectron2 numbers an evaluation like the last iteration, the final one like the next.
-    steps = checkpoint["best"]["iteration"] + 1
-    return min(steps, max_iter) if isinstance(max_iter, int) else steps
-
-
 def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of what it wrote."""
     overrides = [text for text in args.inputs if "=" in text and not os.path.exists(text)]
@@ -111,15 +97,13 @@ def run(args: argparse.Namespace) -> List[str]:
         device=args.device,
     )
     dataset_dicts = evenly(load_test_dataset(predictor.cfg), args.num_images)
-    try:
-        os.makedirs(args.output, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output} is no folder ({error.strerror}).") from error
+    make_folder(args.output)
+    max_iter = predictor.cfg.train.max_iter  # may be computed from training data, not needed here
     statistics: Dict[int, ModulationStatistics] = {}
     examples: Dict[int, List[DetectionMaps]] = {}
     for number, file in enumerate(files, 1):
         _, others = load_weights(predictor.model, file, args.weights_kind)
-        steps = steps_of(others, predictor.cfg.train.max_iter)
+        steps = steps_of(others, max_iter if isinstance(max_iter, int) else None)
         if steps is None:
             raise CheckpointError(f"{file} does not say at which iteration it was written.")
         if steps not in statistics:

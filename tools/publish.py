@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 from smca.analysis import read_metrics
+from smca.checkpoint.files import steps_of
 from smca.config import dataset_names
 from smca.errors import UserError, exit_code
 from smca.inference import (
@@ -118,7 +119,7 @@ def model_card(
     cfg: Any = detector.cfg  # a LazyConfig, as `save_pretrained` requires
     data = args.data or ", ".join(dataset_names(cfg, "train")) or "not said"
     max_iter = _max_iter(cfg, provenance)
-    model, iteration = published["model"], _iteration(detector.checkpoint, max_iter)
+    model, steps = published["model"], steps_of(detector.checkpoint, max_iter)
     # Others would tell paths of the machine that trained it.
     overrides = [*(provenance.get("overrides") or []), *args.opts]
     overrides = [text for text in overrides if text.lstrip("+").startswith("model.")]
@@ -130,7 +131,7 @@ def model_card(
         ("queries", model.get("num_queries")),
         ("modulation", (model.get("decoder") or {}).get("modulation")),
         ("weights", _kind(detector.weights)),
-        ("iterations", iteration and f"{min(iteration + 1, max_iter or math.inf):,}"),
+        ("iterations", steps and f"{steps:,}"),
         ("trained on", data),
         ("licence of the weights", args.license),
         ("smca", published["smca_version"]),
@@ -147,7 +148,7 @@ def model_card(
         name=args.push or Path(args.output).name,
         model=tabulate([row for row in rows if row[1]], ["", ""], "github", disable_numparse=True),
         classes=_classes(detector.class_names, model.get("num_classes")),
-        results=_results(cfg, args.weights, detector.weights, iteration),
+        results=_results(cfg, args.weights, detector.weights, steps, max_iter),
         files=_files(args.output),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}"
@@ -158,13 +159,6 @@ def _max_iter(cfg: DictConfig, provenance: Mapping[str, Any]) -> Optional[int]:
     # A config may compute them from data that need not be here.
     said = [OmegaConf.select(cfg, "train.max_iter"), provenance.get("max_iter")]
     return next((number for number in said if isinstance(number, int)), None)
-
-
-def _iteration(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:
-    """Of the weights' evaluation, as metrics.json counts; None where the checkpoint says none. The
-    last evaluation, after the training, counts one more than the last iteration from 0."""
-    iteration = (checkpoint.get("best") or checkpoint).get("iteration")
-    return max_iter if max_iter and iteration == max_iter - 1 else iteration
 
 
 def _kind(weights: str) -> str:
@@ -179,15 +173,19 @@ def _classes(names: List[str], number: Optional[int]) -> str:
     return f"{len(names)}: {shown}" + (f" and {left_out} more." if left_out > 0 else ".")
 
 
-def _results(cfg: DictConfig, weights: str, kind: str, iteration: Optional[int]) -> str:
+def _results(
+    cfg: DictConfig, weights: str, kind: str, steps: Optional[int], max_iter: Optional[int]
+) -> str:
     """A table of the evaluation that the training made of these weights."""
     prefix = "ema/" if kind == "ema" else ""
     try:
         metrics = read_metrics(str(Path(weights).with_name("metrics.json")))
     except UserError:  # there is none, or nothing in it
         metrics = {}
-    if not metrics or iteration is None:
+    if not metrics or steps is None:
         return "There is no evaluation beside the checkpoint."
+    # As `steps_of` says.
+    iteration = steps if steps == max_iter else steps - 1
     found = {}
     for name in _METRICS:
         values = dict(zip(*metrics.get(f"{prefix}bbox/{name}", ((), ()))))

@@ -33,6 +33,7 @@ __all__ = [
     "draw_training_images",
     "examine",
     "find_remarks",
+    "training_splits",
 ]
 
 SMALL, LARGE = 10, 90  # percentiles of the sizes of "small" and "large" objects
@@ -211,19 +212,24 @@ def collect_statistics(*splits: DataSplit) -> Statistics:
     )
 
 
+def training_splits(splits: Mapping[str, DataSplit]) -> Dict[str, DataSplit]:
+    """Those that train, which count as one: "train", or "train 1", "train 2", ..."""
+    return {name: split for name, split in splits.items() if name.startswith("train")}
+
+
 def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
     """What does not keep a data set from being used, but may not be meant.
 
     Args:
-        splits: by their names; "train" or "train 1", "train 2", ... among them.
+        splits: by their names, as in `training_splits`.
 
     Returns:
         Sentences.
     """
     remarks = []
-    groups: Dict[str, List[DataSplit]] = collections.defaultdict(list)  # what trains is one
-    for name, split in splits.items():
-        groups["train" if name.startswith("train") else name].append(split)
+    training = training_splits(splits)
+    groups = {"train": list(training.values())}
+    groups.update({name: [split] for name, split in splits.items() if name not in training})
     for name, group in groups.items():
         counts = collect_statistics(*group).objects_per_class.tolist()
         for class_name, count in zip(group[0].class_names, counts):

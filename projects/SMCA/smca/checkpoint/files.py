@@ -6,7 +6,7 @@ import re
 import tempfile
 import zipfile
 from collections import OrderedDict
-from typing import IO, Any, Callable, Dict, List, Optional
+from typing import IO, Any, Callable, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "numbered_checkpoints",
     "read_tag",
     "remove_temporary_files",
+    "steps_of",
     "write_atomically",
 ]
 
@@ -207,3 +208,18 @@ def load_arrays(path: str) -> Dict[str, Any]:
     """
     with PathManager.open(path, "rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def steps_of(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:
+    """The iterations that a checkpoint of a training has behind it, None if it does not say.
+
+    Args:
+        checkpoint: with "iteration", or of the best evaluation: {"best": {"iteration": ...}}.
+        max_iter: of the training, None if it is not known.
+    """
+    iteration = checkpoint.get("iteration", (checkpoint.get("best") or {}).get("iteration"))
+    if iteration is None:
+        return None
+    # Detectron2 numbers an evaluation like the last iteration, from 0, and the one after the
+    # training like the next.
+    return iteration + 1 if max_iter is None else min(iteration + 1, max_iter)
