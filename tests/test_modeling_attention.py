@@ -16,7 +16,7 @@ from helpers import (
     make_scales,
     randomize,
 )
-from smca.modeling import kernels
+from smca.modeling import piecewise
 from smca.modeling.attention import CoAttention, MultiheadAttention
 from smca.modeling.kernels import attend, fit_channels
 from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMapPredictor
@@ -667,8 +667,9 @@ def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Where no fused kernel serves, rows are computed in blocks of so many logits."""
-    monkeypatch.setattr(kernels, "_MAX_LOGITS", 1 << 16)
-    monkeypatch.setattr(kernels, "_MIN_QUERIES", 1)
+    monkeypatch.setattr(piecewise, "_MAX_KEPT", 1 << 16)
+    monkeypatch.setattr(piecewise, "_MAX_PIECE", 1 << 16)
+    monkeypatch.setattr(piecewise, "_MIN_QUERIES", 1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -717,9 +718,10 @@ def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
     inputs = leaves({"x": random_tensor(B, 48, D)})
     mask = make_scales([16])[0].padding_mask if padded else None
     outputs = []
-    for max_logits in (1 << 22, block):
-        monkeypatch.setattr(kernels, "_MAX_LOGITS", max_logits)
-        monkeypatch.setattr(kernels, "_MIN_QUERIES", 1)
+    monkeypatch.setattr(piecewise, "_MIN_QUERIES", 1)
+    for max_kept, max_piece in ((1 << 22, None), (0, block)):
+        monkeypatch.setattr(piecewise, "_MAX_KEPT", max_kept)
+        monkeypatch.setattr(piecewise, "_MAX_PIECE", max_piece)
         # As good as no dropout, but computed like it.
         monkeypatch.setattr(attention, "dropout", 1e-12)
         outputs.append(attention.train()(inputs["x"], inputs["x"], inputs["x"], mask))
@@ -730,8 +732,9 @@ def test_blocks_of_rows_give_what_all_rows_give(block, padded, monkeypatch):
 
 
 def test_blocks_of_rows_drop_the_same_in_the_backward_pass(monkeypatch):
-    monkeypatch.setattr(kernels, "_MAX_LOGITS", 1)
-    monkeypatch.setattr(kernels, "_MIN_QUERIES", 5)
+    monkeypatch.setattr(piecewise, "_MAX_KEPT", 0)
+    monkeypatch.setattr(piecewise, "_MAX_PIECE", 1)
+    monkeypatch.setattr(piecewise, "_MIN_QUERIES", 5)
     query, key, value = (random_tensor(B, H, n, 4, seed=n).requires_grad_() for n in (11, 48, 48))
     torch.manual_seed(0)
     total = (attend(query, key, value, dropout_p=0.5) * random_tensor(4)).sum()
@@ -740,3 +743,57 @@ def test_blocks_of_rows_drop_the_same_in_the_backward_pass(monkeypatch):
     # The output is linear in the values, with the weights that were not dropped.
     assert_close((gradient * value).sum(), total, 1e-5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("spread", [None, "independent", "covariance", "laplacian"])
+@pytest.mark.parametrize("num_logits", [1, 20 * 48, 3 * 20 * 48])  # of 3 queries, 1 and 3 rows
+def test_the_gradients_of_pieces_are_those_of_the_weights_that_were_kept(
+    num_logits, spread, padded, monkeypatch
+):
+    monkeypatch.setattr(piecewise, "_MAX_KEPT", 0)
+    monkeypatch.setattr(piecewise, "_MAX_PIECE", num_logits)
+    monkeypatch.setattr(piecewise, "_MIN_QUERIES", 3)
+    size, num_queries, p = (6, 8), 20, 0.4
+    mask = make_scales([16])[0].padding_mask if padded else None
+    # With the unit matrix as values, the result is the weights, and 0 where they were dropped.
+    inputs = leaves(
+        {
+            "query": random_tensor(B, H, num_queries, 48, seed=1),
+            "key": random_tensor(B, H, 48, 48, seed=2),
+            "value": torch.eye(48).expand(B, H, 48, 48).contiguous(),
+        }
+    )
+    logits = inputs["query"] @ inputs["key"].mT / 48**0.5
+    weight_map = None
+    if spread is not None:
+        shape = random_gaussians(size, spread, num_queries)
+        weight_map = make_map(**shape, spread=spread, size=size)
+        logits = logits + reference.log_weights(*size, *shape.values(), spread)
+        inputs.update(shape)
+    if padded:
+        logits = logits.masked_fill(mask[:, None, None, :], -torch.inf)
+    torch.manual_seed(0)
+    output = attend(inputs["query"], inputs["key"], inputs["value"], mask, p, weight_map)
+    weights = logits.softmax(-1)
+    there = weights > 1e-6
+    kept = (output != 0).float()
+    assert abs(float(kept[there].mean()) - (1 - p)) < 0.04
+    expected = weights * kept / (1 - p) @ inputs["value"]
+    assert_close(output, expected, 1e-5)
+    assert_same_gradients(output, expected, inputs)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("max_kept", [0, 1 << 22], ids=["in pieces", "at once"])
+def test_attention_that_is_not_fused_keeps_the_type(max_kept, dtype, monkeypatch):
+    monkeypatch.setattr(piecewise, "_MAX_KEPT", max_kept)
+    inputs = leaves({name: random_tensor(B, H, 48, 48, seed=i) for i, name in enumerate("qkv")})
+    # As good as no dropout, but computed like it.
+    output = attend(*(x.to(dtype) for x in inputs.values()), dropout_p=1e-12)
+    assert output.dtype == dtype
+    q, k, v = inputs.values()
+    expected = (q @ k.mT / 48**0.5).softmax(-1) @ v
+    assert (output.float() - expected).abs().max() < ROUNDING[dtype] * expected.abs().max()
+    output.float().square().sum().backward()
+    assert all(x.grad.abs().max() > 0 for x in inputs.values())

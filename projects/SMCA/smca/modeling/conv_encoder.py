@@ -9,7 +9,7 @@ from typing import List
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Dropout
+from .dropout import Dropout
 from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, as_tokens
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention
-from .kernels import Dropout
+from .dropout import Dropout
 from .layers import FeedForward, mlp, xavier_uniform
 from .scales import Scale
 from .weight_map import PUBLISHED_BETA, WeightMapPredictor, check_settings, float32_region

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention
-from .kernels import Dropout
+from .dropout import Dropout
 from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, join_padding_masks
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
 
-from .kernels import Dropout, relu_dropout
+from .dropout import Dropout, relu_dropout
 
 
 class FeedForward(nn.Module):
