@@ -40,7 +40,7 @@ def attend_in_pieces(
     query, key, value = query.float() * logit_factor, key.float(), value.float()
     with float32_region(query):
         # An exported graph takes one way for all sizes.
-        if torch.compiler.is_compiling() or _num_logits(query, key) <= _MAX_KEPT:
+        if torch.compiler.is_compiling() or query.shape[:3].numel() * key.shape[2] <= _MAX_KEPT:
             result = attend_at_once(query, key, value, padding_mask, dropout_p, weight_map)
             return result.to(dtype)
         # What dropout keeps is divided by 1 - p: here the values are, which are fewer.
@@ -117,6 +117,7 @@ class _InPieces(torch.autograd.Function):
                     log_weights = _log_weights(ctx.weight_map, leaves)
                 weights = _weights(query[piece], key[rows], ctx.padding_mask, rows, log_weights)
                 dropped = draw_dropped(weights, ctx.dropout_p)
+                # The softmax's gradient takes the weights before any is dropped.
                 of_weights = drop_(upstream[piece] @ value[rows].mT, dropped)
                 of_logits = torch.ops.aten._softmax_backward_data(
                     of_weights, weights, -1, weights.dtype
@@ -131,11 +132,6 @@ class _InPieces(torch.autograd.Function):
                     for total, part in zip(of_map_inputs, found):
                         total[piece] = part
         return (None, None, None, *gradients)
-
-
-def _num_logits(query: Tensor, key: Tensor) -> int:
-    images, heads, num_queries = query.shape[:3]
-    return images * heads * num_queries * key.shape[2]
 
 
 def _weights(
