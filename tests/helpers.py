@@ -93,7 +93,7 @@ def state_of(folder):
 
 class TinyDetector(nn.Module):
     """
-    Says from the mean colours of an image which box there is; with everything that makes
+    Says from the mean colors of an image which box there is; with everything that makes
     resuming hard: dropout, batch norm, and losses that depend on the random state.
     """
 
@@ -279,7 +279,7 @@ def write_smca_config(folder, base="smca", **decoder):
 def make_smca(config):
     """
     The model of a config with random weights. Its scores are on both sides of 1/2, no spread or
-    scale weight is at its start, and heads' centres are near their query's.
+    scale weight is at its start, and heads' centers are near their query's.
     """
     model = randomize(instantiate(LazyConfig.load(config).model)).eval()
     with torch.no_grad():
@@ -356,7 +356,7 @@ def make_scales(strides, image_sizes=None, num_channels=32, seed=0):
 
 
 def random_predictions(num_layers, num_images, num_queries, num_classes, seed=0):
-    """Logits (N, B, Q, C) and normalised cxcywh boxes (N, B, Q, 4)."""
+    """Logits (N, B, Q, C) and normalized cxcywh boxes (N, B, Q, 4)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_layers, num_images, num_queries)
     logits = 2 * torch.randn(*shape, num_classes, generator=generator)

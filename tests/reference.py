@@ -83,10 +83,10 @@ def linear(state_dict, name, x):
 
 
 def layer_norm(state_dict, name, x):
-    centred = x - x.mean(-1, keepdim=True)
-    variance = (centred**2).mean(-1, keepdim=True)
-    normalised = centred / torch.sqrt(variance + 1e-5)
-    return normalised * state_dict[name + ".weight"] + state_dict[name + ".bias"]
+    centerd = x - x.mean(-1, keepdim=True)
+    variance = (centerd**2).mean(-1, keepdim=True)
+    normalized = centerd / torch.sqrt(variance + 1e-5)
+    return normalized * state_dict[name + ".weight"] + state_dict[name + ".bias"]
 
 
 def dropout(x):
@@ -154,19 +154,19 @@ def self_attention(state_dict, name, x, pos, num_heads, padding_mask=None):
     return linear(state_dict, name + ".out_proj", attend(q, k, v, num_heads, padding_mask))
 
 
-def log_weights(height, width, centres, spreads, mode, beta=8.0, factor=1.0):
+def log_weights(height, width, centers, spreads, mode, beta=8.0, factor=1.0):
     """The modulation of one scale, every cell of every head.
 
-    centres (B, Q, H, 2): (x, y) in cells. spreads: None (fixed), or (B, Q, H, n) with n = 1
+    centers (B, Q, H, 2): (x, y) in cells. spreads: None (fixed), or (B, Q, H, n) with n = 1
     (single), 2 (independent, laplacian), 3 (covariance, rotated), as they come out of the linear
     layer.
     Returns (B, H, Q, h * w).
     """
-    x = torch.arange(width, dtype=centres.dtype)
+    x = torch.arange(width, dtype=centers.dtype)
     rows = []
     for y in range(height):
-        dx2 = (x - centres[..., 0:1]) ** 2  # (B, Q, H, w)
-        dy2 = (y - centres[..., 1:2]) ** 2  # (B, Q, H, 1)
+        dx2 = (x - centers[..., 0:1]) ** 2  # (B, Q, H, w)
+        dy2 = (y - centers[..., 1:2]) ** 2  # (B, Q, H, 1)
         if mode == "fixed":
             distance = dx2 + dy2
         elif mode == "single":
@@ -174,7 +174,7 @@ def log_weights(height, width, centres, spreads, mode, beta=8.0, factor=1.0):
         elif mode == "rotated":
             # The matrix L^T L of L = (a_x, a_xy; 0, a_y), written out.
             a_x, a_y, a_xy = spreads[..., 0:1], spreads[..., 1:2], spreads[..., 2:3]
-            dx, dy = x - centres[..., 0:1], y - centres[..., 1:2]
+            dx, dy = x - centers[..., 0:1], y - centers[..., 1:2]
             distance = a_x**2 * dx2 + 2 * a_x * a_xy * dx * dy + (a_xy**2 + a_y**2) * dy2
         elif mode == "laplacian":
             distance = torch.sqrt(spreads[..., 0:1] ** 2 * dx2)
@@ -219,20 +219,20 @@ def modulated_co_attention(
 # -------------------------------------------------------------------------------------- decoder
 
 
-def centre_logits(state_dict, name, o):
-    """``r`` (B, Q, 2), the centre before its sigmoid."""
+def center_logits(state_dict, name, o):
+    """``r`` (B, Q, 2), the center before its sigmoid."""
     return mlp(state_dict, name + ".point1", o)
 
 
-def head_centres(state_dict, name, o, r, level, num_levels, stride, image_sizes, settings):
-    """(B, Q, H, 2): each head's centre on one scale, in cells. image_sizes: (h, w) in pixels."""
+def head_centers(state_dict, name, o, r, level, num_levels, stride, image_sizes, settings):
+    """(B, Q, H, 2): each head's center on one scale, in cells. image_sizes: (h, w) in pixels."""
     sizes = torch.tensor([[w, h] for h, w in image_sizes], dtype=r.dtype)
     shared = r.sigmoid() * sizes[:, None, :] / stride
-    centres = shared[:, :, None, :].repeat(1, 1, settings.num_heads, 1)
+    centers = shared[:, :, None, :].repeat(1, 1, settings.num_heads, 1)
     if settings.modulation == "multi_head":
         blocks = linear(state_dict, name + ".point2", o).chunk(num_levels, -1)
-        centres = centres + blocks[level].unflatten(-1, (settings.num_heads, 2))
-    return centres
+        centers = centers + blocks[level].unflatten(-1, (settings.num_heads, 2))
+    return centers
 
 
 def head_spreads(state_dict, name, o, level, num_levels, settings):
@@ -250,12 +250,12 @@ def modulation_maps(state_dict, name, o, r, shapes, strides, image_sizes, settin
     maps = []
     for level, ((height, width), stride) in enumerate(zip(shapes, strides)):
         factor = SCALE_FACTORS[stride] if len(strides) > 1 else 1.0
-        centres = head_centres(
+        centers = head_centers(
             state_dict, name, o, r, level, len(strides), stride, image_sizes, settings
         )
         spreads = head_spreads(state_dict, name, o, level, len(strides), settings)
         maps.append(
-            log_weights(height, width, centres, spreads, settings.spread, settings.beta, factor)
+            log_weights(height, width, centers, spreads, settings.spread, settings.beta, factor)
         )
     return maps
 
@@ -285,7 +285,7 @@ def decoder_layer(
 
     maps, scale_weights = None, None
     if modulated:
-        r = centre_logits(state_dict, name, o) if r is None else r
+        r = center_logits(state_dict, name, o) if r is None else r
         maps = modulation_maps(state_dict, name, o, r, shapes, strides, image_sizes, settings)
     if settings.scale_selection:
         scale_weights = linear(state_dict, name + ".point4", o).softmax(-1)
@@ -343,7 +343,7 @@ def decoder(
 
 
 def heads(state_dict, outputs, r):
-    """Logits (B, Q, C) and boxes (B, Q, 4), normalised cxcywh, of all layers: two lists."""
+    """Logits (B, Q, C) and boxes (B, Q, 4), normalized cxcywh, of all layers: two lists."""
     all_logits, all_boxes = [], []
     for output in outputs:
         all_logits.append(linear(state_dict, "class_embed", output))
@@ -441,7 +441,7 @@ def conv_encoder(state_dict, maps, positions, num_layers):
 
 
 def batch_images(images):
-    """Normalise and pad uint8 (H, W, 3) RGB arrays; returns (B, 3, H, W), the mask, the sizes."""
+    """Normalize and pad uint8 (H, W, 3) RGB arrays; returns (B, 3, H, W), the mask, the sizes."""
     sizes = [image.shape[:2] for image in images]
     height = max(size[0] for size in sizes)
     width = max(size[1] for size in sizes)
@@ -449,8 +449,8 @@ def batch_images(images):
     padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for b, (image, (h, w)) in enumerate(zip(images, sizes)):
         pixels = torch.from_numpy(image).float()
-        normalised = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-        batch[b, :, :h, :w] = normalised.permute(2, 0, 1)
+        normalized = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+        batch[b, :, :h, :w] = normalized.permute(2, 0, 1)
         padding_mask[b, :h, :w] = False
     return batch, padding_mask, sizes
 
@@ -512,7 +512,7 @@ def encode(state_dict, maps, strides, padding_mask, settings):
 
 
 def reference_model(state_dict, images, settings):
-    """Logits (B, Q, C) and normalised cxcywh boxes (B, Q, 4) of all decoder layers, two lists.
+    """Logits (B, Q, C) and normalized cxcywh boxes (B, Q, 4) of all decoder layers, two lists.
 
     images: list of uint8 (H, W, 3) RGB arrays.
     """
@@ -595,7 +595,7 @@ def focal_loss(logit, is_object):
 def layer_losses(logits, boxes, targets, pairs=None):
     """Unweighted losses of one layer: logits (B, Q, C), boxes (B, Q, 4).
 
-    targets: a dict an image with ``labels`` (T,) and ``boxes`` (T, 4), normalised cxcywh.
+    targets: a dict an image with ``labels`` (T,) and ``boxes`` (T, 4), normalized cxcywh.
     pairs: a list of (query, target) an image, in place of the matching.
     """
     num_boxes = max(sum(len(target["labels"]) for target in targets), 1)
@@ -641,7 +641,7 @@ def total_loss(all_losses):
 def inference(logits, boxes, height, width, top_k):
     """The best detections of one image: scores (k,), labels (k,), xyxy boxes (k, 4) in pixels.
 
-    logits (Q, C), boxes (Q, 4) normalised cxcywh. Boxes are not clipped.
+    logits (Q, C), boxes (Q, 4) normalized cxcywh. Boxes are not clipped.
     """
     candidates = []
     for q, c in itertools.product(range(logits.shape[0]), range(logits.shape[1])):
@@ -710,13 +710,13 @@ def make_images(case):
 
 
 def make_targets(case):
-    """A dict an image: ``labels`` (T,), ``boxes`` (T, 4) normalised cxcywh."""
+    """A dict an image: ``labels`` (T,), ``boxes`` (T, 4) normalized cxcywh."""
     random = np.random.RandomState(case["target_seed"])
     targets = []
     for n in case["boxes_per_image"]:
-        centres = random.uniform(0.2, 0.8, (n, 2))
+        centers = random.uniform(0.2, 0.8, (n, 2))
         sizes = random.uniform(0.05, 0.35, (n, 2))
         labels = random.randint(0, 80, n)
-        boxes = torch.from_numpy(np.concatenate([centres, sizes], 1)).float()
+        boxes = torch.from_numpy(np.concatenate([centers, sizes], 1)).float()
         targets.append({"labels": torch.from_numpy(labels).long(), "boxes": boxes})
     return targets

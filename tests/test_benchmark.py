@@ -120,7 +120,7 @@ def test_frozen_stages_have_no_backward_pass(tmp_path):
         ("aten::bmm", "matrix products"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("aten::native_layer_norm_backward", "norms"),
-        ("aten::_fused_adamw_", "optimiser"),
+        ("aten::_fused_adamw_", "optimizer"),
         ("aten::add_", "sums, ReLU and the like"),
         ("aten::copy_", "copies"),
         ("aten::as_strided", "the rest"),
@@ -171,7 +171,7 @@ def test_both_co_attentions_compute_the_same():
             "query": torch.randn(2, 8, 5, 32),
             "key": torch.randn(2, 8, 24, 32),
             "value": torch.randn(2, 8, 24, 32),
-            "centres": 6 * torch.rand(2, 8, 5, 2),
+            "centers": 6 * torch.rand(2, 8, 5, 2),
             "spreads": 2 * torch.rand(2, 8, 5, 2),
         }
     )

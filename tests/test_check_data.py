@@ -320,7 +320,7 @@ def test_training_images_are_what_the_mapper_gives(tmp_path):
     assert len(shown) == 2  # the third has no objects
 
 
-def test_colours_of_a_bgr_mapper_are_turned_back(tmp_path):
+def test_colors_of_a_bgr_mapper_are_turned_back(tmp_path):
     split = examine(*write_data(tmp_path, *GOOD))
     sheets = []
     for image_format in ("RGB", "BGR"):

@@ -117,7 +117,7 @@ def test_a_compiled_model_is_recorded(graphs):
         compiled = len(runs)
         with Recorder(model) as found:
             model(batch)
-        torch.testing.assert_close(found.layer(-1).centre, expected.layer(-1).centre)
+        torch.testing.assert_close(found.layer(-1).center, expected.layer(-1).center)
         assert len(runs) == compiled > 0
         model(batch)
     assert len(runs) == 2 * compiled

@@ -213,7 +213,7 @@ SMALL_OWN_FILES = (SHAPES | OWN_FILES) | {
     "test augmentation": [[("short side", [160], "at most", 256)]],
 }
 
-# ----------------------------------------------------------------------------- optimiser, schedule
+# ----------------------------------------------------------------------------- optimizer, schedule
 
 
 def adamw(lr, backbone_lr):
@@ -275,7 +275,7 @@ def run(weights, period):
 
 
 def recipe(count, drop, batch, weights=R50):
-    """The paper's: data, optimiser, schedule, run. Evaluated after every epoch."""
+    """The paper's: data, optimizer, schedule, run. Evaluated after every epoch."""
     data = COCO | {"batch": (batch, 1)}
     return data, adamw(1e-4, 1e-5), epochs(count, drop, batch), run(weights, 118_287 // batch)
 
@@ -290,7 +290,7 @@ PRETRAINED_RECIPE = (
     run("output/backbones/shapes_10x.pth", 500),
 )
 
-# Of each config the model, the data, the optimiser, the schedule and the run.
+# Of each config the model, the data, the optimizer, the schedule and the run.
 CUSTOM = (
     MULTI_SCALE | OWN_CLASSES,
     COCO | OWN_FILES,
@@ -558,9 +558,9 @@ def read_data(config):
 
 
 def read_channels(image):
-    """Of an image of one colour, that of `data`."""
-    colour = image[:, 0, 0].tolist()
-    return {(200, 100, 50): "RGB", (50, 100, 200): "BGR"}[tuple(colour)]
+    """Of an image of one color, that of `data`."""
+    color = image[:, 0, 0].tolist()
+    return {(200, 100, 50): "RGB", (50, 100, 200): "BGR"}[tuple(color)]
 
 
 def read_augmentations(branch):
@@ -623,7 +623,7 @@ def read_run(config):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """
-    For each split a folder of two images of one colour, the second without objects, and a COCO
+    For each split a folder of two images of one color, the second without objects, and a COCO
     file beside it. Gives the folders' parent.
     """
     root = tmp_path_factory.mktemp("data")

@@ -38,7 +38,7 @@ def test_a_config_is_found_by_its_name_wherever_it_is_called(name, tmp_path, mon
 
 
 def build_without_memory(cfg):
-    """The model's structure; nothing is allocated or initialised."""
+    """The model's structure; nothing is allocated or initialized."""
     with torch.device("meta"):
         return instantiate(cfg.model)
 

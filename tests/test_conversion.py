@@ -84,7 +84,7 @@ def detr():
     return made_up("detr_r50_50ep", *TINY)
 
 
-# ------------------------------------------------------------------------------ recognising models
+# ------------------------------------------------------------------------------ recognizing models
 
 
 @pytest.mark.parametrize("config, overrides, words", MODELS)
@@ -210,7 +210,7 @@ def test_detr_is_converted_to_its_config(detr):
     conversion = convert(detr)
     assert conversion.config == "detr_r50_50ep"
     assert set(conversion.overrides) == set(TINY)
-    assert "DETR" in conversion.description and "initialisation" in " ".join(conversion.notes)
+    assert "DETR" in conversion.description and "initialization" in " ".join(conversion.notes)
     model = build_model("detr_r50_50ep", *TINY)
     model.load_state_dict(conversion.model, strict=True)
 

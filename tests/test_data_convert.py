@@ -92,7 +92,7 @@ def test_a_yolo_folder_is_read_by_its_config_with_names(tmp_path):
     path = write_yolo(tmp_path / "data")
     classes, train, val = registered("custom_yolo.py", f"data.yaml={path}")
     assert classes == ["dog", "cat"]
-    # 80 x 60 pixels: centre (40, 30), size (20, 30); centre (8, 12), size (8, 6).
+    # 80 x 60 pixels: center (40, 30), size (20, 30); center (8, 12), size (8, 6).
     assert train == {
         "a.png": [("cat", close(30, 15, 50, 45)), ("dog", close(4, 9, 12, 15))],
         "b.jpg": [],

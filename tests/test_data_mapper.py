@@ -49,8 +49,8 @@ def test_rgb_is_read_unchanged(png):
     np.testing.assert_array_equal(read_image(png, 12, 20), _rgb())
 
 
-def test_grey_is_repeated_in_three_channels(tmp_path):
-    path = _save(Image.fromarray(_rgb()[..., 0]), tmp_path / "grey.png")
+def test_gray_is_repeated_in_three_channels(tmp_path):
+    path = _save(Image.fromarray(_rgb()[..., 0]), tmp_path / "gray.png")
     np.testing.assert_array_equal(read_image(path), np.repeat(_rgb()[..., :1], 3, axis=2))
 
 
@@ -68,12 +68,12 @@ def test_transparency_is_dropped(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 90])}])
-def test_palette_colours_are_looked_up(tmp_path, options):
+def test_palette_colors_are_looked_up(tmp_path, options):
     image = Image.fromarray((_rgb()[..., 0] % 2), mode="L").convert("P")
     image.putpalette([10, 20, 30, 200, 210, 220])
     path = _save(image, tmp_path / "palette.png", **options)
-    colours = np.array([[10, 20, 30], [200, 210, 220]])
-    np.testing.assert_array_equal(read_image(path), colours[_rgb()[..., 0] % 2])
+    colors = np.array([[10, 20, 30], [200, 210, 220]])
+    np.testing.assert_array_equal(read_image(path), colors[_rgb()[..., 0] % 2])
 
 
 def test_cmyk_is_converted(tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 from helpers import ROOT, write_dataset, write_smca_config
 from smca.engine import main
 
-COLOURS = [(230, 60, 40), (40, 90, 230)]
+COLORS = [(230, 60, 40), (40, 90, 230)]
 # [x, y, width, height] in pixels, and the category.
 OBJECTS = [([6, 6, 18, 22], 1), ([32, 10, 26, 14], 2), ([28, 34, 18, 22], 1)]
 # DETR needs more; after 150 steps it is at 75 AP, and all others at 100.
@@ -29,12 +29,12 @@ def arguments(*args):
 
 
 def write_image(folder):
-    """64 x 64 pixels, three coloured boxes on grey."""
+    """64 x 64 pixels, three colored boxes on gray."""
     pixels = np.full((64, 64, 3), 120, np.uint8)
     pixels += np.random.default_rng(0).integers(0, 20, pixels.shape, dtype=np.uint8)
     annotations = []
     for n, ((x, y, width, height), category) in enumerate(OBJECTS):
-        pixels[y : y + height, x : x + width] = COLOURS[category - 1]
+        pixels[y : y + height, x : x + width] = COLORS[category - 1]
         annotation = {"id": n + 1, "image_id": 1, "category_id": category, "iscrowd": 0}
         annotations.append({**annotation, "bbox": OBJECTS[n][0], "area": width * height})
     Image.fromarray(pixels).save(folder / "image.png")
@@ -52,7 +52,7 @@ def datasets(folder):
 
 
 @pytest.mark.parametrize("base", NUM_STEPS)
-def test_an_image_is_learnt_by_heart(tmp_path, base):
+def test_an_image_is_learned_by_heart(tmp_path, base):
     write_image(tmp_path)
     overrides = [
         *datasets(tmp_path),

@@ -42,19 +42,19 @@ def random_tensor(*shape, seed=0):
 
 
 def random_gaussians(size, spread, num_queries=Q, num_heads=H, seed=0):
-    """Centres (B, Q, H, 2) on and around a map of (h, w) cells, and spreads (B, Q, H, n)."""
+    """Centers (B, Q, H, 2) on and around a map of (h, w) cells, and spreads (B, Q, H, n)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (B, num_queries, num_heads)
     extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
-    centres = (torch.rand(*shape, 2, generator=generator) * 1.6 - 0.3) * extent
+    centers = (torch.rand(*shape, 2, generator=generator) * 1.6 - 0.3) * extent
     spreads = torch.rand(*shape, NUM_SPREADS[spread], generator=generator) * 1.5 + 0.2
-    return leaves({"centres": centres, "spreads": spreads})
+    return leaves({"centers": centers, "spreads": spreads})
 
 
-def make_map(centres, spreads, spread, size, beta=8.0, factor=1.0):
-    """The package's map of one scale of (h, w) cells, of centres (B, Q, H, 2) and spreads
+def make_map(centers, spreads, spread, size, beta=8.0, factor=1.0):
+    """The package's map of one scale of (h, w) cells, of centers (B, Q, H, 2) and spreads
     (B, Q, H, n)."""
-    return SPREADS[spread](centres.transpose(1, 2), spreads.transpose(1, 2), factor / beta, size)
+    return SPREADS[spread](centers.transpose(1, 2), spreads.transpose(1, 2), factor / beta, size)
 
 
 def logit_factor(dtype):
@@ -155,22 +155,22 @@ def test_log_weights_equal_the_reference(spread):
 
 
 def spread_far(size, spread, num_queries=Q):
-    """Spreads up to 4, and centres from 3 cells outside the map to 3 beyond its other end."""
+    """Spreads up to 4, and centers from 3 cells outside the map to 3 beyond its other end."""
     inputs = random_gaussians(size, spread, num_queries)
     extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
     with torch.no_grad():
-        inputs["centres"].copy_((inputs["centres"] / extent + 0.3) / 1.6 * (extent + 6) - 3)
-        inputs["centres"][0, 0, 0] = torch.tensor([0.0, 0.0])
-        inputs["centres"][0, 0, 1] = extent - 1
-        inputs["centres"][0, 1, 0] = torch.tensor([-3.0, -3.0])
-        inputs["centres"][0, 1, 1] = extent + 2
+        inputs["centers"].copy_((inputs["centers"] / extent + 0.3) / 1.6 * (extent + 6) - 3)
+        inputs["centers"][0, 0, 0] = torch.tensor([0.0, 0.0])
+        inputs["centers"][0, 0, 1] = extent - 1
+        inputs["centers"][0, 1, 0] = torch.tensor([-3.0, -3.0])
+        inputs["centers"][0, 1, 1] = extent + 2
         inputs["spreads"].copy_((inputs["spreads"] - 0.2) / 1.5 * 3.8 + 0.2)
     return inputs
 
 
 @lru_cache(maxsize=None)
 def far_case(size, spread):
-    """Such centres and spreads, and the log-weights in float64."""
+    """Such centers and spreads, and the log-weights in float64."""
     inputs = spread_far(size, spread, num_queries=3)
     exact = {name: value.detach().double() for name, value in inputs.items()}
     return inputs, reference.log_weights(*size, *exact.values(), spread)
@@ -224,11 +224,11 @@ def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
 
 @pytest.mark.parametrize("size", [(25, 42), (50, 84)], ids=str)
 @pytest.mark.parametrize(
-    "dtype, centres, spreads",
+    "dtype, centers, spreads",
     [(torch.float32, 1e-4, 1e-4), (torch.float16, 0.02, 0.1), (torch.bfloat16, 0.15, 0.7)],
     ids=str,
 )
-def test_how_far_rounded_gradients_of_large_maps_are_off(dtype, centres, spreads, size):
+def test_how_far_rounded_gradients_of_large_maps_are_off(dtype, centers, spreads, size):
     """The sums over x^2, x and 1 that make a spread's gradient are rounded, and cancel."""
     inputs = random_gaussians(size, "independent", num_queries=40)
     query, key, value, weights = (
@@ -245,7 +245,7 @@ def test_how_far_rounded_gradients_of_large_maps_are_off(dtype, centres, spreads
     scores = query @ key.transpose(-1, -2) / D**0.5 + log_weights.flatten(3)
     loss = (scores.softmax(dim=-1) @ value * weights).sum()
     expected = torch.autograd.grad(loss, list(exact.values()))
-    for gradient, wanted, limit in zip(found, expected, (centres, spreads), strict=True):
+    for gradient, wanted, limit in zip(found, expected, (centers, spreads), strict=True):
         assert (gradient.double() - wanted).norm() / wanted.norm() < limit
 
 
@@ -260,29 +260,29 @@ def test_no_weight_is_more_than_one(spread):
 @pytest.mark.parametrize("value", [64.0, 1000.0, 65504.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
 @pytest.mark.parametrize("spread", [name for name in SPREADS if name != "fixed"])
-def test_the_narrowest_map_reads_the_cell_at_its_centre(spread, dtype, value):
+def test_the_narrowest_map_reads_the_cell_at_its_center(spread, dtype, value):
     size, cells = (100, 168), torch.tensor([[0, 0], [167, 99], [84, 50], [3, 98]])
-    centres = (cells + torch.tensor([0.2, -0.1]))[None, :, None].requires_grad_()
+    centers = (cells + torch.tensor([0.2, -0.1]))[None, :, None].requires_grad_()
     spreads = torch.full((1, 4, 1, NUM_SPREADS[spread]), value)
     if spread == "rotated":
         spreads[..., 2] = 0
     spreads.requires_grad_()
     query, key = (torch.zeros(1, 1, n, D, dtype=dtype) for n in (4, size[0] * size[1]))
     memory = random_tensor(*key.shape).to(dtype)
-    out = attend(query, key, memory, weight_map=make_map(centres, spreads, spread, size))
+    out = attend(query, key, memory, weight_map=make_map(centers, spreads, spread, size))
     expected = memory[:, :, cells[:, 1] * size[1] + cells[:, 0]]
     assert_close(out, expected, 1e-2 if dtype == torch.bfloat16 else 2e-3)
-    gradients = torch.autograd.grad(out.float().sum(), [centres, spreads])
+    gradients = torch.autograd.grad(out.float().sum(), [centers, spreads])
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_in_float16_no_map_is_nan_wherever_its_centre_is(spread):
-    size, centres = (25, 42), torch.tensor([[65504.0, 0.0], [-65504.0, 65504.0]])[None, :, None]
+def test_in_float16_no_map_is_nan_wherever_its_center_is(spread):
+    size, centers = (25, 42), torch.tensor([[65504.0, 0.0], [-65504.0, 65504.0]])[None, :, None]
     query, key = (torch.zeros(1, 1, n, D, dtype=torch.float16) for n in (2, 25 * 42))
     for value in (1e-4, 1.0, 65504.0):
         spreads = torch.full((1, 2, 1, NUM_SPREADS[spread]), value)
-        out = attend(query, key, key + 1, weight_map=make_map(centres, spreads, spread, size))
+        out = attend(query, key, key + 1, weight_map=make_map(centers, spreads, spread, size))
         assert_close(out.float(), torch.ones(1, 1, 2, D), 1e-2)
 
 
@@ -296,7 +296,7 @@ def test_an_image_gives_the_same_beside_one_with_narrow_maps(spread):
     tokens[2] = tokens[2][:, 1:]
     both = make_map(*inputs.values(), spread, size)
     alone = make_map(*(x[:1] for x in inputs.values()), spread, size)
-    # The neighbour takes more channels.
+    # The neighbor takes more channels.
     assert channels_of(both)[1].shape[1] == 2 * channels_of(alone)[1].shape[1]
     expected = modulated_attention(*(x[:1] for x in tokens), alone)
     assert_close(modulated_attention(*tokens, both)[:1], expected, 1e-5)
@@ -335,11 +335,11 @@ def test_modulated_attention_equals_the_reference(spread, padded):
     }
     inputs = {**leaves(tokens), **random_gaussians(size, spread)}
     mask = make_scales([16])[0].padding_mask if padded else None
-    maps = reference.log_weights(*size, inputs["centres"], inputs["spreads"], spread)
+    maps = reference.log_weights(*size, inputs["centers"], inputs["spreads"], spread)
     tokens = [inputs[name] for name in ("query", "key", "value")]
     expected = reference.attend(*tokens, H, mask, maps)
 
-    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    weight_map = make_map(inputs["centers"], inputs["spreads"], spread, size)
     output = modulated_attention(*tokens, weight_map, mask)
     assert_close(output, expected)
     assert_same_gradients(output, expected, used(inputs, spread))
@@ -354,10 +354,10 @@ def test_modulated_attention_is_right_for_any_spread_on_large_maps(spread, size)
     tokens = {name: random_tensor(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     inputs = {**leaves(tokens), **spread_far(size, spread)}
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    maps = reference.log_weights(*size, exact["centres"], exact["spreads"], spread)
+    maps = reference.log_weights(*size, exact["centers"], exact["spreads"], spread)
     expected = reference.attend(*[exact[name] for name in shapes], H, None, maps)
 
-    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    weight_map = make_map(inputs["centers"], inputs["spreads"], spread, size)
     output = modulated_attention(*[inputs[name] for name in shapes], weight_map)
     assert_close(output.double(), expected, 1e-5)
     weights = random_tensor(*expected.shape, seed=4)
@@ -380,7 +380,7 @@ def coco_sized_case(size, spread):
         "value": random_tensor(B, num_cells, D, seed=3),
     }
     inputs = {**leaves(tokens), **random_gaussians(size, spread)}
-    maps = reference.log_weights(*size, inputs["centres"], inputs["spreads"], spread)
+    maps = reference.log_weights(*size, inputs["centers"], inputs["spreads"], spread)
     expected = reference.attend(*[inputs[name] for name in tokens], H, None, maps)
     return inputs, expected
 
@@ -389,10 +389,10 @@ def coco_sized_case(size, spread):
 @pytest.mark.parametrize("spread", SPREADS)
 def test_modulated_attention_equals_the_reference_on_coco_sized_maps(spread, size):
     inputs, expected = coco_sized_case(size, spread)
-    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    weight_map = make_map(inputs["centers"], inputs["spreads"], spread, size)
     output = modulated_attention(*[inputs[n] for n in ("query", "key", "value")], weight_map)
     assert_close(output, expected)
-    # Gradients of centre and spread are sums over squared coordinates, which cost the channels a
+    # Gradients of center and spread are sums over squared coordinates, which cost the channels a
     # digit; covariance does without channels.
     tolerance = 3e-5 if spread == "covariance" else 3e-4
     assert_same_gradients(output, expected, used(inputs, spread), tolerance)
@@ -411,7 +411,7 @@ def test_half_precision_costs_modulated_attention_no_more_than_plain(spread, dty
         heads = [x.unflatten(-1, (H, D // H)).transpose(1, 2) for x in tokens]
         output = attend(*heads, None, dropout).transpose(1, 2).flatten(2)
     else:
-        gaussian = (inputs["centres"], inputs["spreads"])
+        gaussian = (inputs["centers"], inputs["spreads"])
         weight_map = make_map(*gaussian, spread, size)
         output = modulated_attention(*tokens, weight_map, dropout=dropout)
     assert output.dtype == dtype
@@ -425,7 +425,7 @@ def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding
     size = (25, 42)
     inputs, expected = coco_sized_case(size, spread)
     tokens = [inputs[name].to(dtype) for name in ("query", "key", "value")]
-    weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+    weight_map = make_map(inputs["centers"], inputs["spreads"], spread, size)
     output = modulated_attention(*tokens, weight_map).float()
     leaf_inputs = used(inputs, spread)
     weights = random_tensor(*expected.shape, seed=4)
@@ -435,8 +435,8 @@ def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding
     ]
     for name, got, wanted in zip(leaf_inputs, *gradients, strict=True):
         # The gradients of a query's channels, sums over squared coordinates, are rounded before
-        # they are added up to its centre's and spread's.
-        slack = 8 if name in ("centres", "spreads") else 2
+        # they are added up to its center's and spread's.
+        slack = 8 if name in ("centers", "spreads") else 2
         assert (got - wanted).abs().max() < slack * ROUNDING[dtype] * wanted.abs().max(), name
 
 
@@ -448,7 +448,7 @@ def test_half_precision_drops_what_float32_drops(spread, dtype):
     outputs = []
     for current in (dtype, torch.float32):
         tokens = [inputs[name].to(current) for name in ("query", "key", "value")]
-        weight_map = make_map(inputs["centres"], inputs["spreads"], spread, size)
+        weight_map = make_map(inputs["centers"], inputs["spreads"], spread, size)
         torch.manual_seed(0)
         outputs.append(modulated_attention(*tokens, weight_map, dropout=0.3).float())
     largest = outputs[1].abs().max()
@@ -491,7 +491,7 @@ def test_co_attention_equals_the_reference(strides, spread, scale_selection):
     if spread is not None:
         maps, weight_maps = [], []
         for i, scale in enumerate(scales):
-            gaussian = (inputs[f"centres{i}"], inputs[f"spreads{i}"])
+            gaussian = (inputs[f"centers{i}"], inputs[f"spreads{i}"])
             maps.append(reference.log_weights(*scale.size, *gaussian, spread))
             weight_maps.append(make_map(*gaussian, spread, scale.size))
     expected = reference.modulated_co_attention(
@@ -527,7 +527,7 @@ def test_what_padding_holds_does_not_reach_the_co_attention(modulated):
         weight_maps = None
         if modulated:
             weight_maps = [
-                make_map(inputs[f"centres{i}"], inputs[f"spreads{i}"], "independent", scale.size)
+                make_map(inputs[f"centers{i}"], inputs[f"spreads{i}"], "independent", scale.size)
                 for i, scale in enumerate(scales)
             ]
         num_cells = [scale.size[0] * scale.size[1] for scale in scales]
@@ -600,9 +600,9 @@ def test_spread_starts_at_one_for_every_query(modulation, spread):
         one[..., 2] = 0  # along the axes
     weight_maps = module(random_tensor(B, Q, D), random_tensor(B, Q, 2), scales)
     for weight_map, scale, factor in zip(weight_maps, scales, [0.5, 1.0, 2.0], strict=True):
-        centres = weight_map.centres.detach().transpose(1, 2)
-        spreads = one.expand(-1, -1, centres.shape[2], -1)
-        expected = reference.log_weights(*scale.size, centres, spreads, spread, 8.0, factor)
+        centers = weight_map.centers.detach().transpose(1, 2)
+        spreads = one.expand(-1, -1, centers.shape[2], -1)
+        expected = reference.log_weights(*scale.size, centers, spreads, spread, 8.0, factor)
         assert_close(weight_map.log_weights().flatten(3), expected, 1e-6)
 
 
@@ -617,7 +617,7 @@ def test_offsets_start_in_proportion_to_the_maps_also_outside_of_a_decoder(beta,
 @pytest.mark.parametrize("modulation", MODULATED)
 def test_weight_map_predictor_has_no_unused_parameter(modulation, spread):
     module = randomize(make_predictor(3, modulation, spread))
-    inputs = leaves({"o": random_tensor(B, Q, D), "centre": random_tensor(B, Q, 2)})
+    inputs = leaves({"o": random_tensor(B, Q, D), "center": random_tensor(B, Q, 2)})
     scales = make_scales([16, 32, 64])
     sum(m.log_weights().sum() for m in module(*inputs.values(), scales)).backward()
     for name, parameter in module.named_parameters():

@@ -91,13 +91,13 @@ def assert_equals_reference(strides, modulation, spread, scale_selection, beta=8
         beta=beta,
     )
     expected, r = reference_decode(state_dict, scales, inputs["query_position"], settings)
-    hidden, centre = decode(decoder, scales, inputs["query_position"])
+    hidden, center = decode(decoder, scales, inputs["query_position"])
     assert hidden.shape == (num_layers, len(IMAGE_SIZES), Q, D)
     outputs, expected = [hidden], [torch.stack(expected)]
     if modulation == "none":
-        assert centre is None
+        assert center is None
     else:
-        outputs, expected = outputs + [centre], expected + [r]
+        outputs, expected = outputs + [center], expected + [r]
     for got, wanted in zip(outputs, expected, strict=True):
         assert_close(got, wanted)
     # Through the Gaussians and two layers, gradients collect a little more than outputs.
@@ -151,7 +151,7 @@ def test_every_parameter_gets_a_gradient(modulation, spread, scale_selection, nu
 
 
 @pytest.mark.parametrize("modulation, spread", MODES)
-def test_only_the_first_layer_predicts_the_centre(modulation, spread):
+def test_only_the_first_layer_predicts_the_center(modulation, spread):
     decoder = make_decoder(3, 3, modulation=modulation, spread=spread)
     names = official_state_dict(decoder, "decoder")
     layers = {int(name.split(".")[3]) for name in names if ".point1." in name}
@@ -188,8 +188,8 @@ def test_a_part_that_a_setting_does_not_use_does_not_exist(
         assert {part for part in found if part.startswith(("norm4", "point"))} == expected
 
 
-def test_later_layers_look_around_the_first_layers_centre():
-    # Stride 8, one cell per token, no offsets: all layers' maps move with the centre alone.
+def test_later_layers_look_around_the_first_layers_center():
+    # Stride 8, one cell per token, no offsets: all layers' maps move with the center alone.
     decoder = randomize(make_decoder(1, 2, modulation="head_shared", spread="fixed"))
     (scale,) = make_scales([8], [(96, 128)] * 2)
     output = decode(decoder, [scale], image_sizes=[(96, 128)] * 2)
@@ -373,7 +373,7 @@ def test_initial_values(modulation, spread):
     [
         ({"offset_gain": 0.25}, 0.25),
         ({"offset_gain": 3.0}, 3.0),
-        # Without one, as many radii of a map from the centre as published: radii are sqrt(beta).
+        # Without one, as many radii of a map from the center as published: radii are sqrt(beta).
         ({"beta": 0.5}, 0.25),
         ({"beta": 72.0}, 3.0),
         ({"beta": 0.5, "offset_gain": 1.0}, 1.0),

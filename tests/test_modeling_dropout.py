@@ -27,7 +27,7 @@ def test_elements_are_dropped_with_the_given_probability(name, p):
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
 def test_elements_are_dropped_independently_of_one_another(p):
-    # Each of the 16 patterns of four neighbours, anywhere in a large tensor, and of all four
+    # Each of the 16 patterns of four neighbors, anywhere in a large tensor, and of all four
     # elements of small ones, the first and the last among them.
     torch.manual_seed(0)
     large = (dropout(positive(400_000), p) == 0).view(-1, 4)

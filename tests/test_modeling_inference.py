@@ -229,8 +229,8 @@ def test_every_parameter_gets_a_gradient(kind, num_objects):
 
 
 @pytest.mark.parametrize("kind", ["single scale", "multi scale"])
-def test_padded_pixels_are_the_mean_colour(kind):
-    # Zero after the normalisation, so that a padded image differs little from an unpadded one.
+def test_padded_pixels_are_the_mean_color(kind):
+    # Zero after the normalization, so that a padded image differs little from an unpadded one.
     model = make_model(kind)
     images = model.preprocess(make_inputs())
     height, width = IMAGE_SIZES[1]

@@ -29,37 +29,37 @@ from smca.inference import Predictor
 from smca.modeling.weight_map import SPREADS
 
 
-def make_record(head_centres, precisions, strides=(8,), scale_weights=None, spread=None):
-    """Of one query on an input of 80 x 40 pixels; head_centres and precisions are (L, H', ...).
+def make_record(head_centers, precisions, strides=(8,), scale_weights=None, spread=None):
+    """Of one query on an input of 80 x 40 pixels; head_centers and precisions are (L, H', ...).
     The spreads are the precisions' roots."""
     spread = spread or ("covariance" if len(precisions[0][0]) == 3 else "independent")
     weight_maps = [
         SPREADS[spread](
-            centres=torch.tensor(centres)[None, :, None],
+            centers=torch.tensor(centers)[None, :, None],
             spreads=torch.tensor(p).sqrt()[None, :, None],
             factor=1.0,
             size=(5, 10),
         )
-        for centres, p in zip(head_centres, precisions)
+        for centers, p in zip(head_centers, precisions)
     ]
     weights = None if scale_weights is None else torch.tensor(scale_weights)[None, None]
-    centre, image_sizes = torch.tensor([[[40.0, 10.0]]]), torch.tensor([[80.0, 40.0]])
-    return LayerRecord(0, 1, weight_maps, centre, list(strides), image_sizes, weights)
+    center, image_sizes = torch.tensor([[[40.0, 10.0]]]), torch.tensor([[80.0, 40.0]])
+    return LayerRecord(0, 1, weight_maps, center, list(strides), image_sizes, weights)
 
 
 def statistics_of(record, size, box=(0.0, 0.0, 10.0, 10.0)):
     return ModulationStatistics.of_image(record, torch.tensor([0]), torch.tensor([box]), size)
 
 
-def make_statistics(boxes, head_centres, **changes):
-    """Radii are half the boxes, the shared centre is the first head's."""
-    boxes, head_centres = np.array(boxes, dtype=float), np.array(head_centres, dtype=float)
-    radii = np.repeat((boxes[:, None, 2:] - boxes[:, None, :2]) / 2, head_centres.shape[1], axis=1)
+def make_statistics(boxes, head_centers, **changes):
+    """Radii are half the boxes, the shared center is the first head's."""
+    boxes, head_centers = np.array(boxes, dtype=float), np.array(head_centers, dtype=float)
+    radii = np.repeat((boxes[:, None, 2:] - boxes[:, None, :2]) / 2, head_centers.shape[1], axis=1)
     values = dict(
         strides=[8],
         boxes=boxes,
-        centres=head_centres[:, 0],
-        head_centres=head_centres,
+        centers=head_centers[:, 0],
+        head_centers=head_centers,
         head_radii=radii,
     )
     return ModulationStatistics(**{**values, **changes})
@@ -72,8 +72,8 @@ def test_cells_of_the_models_input_become_pixels_of_the_original_image():
     # The original is twice as wide as the input and three times as high.
     record = make_record([[[2.0, 3.0], [0.0, 1.0]]], [[[0.5, 0.125], [2.0, 0.5]]])
     statistics = statistics_of(record, size=(120, 160))
-    assert statistics.centres.tolist() == [[80, 30]]
-    assert statistics.head_centres.tolist() == [[[32, 72], [0, 24]]]
+    assert statistics.centers.tolist() == [[80, 30]]
+    assert statistics.head_centers.tolist() == [[[32, 72], [0, 24]]]
     # 1 / sqrt(2 p) is 1 and 2 cells for the one head, 0.5 and 1 for the other.
     assert statistics.head_radii[0] == pytest.approx(np.array([[16, 48], [8, 24]]))
     assert statistics.radii[0] == pytest.approx([12, 36])
@@ -112,7 +112,7 @@ def test_scales_count_by_their_weights():
     record = make_record(heads, precisions, strides=(8, 16), scale_weights=[0.75, 0.25])
     statistics = statistics_of(record, size=(40, 80))
     # At (32, 16) and (16, 16) pixels.
-    assert statistics.head_centres[0, 0] == pytest.approx([28, 16])
+    assert statistics.head_centers[0, 0] == pytest.approx([28, 16])
     assert statistics.scale_weights.tolist() == [[0.75, 0.25]]
 
 
@@ -136,14 +136,14 @@ def test_the_radius_is_that_of_the_combined_maps_peak():
 def test_without_scale_selection_scales_count_the_same_and_have_no_weights():
     heads, precisions = [[[4.0, 2.0]], [[1.0, 1.0]]], [[[0.5, 0.5]], [[0.5, 0.5]]]
     statistics = statistics_of(make_record(heads, precisions, strides=(8, 16)), size=(40, 80))
-    assert statistics.head_centres[0, 0] == pytest.approx([24, 16])
+    assert statistics.head_centers[0, 0] == pytest.approx([24, 16])
     assert statistics.scale_weights is None
 
 
 # Numbers
 
 
-BOX = [10, 20, 30, 60]  # of centre (20, 40), half 10 x 20
+BOX = [10, 20, 30, 60]  # of center (20, 40), half 10 x 20
 
 
 def test_a_distance_is_less_than_one_inside_the_box():
@@ -152,9 +152,9 @@ def test_a_distance_is_less_than_one_inside_the_box():
     assert distances == pytest.approx([0, 0.5, 0.95, 0.99, 1.5, 1.5])
 
 
-def test_the_shared_centre_is_measured_like_the_heads():
-    statistics = make_statistics([BOX], [[[0, 0]]], centres=np.array([[17.0, 44.0]]))
-    assert statistics.centre_distances == pytest.approx([0.3])
+def test_the_shared_center_is_measured_like_the_heads():
+    statistics = make_statistics([BOX], [[[0, 0]]], centers=np.array([[17.0, 44.0]]))
+    assert statistics.center_distances == pytest.approx([0.3])
 
 
 def test_heads_lie_apart_in_boxes():
@@ -204,12 +204,12 @@ def test_thirds_are_of_the_objects_by_size():
 
 
 def test_the_summary_has_quartiles_and_the_share_inside():
-    centres = np.array([[20 + 10 * d, 40] for d in (0, 0.2, 0.4, 0.6, 2)])
-    heads = np.stack([centres, centres + [10, 0]], axis=1)  # 1 to the right of that
+    centers = np.array([[20 + 10 * d, 40] for d in (0, 0.2, 0.4, 0.6, 2)])
+    heads = np.stack([centers, centers + [10, 0]], axis=1)  # 1 to the right of that
     summary = summarize(make_statistics([BOX] * 5, heads))
     assert summary["num_objects"] == 5
-    assert summary["centre_distance"] == [0.2, 0.4, 0.6]
-    assert summary["head_centres_inside"] == 0.4
+    assert summary["center_distance"] == [0.2, 0.4, 0.6]
+    assert summary["head_centers_inside"] == 0.4
     assert summary["head_deviation"] == [0.25, 0.25, 0.25]
 
 
@@ -268,8 +268,8 @@ def test_an_object_belongs_to_the_query_that_predicts_it(predictor, tmp_path):
     order = np.argsort([boxes.index(tuple_of(box, boxes)) for box in statistics.boxes])
     to_original = 120 / 384  # from the picture's pixels
     for name, values in (
-        ("centres", [to_original * d.centre for d in expected]),
-        ("head_centres", [to_original * d.mean_head_centres() for d in expected]),
+        ("centers", [to_original * d.center for d in expected]),
+        ("head_centers", [to_original * d.mean_head_centers() for d in expected]),
         ("scale_weights", [d.scale_weights for d in expected]),
     ):
         assert getattr(statistics, name)[order] == pytest.approx(np.array(values), abs=1e-3), name
@@ -347,9 +347,9 @@ def test_the_panels_show_the_summaries_over_the_steps():
         return make_statistics(boxes, heads, strides=[8, 16], scale_weights=weights)
 
     figure = draw_training({100: at_distance(0.8), 200: at_distance(0.4)})
-    _, centre = axes_named(figure, "distance").lines[:2]
-    assert centre.get_xydata() == pytest.approx(np.array([[100, 0.4], [200, 0.2]]))
-    inside = axes_named(figure, "heads' centres").lines[0]
+    _, center = axes_named(figure, "distance").lines[:2]
+    assert center.get_xydata() == pytest.approx(np.array([[100, 0.4], [200, 0.2]]))
+    inside = axes_named(figure, "heads' centers").lines[0]
     # The second head is on the first box's edge, the third's distances are less than the second's.
     assert inside.get_ydata() == pytest.approx([500 / 6] * 2, abs=0.01)
     radii = axes_named(figure, "radius").lines
@@ -368,7 +368,7 @@ def test_the_panels_show_the_summaries_over_the_steps():
 def test_what_a_model_does_not_have_has_no_panel():
     one_head = make_statistics([BOX], [[[20, 40]]])
     titles = [f.get_suptitle() for f in draw_training({1: one_head}).subfigs]
-    assert titles == ["Do centres settle on their objects?", "Do maps fit the objects' sizes?"]
+    assert titles == ["Do centers settle on their objects?", "Do maps fit the objects' sizes?"]
     heads = [[[20, 40], [21, 40]]]
     assert len(draw_training({1: make_statistics([BOX], heads)}).subfigs) == 3
     everything = make_statistics([BOX], heads, scale_weights=np.ones((1, 1)))
@@ -383,9 +383,9 @@ def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):
     titles = [axes.get_title() for axes in figure.axes[:6]]
     assert "10 steps" in titles[0] and "100 steps" in titles[5] and "square" in titles[0]
     for axes, example in zip(figure.axes[::6], examples, strict=True):
-        *heads, centre = (line.get_xydata()[0] for line in axes.lines)
-        assert centre == pytest.approx(example.centre)
-        assert heads == pytest.approx(example.mean_head_centres())
+        *heads, center = (line.get_xydata()[0] for line in axes.lines)
+        assert center == pytest.approx(example.center)
+        assert heads == pytest.approx(example.mean_head_centers())
         opacity = np.asarray(axes.images[1].get_array())[..., 3]
         expected = np.max([0.8 * m**0.6 for m in example.combined()], axis=0)
         assert opacity == pytest.approx(expected, abs=1e-5)

@@ -72,8 +72,8 @@ def make_models(tools):
 
 def test_with_log_weights_of_zero_detr_is_what_it_was(tools, monkeypatch):
     plain, model, batch = make_models(tools)
-    torch.nn.init.zeros_(model.centre[-2].weight)
-    torch.nn.init.zeros_(model.centre[-2].bias)  # boxes start where they did
+    torch.nn.init.zeros_(model.center[-2].weight)
+    torch.nn.init.zeros_(model.center[-2].bias)  # boxes start where they did
     shape = model.predictors[0].shape
     with torch.no_grad():
         expected, modulated = plain(**batch), model(**batch)

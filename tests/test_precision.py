@@ -1,5 +1,5 @@
 """SMCA under autocast on the CPU against itself in float32: how far a half type's rounding takes
-centres, boxes, losses and gradients, and that coordinates are computed in float32 all the same."""
+centers, boxes, losses and gradients, and that coordinates are computed in float32 all the same."""
 
 from functools import cache
 from typing import List, NamedTuple
@@ -34,7 +34,7 @@ CASES = {
 # cause. Each is two to five times the largest that was measured on all cases, four seeds and
 # kernels for plain x86, AVX2 and AVX-512: these add products in different orders and, where the
 # CPU has products of a half type, round at other places.
-HEAD_CENTRE_CELLS = 12
+HEAD_CENTER_CELLS = 12
 SPREAD = 3  # relative
 BOX = 2  # of the image's side
 LOGIT = 8
@@ -153,12 +153,12 @@ def test_the_gradient_points_where_that_of_float32_does(name, dtype):
 
 @every_type
 @every_modulated_case
-def test_heads_centres_and_spreads_are_within_a_few_roundings_of_float32(name, dtype):
+def test_heads_centers_and_spreads_are_within_a_few_roundings_of_float32(name, dtype):
     eps, half, exact = torch.finfo(dtype).eps, run(name, dtype), run(name, None)
     num_maps = 3 * make_model(name).decoder.num_scales
     assert len(half.weight_maps) == len(exact.weight_maps) == num_maps
     for actual, expected in zip(half.weight_maps, exact.weight_maps):
-        assert largest(actual.centres, expected.centres) < HEAD_CENTRE_CELLS * eps
+        assert largest(actual.centers, expected.centers) < HEAD_CENTER_CELLS * eps
         spreads, expected_spreads = actual.spreads.abs(), expected.spreads.abs()
         torch.testing.assert_close(spreads, expected_spreads, rtol=SPREAD * eps, atol=SPREAD * eps)
 
@@ -168,7 +168,7 @@ def test_heads_centres_and_spreads_are_within_a_few_roundings_of_float32(name, d
 
 @every_type
 @every_modulated_case
-def test_the_shared_centre_is_that_of_float32(name, dtype):
+def test_the_shared_center_is_that_of_float32(name, dtype):
     # It depends on the learned queries alone. In bfloat16 it would be off by 2^-9 of the side.
     half, exact = run(name, dtype).reference, run(name, None).reference
     sizes = torch.tensor([(w, h) for h, w in SIZES])[:, None]
@@ -181,14 +181,14 @@ def test_the_shared_centre_is_that_of_float32(name, dtype):
 def test_heads_look_where_float32_says_of_the_same_queries(name, dtype):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(2, 12, 32, generator=generator)
-    centre = 300 * torch.rand(2, 12, 2, generator=generator)
+    center = 300 * torch.rand(2, 12, 2, generator=generator)
     model = make_model(name)
     scales = model.encoder(model.scales(model.preprocess(make_batch())))
     for modulation in modulations(model):
         with autocast(dtype):
-            maps = modulation(queries, centre, scales)
-        for actual, expected in zip(maps, modulation(queries, centre, scales), strict=True):
-            assert largest(actual.centres, expected.centres) < 1e-4
+            maps = modulation(queries, center, scales)
+        for actual, expected in zip(maps, modulation(queries, center, scales), strict=True):
+            assert largest(actual.centers, expected.centers) < 1e-4
             torch.testing.assert_close(actual.spreads, expected.spreads)
 
 

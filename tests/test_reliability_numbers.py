@@ -98,7 +98,7 @@ def test_batch_norm_does_not_keep_the_statistics_of_a_skipped_step(tmp_path):
     assert final["model"]["backbone.norm.num_batches_tracked"] == 3
 
 
-def test_a_misspelt_metric_is_said_at_the_first_evaluation(tmp_path):
+def test_a_misspelled_metric_is_said_at_the_first_evaluation(tmp_path):
     config = write_tiny_config(tmp_path, max_iter=4, eval_period=2)
     _, output = train(tmp_path, "--config-file", config, "train.best_metric=bbox/APP")
     assert output.count("train.best_metric=bbox/APP is none of the evaluation's") == 1

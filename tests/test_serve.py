@@ -61,14 +61,14 @@ def test_the_picture_is_that_of_the_chosen_detection_layer_and_scale(
         assert np.array_equal(picture, np.asarray(expected))
 
 
-def test_the_table_has_the_centre_and_the_scale_weights_of_each_layer(viewer):
+def test_the_table_has_the_center_and_the_scale_weights_of_each_layer(viewer):
     image = make_image()
     rows = viewer.layer_rows(viewer.look(image), 2)
     assert [row[0] for row in rows] == [1, 2]
     for layer, row in enumerate(rows):
         (maps,) = modulation_maps(viewer.predictor, image, select=lambda found: [2], layer=layer)
         factor = image.shape[1] / maps.image.shape[1]
-        assert [float(value) for value in row[1:3]] == pytest.approx(maps.centre * factor, abs=0.51)
+        assert [float(value) for value in row[1:3]] == pytest.approx(maps.center * factor, abs=0.51)
         shares = [float(value) for value in row[3:]]
         assert shares == pytest.approx(100 * maps.scale_weights, abs=0.51)
 

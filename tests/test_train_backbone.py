@@ -59,11 +59,11 @@ def test_pictures_show_each_object_with_what_is_around_it(tmp_path):
     for (image, label), (annotation, record) in zip(pictures, objects):
         assert label == annotation["category_id"]
         assert image.shape == (3, train_backbone.SIDE, train_backbone.SIDE)
-        # The middle is the object's: its colour there is the picture's own.
+        # The middle is the object's: its color there is the picture's own.
         x, y, width, height = annotation["bbox"]
         original = train_backbone.Image.open(record["file_name"]).convert("RGB")
         x, y, reach = x + width / 2, y + height / 2, max(width, height) * 0.1
-        centre = original.crop((x - reach, y - reach, x + reach + 1, y + reach + 1))
-        expected = train_backbone.v2.functional.pil_to_tensor(centre).float().mean(dim=(1, 2))
+        center = original.crop((x - reach, y - reach, x + reach + 1, y + reach + 1))
+        expected = train_backbone.v2.functional.pil_to_tensor(center).float().mean(dim=(1, 2))
         middle = image[:, 28:36, 28:36].mean(dim=(1, 2))
         torch.testing.assert_close(middle, expected, atol=25, rtol=0)

@@ -151,25 +151,25 @@ def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
     spread = {shape: name for name, shape in SPREADS.items()}[layer.shape]
     for index, (scale, weight_map) in enumerate(zip(inputs[2], weight_maps, strict=True)):
         # (1, 1, H', ...) of the detection's query
-        centres, spreads = (
+        centers, spreads = (
             x[:, :, detection.query, None].transpose(1, 2)
-            for x in (weight_map.centres, weight_map.spreads)
+            for x in (weight_map.centers, weight_map.spreads)
         )
         for row, column in ((0, 0), (17, 301), (200, 45), (287, 383)):
             place = torch.tensor([column, row]) / 3.2 / scale.stride
             factor = weight_map.factor * 8
             # A map of one cell, which lies at that place.
-            expected = reference.log_weights(1, 1, centres - place, spreads, spread, 8.0, factor)
+            expected = reference.log_weights(1, 1, centers - place, spreads, spread, 8.0, factor)
             weights = detection.maps[index, :, row, column]
             assert weights == pytest.approx(expected.exp()[0, :, 0, 0].numpy(), abs=1e-5)
 
 
-def test_each_map_is_greatest_at_its_heads_centre(predictor):
+def test_each_map_is_greatest_at_its_heads_center(predictor):
     (detection,) = modulation_maps(predictor, make_image())
     height, width = detection.image.shape[:2]
     slack = 1 if predictor.model.decoder.layers[0].modulation.shape is SPREADS["rotated"] else 0.51
     num_inside = 0
-    for centers, maps in zip(detection.head_centres, detection.maps, strict=True):
+    for centers, maps in zip(detection.head_centers, detection.maps, strict=True):
         for (x, y), weights in zip(centers, maps, strict=True):
             if 0 <= x <= width - 1 and 0 <= y <= height - 1:
                 num_inside += 1
@@ -179,13 +179,13 @@ def test_each_map_is_greatest_at_its_heads_centre(predictor):
     assert num_inside
 
 
-def test_the_shared_centre_is_the_decoders_reference(predictor):
+def test_the_shared_center_is_the_decoders_reference(predictor):
     image = make_image()
     (_, decoded), (detection,) = record_call(
         predictor.model.decoder, lambda: modulation_maps(predictor, image)
     )
     x, y = decoded.reference[0, detection.query].sigmoid().tolist()
-    assert detection.centre == pytest.approx([384 * x, 288 * y], abs=1e-3)
+    assert detection.center == pytest.approx([384 * x, 288 * y], abs=1e-3)
 
 
 def test_maps_are_of_the_same_place_whatever_size_the_model_sees(multi_scale):
@@ -197,8 +197,8 @@ def test_maps_are_of_the_same_place_whatever_size_the_model_sees(multi_scale):
     (inputs, weight_maps), (detection,) = record_call(
         model.decoder.layers[-1].modulation, lambda: modulation_maps(resized, image)
     )
-    in_model = weight_maps[0].centres[0, :, detection.query] * inputs[2][0].stride  # of 256 pixels
-    assert detection.head_centres[0] == pytest.approx(in_model.numpy() * 384 / 256, abs=1e-3)
+    in_model = weight_maps[0].centers[0, :, detection.query] * inputs[2][0].stride  # of 256 pixels
+    assert detection.head_centers[0] == pytest.approx(in_model.numpy() * 384 / 256, abs=1e-3)
 
 
 def test_scale_weights_are_the_decoders(multi_scale):
@@ -256,7 +256,7 @@ def test_the_drawn_map_has_its_maximum_where_the_head_is_marked(tmp_path):
     panels = [axes for axes in draw_gaussians([detection]).axes if axes.images]
     for head, axes in enumerate(panels[1:]):
         x, y = (values[0] for values in axes.lines[0].get_data())
-        assert (x, y) == pytest.approx(detection.head_centres[0, head])
+        assert (x, y) == pytest.approx(detection.head_centers[0, head])
         opacity = axes.images[1].get_array()[..., 3]
         height, width = opacity.shape
         assert axes.images[1].get_extent() == [-0.5, width - 0.5, height - 0.5, -0.5]

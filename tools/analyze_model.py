@@ -70,7 +70,7 @@ def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
 
 
 def analyze_training(cfg: DictConfig, height: int, width: int) -> int:
-    """Multiply-adds of one image forward and backward, without losses and optimiser.
+    """Multiply-adds of one image forward and backward, without losses and optimizer.
 
     The gradients of inputs and of weights take as much as the forward pass each, but for the stages
     of the backbone that are frozen. What is computed twice to save memory counts once.

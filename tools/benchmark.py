@@ -180,7 +180,7 @@ def device_name(device: str) -> str:
 GROUPS = {
     "convolution": "conv",
     "attention": "scaled_dot_product|flash|attend",
-    "optimiser": "Optimizer|adam|foreach",
+    "optimizer": "Optimizer|adam|foreach",
     "matrix products": r"mm$|mm_|linear|matmul|bmm|dot",
     "norms": "norm",
     "dropout": "dropout|bernoulli|random|uniform",

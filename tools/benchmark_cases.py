@@ -71,23 +71,23 @@ class Job:
 
 
 def slow_co_attention(
-    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, spreads: Tensor, size: Size
+    query: Tensor, key: Tensor, value: Tensor, centers: Tensor, spreads: Tensor, size: Size
 ) -> Tensor:
     """The reference, as the official code has it: the squared distances of all cells from all
-    centres, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
+    centers, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
     y, x = (torch.arange(n, device=query.device) for n in size)
     cells = torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1)
     precisions = spreads.square()[..., None, :] / BETA
-    log_weights = -((cells - centres[..., None, :]).square() * precisions).sum(-1)
+    log_weights = -((cells - centers[..., None, :]).square() * precisions).sum(-1)
     logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + log_weights
     return logits.softmax(-1).to(value.dtype) @ value
 
 
 def fast_co_attention(
-    query: Tensor, key: Tensor, value: Tensor, centres: Tensor, spreads: Tensor, size: Size
+    query: Tensor, key: Tensor, value: Tensor, centers: Tensor, spreads: Tensor, size: Size
 ) -> Tensor:
     """What the decoder computes for one scale; arguments as of the reference."""
-    return attend(query, key, value, weight_map=Gaussian(centres, spreads, 1 / BETA, size))
+    return attend(query, key, value, weight_map=Gaussian(centers, spreads, 1 / BETA, size))
 
 
 def build_co_attention(
@@ -102,9 +102,9 @@ def build_co_attention(
     ]
     tokens.append(torch.randn_like(tokens[1]))
     shape = (batch, heads, num_queries, 2)
-    centres = torch.rand(shape, device=device) * torch.tensor(cells[::-1], device=device)
+    centers = torch.rand(shape, device=device) * torch.tensor(cells[::-1], device=device)
     spreads = 0.5 + torch.rand(shape, device=device)
-    inputs = [x.requires_grad_(backward) for x in (*tokens, centres, spreads)]
+    inputs = [x.requires_grad_(backward) for x in (*tokens, centers, spreads)]
     attention: Callable[..., Tensor] = slow_co_attention if reference else fast_co_attention
     if options.compile:
         attention = torch.compile(attention)

@@ -6,7 +6,7 @@
 
 Each config's model, with random weights, is exported to ONNX and runs in onnxruntime on batches of
 several sizes, with padding too. Differences are of boxes, in pixels of an image whose long side is
-1000, and of scores; where neighbours in the list have equal scores but for rounding, their order is
+1000, and of scores; where neighbors in the list have equal scores but for rounding, their order is
 left to chance, so each detection is compared with the nearest one of its class and score. Times are
 of one image of the first size.
 """

@@ -56,7 +56,7 @@ WORDS = {
     "model.encoder.num_heads": "attention heads",
     "model.num_classes": "number of classes",
     "model.num_queries": "number of queries: an image has at most as many detections",
-    "optimizer.fused": "the optimiser's fused kernel",
+    "optimizer.fused": "the optimizer's fused kernel",
     "optimizer.lr": "learning rate of all but the backbone",
     "optimizer.params": "makes the groups of parameters with their rates",
     "optimizer.params.lr_factor_func.factor": "of the backbone's learning rate",

@@ -52,7 +52,7 @@ _CLAIM = dict(runs=LIST, published=LIST)
 _PLACE = ("train.seed", "train.output_dir")
 # Settings that the runs of a study must have in common: the data and when to evaluate.
 _SHARED_SETTINGS = ("data.", "dataloader.", "train.eval_period")
-# What config.yaml says of the place, of the machine and of what is kept: nothing that is learnt.
+# What config.yaml says of the place, of the machine and of what is kept: nothing that is learned.
 _LOCAL_SETTINGS = ("train.output_dir", "train.device", "train.checkpointer.")
 
 Evaluation = Tuple[int, Optional[float], float, float]

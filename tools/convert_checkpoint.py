@@ -5,7 +5,7 @@ Convert a checkpoint of another origin into one that the configs of this project
     convert_checkpoint.py --input official.pth --output smca.pth
     convert_checkpoint.py --input official.pth --output smca.pth --classes keep
 
-It takes the official SMCA models, DETR's as an initialisation for the detr configs, and
+It takes the official SMCA models, DETR's as an initialization for the detr configs, and
 torchvision's ResNets as a backbone, finds out which model it is, and says with which config to
 use it.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw what training does to the spatial modulation, over the checkpoints of a training.
 
-Whether centres settle on objects, whether heads differ, whether maps fit the objects' sizes, and
+Whether centers settle on objects, whether heads differ, whether maps fit the objects' sizes, and
 which scales objects of each size read. Writes modulation.json, modulation.png and examples.jpg:
 
     draw_training.py output/demo --output pictures

@@ -2,7 +2,7 @@
 
 Each `Model` has two stages, so that memory can be told apart: `load` imports what it needs, and
 gives what builds the function to measure. All have random weights and see the same images, with
-ten objects each. A training step is forward, losses, backward, clipping and the optimiser's step,
+ten objects each. A training step is forward, losses, backward, clipping and the optimizer's step,
 as the peer's own recipe has it.
 """
 
@@ -94,7 +94,7 @@ def normalized(image: Tensor) -> Tensor:
 
 
 def relative_boxes(boxes: Boxes, size: Size) -> Tensor:
-    """(N, 4) centres, widths and heights in parts of the image's."""
+    """(N, 4) centers, widths and heights in parts of the image's."""
     height, width = size
     return box_convert(boxes.tensor, "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
 

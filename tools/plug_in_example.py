@@ -24,13 +24,13 @@ class ModulatedDetr(nn.Module):
         super().__init__()
         self.detr, width, layers = detr, detr.config.d_model, detr.model.decoder.layers
         settings.update(embed_dim=width, num_heads=detr.config.decoder_attention_heads)
-        self.centre = MLP(width, [width, width, 2])
+        self.center = MLP(width, [width, width, 2])
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in layers)
         self.predictors = nn.ModuleList(WeightMapPredictor(**settings) for _ in layers)
         detr.model.backbone.register_forward_hook(self._keep_grid)
         for *parts, layer in zip(self.norms, self.predictors, layers):
             layer.register_forward_pre_hook(self._modulate(*parts), with_kwargs=True)
-        detr.bbox_predictor.register_forward_hook(self._add_centre)
+        detr.bbox_predictor.register_forward_hook(self._add_center)
 
     def forward(
         self, pixel_values: Tensor, pixel_mask: Tensor, labels: Optional[Sequence[Dict]] = None
@@ -50,14 +50,14 @@ class ModulatedDetr(nn.Module):
         def before_layer(layer: nn.Module, args: Tuple, kwargs: Dict) -> Tuple[Tuple, Dict]:
             queries, mask = norm(args[0] + args[3]), kwargs["encoder_attention_mask"]
             if self.reference is None:  # in the first layer
-                self.reference = self.centre(queries)
-            centre = self.reference.sigmoid() * self.sizes
-            (weight_map,) = predictor(queries, centre, [self.grid])
+                self.reference = self.center(queries)
+            center = self.reference.sigmoid() * self.sizes
+            (weight_map,) = predictor(queries, center, [self.grid])
             bias = weight_map.log_weights().flatten(3)  # (B, H, Q, S)
             bias = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
             return args, {**kwargs, "encoder_attention_mask": bias}
 
         return before_layer
 
-    def _add_centre(self, module: nn.Module, inputs: Tuple, boxes: Tensor) -> Tensor:
+    def _add_center(self, module: nn.Module, inputs: Tuple, boxes: Tensor) -> Tensor:
         return torch.cat([boxes[..., :2] + self.reference, boxes[..., 2:]], dim=-1)

@@ -5,7 +5,7 @@
     run_notebook.py docs/tour.ipynb --output /tmp/tour.ipynb
 
 An error in a cell is an error of this tool, and the file stays as it was. Written is what a reader
-wants: of a progress bar its end, no colours, no warnings, and no paths of this machine (the home
+wants: of a progress bar its end, no colors, no warnings, and no paths of this machine (the home
 folder becomes ~, the checkout's a dot).
 """
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = ROOT / "docs" / "tour.ipynb"
 _SECONDS = 1800  # of a cell
-_COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+_COLOR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 _OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n])")
 
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         client.execute()
     except CellExecutionError as error:
-        lines = _COLOUR.sub("", str(error)).strip().splitlines()
+        lines = _COLOR.sub("", str(error)).strip().splitlines()
         raise UserError(f"{args.notebook} has an error in a cell: {lines[-1]}") from error
     except (CellTimeoutError, DeadKernelError) as error:
         raise UserError(f"{args.notebook} did not end: {str(error).splitlines()[0]}") from error
@@ -105,7 +105,7 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(item) for item in value]
     if isinstance(value, str):
-        value = _OVERWRITTEN.sub("", _COLOUR.sub("", value.replace("\r\n", "\n")))
+        value = _OVERWRITTEN.sub("", _COLOR.sub("", value.replace("\r\n", "\n")))
         return value.replace(f"{ROOT}/", "").replace(str(ROOT), ".").replace(str(Path.home()), "~")
     return value
 

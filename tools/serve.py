@@ -4,7 +4,7 @@
     serve.py --weights output/demo/model_best.pth
     serve.py --weights published --host 0.0.0.0 --port 8000
 
-Choose a detection in the list or by a click into its box: below are the centre that its query
+Choose a detection in the list or by a click into its box: below are the center that its query
 predicts, the map of each head over the image and the weights of the scales, in each decoder layer.
 The server listens on this machine alone unless --host says otherwise.
 """
@@ -113,14 +113,14 @@ class Viewer:
         return Image.open(file)
 
     def layer_rows(self, seen: Seen, index: int) -> List[List[Any]]:
-        """For each decoder layer its number, the query's centre (x, y in pixels of the image) and
+        """For each decoder layer its number, the query's center (x, y in pixels of the image) and
         its scale weights in %."""
         rows: List[List[Any]] = []
         query, size = seen.detections.query_indices[[index]], seen.image.shape[:2]
         for number, record in enumerate(seen.layers):
-            centre = record.centres_in_pixels(query, size)
+            center = record.centers_in_pixels(query, size)
             shares = [f"{100 * share:.0f}" for share in record.scale_shares(query)[0].tolist()]
-            rows.append([number + 1, *(f"{value:.0f}" for value in centre[0].tolist()), *shares])
+            rows.append([number + 1, *(f"{value:.0f}" for value in center[0].tolist()), *shares])
         return rows
 
     def at(self, seen: Seen, threshold: float, x: float, y: float) -> Optional[int]:
@@ -172,8 +172,8 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
                 )
             maps = gr.Image(label="Where the detection's query looks", elem_id="maps", **quiet)
             table = gr.Dataframe(
-                headers=["layer", "centre x", "centre y", *(f"{name} (%)" for name in scales)],
-                label="Over the layers: the centre in pixels, and the weights of the scales",
+                headers=["layer", "center x", "center y", *(f"{name} (%)" for name in scales)],
+                label="Over the layers: the center in pixels, and the weights of the scales",
                 elem_id="table",
                 interactive=False,
             )

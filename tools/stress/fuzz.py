@@ -215,7 +215,7 @@ _SIZE = (12, 16)  # height, width
 def image_files() -> List[bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (*_SIZE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    grey16 = Image.fromarray((pixels[..., 0].astype(np.uint16) * 257))
+    gray16 = Image.fromarray((pixels[..., 0].astype(np.uint16) * 257))
     exif = Image.Exif()
     exif[274] = 6
     files = []
@@ -229,7 +229,7 @@ def image_files() -> List[bytes]:
         (image, dict(format="TIFF", compression="tiff_lzw")),
         (image.transpose(Image.Transpose.ROTATE_90), dict(format="TIFF", exif=exif)),
         (image, dict(format="WEBP")),
-        (grey16, dict(format="PNG")),
+        (gray16, dict(format="PNG")),
         (image.convert("P"), dict(format="PNG", transparency=0)),
     ]
     for picture, kwargs in kinds:

@@ -284,13 +284,13 @@ def _same_files(splits: Mapping[str, DataSplit]) -> List[Tuple[str, str]]:
 
 
 def draw_statistics(statistics: Mapping[str, Statistics]) -> Figure:
-    """Classes, sizes, aspect ratios, objects an image, image sizes and centres.
+    """Classes, sizes, aspect ratios, objects an image, image sizes and centers.
 
     Args:
         statistics: of each split, by its name.
     """
     figure = Figure((15, 8.5), dpi=DPI, layout="constrained")
-    (classes, sizes, ratios), (counts, images, centres) = figure.subplots(2, 3)
+    (classes, sizes, ratios), (counts, images, centers) = figure.subplots(2, 3)
     _draw_classes(classes, statistics)
     _draw_shares(sizes, {name: found.sizes for name, found in statistics.items()}, log=True)
     aspect_ratios = {name: s.boxes[:, 2] / s.boxes[:, 3] for name, s in statistics.items()}
@@ -299,7 +299,7 @@ def draw_statistics(statistics: Mapping[str, Statistics]) -> Figure:
     for name, found in statistics.items():
         images.plot(*found.image_sizes.T, ".", alpha=0.4, label=name)
     for side in (32, 96):
-        sizes.axvline(side, color="grey", linestyle=":")
+        sizes.axvline(side, color="gray", linestyle=":")
     sizes.set_xlabel("square root of an object's area (pixels; dotted: COCO's small, large)")
     ratios.set_xlabel("width by height of an object")
     counts.set_xlabel("objects in an image")
@@ -311,9 +311,9 @@ def draw_statistics(statistics: Mapping[str, Statistics]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     first = next(iter(statistics.values()))
     places = (first.boxes[:, :2] + first.boxes[:, 2:] / 2) / first.image_sizes[first.images]
-    centres.hist2d(*places.T, bins=24, range=[[0, 1], [0, 1]], cmap="viridis")
-    centres.invert_yaxis()
-    centres.set_xlabel(f"where objects' centres are in the image ({next(iter(statistics))})")
+    centers.hist2d(*places.T, bins=24, range=[[0, 1], [0, 1]], cmap="viridis")
+    centers.invert_yaxis()
+    centers.set_xlabel(f"where objects' centers are in the image ({next(iter(statistics))})")
     return figure
 
 

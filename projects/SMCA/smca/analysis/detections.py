@@ -156,5 +156,5 @@ def class_name(class_names: Sequence[str], index: int) -> str:
 
 def class_color(index: int) -> np.ndarray:
     """(3,) RGB in [0, 1], the same for a class in all pictures."""
-    # Neighbours are far apart on the colour wheel, and all are bright.
+    # Neighbors are far apart on the color wheel, and all are bright.
     return hsv_to_rgb(((0.13 + 0.618 * index) % 1, 0.8, 1.0))

@@ -26,7 +26,7 @@ class LayerRecord:
     Attributes:
         index, num_layers: of the decoder, counted from 0.
         weight_maps: of each of the L scales, in its cells.
-        centre: (B, Q, 2) predicted centre (x, y) in pixels of the model's input.
+        center: (B, Q, 2) predicted center (x, y) in pixels of the model's input.
         strides: L pixels (of the model's input) a cell.
         image_sizes: (B, 2) width and height of the model's input without padding.
         scale_weights: (B, Q, L), adding up to 1; None where the model does not select scales.
@@ -35,27 +35,27 @@ class LayerRecord:
     index: int
     num_layers: int
     weight_maps: Sequence[WeightMap]
-    centre: Tensor
+    center: Tensor
     strides: List[int]
     image_sizes: Tensor
     scale_weights: Optional[Tensor] = None
 
     # Of queries (K,), indices, of the first image, in pixels of that image at `size`, (h, w):
 
-    def centres_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(K, 2) predicted centres (x, y), which the heads share."""
+    def centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
+        """(K, 2) predicted centers (x, y), which the heads share."""
         scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
-        return self.centre[0, queries].float() * scaling
+        return self.center[0, queries].float() * scaling
 
-    def head_centres_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
+    def head_centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, L, H', 2)"""
         return self._stack(
-            weight_map.centres[0].transpose(0, 1) * cell
+            weight_map.centers[0].transpose(0, 1) * cell
             for weight_map, cell in self._maps_and_cells(queries, size)
         )
 
     def radii_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(K, L, H', 2) how far along x and y from a head's centre its log-weight is -1/2: the
+        """(K, L, H', 2) how far along x and y from a head's center its log-weight is -1/2: the
         standard deviation of a Gaussian."""
         return self._stack(
             radii(weight_map)[0].transpose(0, 1) * cell
@@ -76,10 +76,10 @@ class LayerRecord:
         """Each scale's map of these queries alone, B = 1, and its cells' (width, height)."""
         scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
         for weight_map, stride in zip(self.weight_maps, self.strides):
-            centres, spreads = (
-                x[:1, :, queries].float() for x in (weight_map.centres, weight_map.spreads)
+            centers, spreads = (
+                x[:1, :, queries].float() for x in (weight_map.centers, weight_map.spreads)
             )
-            yield replace(weight_map, centres=centres, spreads=spreads), stride * scaling
+            yield replace(weight_map, centers=centers, spreads=spreads), stride * scaling
 
     @staticmethod
     def _stack(scales: Iterable[Tensor]) -> Tensor:
@@ -88,7 +88,7 @@ class LayerRecord:
     def scale_shares(self, queries: Tensor) -> Tensor:
         """(K, L) scale weights of the first image; equal where the model does not select."""
         if self.scale_weights is None:
-            return self.centre.new_full((len(queries), len(self.strides)), 1 / len(self.strides))
+            return self.center.new_full((len(queries), len(self.strides)), 1 / len(self.strides))
         return self.scale_weights[0, queries]
 
 
@@ -166,10 +166,10 @@ class Recorder:
     def _keep_weight_maps(
         self, index: int, inputs: Tuple[Any, ...], output: List[WeightMap]
     ) -> None:
-        _, centre, scales = inputs
+        _, center, scales = inputs
         strides = [scale.stride for scale in scales]
         place = (index, len(self._decoder.layers))
-        self._layers[index] = LayerRecord(*place, output, centre, strides, self._image_sizes)
+        self._layers[index] = LayerRecord(*place, output, center, strides, self._image_sizes)
 
     def _keep_scale_weights(self, index: int, inputs: Tuple[Any, ...], output: Tensor) -> None:
         self._layers[index].scale_weights = output.float().softmax(dim=-1)
@@ -181,11 +181,11 @@ def _with_index(keep: Callable[..., None], index: int) -> Callable[..., None]:
 
 
 def radii(weight_map: WeightMap) -> Tensor:
-    """(B, H', Q, 2) distances from the heads' centres along x and y, in cells, where log-weights
+    """(B, H', Q, 2) distances from the heads' centers along x and y, in cells, where log-weights
     are -1/2; infinite where they never are. Found by bisection, so that any shape has them."""
-    zero = torch.zeros_like(weight_map.centres[..., :1, None], dtype=torch.float64)
+    zero = torch.zeros_like(weight_map.centers[..., :1, None], dtype=torch.float64)
     exact = replace(
-        weight_map, centres=weight_map.centres.double(), spreads=weight_map.spreads.double()
+        weight_map, centers=weight_map.centers.double(), spreads=weight_map.spreads.double()
     )
     found = []
     for axis in (0, 1):
@@ -196,4 +196,4 @@ def radii(weight_map: WeightMap) -> Tensor:
             inside = exact.log_weights_at(*distances) > -0.5
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
         found.append(torch.where(high < 1e9, high, torch.inf)[..., 0, 0])
-    return torch.stack(found, dim=-1).to(weight_map.centres.dtype)
+    return torch.stack(found, dim=-1).to(weight_map.centers.dtype)

@@ -181,7 +181,7 @@ def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
 
 
 def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
-    """Confusion matrices; colours are shares of a row."""
+    """Confusion matrices; colors are shares of a row."""
     num_classes = len(evaluations[0].class_names)
     has_numbers = num_classes <= _MAX_CLASSES_WITH_NUMBERS
     side = 2.2 + (0.55 if has_numbers else 0.13) * (num_classes + 1)
@@ -216,17 +216,17 @@ def draw_calibration(evaluations: Sequence[Evaluation]) -> Figure:
     grid = figure.subplots(2, len(evaluations), squeeze=False, sharex=True, height_ratios=[3, 1])
     for (axes, counts), evaluation in zip(grid.T, evaluations):
         bins = evaluation.calibration.bins
-        centres = [(score_bin.low + score_bin.high) / 2 for score_bin in bins]
+        centers = [(score_bin.low + score_bin.high) / 2 for score_bin in bins]
         width = 0.9 * (bins[0].high - bins[0].low)
-        axes.bar(centres, [score_bin.precision for score_bin in bins], width, label="precision")
-        axes.plot([0, 1], [0, 1], "--", color="grey", label="perfect")
+        axes.bar(centers, [score_bin.precision for score_bin in bins], width, label="precision")
+        axes.plot([0, 1], [0, 1], "--", color="gray", label="perfect")
         scores = [score_bin.score for score_bin in bins]
         precisions = [score_bin.precision for score_bin in bins]
         axes.plot(scores, precisions, "o", color="#d1495b", markersize=4, label="at the mean score")
         error = 100 * evaluation.calibration.error
         _finish(axes, "", "share that is right", f"{evaluation.name}: ECE {error:.1f} %")
         axes.legend(fontsize=8)
-        counts.bar(centres, [score_bin.count for score_bin in bins], width, color="grey")
+        counts.bar(centers, [score_bin.count for score_bin in bins], width, color="gray")
         counts.set_yscale("symlog", linthresh=1)
         counts.set_ylabel("detections")
         counts.set_xlabel("score")

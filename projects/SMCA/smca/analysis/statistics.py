@@ -44,23 +44,23 @@ SIZES = ("small", "medium", "large")  # thirds of the objects
 class ModulationStatistics:
     """True objects and where the queries matched to them look, in one decoder layer.
 
-    Where there are several scales, heads' centres and 1 / radius^2, of Gaussians the precision,
+    Where there are several scales, heads' centers and 1 / radius^2, of Gaussians the precision,
     are means over them, weighted with the query's scale weights.
 
     Attributes:
         strides: L pixels (of the model's input) a cell.
         boxes: (M, 4) the objects' true boxes, XYXY in pixels.
-        centres: (M, 2) predicted centres (x, y), the same for all heads, in pixels.
-        head_centres: (M, H', 2) in pixels.
-        head_radii: (M, H', 2) in pixels, how far along x and y from a head's centre its
+        centers: (M, 2) predicted centers (x, y), the same for all heads, in pixels.
+        head_centers: (M, H', 2) in pixels.
+        head_radii: (M, H', 2) in pixels, how far along x and y from a head's center its
             log-weight is -1/2: the standard deviation of a Gaussian.
         scale_weights: (M, L), adding up to 1; None where the model does not select scales.
     """
 
     strides: List[int]
     boxes: np.ndarray
-    centres: np.ndarray
-    head_centres: np.ndarray
+    centers: np.ndarray
+    head_centers: np.ndarray
     head_radii: np.ndarray
     scale_weights: Optional[np.ndarray] = None
 
@@ -76,14 +76,14 @@ class ModulationStatistics:
             size: (height, width) of the image in pixels.
         """
         shares = record.scale_shares(queries)[..., None, None]  # (M, L, 1, 1)
-        head_centres = record.head_centres_in_pixels(queries, size)
+        head_centers = record.head_centers_in_pixels(queries, size)
         radii = record.radii_in_pixels(queries, size)
         selects = record.scale_weights is not None
         return cls(
             record.strides,
             boxes.cpu().numpy(),
-            record.centres_in_pixels(queries, size).cpu().numpy(),
-            (shares * head_centres).sum(dim=1).cpu().numpy(),
+            record.centers_in_pixels(queries, size).cpu().numpy(),
+            (shares * head_centers).sum(dim=1).cpu().numpy(),
             (shares * radii.pow(-2)).sum(dim=1).rsqrt().cpu().numpy(),
             record.scale_shares(queries).cpu().numpy() if selects else None,
         )
@@ -91,7 +91,7 @@ class ModulationStatistics:
     @classmethod
     def join(cls, parts: Sequence["ModulationStatistics"]) -> "ModulationStatistics":
         """Those of several images (at least one) as one."""
-        names = ("boxes", "centres", "head_centres", "head_radii")
+        names = ("boxes", "centers", "head_centers", "head_radii")
         columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         shares = [part.scale_weights for part in parts if part.scale_weights is not None]
         scale_weights = np.concatenate(shares) if shares else None
@@ -108,15 +108,15 @@ class ModulationStatistics:
         return 2 * np.sqrt(self.half_sizes.prod(axis=1))
 
     @property
-    def centre_distances(self) -> np.ndarray:
-        """(M,) from the box's centre in half boxes, of the axis where it is greater: inside the
+    def center_distances(self) -> np.ndarray:
+        """(M,) from the box's center in half boxes, of the axis where it is greater: inside the
         box it is less than 1."""
-        return self._distances(self.centres[:, None])[:, 0]
+        return self._distances(self.centers[:, None])[:, 0]
 
     @property
     def head_distances(self) -> np.ndarray:
-        """(M, H') of the heads' centres, as `centre_distances`."""
-        return self._distances(self.head_centres)
+        """(M, H') of the heads' centers, as `center_distances`."""
+        return self._distances(self.head_centers)
 
     def _distances(self, points: np.ndarray) -> np.ndarray:
         offsets = points - (self.boxes[:, None, :2] + self.boxes[:, None, 2:]) / 2
@@ -124,9 +124,9 @@ class ModulationStatistics:
 
     @property
     def head_deviations(self) -> np.ndarray:
-        """(M,) root mean square distance of the heads' centres from their mean, in widths and
+        """(M,) root mean square distance of the heads' centers from their mean, in widths and
         heights of the box."""
-        offsets = self.head_centres - self.head_centres.mean(axis=1, keepdims=True)
+        offsets = self.head_centers - self.head_centers.mean(axis=1, keepdims=True)
         relative = offsets / (2 * self.half_sizes[:, None])
         return np.sqrt(np.square(relative).sum(axis=2).mean(axis=1))
 
@@ -251,13 +251,13 @@ def summarize(statistics: ModulationStatistics) -> Dict[str, Any]:
     """
     summary: Dict[str, Any] = {
         "num_objects": len(statistics.boxes),
-        "centre_distance": _quartiles(statistics.centre_distances),
-        "head_centre_distance": _quartiles(statistics.head_distances),
-        "head_centres_inside": _number((statistics.head_distances < 1).mean()),
+        "center_distance": _quartiles(statistics.center_distances),
+        "head_center_distance": _quartiles(statistics.head_distances),
+        "head_centers_inside": _number((statistics.head_distances < 1).mean()),
         "radius_correlation": _number(statistics.radius_correlation),
         "sizes": {},
     }
-    if statistics.head_centres.shape[1] > 1:
+    if statistics.head_centers.shape[1] > 1:
         summary["head_deviation"] = _quartiles(statistics.head_deviations)
     thirds = np.array_split(statistics.sqrt_areas.argsort(kind="stable"), len(SIZES))
     for name, third in zip(SIZES, thirds):

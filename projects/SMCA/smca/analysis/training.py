@@ -12,7 +12,7 @@ from smca.analysis.weight_maps import (
     DetectionMaps,
     dimmed,
     draw_box,
-    draw_centre,
+    draw_center,
     number_heads,
     overlay_map,
     show_image,
@@ -23,12 +23,12 @@ __all__ = ["draw_examples", "draw_training"]
 Summary = Dict[str, Any]  # as of `summarize`
 
 _SIZE_COLORS = dict(zip(SIZES, ("#e3a72f", "#d1495b", "#5b3a8c")))
-_HEADS_COLOR, _CENTRE_COLOR = "#1f77b4", "#222222"
+_HEADS_COLOR, _CENTER_COLOR = "#1f77b4", "#222222"
 _MAX_COLUMNS = 6  # of examples
 
 
 def draw_training(statistics_by_iteration: Mapping[int, ModulationStatistics]) -> Figure:
-    """Distances of centres from their objects, how far heads lie apart, radii beside the objects'
+    """Distances of centers from their objects, how far heads lie apart, radii beside the objects'
     sizes, and scale weights by the objects' size, over a training.
 
     What a model does not have, several heads or a selection of scales, has no panel.
@@ -58,21 +58,21 @@ def draw_training(statistics_by_iteration: Mapping[int, ModulationStatistics]) -
 
 
 def _draw_distances(figure: SubFigure, steps: List[int], summaries: List[Summary]) -> None:
-    figure.suptitle("Do centres settle on their objects?")
+    figure.suptitle("Do centers settle on their objects?")
     distances, inside = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     for key, color, label in (
-        ("head_centre_distance", _HEADS_COLOR, "heads' centres"),
-        ("centre_distance", _CENTRE_COLOR, "shared centre"),
+        ("head_center_distance", _HEADS_COLOR, "heads' centers"),
+        ("center_distance", _CENTER_COLOR, "shared center"),
     ):
         _plot_quartiles(distances, steps, [s[key] for s in summaries], color, label)
     _mark(distances, 1, "edge of the box")
     distances.set_ylim(bottom=0)
-    distances.set_ylabel("distance from the box's centre\n(half boxes; median, quartiles)")
+    distances.set_ylabel("distance from the box's center\n(half boxes; median, quartiles)")
     _put_legend_above(distances)
-    percent = [100 * s["head_centres_inside"] for s in summaries]
+    percent = [100 * s["head_centers_inside"] for s in summaries]
     inside.plot(steps, percent, "o-", color=_HEADS_COLOR, markersize=4)
     inside.set_ylim(0, 105)
-    inside.set_ylabel("heads' centres\nin the box (%)")
+    inside.set_ylabel("heads' centers\nin the box (%)")
     inside.set_xlabel("steps")
 
 
@@ -80,9 +80,9 @@ def _draw_deviations(figure: SubFigure, steps: List[int], summaries: List[Summar
     figure.suptitle("Do heads differ?")
     axes = figure.subplots()
     deviations = [s["head_deviation"] for s in summaries]
-    _plot_quartiles(axes, steps, deviations, _HEADS_COLOR, "heads' centres")
+    _plot_quartiles(axes, steps, deviations, _HEADS_COLOR, "heads' centers")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("rms distance of heads' centres from their mean\n(boxes; median, quartiles)")
+    axes.set_ylabel("rms distance of heads' centers from their mean\n(boxes; median, quartiles)")
     axes.set_xlabel("steps")
 
 
@@ -95,13 +95,13 @@ def _draw_radii(figure: SubFigure, steps: List[int], summaries: List[Summary]) -
         values = [_or_nan(size.get("radius")) for size in sizes]
         radii.plot(steps, values, "o-", color=color, markersize=4, label=label)
         radii.axhline(_or_nan(sizes[-1].get("half_size")), color=color, linestyle=":")
-    radii.plot([], [], ":", color="grey", label="half the box")
+    radii.plot([], [], ":", color="gray", label="half the box")
     radii.set_ylim(bottom=0)
     radii.set_ylabel("radius of the map, log-weight -1/2\n(pixels; median)")
     _put_legend_above(radii)
     values = [_or_nan(s["radius_correlation"]) for s in summaries]
     correlation.plot(steps, values, "o-", color=_HEADS_COLOR, markersize=4)
-    correlation.axhline(0, color="grey", linewidth=0.8)
+    correlation.axhline(0, color="gray", linewidth=0.8)
     correlation.set_ylim(min(0, 1.1 * np.nanmin([0, *values])), 1.05)
     correlation.set_ylabel("rank corr.\nwith the box")
     correlation.set_xlabel("steps")
@@ -135,7 +135,7 @@ def _plot_quartiles(
 
 
 def _mark(axes: Axes, y: float, text: str) -> None:
-    axes.axhline(y, color="grey", linestyle="--", linewidth=1)
+    axes.axhline(y, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
         text,
         (0, y),
@@ -143,7 +143,7 @@ def _mark(axes: Axes, y: float, text: str) -> None:
         xytext=(4, 3),
         textcoords="offset points",
         fontsize=8,
-        color="grey",
+        color="gray",
     )
 
 
@@ -167,7 +167,7 @@ def draw_examples(
 ) -> Figure:
     """Objects of an image in rows, a training's steps in columns.
 
-    Each panel shows the true box, the shared centre (+) and the heads' centres (numbered) of the
+    Each panel shows the true box, the shared center (+) and the heads' centers (numbered) of the
     query that is matched to it, and at each place of the image the greatest of the heads' maps.
 
     Args:
@@ -191,6 +191,6 @@ def draw_examples(
             show_image(axes, dimmed(example.image), f"{step} steps\n{title}" if row == 0 else title)
             overlay_map(axes, example.combined().max(axis=0))
             draw_box(axes, example)
-            number_heads(axes, example.mean_head_centres())
-            draw_centre(axes, example)
+            number_heads(axes, example.mean_head_centers())
+            draw_center(axes, example)
     return figure

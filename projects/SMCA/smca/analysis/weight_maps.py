@@ -32,7 +32,7 @@ __all__ = [
     "DetectionMaps",
     "dimmed",
     "draw_box",
-    "draw_centre",
+    "draw_center",
     "draw_gaussians",
     "maps_of",
     "modulation_maps",
@@ -55,9 +55,9 @@ class DetectionMaps:
         image: (h, w, 3) uint8 RGB.
         box: (4,) XYXY. class_index, score: of the detection.
         query: its index. layer, num_layers: of the decoder, counted from 0.
-        centre: (2,) predicted centre (x, y), the same for all heads.
-        head_centres: (L, H', 2); H' is 1 if the heads share their map.
-        maps: (L, H', h, w) weights exp(log-weight), 1 at a head's centre. Row i and column j are
+        center: (2,) predicted center (x, y), the same for all heads.
+        head_centers: (L, H', 2); H' is 1 if the heads share their map.
+        maps: (L, H', h, w) weights exp(log-weight), 1 at a head's center. Row i and column j are
             at y = i and x = j.
         scale_weights: (L,), adding up to 1; equal where the model does not select scales.
         strides: L pixels (of the model's input) a cell.
@@ -70,8 +70,8 @@ class DetectionMaps:
     query: int
     layer: int
     num_layers: int
-    centre: np.ndarray
-    head_centres: np.ndarray
+    center: np.ndarray
+    head_centers: np.ndarray
     maps: np.ndarray
     scale_weights: np.ndarray
     strides: List[int]
@@ -80,9 +80,9 @@ class DetectionMaps:
         """(H', h, w), the maps of all scales, weighted with the query's scale weights."""
         return np.tensordot(self.scale_weights, self.maps, axes=1)
 
-    def mean_head_centres(self) -> np.ndarray:
-        """(H', 2), the heads' centres of all scales, weighted likewise."""
-        return np.tensordot(self.scale_weights, self.head_centres, axes=1)
+    def mean_head_centers(self) -> np.ndarray:
+        """(H', 2), the heads' centers of all scales, weighted likewise."""
+        return np.tensordot(self.scale_weights, self.head_centers, axes=1)
 
 
 def modulation_maps(
@@ -131,12 +131,12 @@ def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> Lis
     queries = instances.query_indices
     arrays = (
         instances.pred_boxes.tensor * torch.tensor([size[1] / width, size[0] / height] * 2),
-        record.centres_in_pixels(queries, size),
-        record.head_centres_in_pixels(queries, size),
+        record.centers_in_pixels(queries, size),
+        record.head_centers_in_pixels(queries, size),
         record.maps(queries, size),
         record.scale_shares(queries),
     )
-    names = ("box", "centre", "head_centres", "maps", "scale_weights")
+    names = ("box", "center", "head_centers", "maps", "scale_weights")
     return [
         DetectionMaps(
             image=drawn,
@@ -157,7 +157,7 @@ def draw_gaussians(
     class_names: Sequence[str] = (),
     scale: Optional[int] = None,
 ) -> Figure:
-    """For each detection: its box and all heads' centres, and each head's map over the image.
+    """For each detection: its box and all heads' centers, and each head's map over the image.
 
     Args:
         detections: at least one.
@@ -199,11 +199,11 @@ def _draw_detection_row(
         num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
     )
     overview = figure.add_subplot(grid[:, 0])
-    show_image(overview, detection.image, "detection and heads' centres")
+    show_image(overview, detection.image, "detection and heads' centers")
     draw_box(overview, detection)
-    centres = detection.head_centres
-    number_heads(overview, detection.mean_head_centres() if scale is None else centres[scale])
-    draw_centre(overview, detection)
+    centers = detection.head_centers
+    number_heads(overview, detection.mean_head_centers() if scale is None else centers[scale])
+    draw_center(overview, detection)
 
     maps = detection.combined() if scale is None else detection.maps[scale]
     background = dimmed(detection.image)
@@ -214,8 +214,8 @@ def _draw_detection_row(
         overlay_map(axes, weights)
         draw_box(axes, detection, linewidth=1)
         for index in range(len(detection.strides)) if scale is None else [scale]:
-            _draw_head_centre(axes, detection, index, head)
-        draw_centre(axes, detection, markersize=7)
+            _draw_head_center(axes, detection, index, head)
+        draw_center(axes, detection, markersize=7)
 
 
 def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optional[int]) -> str:
@@ -239,14 +239,14 @@ def _draw_legend(figure: SubFigure, detection: DetectionMaps, scale: Optional[in
     handles = [axes.plot([], [], **box)[0]]
     labels = ["detected box"]
     handles.append(axes.plot([], [], "+", color="black", markersize=9, markeredgewidth=2)[0])
-    labels.append("predicted centre, shared by the heads")
+    labels.append("predicted center, shared by the heads")
     several = len(detection.strides) > 1 and scale is None
     for index, stride in enumerate(detection.strides):
         if several or index == (scale or 0):
             marker = _SCALE_MARKERS[index % len(_SCALE_MARKERS)]
             style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markersize=7)
             handles.append(axes.plot([], [], marker, **style)[0])
-            labels.append(f"head's centre, stride {stride}" if several else "head's centre")
+            labels.append(f"head's center, stride {stride}" if several else "head's center")
     num_columns = len(labels) if len(labels) <= 4 else math.ceil(len(labels) / 2)
     axes.legend(handles, labels, loc="center", ncols=num_columns, frameon=False, fontsize=9)
 
@@ -261,9 +261,9 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 def dimmed(image: np.ndarray) -> np.ndarray:
-    """An (h, w, 3) uint8 image in grey and darker, as a ground for maps."""
-    grey = np.asarray(Image.fromarray(image).convert("L"))
-    return np.repeat((0.55 * grey).astype(np.uint8)[..., None], 3, axis=2)
+    """An (h, w, 3) uint8 image in gray and darker, as a ground for maps."""
+    gray = np.asarray(Image.fromarray(image).convert("L"))
+    return np.repeat((0.55 * gray).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def overlay_map(axes: Axes, weights: np.ndarray) -> None:
@@ -277,7 +277,7 @@ def overlay_map(axes: Axes, weights: np.ndarray) -> None:
 
 
 def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None:
-    """The box in its class's colour."""
+    """The box in its class's color."""
     x0, y0, x1, y1 = detection.box
     color = class_color(detection.class_index)
     axes.add_patch(
@@ -293,10 +293,10 @@ def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None
     )
 
 
-def draw_centre(axes: Axes, detection: DetectionMaps, markersize: float = 11) -> None:
-    """A plus at the predicted centre, which the heads share."""
+def draw_center(axes: Axes, detection: DetectionMaps, markersize: float = 11) -> None:
+    """A plus at the predicted center, which the heads share."""
     axes.plot(
-        *detection.centre,
+        *detection.center,
         "+",
         color="white",
         markersize=markersize,
@@ -305,9 +305,9 @@ def draw_centre(axes: Axes, detection: DetectionMaps, markersize: float = 11) ->
     )
 
 
-def number_heads(axes: Axes, centres: np.ndarray) -> None:
+def number_heads(axes: Axes, centers: np.ndarray) -> None:
     """Numbered dots at (H', 2) positions; none if the heads share theirs."""
-    for head, (x, y) in enumerate(centres if len(centres) > 1 else ()):
+    for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
         axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
         axes.text(
             x,
@@ -321,11 +321,11 @@ def number_heads(axes: Axes, centres: np.ndarray) -> None:
         )
 
 
-def _draw_head_centre(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:
+def _draw_head_center(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:
     """Marked the more clearly, the more the query reads from that scale."""
     weight = detection.scale_weights[scale] if len(detection.strides) > 1 else 1.0
     axes.plot(
-        *detection.head_centres[scale, head],
+        *detection.head_centers[scale, head],
         _SCALE_MARKERS[scale % len(_SCALE_MARKERS)],
         color="white",
         markeredgecolor="black",

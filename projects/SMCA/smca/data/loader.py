@@ -140,7 +140,7 @@ def build_train_loader(
         logger.info("Training data are shuffled with seed %d.", seed)
 
     if isinstance(dataset, list):
-        # Serialised into one buffer, which forked workers share without copying it.
+        # Serialized into one buffer, which forked workers share without copying it.
         dataset = DatasetFromList(dataset, copy=False)
     batches = _EndlessBatches(
         size=len(dataset),

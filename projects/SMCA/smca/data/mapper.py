@@ -86,7 +86,7 @@ def _matching_transpose(
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Grey levels of more than 8 bits to uint8, without clipping.
+    """Gray levels of more than 8 bits to uint8, without clipping.
 
     Unsigned 16-bit levels keep their fixed range (65535 becomes 255), and so do wider
     integers that fit 8 or 16 bits. Anything else, floats too, is stretched from its own least
@@ -103,7 +103,7 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode (grey, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB; transparency is
+    """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB; transparency is
     dropped, as Detectron2 does."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
@@ -115,7 +115,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def read_image(
     path: PathLike, height: Optional[int] = None, width: Optional[int] = None
 ) -> np.ndarray:
-    """Read an image of any mode that Pillow knows (grey, palette, RGBA, CMYK, 1, 16 or 32 bits).
+    """Read an image of any mode that Pillow knows (gray, palette, RGBA, CMYK, 1, 16 or 32 bits).
 
     EXIF orientation is applied, unless only the stored orientation has the expected size:
     annotation tools disagree on which of the two they mean.

@@ -36,7 +36,7 @@ _NUM_OBJECTS = (1, 6)
 LENGTHS = (28, 100)  # long side of a shape before it is rotated, in pixels
 _ASPECT_RATIOS = (0.5, 1.0)  # short side by long side
 _MAX_ROTATION = 20  # degrees, either way
-_CONTRASTS = (140, 260)  # distance in RGB between a shape's colour and what it covers
+_CONTRASTS = (140, 260)  # distance in RGB between a shape's color and what it covers
 _MIN_VISIBLE_FRACTION = 0.6
 _MIN_BOX_SIDE = 2 / 7  # of the shortest long side
 _SUPERSAMPLING = 3
@@ -209,7 +209,7 @@ def _is_visible_enough(mask: np.ndarray, full_area: float, min_side: float) -> b
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float: a colour gradient, coarse and fine noise, and clutter strokes."""
+    """(H, W, 3) float: a color gradient, coarse and fine noise, and clutter strokes."""
     direction = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:height, :width]
     ramp = math.cos(direction) * x / width + math.sin(direction) * y / height
@@ -271,11 +271,11 @@ def _random_shape(
     angle = math.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     corners = corners @ rotation
-    centre = rng.uniform(0.08, 0.92, 2) * (width, height)
+    center = rng.uniform(0.08, 0.92, 2) * (width, height)
     border = max(1.0, 0.06 * length)  # pixels
     inner = corners * max(0.0, 1 - 2 * border / (length * aspect_ratio))
-    alpha = _coverage(corners + centre, height, width)
-    return alpha, _polygon_area(corners), alpha - _coverage(inner + centre, height, width)
+    alpha = _coverage(corners + center, height, width)
+    return alpha, _polygon_area(corners), alpha - _coverage(inner + center, height, width)
 
 
 def _unit_polygon(rng: np.random.Generator, name: str) -> np.ndarray:
@@ -292,7 +292,7 @@ def _coverage(corners: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W) float: the share of each pixel inside the polygon, by supersampling."""
     factor = _SUPERSAMPLING
     fine = Image.new("L", (int(width) * factor, int(height) * factor))
-    # Pillow's coordinates are pixel centres.
+    # Pillow's coordinates are pixel centers.
     ImageDraw.Draw(fine).polygon([tuple(point) for point in corners * factor - 0.5], fill=255)
     return np.asarray(fine.reduce(factor)) / 255.0
 
@@ -326,7 +326,7 @@ def _paint(
 
 
 def _contrasting_color(rng: np.random.Generator, covered: np.ndarray) -> np.ndarray:
-    """(3,) RGB that differs from the `covered` colour about as much as one of _CONTRASTS."""
+    """(3,) RGB that differs from the `covered` color about as much as one of _CONTRASTS."""
     contrast = rng.uniform(*_CONTRASTS)
     candidates = rng.uniform(0, 255, (64, 3))
     distances = np.linalg.norm(candidates - covered, axis=1)
@@ -334,7 +334,7 @@ def _contrasting_color(rng: np.random.Generator, covered: np.ndarray) -> np.ndar
 
 
 def _texture(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
-    """(H, W, 3 or 1) float, about 0: the pattern that is added to a shape's colour."""
+    """(H, W, 3 or 1) float, about 0: the pattern that is added to a shape's color."""
     amplitude = rng.uniform(10, 30)
     y, x = np.mgrid[:height, :width]
     angle, period = rng.uniform(0, math.pi), rng.uniform(5, 12)

@@ -51,13 +51,13 @@ class Trainer(SimpleTrainer):
     middle (:func:`smca.data.build_train_loader`).
 
     Args:
-        model: from a batch to a dict of scalar losses whose sum is minimised; may be wrapped in
+        model: from a batch to a dict of scalar losses whose sum is minimized; may be wrapped in
             DistributedDataParallel.
         data_loader: batches, endless.
         optimizer: of the model's parameters.
         amp_dtype: bfloat16 or float16 runs the model under autocast; float16 scales the loss as
             well. None: no mixed precision.
-        accumulate: batches per iteration. Their losses are averaged, each as the model normalised
+        accumulate: batches per iteration. Their losses are averaged, each as the model normalized
             it for its own batch.
         clip_grad_norm: largest norm of all gradients together. None or 0 does not clip.
         seed: not negative, the same in all processes.

@@ -1,6 +1,6 @@
 """A trained detector as one file that runs without this package: ONNX, or PyTorch's own .pt2.
 
-The graph is the model's own forward pass, traced by `torch.export`, with normalisation and the
+The graph is the model's own forward pass, traced by `torch.export`, with normalization and the
 choice of the best detections inside. Resizing is left to the caller; how to do it is said in the
 file's metadata.
 """
@@ -91,7 +91,7 @@ def check_export(output: str, format: str) -> None:
     """
     if format == "torchscript":
         raise UserError(
-            "--format torchscript is not written, for PyTorch has deprecated torch.jit in favour "
+            "--format torchscript is not written, for PyTorch has deprecated torch.jit in favor "
             "of torch.export: take --format pt2 for PyTorch, or onnx for other runtimes."
         )
     if format not in FORMATS:

@@ -1,4 +1,4 @@
-"""Generalised IoU of boxes that broadcast; the rest of box arithmetic is torchvision's.
+"""Generalized IoU of boxes that broadcast; the rest of box arithmetic is torchvision's.
 
 torchvision's GIoU loss picks elements with a Boolean mask, for which the host has to wait for a
 GPU, and its pairwise GIoU takes no batches in version 0.21. This one serves the matcher (every
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al., CVPR 2019).
+    """Generalized IoU (Rezatofighi et al., CVPR 2019).
 
     Args:
         boxes1_xyxy: (..., 4) corners (x0, y0, x1, y1) in any one unit, x1 >= x0 and y1 >= y0.

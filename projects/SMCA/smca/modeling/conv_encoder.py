@@ -1,6 +1,6 @@
 """Convolutional multi-scale encoder: the authors' later "new multi scale" model.
 
-Depthwise convolutions mix the cells of a scale and of its neighbours in place of self-attention.
+Depthwise convolutions mix the cells of a scale and of its neighbors in place of self-attention.
 They do not know the padding mask: what lies under padding does reach the valid cells near it.
 """
 
@@ -22,7 +22,7 @@ def depthwise(embed_dim: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class ConvEncoderLayer(nn.Module):
-    """Convolutions within and between neighbouring scales, then the FFN; post-norm.
+    """Convolutions within and between neighboring scales, then the FFN; post-norm.
 
     Args:
         embed_dim: d.

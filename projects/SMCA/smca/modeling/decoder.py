@@ -24,8 +24,8 @@ class Memory(NamedTuple):
 class DecoderOutput(NamedTuple):
     """
     Attributes:
-        hidden: (N, B, Q, d) normalised output of each of the N layers.
-        reference: (B, Q, 2) predicted centre (x, y) before its sigmoid; None without modulation.
+        hidden: (N, B, Q, d) normalized output of each of the N layers.
+        reference: (B, Q, 2) predicted center (x, y) before its sigmoid; None without modulation.
     """
 
     hidden: Tensor
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         modulation: "multi_head", "head_shared" or "none" (DETR's layer).
-        predicts_centre: the first layer of a modulated decoder predicts the centre for all.
+        predicts_center: the first layer of a modulated decoder predicts the center for all.
         The others as in `Decoder`.
     """
 
@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         beta: float,
         offset_gain: Optional[float],
         scale_selection: bool,
-        predicts_centre: bool,
+        predicts_center: bool,
     ):
         super().__init__()
         self.self_attention = MultiheadAttention(embed_dim, num_heads, dropout)
@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
 
         # What a setting does not use does not exist.
         self.input_norm: Optional[nn.LayerNorm] = None
-        self.centre: Optional[nn.Module] = None
+        self.center: Optional[nn.Module] = None
         self.modulation: Optional[WeightMapPredictor] = None
         self.scale_weight: Optional[nn.Linear] = None
         if modulation != "none":
@@ -80,10 +80,10 @@ class DecoderLayer(nn.Module):
                 beta=beta,
                 offset_gain=offset_gain,
             )
-            self.centre = mlp(embed_dim, 2) if predicts_centre else None
+            self.center = mlp(embed_dim, 2) if predicts_center else None
         if scale_selection and num_scales > 1:
             self.scale_weight = nn.Linear(embed_dim, num_scales)
-        readers = [m for m in (self.centre, self.modulation, self.scale_weight) if m is not None]
+        readers = [m for m in (self.center, self.modulation, self.scale_weight) if m is not None]
         if any(list(reader.parameters()) for reader in readers):
             self.input_norm = nn.LayerNorm(embed_dim)
 
@@ -109,11 +109,11 @@ class DecoderLayer(nn.Module):
         layer_input = located if self.input_norm is None else self.input_norm(located)
         if self.modulation is not None:
             with float32_region(layer_input):
-                if self.centre is not None:
-                    reference = self.centre(layer_input)
+                if self.center is not None:
+                    reference = self.center(layer_input)
                 assert reference is not None  # the first layer predicts it
-                centre = reference.sigmoid() * image_sizes
-            weight_maps = self.modulation(layer_input, centre, memory.scales)
+                center = reference.sigmoid() * image_sizes
+            weight_maps = self.modulation(layer_input, center, memory.scales)
         if self.scale_weight is not None:
             with float32_region(layer_input):
                 scale_weights = self.scale_weight(layer_input).softmax(dim=-1)
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         spread: the maps' shape, one of `weight_map.SPREADS`.
         beta: divides the squared distances.
         offset_gain: of the initial weights that predict the heads' offsets; None: sqrt(beta / 8),
-            for heads to start as many radii of a map from the centre as published.
+            for heads to start as many radii of a map from the center as published.
         scale_selection: each query weighs the scales; without, their results are simply added.
     """
 
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
                 beta=beta,
                 offset_gain=offset_gain,
                 scale_selection=scale_selection,
-                predicts_centre=index == 0,
+                predicts_center=index == 0,
             )
             for index in range(num_layers)
         )

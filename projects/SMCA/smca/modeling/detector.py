@@ -185,7 +185,7 @@ class SMCA(nn.Module):
         return self.criterion(*predictions, targets)
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
-        """Images normalised, then padded at the right and bottom with zeros: (B, 3, H, W)."""
+        """Images normalized, then padded at the right and bottom with zeros: (B, 3, H, W)."""
         images = [
             (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
             for x in batched_inputs
@@ -226,14 +226,14 @@ class SMCA(nn.Module):
         return self.decoder(scales, self.query_embed.weight, sizes)
 
     def predict(self, decoded: DecoderOutput) -> Predictions:
-        """Class logits and boxes; the predicted centre is the boxes' starting point."""
+        """Class logits and boxes; the predicted center is the boxes' starting point."""
         hidden = decoded.hidden if self.training else decoded.hidden[-1:]
         with float32_region(hidden):
             logits = self.class_embed(hidden)
             boxes = self.box_embed(hidden)
             if decoded.reference is not None:
-                centre, size = boxes.split(2, dim=-1)
-                boxes = torch.cat([centre + decoded.reference, size], dim=-1)
+                center, size = boxes.split(2, dim=-1)
+                boxes = torch.cat([center + decoded.reference, size], dim=-1)
             return Predictions(logits, boxes.sigmoid())
 
     def best(self, predictions: Predictions) -> Detections:

@@ -76,7 +76,7 @@ def attend(
 
 def _can_fuse(query: Tensor, key: Tensor, logit_factor: float, dropout_p: float) -> bool:
     """Whether PyTorch's fused kernel does it right. The CPU's has no dropout, and its gradients of
-    logits in the millions, as a badly initialised network has them, are wrong: where a weight is 1,
+    logits in the millions, as a badly initialized network has them, are wrong: where a weight is 1,
     a logit's gradient is 0 but for a rounding, which large keys multiply. (A weight map's products
     are large too, but they cancel, and the whole numbers they meet are small.)"""
     # A compiled graph takes one way for all inputs, whatever they hold.
@@ -119,7 +119,7 @@ def fit_channels(
     query, cells, long = channels
     query = query / logit_factor
     if dtype in HALF_TYPES:
-        # A map too narrow for float16 to hold becomes wider, around the same centre; there it is
+        # A map too narrow for float16 to hold becomes wider, around the same center; there it is
         # still less than a cell. In bfloat16 too: of larger logits the CPU's kernel, which computes
         # them twice, has gradients that are nan where the two differ much.
         largest = query.detach().abs().amax(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What encoder, decoder and heads share: the feed-forward block, a small MLP, initialisation,
+"""What encoder, decoder and heads share: the feed-forward block, a small MLP, initialization,
 activation checkpointing."""
 
 from typing import Any
@@ -12,7 +12,7 @@ from .dropout import Dropout, relu_dropout
 
 
 class FeedForward(nn.Module):
-    """linear, ReLU, dropout, linear, dropout, added to the input and normalised (post-norm)."""
+    """linear, ReLU, dropout, linear, dropout, added to the input and normalized (post-norm)."""
 
     def __init__(self, embed_dim: int, ffn_dim: int, dropout: float):
         super().__init__()

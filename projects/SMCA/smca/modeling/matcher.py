@@ -41,7 +41,7 @@ class HungarianMatcher(nn.Module):
     Args:
         class_weight: of the class cost.
         box_weight: of the L1 distance of the boxes.
-        giou_weight: of the generalised IoU.
+        giou_weight: of the generalized IoU.
         alpha: of the focal loss, whose change by a match is the class cost.
         gamma: of the focal loss.
     """

@@ -46,7 +46,7 @@ def attend_in_pieces(
         # What dropout keeps is divided by 1 - p: here the values are, which are fewer.
         inputs = [query, key, value * keep_factor(dropout_p)]
         if weight_map is not None:
-            map_inputs = (weight_map.centres, weight_map.spreads)
+            map_inputs = (weight_map.centers, weight_map.spreads)
             inputs += [x.expand(-1, heads, -1, -1) for x in map_inputs]
         inputs = [x.flatten(0, 1) for x in inputs]
         if padding_mask is not None:
@@ -76,7 +76,7 @@ class _InPieces(torch.autograd.Function):
     """`attend_at_once` with images and heads as R rows, and without the factor 1 / (1 - p).
 
     query: (R, N, d_h). key, value: (R, S, d_h). padding_mask: (R, S) or None. map_inputs: of a
-    weight map the centres (R, N, 2) and spreads (R, N, n)."""
+    weight map the centers (R, N, 2) and spreads (R, N, n)."""
 
     @staticmethod
     def forward(
@@ -152,11 +152,11 @@ def _weights(
 
 
 def _log_weights(weight_map: Optional[WeightMap], inputs: Sequence[Tensor]) -> Optional[Tensor]:
-    """(r, n, S) log-weights of a piece, whose centres and spreads are given."""
+    """(r, n, S) log-weights of a piece, whose centers and spreads are given."""
     if weight_map is None:
         return None
-    centres, spreads = (x[None] for x in inputs)  # a map has images and heads
-    return replace(weight_map, centres=centres, spreads=spreads).log_weights()[0].flatten(2)
+    centers, spreads = (x[None] for x in inputs)  # a map has images and heads
+    return replace(weight_map, centers=centers, spreads=spreads).log_weights()[0].flatten(2)
 
 
 def _pieces(query: Tensor, key: Tensor) -> Iterator[Tuple[slice, slice]]:

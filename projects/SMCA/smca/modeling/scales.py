@@ -61,7 +61,7 @@ def padding_masks(
     sizes: Sequence[Size],
     device: torch.device,
 ) -> List[Optional[Tensor]]:
-    """Each scale's padding mask: the pixel mask resized with nearest neighbour.
+    """Each scale's padding mask: the pixel mask resized with nearest neighbor.
 
     Args:
         image_sizes: (height, width) of each image in pixels, before the batch was padded. As a

@@ -1,8 +1,8 @@
 """Dynamic spatial weight maps (SMCA, sections 3.2 and 3.3): where each query's heads look.
 
-A query predicts for each of its heads a centre and a spread; the head's map says how much each cell
+A query predicts for each of its heads a center and a spread; the head's map says how much each cell
 of the image weighs. Attention adds the map's logarithm to its logits. The paper's log-weight of the
-cell at distance (dx, dy), in cells, from the head's centre is
+cell at distance (dx, dy), in cells, from the head's center is
 
     -(a_x^2 dx^2 + a_y^2 dy^2) * factor,      factor = stride / 32 / beta,
 
@@ -75,13 +75,13 @@ class WeightMap(ABC):
     also takes the fast kernels.
 
     Attributes:
-        centres: (B, H', Q, 2) heads' centres (x, y) in cells.
+        centers: (B, H', Q, 2) heads' centers (x, y) in cells.
         spreads: (B, H', Q, n), as many values as `initial_spreads` has, as the query predicts them.
         factor: multiplies squared distances.
         size: (h, w) in cells.
     """
 
-    centres: Tensor
+    centers: Tensor
     spreads: Tensor
     factor: float
     size: Tuple[int, int]
@@ -90,7 +90,7 @@ class WeightMap(ABC):
 
     @abstractmethod
     def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """Log-weights at distances from the heads' centres, at most 0.
+        """Log-weights at distances from the heads' centers, at most 0.
 
         Args:
             dx, dy: (B, H', Q, 1, w) and (B, H', Q, h, 1) in cells.
@@ -101,13 +101,13 @@ class WeightMap(ABC):
 
     def log_weights(self, x: Optional[Tensor] = None, y: Optional[Tensor] = None) -> Tensor:
         """(B, H', Q, h, w) log-weights of all cells, or of places x (w,) and y (h,) in cells."""
-        centres = self.centres
+        centers = self.centers
         height, width = self.size
         if x is None:
-            x = torch.arange(width, dtype=centres.dtype, device=centres.device)
+            x = torch.arange(width, dtype=centers.dtype, device=centers.device)
         if y is None:
-            y = torch.arange(height, dtype=centres.dtype, device=centres.device)
-        dx, dy = x - centres[..., 0:1], y - centres[..., 1:2]
+            y = torch.arange(height, dtype=centers.dtype, device=centers.device)
+        dx, dy = x - centers[..., 0:1], y - centers[..., 1:2]
         return self.log_weights_at(dx[..., None, :], dy[..., :, None])
 
     def channels(self) -> Optional[Channels]:
@@ -127,7 +127,7 @@ class Gaussian(WeightMap):
     @property
     def precisions(self) -> Tensor:
         """(B, H', Q, 2): what multiplies dx^2 and dy^2."""
-        return (self.factor * self.spreads.square()).expand_as(self.centres)
+        return (self.factor * self.spreads.square()).expand_as(self.centers)
 
     def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
         p_x, p_y = self.precisions[..., None, None, :].unbind(-1)
@@ -136,7 +136,7 @@ class Gaussian(WeightMap):
     def channels(self) -> Channels:
         # -p (x - c)^2 = -p x^2 + 2 p c x - p c^2 for each axis. The last term is the same for all
         # cells, but it keeps the logits small, and with them the rounding of the gradients.
-        c_x, c_y = self._centres_from_middle()
+        c_x, c_y = self._centers_from_middle()
         p_x, p_y = self.precisions.unbind(-1)
         shared = (p_x * c_x.square() + p_y * c_y.square()) / 64  # float16 ends at 65504
         query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared]
@@ -146,14 +146,14 @@ class Gaussian(WeightMap):
 
     # Counted from the middle cell, coordinates and their products are small whole numbers.
 
-    def _centres_from_middle(self) -> Tuple[Tensor, Tensor]:
+    def _centers_from_middle(self) -> Tuple[Tensor, Tensor]:
         height, width = self.size
-        return self.centres[..., 0] - width // 2, self.centres[..., 1] - height // 2
+        return self.centers[..., 0] - width // 2, self.centers[..., 1] - height // 2
 
     def _cells_from_middle(self) -> Tuple[Tensor, Tensor]:
         """x and y of all cells, (h * w,) each."""
         height, width = self.size
-        device = self.centres.device
+        device = self.centers.device
         x = torch.arange(width, dtype=torch.float32, device=device) - width // 2
         y = torch.arange(height, dtype=torch.float32, device=device) - height // 2
         return x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()
@@ -172,14 +172,14 @@ class FixedGaussian(Gaussian):
 
     @property
     def precisions(self) -> Tensor:
-        return torch.full_like(self.centres, self.factor)
+        return torch.full_like(self.centers, self.factor)
 
 
 class CovarianceGaussian(WeightMap):
     """-(a_x^2 dx^2 + a_y^2 dy^2 + a_xy^2 dx^2 dy^2), the official code's "type4".
 
     It has no channels: products grow with the fourth power of the distance, and the small
-    log-weights near the centre would be lost among them."""
+    log-weights near the center would be lost among them."""
 
     initial_spreads = (1.0, 1.0, 1.0)
 
@@ -206,7 +206,7 @@ class RotatedGaussian(Gaussian):
         p_xx = self.factor * a_x.square()
         p_yy = self.factor * (a_xy.square() + a_y.square())
         p_xy = self.factor * a_x * a_xy
-        c_x, c_y = self._centres_from_middle()
+        c_x, c_y = self._centers_from_middle()
         slope_x, slope_y = p_xx * c_x + p_xy * c_y, p_xy * c_x + p_yy * c_y
         shared = (slope_x * c_x + slope_y * c_y) / 64
         query = [-p_xx, 2 * slope_x, -p_yy, 2 * slope_y, -2 * p_xy, -shared]
@@ -279,12 +279,12 @@ class WeightMapPredictor(nn.Module):
 
     Args:
         embed_dim: d. num_heads: H. num_scales: L.
-        modulation: "multi_head": each head has an offset from the shared centre and a spread of
-            its own; "head_shared": all heads look around the centre with one spread.
+        modulation: "multi_head": each head has an offset from the shared center and a spread of
+            its own; "head_shared": all heads look around the center with one spread.
         spread: the shape, one of `SPREADS`.
         beta: divides the squared distance; a larger one makes wider maps.
         offset_gain: of the offsets' initial weights. With 1 heads start about 1.4 cells from the
-            centre, 0.7 radii of maps with the published beta = 8. None: sqrt(beta / 8), which keeps
+            center, 0.7 radii of maps with the published beta = 8. None: sqrt(beta / 8), which keeps
             that proportion (and is 1 as published).
 
     Raises:
@@ -331,11 +331,11 @@ class WeightMapPredictor(nn.Module):
             with torch.no_grad():
                 self.spread.bias.copy_(initial.repeat(self.num_scales * self.num_heads))
 
-    def forward(self, queries: Tensor, centre: Tensor, grids: Sequence[Grid]) -> List[WeightMap]:
+    def forward(self, queries: Tensor, center: Tensor, grids: Sequence[Grid]) -> List[WeightMap]:
         """
         Args:
-            queries: (B, Q, d), the layer's normalised input.
-            centre: (B, Q, 2), (x, y) in pixels.
+            queries: (B, Q, d), the layer's normalized input.
+            center: (B, Q, 2), (x, y) in pixels.
             grids: the L scales.
 
         Returns:
@@ -353,10 +353,10 @@ class WeightMapPredictor(nn.Module):
             )
         maps = []
         for index, grid in enumerate(grids):
-            centres = (centre / grid.stride)[:, None]
+            centers = (center / grid.stride)[:, None]
             if offsets is not None:
-                centres = centres + offsets[index]
-            values = centres[..., :0] if spreads is None else spreads[index]
+                centers = centers + offsets[index]
+            values = centers[..., :0] if spreads is None else spreads[index]
             factor = (grid.stride / REFERENCE_STRIDE if len(grids) > 1 else 1.0) / self.beta
-            maps.append(self.shape(centres, values, factor, grid.size))
+            maps.append(self.shape(centers, values, factor, grid.size))
         return maps

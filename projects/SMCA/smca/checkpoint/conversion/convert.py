@@ -1,6 +1,6 @@
 """Checkpoints of other origin in Detectron2's format.
 
-The official SMCA models, DETR's (as an initialisation) and torchvision's ResNets are told apart by
+The official SMCA models, DETR's (as an initialization) and torchvision's ResNets are told apart by
 their tensors' names and shapes.
 """
 
@@ -40,7 +40,7 @@ class Conversion:
     """
     Attributes:
         model: tensors under this project's names.
-        description: what was recognised, in words.
+        description: what was recognized, in words.
         config: name of the config whose model it is; None for a backbone.
         overrides: ``key=value``, to add to that config.
         class_names: of the class outputs, None if they are not COCO's.
@@ -231,7 +231,7 @@ def _softmax_to_sigmoid(model: Dict[str, Tensor]) -> str:
         # sigmoid(l_c - l_none) = p_c / (p_c + p_none).
         model[key] = model[key][:-1] - model[key][-1:]
     return (
-        "It is an initialisation for training with focal loss. The class head's last output (no "
+        "It is an initialization for training with focal loss. The class head's last output (no "
         "object) is subtracted from the others and left out, so that a class's sigmoid is its "
         "probability against no object; all other weights are kept as they are."
     )

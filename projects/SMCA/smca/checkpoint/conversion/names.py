@@ -38,7 +38,7 @@ _RULES: List[Tuple[str, Union[str, Callable[[Match[str]], str]]]] = [
     (r"(decoder\.layers\.\d+)\.ffn\.norm\.", r"\1.norm3."),
     (r"\.ffn\.linear", r".linear"),
     (r"\.input_norm\.", r".norm4."),
-    (r"\.centre\.", r".point1."),
+    (r"\.center\.", r".point1."),
     (r"\.modulation\.offset\.", r".point2."),
     (r"\.modulation\.spread\.", r".point3."),
     (r"\.scale_weight\.", r".point4."),
