@@ -153,6 +153,49 @@ def test_training_starts_from_a_detector_of_other_classes(tmp_path):
     assert "1 of 2 classes start anew (round)" in (tmp_path / "run" / "log.txt").read_text()
 
 
+# Yesterday's names
+
+
+def yesterdays(weights):
+    """Weights of a model by the names that they had in the last release."""
+    names = {name: name.replace(".center.", ".centre.") for name in weights}
+    assert any(name != old for name, old in names.items())
+    return {old: weights[name] for name, old in names.items()}
+
+
+def test_a_training_by_yesterdays_names_is_resumed_to_the_same_bits(tmp_path, own):
+    words = ["--config-file", FINE_TUNE, *own, "train.early_stopping=0"]
+    words += ["train.model_ema.enabled=True", "train.max_epochs=2", "train.checkpointer.period=2"]
+    main(arguments(*words))
+    run = tmp_path / "run"
+    unbroken = torch.load(run / "model_final.pth", weights_only=True)
+    (run / "model_final.pth").unlink()
+    path = run / "model_0000001.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    for key in ("model", "model_ema"):
+        checkpoint[key] = yesterdays(checkpoint[key])
+    torch.save(checkpoint, path)
+    (run / "last_checkpoint").write_text(path.name)
+    main(arguments("--resume", *words))
+    resumed = torch.load(run / "model_final.pth", weights_only=True)
+    for key in ("model", "model_ema"):
+        assert resumed[key].keys() == unbroken[key].keys()
+        assert all(torch.equal(resumed[key][name], x) for name, x in unbroken[key].items())
+
+
+@pytest.mark.parametrize("kind", ["model", "ema"])
+def test_a_detector_by_yesterdays_names_is_loaded(tmp_path, kind):
+    config = write_smca_config(tmp_path)
+    model = make_smca(config)
+    average = {name: 1.01 * value for name, value in model.state_dict().items()}
+    weights = {"model": model.state_dict(), "ema": average}
+    old = {"model": yesterdays(weights["model"]), "model_ema": yesterdays(average)}
+    torch.save(old, tmp_path / "old.pth")
+    predictor = smca.Predictor(tmp_path / "old.pth", config_file=config, weights=kind)
+    found = predictor.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights[kind].items())
+
+
 # The config
 
 

@@ -82,6 +82,18 @@ def test_a_published_detector_gives_the_same_detections(checkpoint, published):
     assert (predictor.weights, predictor.class_names) == ("ema", CLASS_NAMES)
 
 
+def test_a_detector_published_by_yesterdays_names_gives_the_same_detections(published, copy):
+    weights = safetensors.load_file(copy / "model.safetensors")
+    names = {name.replace(".center.", ".centre."): name for name in weights}
+    assert names.keys() != weights.keys()
+    safetensors.save_file(
+        {old: weights[name] for old, name in names.items()}, copy / "model.safetensors"
+    )
+    image = make_image(70, 110)
+    found, expected = (Predictor.from_pretrained(x)(image, threshold=0) for x in (copy, published))
+    assert torch.equal(found.scores, expected.scores)
+
+
 @pytest.mark.parametrize("kind, key", [("ema", "model_ema"), ("model", "model")])
 def test_the_file_holds_the_chosen_weights_and_nothing_else(checkpoint, tmp_path, kind, key):
     run(checkpoint, tmp_path, "--weights-kind", kind)

@@ -25,6 +25,7 @@ from smca.checkpoint.files import (
     write_atomically,
 )
 from smca.checkpoint.fine_tuning import CLASS_ROWS, QUERY_ROWS, adapt
+from smca.checkpoint.renames import rename_parameters
 from smca.errors import CheckpointError
 from smca.version import __version__
 
@@ -233,6 +234,13 @@ class SMCACheckpointer(DetectionCheckpointer):
             return self.load(str(copy))
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
+        checkpoint = self._read(filename)
+        for key in ("model", "model_ema"):
+            if isinstance(checkpoint.get(key), dict):
+                checkpoint[key] = rename_parameters(checkpoint[key])
+        return checkpoint
+
+    def _read(self, filename: str) -> Dict[str, Any]:
         if filename.endswith(".pkl") and not self._path.startswith(_MODEL_ZOO):
             data = load_arrays(filename)
             if "model" not in data or "__author__" not in data:

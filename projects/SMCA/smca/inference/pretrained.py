@@ -17,6 +17,7 @@ from detectron2.config import instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from smca.checkpoint.renames import rename_parameters
 from smca.config import resolve_device
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.inference.build import TrainedDetector
@@ -127,7 +128,7 @@ def load_pretrained(
     except Exception as error:  # whatever the called part says to its arguments
         raise ConfigError(f"{paths[0]} cannot be built: {error}") from error
     try:
-        safetensors.load_model(model, paths[1])
+        model.load_state_dict(rename_parameters(safetensors.load_file(paths[1])))
     except Exception as error:  # SafetensorError is no type of Python's own errors
         raise CheckpointError(f"{paths[1]} cannot be read or does not fit: {error}") from error
     return TrainedDetector(
