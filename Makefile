@@ -22,16 +22,16 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(strip $(EXTRAS)))
 
 setup: $(STAMP)
 ifneq ($(strip $(DETECTRON2)),)
-	$(BIN)/python tools/install_detectron2.py "$(DETECTRON2)"
+	$(BIN)/python dev/install_detectron2.py "$(DETECTRON2)"
 endif
 
-$(STAMP): setup.cfg constraints.txt tools/install_detectron2.py
+$(STAMP): setup.cfg constraints.txt dev/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "SMCA needs Python 3.10 to 3.13: run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
-	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/python dev/install_detectron2.py
 	touch $(STAMP)
 
 test: setup

@@ -221,7 +221,7 @@ def test_peak_memory_counts_what_was_freed_again():
 
 
 def run_script(*words):
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *map(str, words)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), *map(str, words)]
     return subprocess.run(command, env=child_environment(), capture_output=True, text=True)
 
 

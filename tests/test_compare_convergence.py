@@ -716,7 +716,13 @@ def test_a_report_cannot_be_trained(finished, capsys):
 def test_without_pandas_it_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "pandas.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "compare_convergence.py"), "x"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(ROOT / "benchmarks" / "compare_convergence.py"),
+        "x",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("Error: Studies need pandas: run")

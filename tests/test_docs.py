@@ -44,7 +44,7 @@ def test_every_command_and_piece_of_python_in_the_documentation_is_right(capsys)
         ("sbatch tools/slurm_train.sh --config-file configs/gone.py", "gone.py"),
         ("python demo.py --weights FILE", "--input"),
         ("python tools/evaluate.py --output report", "--weights"),
-        ("python tools/benchmark.py matcher --repeats many", "many"),
+        ("python benchmarks/benchmark.py matcher --repeats many", "many"),
         ("python tools/draw_official_log.py --size 3", "--size"),
         ("python tools/figures.py --size 3", "no options"),
         ("python -m pytest tests/test_gone.py", "test_gone.py does not exist"),

@@ -1,4 +1,4 @@
-"""Damaged annotation files, images, configs and checkpoints; tools/stress/fuzz.py tries more."""
+"""Damaged annotation files, images, configs and checkpoints; dev/fuzz.py tries more."""
 
 import json
 import logging
@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
+import fuzz
 from smca.checkpoint.conversion import read_state_dict
 from smca.errors import CheckpointError
-from stress import fuzz
 
 EXAMPLES = 20  # of each of the five kinds
 

@@ -45,7 +45,7 @@ def test_the_report_has_every_check_and_the_speed_in_both_types(tmp_path, monkey
     seconds = [record["median_s"] for record in content["records"]]
     assert speeds == pytest.approx([n / s for n, s in zip([1, 2, 1, 2], seconds)], rel=0.1)
     text = (tmp_path / "report.md").read_text()
-    assert "tools/gpu_check.py --device cpu" in text and "two processes | " in text
+    assert "benchmarks/gpu_check.py --device cpu" in text and "two processes | " in text
 
 
 def test_when_time_is_up_nothing_new_begins(monkeypatch, tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import re
 
+import kill
 from helpers import error_of
 from smca.errors import UserError
-from stress import kill
 
 
 def test_a_training_that_is_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(

@@ -1,7 +1,7 @@
 """The paper's recipe in miniature: its rates, dropout and schedule, a pretrained backbone with a
 frozen stem; one scale, the middle one (stride 16), of objects that differ ten times in size.
 
-`tools/train_backbone.py` makes the backbone.
+`benchmarks/train_backbone.py` makes the backbone.
 """
 
 from detectron2.config import LazyCall as L

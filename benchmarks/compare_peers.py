@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Speed and memory of this project's models beside what a user would take instead.
 
-    python tools/compare_peers.py --official DIR --output peers.json
-    python tools/compare_peers.py --only single hf_detr --tasks inference --dtypes float32
+    python benchmarks/compare_peers.py --official DIR --output peers.json
+    python benchmarks/compare_peers.py --only single hf_detr --tasks inference --dtypes float32
 
 Models: {models}.
 
@@ -60,7 +60,7 @@ def measure(name: str, task: str, dtype: str, options: Options) -> Record:
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # What the builders of tools/benchmark_cases.py take.
+    # What the builders of benchmarks/benchmark_cases.py take.
     settings = argparse.Namespace(
         **{**vars(options), "dtype": dtype, "device": "cpu", "compile": False, "overrides": []}
     )

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Time and peak memory of the models and their parts.
 
-    python tools/benchmark.py --output ours.json                     # everything, the main models
-    python tools/benchmark.py co_attention co_attention_scaling
-    python tools/benchmark.py inference train_step --config configs/smca_conv_r50_50ep.py
-    python tools/benchmark.py inference --device cuda --dtype bf16 --compile
-    python tools/benchmark.py train_step model.dropout=0 model.num_queries=100
-    python tools/benchmark.py inference --config configs/detr_r50_50ep.py --profile
-    python tools/benchmark.py --compare before.json after.json      # ratios, before over after
+    python benchmarks/benchmark.py --output ours.json       # everything, the main models
+    python benchmarks/benchmark.py co_attention co_attention_scaling
+    python benchmarks/benchmark.py inference train_step --config configs/smca_conv_r50_50ep.py
+    python benchmarks/benchmark.py inference --device cuda --dtype bf16 --compile
+    python benchmarks/benchmark.py train_step model.dropout=0 model.num_queries=100
+    python benchmarks/benchmark.py inference --config configs/detr_r50_50ep.py --profile
+    python benchmarks/benchmark.py --compare before.json after.json      # ratios, before over after
 
 Measurements: {measurements}.
 

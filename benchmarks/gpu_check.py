@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What only a GPU can show, in under ten minutes, as a report.
 
-    python tools/gpu_check.py --output gpu_report
-    python tools/gpu_check.py --device cpu --quick      # the same in miniature, to test this tool
+    python benchmarks/gpu_check.py --output gpu_report
+    python benchmarks/gpu_check.py --device cpu --quick   # the same in miniature, to test this tool
 
 Of each main model: whether the GPU computes what the CPU does, losses and gradients; mixed
 precision; torch.compile; activation checkpointing with dropout; two processes that share a batch

@@ -7,7 +7,7 @@ A page has a table between two marks:
     <!-- end -->
 
 The file holds "columns", "rows" of texts, and the "command" that measured them. Marks may choose
-columns, `docs/figures/x.json: s | MiB`, and of a study's report (tools/compare_convergence.py) name
+columns, `docs/figures/x.json: s | MiB`, and of a study's report (compare_convergence.py) name
 the comparison first, `docs/convergence/shapes.json main: run | AP`.
 """
 
@@ -144,7 +144,7 @@ def with_tables(root: Path, text: str) -> str:
 
 def command_line(script: str, words: Sequence[str]) -> str:
     """What a user types for a tool (its `__file__`) with these words."""
-    return shlex.join(["python", f"tools/{Path(script).name}", *words])
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
 
 
 def write_figures(

@@ -1,4 +1,4 @@
-"""The models that tools/compare_peers.py measures: ours, and what a user would take instead.
+"""The models that benchmarks/compare_peers.py measures: ours, and what a user would take instead.
 
 Each `Model` has two stages, so that memory can be told apart: `load` imports what it needs, and
 gives what builds the function to measure. All have random weights and see the same images, with
@@ -65,7 +65,7 @@ class Model:
 
 
 def ours(config: str) -> Callable[[Options], Build]:
-    """A config's model, as tools/benchmark.py measures it."""
+    """A config's model, as benchmarks/benchmark.py measures it."""
 
     def load(options: Options) -> Build:
         path = str(CONFIGS / f"{config}.py")

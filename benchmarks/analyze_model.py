@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Parameters and GFLOPs of the configs' models, beside the paper's.
 
-    python tools/analyze_model.py                    # the main models
-    python tools/analyze_model.py configs/detr_r50_50ep.py model.num_queries=100
+    python benchmarks/analyze_model.py                    # the main models
+    python benchmarks/analyze_model.py configs/detr_r50_50ep.py model.num_queries=100
 
 GFLOPs are multiply-adds of one image, counted by fvcore while the model runs: convolutions, matrix
 products and norms (frozen ones are part of the convolutions), and the two products of fused

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Bad input at scale: random damage to annotation files, images, configs and checkpoints.
 
-    python tools/stress/fuzz.py --examples 500            # of each kind
-    python tools/stress/fuzz.py --examples 5000 --kind checkpoint --seed 1
+    python dev/fuzz.py --examples 500            # of each kind
+    python dev/fuzz.py --examples 5000 --kind checkpoint --seed 1
 
 Whatever the damage, either there is one error for the user, which names the file or the key, or
 the input is used for what it says, which is checked by other means. The first input for which

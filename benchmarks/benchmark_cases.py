@@ -1,4 +1,4 @@
-"""What tools/benchmark.py measures: each `Job` builds a function to call again and again."""
+"""What benchmarks/benchmark.py measures: each `Job` builds a function to call again and again."""
 
 import argparse
 import copy
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from analyze_model import analyze, analyze_training
 
-Options = argparse.Namespace  # of tools/benchmark.py
+Options = argparse.Namespace  # of benchmarks/benchmark.py
 Size = Tuple[int, int]  # (height, width)
 Run = Callable[[], Any]  # what is measured
 

@@ -1,5 +1,5 @@
 """
-What ``tools/compare_convergence.py`` trains: a study, read from YAML, and of each of its trainings
+What ``compare_convergence.py`` trains: a study, read from YAML, and of each of its trainings
 what it has reached after how many steps and seconds.
 """
 

@@ -1,5 +1,5 @@
 """
-The report of ``tools/compare_convergence.py``: plain data (JSON) of what every training reached,
+The report of ``compare_convergence.py``: plain data (JSON) of what every training reached,
 and from it alone a table and a picture for each comparison.
 """
 

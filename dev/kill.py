@@ -36,7 +36,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 _DATA = "kill_shapes"
 _OVERRIDES = [
