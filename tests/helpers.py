@@ -26,6 +26,8 @@ from smca.modeling.scales import Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASS_NAMES = ["round", "square", "long"]
+# Matplotlib would read a formula, a label to leave out, or one that is wrong.
+ODD_NAMES = [r"$\frac{$", "$5 or 5$", "_x", "", "two\nlines", r"\{%s}^"]
 
 needs_fake_gpu = pytest.mark.skipif(
     torch.__version__ < "2.14", reason="fake tensors of older versions ask the driver of a GPU"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
 import check_data as tool
-from helpers import ROOT, write_smca_config
+from helpers import ODD_NAMES, ROOT, write_smca_config
 from smca import model_zoo
 from smca.analysis import draw_instances
 from smca.analysis.dataset import (
@@ -305,6 +306,15 @@ def test_the_class_with_most_objects_is_drawn_first(tmp_path):
     assert [label.get_text() for label in classes.get_yticklabels()] == ["cat", "dog"]
     widths = [[bar.get_width() for bar in bars] for bars in classes.containers]
     assert widths == [[2, 1], [0, 1]]
+
+
+def test_names_of_classes_and_files_are_no_formulas(tmp_path):
+    json_file, image_root = write_data(tmp_path, *GOOD)
+    text = Path(json_file).read_text().replace('"cat"', json.dumps(ODD_NAMES[0]))
+    Path(json_file).write_text(text)
+    os.rename(f"{image_root}/1.png", f"{image_root}/$1$_{{.png")
+    Path(json_file).write_text(text.replace('"1.png"', '"$1$_{.png"'))
+    assert run_tool("--json", json_file, "--images", image_root, "--output", tmp_path / "out") == 0
 
 
 def test_training_images_are_what_the_mapper_gives(tmp_path):

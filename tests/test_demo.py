@@ -20,6 +20,7 @@ import run_demo
 import serve
 from helpers import (
     CLASS_NAMES,
+    ODD_NAMES,
     ROOT,
     error_of,
     make_image,
@@ -266,6 +267,16 @@ def test_classes_without_names_are_shown_by_their_index(tmp_path):
     assert run(trained, "--input", tmp_path / "a.png", *args) == 0
     results = read_json(tmp_path / "out")
     assert results and all(r["category_name"] == str(r["category_id"]) for r in results)
+
+
+def test_a_class_name_is_no_formula(tmp_path):
+    config = write_smca_config(tmp_path)
+    names = [f"{ODD_NAMES[0]}{index}" for index in range(3)]
+    weights = write_weights(tmp_path, config, smca={"class_names": names})
+    write_image(tmp_path / "a.png")
+    args = ("--output", tmp_path / "out", "--confidence-threshold", 0)
+    assert run((config, weights), "--input", tmp_path / "a.png", *args) == 0
+    assert {result["category_name"] for result in read_json(tmp_path / "out")} <= {*names}
 
 
 def test_a_config_that_counts_the_classes_takes_them_from_the_weights(trained, tmp_path):

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 import evaluate as tool
-from helpers import CLASS_NAMES, make_smca, write_smca_config, write_weights
+from helpers import CLASS_NAMES, ODD_NAMES, make_smca, write_smca_config, write_weights
 from smca.analysis.evaluation import detect, evaluate, worst_images
 from smca.analysis.metrics import load_truth
 from smca.analysis.report import (
@@ -300,6 +300,17 @@ def test_another_number_of_classes_is_refused_and_named(data, tmp_path, count):
     command += [f"dataloader.test.dataset.names={data[0]}", f"model.num_classes={count}"]
     with pytest.raises(UserError, match=f"a.pth has {count} classes, the data set '.*' 3: "):
         tool.run(tool.get_parser().parse_intermixed_args(command))
+
+
+def test_names_may_have_dollar_signs(data, tmp_path):
+    dataset, content = data
+    for category, name in zip(content["categories"], ODD_NAMES):
+        category["name"] = name
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    names = register_coco(tmp_path / "odd.json", tmp_path / "images")
+    folder = tmp_path / "_$run$_{"
+    folder.mkdir()
+    assert len(run_tool([names], folder, "--confidence-threshold", "0")) == 2
 
 
 def test_weights_have_to_be_given():

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -8,7 +9,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import reference
-from helpers import CLASS_NAMES, make_image, make_ramp, make_smca, write_image, write_smca_config
+from helpers import (
+    CLASS_NAMES,
+    ODD_NAMES,
+    make_image,
+    make_ramp,
+    make_smca,
+    write_image,
+    write_smca_config,
+)
 from smca.analysis import (
     NoModulationError,
     draw_contact_sheet,
@@ -21,7 +30,9 @@ from smca.analysis import (
     truth_of,
     write_pictures,
 )
+from smca.analysis.detections import plain_text
 from smca.analysis.pictures import draw_pictures, evenly
+from smca.analysis.training import draw_examples
 from smca.data import read_image
 from smca.errors import UserError
 from smca.inference import Predictor
@@ -107,6 +118,25 @@ def test_truth_stands_left_and_detections_right():
     picture = draw_truth_and_detections(image, TRUTH, DETECTIONS, CLASS_NAMES)
     assert (picture[:, :480] == draw_instances(image, TRUTH, CLASS_NAMES)).all()
     assert (picture[:, -480:] == draw_instances(image, DETECTIONS, CLASS_NAMES)).all()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_class_may_have_any_name(multi_scale, name):
+    instances = boxes_of(pred_boxes=Boxes([[5, 5, 50, 50]]), pred_classes=torch.tensor([0]))
+    picture = draw_instances(make_image(60, 80), instances, [name])
+    (maps, *_) = modulation_maps(multi_scale, make_image())
+    figures = [
+        draw_gaussians([maps], [name] * 3),
+        draw_examples({1: [maps]}, [name] * 3),
+        draw_contact_sheet([picture], [f"{name}.jpg"]),
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO())
+
+
+def test_a_formula_in_a_name_is_drawn_as_its_letters():
+    text = Figure().text(0, 0, plain_text(r"_$\alpha$ \$5"))
+    assert text._preprocess_math(text.get_text()) == (r" _$\alpha$ \$5", False)
 
 
 def test_truth_of_a_dataset_dict_has_boxes_as_corners():

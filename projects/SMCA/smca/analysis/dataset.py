@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances
+from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances, plain_text
 from smca.analysis.pictures import evenly
 from smca.data import (
     DatasetError,
@@ -327,7 +327,8 @@ def _draw_classes(axes: Axes, statistics: Mapping[str, Statistics]) -> None:
         counts = dict(zip(found.class_names, found.objects_per_class.tolist()))
         places = np.arange(len(names)) + (number - (len(statistics) - 1) / 2) * height
         axes.barh(places, [counts.get(name, 0) for name in names], height, label=split)
-    axes.set_yticks(range(len(names)), names, fontsize=9 if len(names) <= 20 else 5)
+    labels = [plain_text(name) for name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=9 if len(names) <= 20 else 5)
     axes.invert_yaxis()
     axes.set_xlabel("objects of a class")
 

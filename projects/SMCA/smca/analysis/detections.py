@@ -21,6 +21,7 @@ __all__ = [
     "draw_contact_sheet",
     "draw_instances",
     "draw_truth_and_detections",
+    "plain_text",
     "resize",
     "truth_of",
 ]
@@ -76,6 +77,7 @@ def draw_instances(
     if instances.has("gt_crowd"):
         crowds = instances.gt_crowd.tolist()
         labels = [f"{label} (crowd)" if crowd else label for label, crowd in zip(labels, crowds)]
+    labels = [plain_text(label) for label in labels]
     visualizer = Visualizer(image, font_size_scale=1.4)
     colors = [class_color(index) for index in classes.tolist()]
     return visualizer.overlay_instances(
@@ -134,7 +136,7 @@ def draw_contact_sheet(
         axes.set_anchor("N")
     for axes, picture, caption in zip(grid.flat, pictures, captions):
         axes.imshow(picture)
-        axes.set_title(caption, fontsize=11)
+        axes.set_title(plain_text(caption), fontsize=11)
     return figure
 
 
@@ -152,6 +154,13 @@ def aspect(image: np.ndarray) -> float:
 def class_name(class_names: Sequence[str], index: int) -> str:
     """The name of a class, or its index if it has none."""
     return class_names[index] if index < len(class_names) else str(index)
+
+
+def plain_text(text: str) -> str:
+    """What makes Matplotlib draw `text` as it is: between two dollar signs it would read a formula,
+    and a label that begins with an underscore is left out of a legend."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def class_color(index: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from smca.analysis.detections import draw_truth_and_detections, truth_of
+from smca.analysis.detections import draw_truth_and_detections, plain_text, truth_of
 from smca.analysis.evaluation import Evaluation, worst_images
 from smca.data import read_image
 
@@ -172,10 +172,10 @@ def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
             found = evaluation.average_precision
             keys = with_objects if key is None else [key]
             curve = np.mean([found.curves[k] for k in keys], axis=0) if keys else found.recalls * 0
-            axes.plot(found.recalls, curve, label=evaluation.name)
+            axes.plot(found.recalls, curve, label=plain_text(evaluation.name))
         count = "" if key is None else f" ({first.classes[key]['objects']} objects)"
-        _finish(axes, "recall", "precision", "mean of the classes" if key is None else names[key])
-        axes.set_title(axes.get_title() + count, fontsize=10)
+        title = "mean of the classes" if key is None else names[key]
+        _finish(axes, "recall", "precision", title + count)
     grid[0].legend(fontsize=8)
     return figure
 
@@ -195,12 +195,13 @@ def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         ticks = range(num_classes + 1)
         fontsize = 9 if has_numbers else 5
-        labels = evaluation.class_names
+        labels = [plain_text(name) for name in evaluation.class_names]
         axes.set_xticks(ticks, [*labels, "nothing"], rotation=90, fontsize=fontsize)
         axes.set_yticks(ticks, [*labels, "background"], fontsize=fontsize)
         axes.set_xlabel("detected as")
         axes.set_ylabel("truth")
-        axes.set_title(f"{evaluation.name}, scores from {evaluation.threshold:.2f}", fontsize=10)
+        title = f"{evaluation.name}, scores from {evaluation.threshold:.2f}"
+        axes.set_title(plain_text(title), fontsize=10)
         for row, column in np.argwhere(matrix > 0) if has_numbers else ():
             color = "white" if shares[row, column] > 0.5 else "black"
             text = str(matrix[row, column])
@@ -239,7 +240,7 @@ def _finish(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
     axes.set_ylim(0, 1.03)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(plain_text(title), fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -23,6 +23,7 @@ from smca.analysis.detections import (
     aspect,
     class_color,
     class_name,
+    plain_text,
     resize,
 )
 from smca.analysis.recorder import LayerRecord, Recorder
@@ -194,7 +195,7 @@ def _draw_detection_row(
     num_rows: int,
     num_columns: int,
 ) -> None:
-    figure.suptitle(_describe(detection, class_names, scale), fontsize=11)
+    figure.suptitle(plain_text(_describe(detection, class_names, scale)), fontsize=11)
     grid = figure.add_gridspec(
         num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
     )
@@ -257,7 +258,7 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.imshow(image, extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
-    axes.set_title(title, fontsize=9)
+    axes.set_title(plain_text(title), fontsize=9)
 
 
 def dimmed(image: np.ndarray) -> np.ndarray:
