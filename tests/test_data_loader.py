@@ -1,13 +1,16 @@
 import itertools
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from detectron2.utils import comm
 
+from helpers import ROOT, child_environment, write_tiny_config
 from smca.data import DatasetError, build_train_loader, set_start_batch
-from smca.errors import ConfigError
+from smca.errors import ConfigError, UserError
 
 DATASET = [{"image_id": i} for i in range(10)]
 
@@ -124,3 +127,54 @@ def test_other_loaders_cannot_start_in_the_middle():
 def test_start_must_not_be_negative():
     with pytest.raises(ValueError, match="negative"):
         _batches(1, start=-1)
+
+
+# Shared memory
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_tensors_come_from_the_workers_whether_shared_memory_has_room_or_not(monkeypatch, has_room):
+    def no_room(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    def mapper(record):
+        image = torch.full((3, 200, 200), record["image_id"], dtype=torch.uint8)
+        return {**record, "image": image, "box": torch.tensor([0.5])}
+
+    if not has_room:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    for batch in _batches(5, mapper=mapper, num_workers=2):
+        for sample in batch:
+            assert (sample["image"] == sample["image_id"]).all() and sample["box"].item() == 0.5
+            assert sample["image"].is_shared() == has_room
+
+
+def test_training_and_evaluation_work_with_a_small_dev_shm(tmp_path):
+    mount = "mount -t tmpfs -o size=512k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("mounting another /dev/shm is not allowed here")
+    config = write_tiny_config(tmp_path)
+    overrides = []
+    for split in ("train", "test"):
+        resize = "[{_target_: detectron2.data.transforms.Resize, shape: [400, 400]}]"
+        overrides.append(f"dataloader.{split}.mapper.augmentations={resize}")
+        overrides.append(f"dataloader.{split}.num_workers=2")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount + ' && exec "$@"', "sh"]
+        + [sys.executable, str(ROOT / "train_net.py"), "--config-file", config, *overrides],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_full_dev_shm_is_an_error_that_says_what_to_do(monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
+    with pytest.raises(UserError, match=r"No space left.*--shm-size=1g.*train.num_workers=0"):
+        _batches(1, num_workers=1)
+    assert _batches(1, num_workers=0)

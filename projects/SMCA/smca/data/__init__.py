@@ -8,7 +8,7 @@ from .coco import check_same_categories, class_names, num_classes, register_coco
 from .coco_checks import Problem, file_problems, read_coco, record_problems
 from .convert import coco_from_voc, coco_from_yolo, yolo_images
 from .errors import DatasetError
-from .loader import build_train_loader, set_start_batch, set_start_sample
+from .loader import build_train_loader, set_start_batch, set_start_sample, spare_shared_memory
 from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
 
@@ -39,6 +39,7 @@ __all__ = [
     "require_dataset",
     "set_start_batch",
     "set_start_sample",
+    "spare_shared_memory",
     "write_shapes",
     "yolo_images",
 ]

@@ -1,8 +1,11 @@
 """A training loader whose stream of samples is a function of the seed and the position in it."""
 
 import contextlib
+import io
 import logging
+import pickle
 import random
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -12,15 +15,17 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from smca.errors import ConfigError
+from smca.errors import ConfigError, UserError
 
 from .errors import DatasetError
 
-__all__ = ["build_train_loader", "set_start_batch", "set_start_sample"]
+__all__ = ["build_train_loader", "set_start_batch", "set_start_sample", "spare_shared_memory"]
 
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[Dict[str, Any]], Dict[str, Any]]
+
+_SHARED_SIZE = 2**16  # bytes from which a tensor goes through shared memory
 
 # Keep the random numbers of the shuffling apart from those of the augmentation.
 _SHUFFLE, _AUGMENT = 0, 1
@@ -149,7 +154,7 @@ def build_train_loader(
         rank=comm.get_rank(),
         world_size=world_size,
     )
-    return DataLoader(
+    loader = DataLoader(
         _SeededMapDataset(dataset, mapper, seed),
         batch_sampler=batches,
         num_workers=num_workers,
@@ -158,6 +163,67 @@ def build_train_loader(
         generator=torch.Generator().manual_seed(seed),
         **kwargs,
     )
+    spare_shared_memory(loader)
+    return loader
+
+
+def spare_shared_memory(loader: DataLoader) -> None:
+    """Let the workers of a loader send through a pipe what finds no room in /dev/shm.
+
+    PyTorch's workers hand every tensor over in shared memory. Where that is full (Docker gives a
+    container 64 MB), a batch is lost, and the loader waits for it for ever.
+
+    Raises:
+        UserError: there is not even room for the workers' queues.
+    """
+    if loader.num_workers:
+        try:
+            [torch.multiprocessing.Queue() for _ in range(loader.num_workers + 2)]
+        except OSError as error:
+            raise UserError(
+                f"Loader processes cannot start, since /dev/shm has no room ({error.strerror}): "
+                "empty it, give a container more (docker run --shm-size=1g), or load images in the "
+                "main process with dataloader.train.num_workers=0 dataloader.test.num_workers=0."
+            ) from error
+    loader.collate_fn = _Collate(loader.collate_fn)
+
+
+class _Collate:
+    """Collates samples to a batch, which in a worker is wrapped for its way to the main process."""
+
+    def __init__(self, collate: Callable[[List[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: List[Any]) -> Any:
+        batch = self.collate(samples)
+        return batch if torch.utils.data.get_worker_info() is None else _Parcel(batch)
+
+
+class _Parcel:
+    """Pickled, it becomes the batch itself."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __reduce__(self) -> Tuple[Callable[[bytes], Any], Tuple[bytes]]:
+        buffer = io.BytesIO()
+        _BatchPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(self.batch)
+        return pickle.loads, (buffer.getvalue(),)
+
+
+class _BatchPickler(ForkingPickler):
+    """Large tensors go through shared memory if there is room, all others by value."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """How to pickle a value; NotImplemented: as usual."""
+        if type(value) is not torch.Tensor or value.device.type != "cpu":
+            return NotImplemented
+        if value.untyped_storage().nbytes() >= _SHARED_SIZE:
+            # Here and not in the pickling itself, whose errors PyTorch only prints.
+            with contextlib.suppress(RuntimeError):
+                value.share_memory_()
+                return NotImplemented
+        return torch.from_numpy, (value.numpy(),)
 
 
 def set_start_batch(loader: DataLoader, num_batches: int) -> None:

@@ -9,8 +9,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from omegaconf import DictConfig
 from torch import nn
+from torch.utils.data import DataLoader
 
 from smca.config import build
+from smca.data import spare_shared_memory
 
 __all__ = [
     "Results",
@@ -29,6 +31,8 @@ Results = Dict[str, Any]  # {task: {metric: value}}
 def build_test_loader(cfg: DictConfig) -> Iterable[Any]:
     """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
     loader = build(cfg.dataloader.test, "dataloader.test")
+    if isinstance(loader, DataLoader):
+        spare_shared_memory(loader)
     if cfg.train.fast_dev_run:
         return list(itertools.islice(loader, _DEV_RUN_IMAGES))
     return loader
