@@ -1,24 +1,26 @@
 # make demo    set up, train the demo model, evaluate it, draw its detections
 # make test    set up, run the test suite
-# make lint    set up, check style, imports, format and types
+# make lint    set up, check style, imports, format and types, and build the pages
+# make docs    set up, build the pages into site/; open site/index.html
+# make notebook  set up, run docs/tour.ipynb again, which takes some minutes
 # make setup   make .venv and install everything; EXTRAS=all (or names in setup.cfg, with commas)
 #              adds what optional tools need, DETECTRON2=<pip requirement> puts another build of
 #              Detectron2 there
-# make check-release   build wheel and sdist, and try the wheel away from the checkout
+# make release   set up, build sdist and wheel into dist/, and check them
 # constraints.txt says what is pinned and why.
 
 PYTHON ?= python3
 VENV ?= .venv
 DETECTRON2 ?=
-# What the test suite needs.
-EXTRAS ?= dev,convert,export,publish,report,study,video
+# What the tests and the pages need.
+EXTRAS ?= dev,docs,convert,export,publish,report,study,video
 OUTPUT ?= output/demo
 BIN := $(VENV)/bin
 # One for each choice of extras: pip adds those that are not there yet.
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(strip $(EXTRAS)))
 
-.PHONY: setup demo test lint check-release clean
+.PHONY: setup demo test lint docs notebook release clean
 
 setup: $(STAMP)
 ifneq ($(strip $(DETECTRON2)),)
@@ -44,9 +46,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	$(MAKE) docs
 
-check-release: setup
-	$(BIN)/python tools/check_release.py
+# Without the variable, Material advertises its successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+notebook:
+	$(MAKE) setup EXTRAS=$(EXTRAS),notebook
+	$(BIN)/python -m pytest -n 0 --nbmake --overwrite --nbmake-timeout=600 docs/tour.ipynb
+
+release: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build *.egg-info projects/SMCA/*.egg-info
+	rm -rf $(VENV) build dist site *.egg-info projects/SMCA/*.egg-info

@@ -7,8 +7,7 @@
 Of each main model: whether the GPU computes what the CPU does, losses and gradients; mixed
 precision; torch.compile; activation checkpointing with dropout; two processes that share a batch
 (NCCL, where there are two GPUs); then speed and memory of inference and of training steps in
-float32 and bfloat16. Writes DIR/report.md and DIR/report.json, the latter in the format of
-docs/figures, so that a page can show its table. Weights and images are random.
+float32 and bfloat16. Writes DIR/report.md and DIR/report.json. Weights and images are random.
 
 Exit code: 0 if every check passed, 1 if one failed, 2 if there is no GPU.
 """

@@ -36,7 +36,7 @@ OUTPUTS = ("boxes", "scores", "labels")
 # The oldest with all operators that the graph needs: what reads ONNX files reads this.
 OPSET = 18
 METADATA_NAME = "metadata.json"  # the file in a .pt2
-# The oldest PyTorch whose files were seen to be right (docs/versions.md): 2.6 fails at ONNX, and
+# The oldest PyTorch whose files were seen to be right (docs/testing.md): 2.6 fails at ONNX, and
 # .pt2 files of 2.9 refuse sizes that they could compute.
 OLDEST_TORCH = {"onnx": "2.9", "pt2": "2.14"}
 
