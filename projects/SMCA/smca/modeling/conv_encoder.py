@@ -9,7 +9,6 @@ from typing import List
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dropout import Dropout
 from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, as_tokens
 
@@ -54,7 +53,7 @@ class ConvEncoderLayer(nn.Module):
         self.down = nn.ModuleList(depthwise(embed_dim, kernel_size, 2) for _ in range(num_cross))
         self.up = nn.ModuleList(depthwise(embed_dim, kernel_size) for _ in range(num_cross))
         self.conv_out = nn.Conv2d(embed_dim, embed_dim, 1) if pointwise else nn.Identity()
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention
-from .dropout import Dropout
 from .layers import FeedForward, mlp, xavier_uniform
 from .scales import Scale
 from .weight_map import PUBLISHED_BETA, WeightMapPredictor, check_settings, float32_region
@@ -58,10 +57,10 @@ class DecoderLayer(nn.Module):
     ):
         super().__init__()
         self.self_attention = MultiheadAttention(embed_dim, num_heads, dropout)
-        self.dropout1 = Dropout(dropout)
+        self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.co_attention = CoAttention(embed_dim, num_heads, dropout)
-        self.dropout2 = Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 

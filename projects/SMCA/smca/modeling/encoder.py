@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention
-from .dropout import Dropout
 from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, join_padding_masks
 
@@ -18,7 +17,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, ffn_dim: int, dropout: float):
         super().__init__()
         self.self_attention = MultiheadAttention(embed_dim, num_heads, dropout)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 

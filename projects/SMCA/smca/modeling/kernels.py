@@ -1,17 +1,18 @@
 """Attention through PyTorch's fused kernels: log-weights are channels of queries and keys, so that
 no (B, H, N, S) map is made. Nothing here is specific to the model.
 
-On the CPU the fused kernel has no dropout, and its gradients of very large logits are wrong:
-`piecewise.py` does what it cannot.
+`attend_explicitly` serves the cases that the fused kernels do not: log-weights that are not dot
+products, and on the CPU dropout and very large logits.
 """
 
+import math
 from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .piecewise import attend_in_pieces
 from .weight_map import Channels, WeightMap, float32_region
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -21,6 +22,8 @@ _MAX_LOGIT = 1e5
 # Size of the channels' products up to which float32 rounds their sum, a log-weight, and its
 # gradients by less than 1e-4.
 _MAX_PRODUCT = 4096.0
+# `attend_explicitly` computes so many logits at once (16 MiB).
+_MAX_CHUNK = 1 << 22
 # Largest channel of a query in the half types.
 _MAX_CHANNEL = torch.finfo(torch.float16).max
 
@@ -36,8 +39,9 @@ def attend(
     """softmax(q k^T / sqrt(d_h) + log-weights) v, without ever holding a whole (B, H, N, S) map:
     ``F.scaled_dot_product_attention`` with a bias.
 
-    An image's result depends on the other images of its batch by no more than the rounding of a
-    sum: these can decide which of two ways, both exact to 1e-4 in a log-weight, float32 takes.
+    In float32 the log-weights of a batch are computed in one of two ways, both exact to 1e-4.
+    Which one, depends on the largest: other images of a batch can change an image's result by that
+    rounding.
 
     Args:
         query: (B, H, N, d_h). key, value: (B, H, S, d_h).
@@ -59,7 +63,7 @@ def attend(
     if weight_map is not None:
         channels = weight_map.channels()
         if channels is None:
-            return attend_in_pieces(
+            return attend_explicitly(
                 query, key, value, padding_mask, dropout_p, logit_factor, weight_map
             )
         query, key, value = append_channels(query, key, value, channels, logit_factor)
@@ -70,8 +74,56 @@ def attend(
                 query, key, value, mask, dropout_p, scale=logit_factor
             )
         else:
-            out = attend_in_pieces(query, key, value, padding_mask, dropout_p, logit_factor)
+            out = attend_explicitly(query, key, value, padding_mask, dropout_p, logit_factor)
     return out[..., :head_dim]
+
+
+def attend_explicitly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Optional[Tensor],
+    dropout_p: float,
+    logit_factor: float,
+    weight_map: Optional[WeightMap] = None,
+) -> Tensor:
+    """The formula itself, in float32: dropout(softmax(q k^T logit_factor + log-weights)) v.
+
+    A large map is computed in chunks of queries, each of which is computed again in the backward
+    pass. Arguments as of `attend`.
+    """
+    dtype, num_queries = query.dtype, query.shape[2]
+    query, key, value = query.float() * logit_factor, key.float(), value.float()
+    num_chunks = 1
+    if not torch.compiler.is_compiling():  # a graph takes one way for all sizes
+        num_chunks = math.ceil(query.shape[:3].numel() * key.shape[2] / _MAX_CHUNK)
+    with float32_region(query):
+        if num_chunks <= 1:
+            return _formula(query, key, value, padding_mask, dropout_p, weight_map).to(dtype)
+        length = math.ceil(num_queries / num_chunks)
+        chunks = []
+        for start in range(0, num_queries, length):
+            rows = slice(start, start + length)
+            part = None if weight_map is None else weight_map.of_queries(rows)
+            inputs = (query[:, :, rows], key, value, padding_mask, dropout_p, part)
+            chunks.append(checkpoint(_formula, *inputs, use_reentrant=False))
+        return torch.cat(chunks, dim=2).to(dtype)
+
+
+def _formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding_mask: Optional[Tensor],
+    dropout_p: float,
+    weight_map: Optional[WeightMap],
+) -> Tensor:
+    logits = query @ key.mT
+    if weight_map is not None:
+        logits = logits + weight_map.log_weights().flatten(3)
+    if padding_mask is not None:
+        logits = logits.masked_fill(padding_mask[:, None, None, :], -torch.inf)
+    return F.dropout(logits.softmax(dim=-1), dropout_p) @ value
 
 
 def _can_fuse(query: Tensor, key: Tensor, logit_factor: float, dropout_p: float) -> bool:

@@ -4,11 +4,10 @@ activation checkpointing."""
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import MLP
-
-from .dropout import Dropout, relu_dropout
 
 
 class FeedForward(nn.Module):
@@ -18,13 +17,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(embed_dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, embed_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, d)"""
-        p = self.dropout.p if self.training else 0.0
-        hidden = relu_dropout(self.linear1(tokens), p)
+        hidden = self.dropout(F.relu(self.linear1(tokens)))
         return self.norm(tokens + self.dropout(self.linear2(hidden)))
 
 

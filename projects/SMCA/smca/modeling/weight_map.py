@@ -17,7 +17,7 @@ they share it), L scales.
 
 import contextlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import (
     Any,
     ClassVar,
@@ -109,6 +109,11 @@ class WeightMap(ABC):
             y = torch.arange(height, dtype=centers.dtype, device=centers.device)
         dx, dy = x - centers[..., 0:1], y - centers[..., 1:2]
         return self.log_weights_at(dx[..., None, :], dy[..., :, None])
+
+    def of_queries(self, queries: Any) -> "WeightMap":
+        """The maps of some queries, given as an index (a slice, or indices) into Q."""
+        centers, spreads = self.centers[:, :, queries], self.spreads[:, :, queries]
+        return replace(self, centers=centers, spreads=spreads)
 
     def channels(self) -> Optional[Channels]:
         """The log-weights as dot products, or None."""
