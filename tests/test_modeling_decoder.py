@@ -16,7 +16,7 @@ from helpers import (
     with_leaves,
 )
 from official_names import official_state_dict
-from smca.modeling import piecewise
+from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMap
@@ -322,9 +322,7 @@ def test_dropout_is_on_in_training_and_off_in_eval():
 @pytest.mark.parametrize("modulation, spread", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_decoder_builds_no_full_map(modulation, spread, dropout, monkeypatch):
-    # Where no fused kernel serves, rows are computed in blocks of so many logits.
-    monkeypatch.setattr(piecewise, "_MAX_KEPT", 1 << 16)
-    monkeypatch.setattr(piecewise, "_MAX_PIECE", 1 << 16)
+    monkeypatch.setattr(kernels, "_MAX_CHUNK", 1 << 16)
     sizes = [(320, 384), (200, 300)]
     num_queries = 100
     decoder = Decoder(

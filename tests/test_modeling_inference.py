@@ -15,7 +15,6 @@ from helpers import (
 )
 from official_names import official_state_dict
 from smca.errors import UserError
-from smca.modeling import dropout as dropout_module
 from smca.modeling.backbone import build_resnet
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.criterion import SetCriterion
@@ -178,7 +177,6 @@ def test_dropout_is_where_the_reference_has_it(kind, spread, monkeypatch):
     settings = {"decoder_settings": {"spread": spread}}
     model = randomize(make_model(kind, dropout=0.1, **settings)).train()
     inputs = make_inputs([0, 0])
-    monkeypatch.setattr(dropout_module, "_draws_itself", lambda x: False)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
     predictions = model.predict(model.decode(model.preprocess(inputs)))
     straight, _ = reference_predictions(model, kind, inputs, **settings)
