@@ -8,7 +8,7 @@ With VOC's own folders, ``data.train_images=VOC2007/JPEGImages``,
 ``data.train_annotations=VOC2007/Annotations`` and
 ``data.train_list=VOC2007/ImageSets/Main/train.txt``, and so for val. The classes are those of the
 training objects, by the alphabet, or ``'data.names=[cat,dog]'``. All else is as in
-``custom_coco.py``. Needs supervision (the extra "convert").
+``custom_coco.py``.
 """
 
 from detectron2.config import LazyCall as L

@@ -3,7 +3,7 @@
     python train_net.py --config-file configs/custom_yolo.py data.yaml=my_data/data.yaml
 
 The file names the folders of the images (``train``, ``val``) and the classes (``names``). All else
-is as in ``custom_coco.py``. Needs supervision (the extra "convert").
+is as in ``custom_coco.py``.
 """
 
 from detectron2.config import LazyCall as L

@@ -14,11 +14,19 @@ import check_data
 import evaluate
 from helpers import ROOT
 from smca.config import load_config
-from smca.data import DatasetError, class_names, coco_from_voc, coco_from_yolo, yolo_images
+from smca.data import (
+    DatasetError,
+    DetrDatasetMapper,
+    class_names,
+    coco_from_voc,
+    coco_from_yolo,
+    register_coco,
+    yolo_images,
+)
 from smca.engine import main
 from test_train_net import SMALL, arguments
 
-pytest.importorskip("supervision", reason="the extra 'convert' is not installed")
+BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +90,13 @@ def registered(config, *overrides):
             splits[split][Path(item["file_name"]).name] = objects
     assert instantiate(cfg.model.num_classes) == len(classes)
     return classes, splits["train"], splits["test"]
+
+
+def check(folder, config, *overrides):
+    """The exit code of check_data."""
+    config = str(ROOT / "configs" / config)
+    command = ["--config-file", config, "--output", str(folder / "check"), *overrides]
+    return check_data.main(command)
 
 
 def close(*box):
@@ -201,11 +216,222 @@ def test_other_names_are_another_json(tmp_path):
             assert [image["file_name"] for image in coco["images"]] == [f"{stem}.jpg"]
 
 
-def test_a_yolo_line_that_is_none_names_its_file(tmp_path):
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("0 0.5 0.5 nonsense", "is '0 0.5 0.5 nonsense', which has to be numbers"),
+        ("0 0.5 0.5 0.1", "not the number of a class and 4 numbers"),
+        ("2 0.5 0.5 0.1 0.1", "but the classes are numbered from 0 to 1"),
+        ("0.5 0.5 0.5 0.1 0.1", "but the classes are numbered from 0 to 1"),
+        ("0 0.5 nan 0.1 0.1", "which is not finite"),
+        ("0 40 30 20 10", "but boxes are relative to the image, from 0 to 1"),
+        ("0 0.9 0.5 0.5 0.1", "lies outside its image of 80 x 60 pixels"),
+        ("0 0.5 0.5 -0.1 0.1", "whose width or height is not positive"),
+        ("0 0.5 0.5 0 0", "whose width or height is not positive"),
+    ],
+)
+def test_a_bad_yolo_line_is_named(tmp_path, capsys, line, words):
     path = write_yolo(tmp_path / "data")
-    (tmp_path / "data" / "labels" / "val" / "c.txt").write_text("0 0.5 0.5 nonsense")
-    with pytest.raises(DatasetError, match="c.txt"):
-        coco_from_yolo(path, "val")
+    label = tmp_path / "data" / "labels" / "val" / "c.txt"
+    label.write_text(f"0 0.5 0.5 1 1\n\n{line}\n")
+    assert check(tmp_path, "custom_yolo.py", f"data.yaml={path}") == 1
+    out = capsys.readouterr().out
+    assert f"val: {label.parent}: 1 usable images with 1 objects of 2 classes; 1 problems" in out
+    assert f"{label} line 3 " in out and words in out
+    with pytest.raises(DatasetError, match=f"^1 problem in {label.parent}:\\s+{label} line 3 "):
+        registered("custom_yolo.py", f"data.yaml={path}")
+
+
+def test_a_label_that_is_no_text_is_named(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    (tmp_path / "data" / "labels" / "val" / "c.txt").write_bytes(b"\xff")
+    with pytest.raises(DatasetError, match="c.txt cannot be read .*can't decode"):
+        registered("custom_yolo.py", f"data.yaml={path}")
+
+
+@pytest.mark.parametrize(
+    "xml, words",
+    [
+        ("<object><name>dog</name></object>", "a.xml object 1 .dog. has no bndbox with the"),
+        (f"<object>{BOX}</object>", "a.xml object 1 has no name of its class"),
+        (
+            f"<object><name>dog</name>{BOX}</object>"
+            f"<object><name>dog</name>{BOX.replace('9', '900')}</object>",
+            r"a.xml object 2 has bbox .* which lies outside its image",
+        ),
+        (f"<object><name>dog</name>{BOX.replace('9', 'nan')}</object>", "a.xml .* has no bndbox"),
+        (
+            f"<object><name>dog</name>{BOX.replace('9', '?')}</object>",
+            "a.xml .* has no bndbox with",
+        ),
+        ("<object>", "a.xml cannot be read .mismatched tag"),
+        ("<size><width>60</width><height>80</height></size>", "a.xml: Image .*a.jpg is 80 x 60"),
+    ],
+)
+def test_a_bad_voc_object_is_named(tmp_path, xml, words):
+    folder = write_voc(tmp_path / "voc", a=[])
+    (folder / "a.xml").write_text(f"<annotation>{xml}</annotation>")
+    path = coco_from_voc(folder, folder, ["dog"])
+    with pytest.raises(DatasetError, match=f"1 problem in {folder}:\\s+{folder}/{words}"):
+        register_coco(path, folder)
+
+
+def test_another_xml_file_is_named(tmp_path):
+    folder = write_voc(tmp_path / "voc", a=[])
+    (folder / "a.xml").write_text("<annotations></annotations>")
+    with pytest.raises(DatasetError, match="a.xml cannot be read .it is <annotations>, not"):
+        register_coco(coco_from_voc(folder, folder, ["dog"]), folder)
+
+
+def test_an_image_that_cannot_be_read_is_named_without_its_objects(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    image = tmp_path / "data" / "images" / "val" / "c.png"
+    image.write_bytes(b"PNG")
+    with pytest.raises(DatasetError, match=f"1 problem in .*val:\\s+{image} cannot be used"):
+        registered("custom_yolo.py", f"data.yaml={path}")
+
+
+# Images in sub-folders, of any suffix, with an EXIF orientation
+
+
+SUFFIXES = [".jfif", ".jpe", ".JPG", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".tif", ".webp"]
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".photo"])
+def test_a_labeled_image_of_any_suffix_in_a_subfolder_is_used(tmp_path, suffix):
+    image = Image.new("L", (80, 60))
+    kind = {".photo": "PNG", ".gif": "GIF"}.get(suffix)
+    for folder in ("images/train/day/one", "voc/JPEGImages/day/one"):
+        (tmp_path / folder).mkdir(parents=True)
+        image.save(tmp_path / folder / f"a{suffix}", kind)
+    (tmp_path / "labels/train/day/one").mkdir(parents=True)
+    (tmp_path / "labels/train/day/one/a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    (tmp_path / "voc/Annotations/day/one").mkdir(parents=True)
+    xml = f"<annotation><object><name>dog</name>{BOX}</object></annotation>"
+    (tmp_path / "voc/Annotations/day/one/a.xml").write_text(xml)
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [dog]")
+    (tmp_path / "list.txt").write_text("day/one/a\n")
+    folders = tmp_path / "voc" / "JPEGImages", tmp_path / "voc" / "Annotations"
+    for path, root in (
+        (coco_from_yolo(tmp_path / "data.yaml", "train"), tmp_path / "images" / "train"),
+        (coco_from_voc(*folders), folders[0]),
+        (coco_from_voc(*folders, image_list=tmp_path / "list.txt"), folders[0]),
+    ):
+        (item,) = DatasetCatalog.get(register_coco(path, root))
+        assert item["file_name"] == str(root / "day" / "one" / f"a{suffix}")
+        assert len(item["annotations"]) == 1
+
+
+def test_labels_may_be_beside_images_in_a_folder_of_the_split(tmp_path):
+    write_images(tmp_path / "train" / "images", "a.png")
+    (tmp_path / "train" / "labels").mkdir()
+    (tmp_path / "train" / "labels" / "a.TXT").write_text("0 0.5 0.5 0.25 0.5")
+    (tmp_path / "data.yaml").write_text("train: train\nnames: [dog]")
+    coco = json.loads(Path(coco_from_yolo(tmp_path / "data.yaml", "train")).read_text())
+    assert len(coco["annotations"]) == 1
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
+    (folder / "again").symlink_to(folder)
+    coco = json.loads(Path(coco_from_voc(folder, folder)).read_text())
+    assert [image["file_name"] for image in coco["images"]] == ["a.jpg"]
+
+
+def test_labels_without_an_image_are_named(tmp_path, capsys, caplog):
+    path = write_yolo(tmp_path / "data")
+    labels = tmp_path / "data" / "labels" / "train"
+    (labels / "sub").mkdir()
+    for name in ("gone", "heic", "sub/b", "zz"):
+        (labels / f"{name}.txt").write_text("0 0.5 0.5 0.1 0.1")
+    (labels / "classes.txt").write_text("dog\ncat")
+    (tmp_path / "data" / "images" / "train" / "heic.heic").write_bytes(b"ftypheic")
+    words = f"4 label files have no image that can be read, such as {labels}/gone.txt, "
+    assert check(tmp_path, "custom_yolo.py", f"data.yaml={path}") == 0
+    assert f"train: {words}" in " ".join(capsys.readouterr().out.split())
+    registered("custom_yolo.py", f"data.yaml={path}")
+    assert words in caplog.text and "classes.txt" not in caplog.text
+
+
+def test_xml_files_without_an_image_are_named(tmp_path, caplog):
+    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)], b=[("dog", 1, 1, 9, 9)])
+    (folder / "b.jpg").rename(folder / "c.jpg")
+    coco_from_voc(folder, folder)
+    assert f"1 label file has no image that can be read, such as {folder}/b.xml:" in caplog.text
+
+
+def test_images_without_any_label_are_remarked(tmp_path, caplog):
+    write_images(tmp_path / "data", "a.png")
+    (tmp_path / "data.yaml").write_text("train: data\nnames: [dog]")
+    coco_from_yolo(tmp_path / "data.yaml", "train")
+    assert f"None of the 1 images of {tmp_path}/data has a label file." in caplog.text
+
+
+def write_turned(path):
+    """A photo of 80 x 60 pixels that its EXIF orientation turns to 60 x 80; stored it is red from
+    (10, 20) to (50, 30), and upright from (30, 10) to (40, 50)."""
+    path.parent.mkdir(parents=True)
+    image = Image.new("RGB", (80, 60))
+    image.paste((255, 0, 0), (10, 20, 50, 30))
+    exif = image.getexif()
+    exif[274] = 6
+    image.save(path, exif=exif, quality=100, subsampling=0)
+
+
+STORED, UPRIGHT = (10, 20, 50, 30), (30, 10, 40, 50)
+
+
+@pytest.mark.parametrize(
+    "size, box", [((80, 60), STORED), ((60, 80), UPRIGHT), ((0, 0), UPRIGHT), (None, UPRIGHT)]
+)
+def test_the_size_in_the_xml_says_which_way_a_turned_photo_is_meant(tmp_path, size, box):
+    write_turned(tmp_path / "voc" / "a.jpg")
+    size = "" if size is None else f"<width>{size[0]}</width><height>{size[1]}</height>"
+    corners = zip(("xmin", "ymin", "xmax", "ymax"), (box[0] + 1, box[1] + 1, *box[2:]))
+    corners = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
+    (tmp_path / "voc" / "a.xml").write_text(
+        f"<annotation><size>{size}</size><object><name>dog</name><bndbox>{corners}</bndbox>"
+        "</object></annotation>"
+    )
+    path = coco_from_voc(tmp_path / "voc", tmp_path / "voc")
+    assert_red_in_its_box(register_coco(path, tmp_path / "voc"))
+
+
+def test_yolo_boxes_are_relative_to_the_upright_photo(tmp_path):
+    write_turned(tmp_path / "images" / "a.jpg")
+    (tmp_path / "images" / "a.txt").write_text(f"0 {35 / 60} {30 / 80} {10 / 60} {40 / 80}")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [dog]")
+    path = coco_from_yolo(tmp_path / "data.yaml", "train")
+    assert_red_in_its_box(register_coco(path, tmp_path / "images"))
+
+
+def assert_red_in_its_box(name):
+    (item,) = DatasetCatalog.get(name)
+    mapped = DetrDatasetMapper(True, [])(item)
+    left, top, right, bottom = mapped["instances"].gt_boxes.tensor[0].round().int().tolist()
+    red = (mapped["image"][0] > 128).nonzero()
+    assert red.min(0).values.tolist() == [top, left]
+    assert (red.max(0).values + 1).tolist() == [bottom, right]
+
+
+# Text files as Windows writes them
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    path = write_yolo(tmp_path / "data")
+    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
+    (tmp_path / "list.txt").write_text("a\n")
+    texts = [*(tmp_path / "data").rglob("*.txt"), path, folder / "a.xml", tmp_path / "list.txt"]
+    for text in texts:
+        content = text.read_text()
+        if text.suffix == ".xml":
+            content = f'<?xml version="1.0" encoding="{encoding[:6].rstrip("-")}"?>\n{content}'
+        text.write_bytes(content.replace("\n", "\r\n").encode(encoding))
+    _, train, val = registered("custom_yolo.py", f"data.yaml={path}")
+    assert [len(train["a.png"]), len(val["c.png"])] == [2, 1]
+    coco = json.loads(Path(coco_from_voc(folder, folder, None, tmp_path / "list.txt")).read_text())
+    assert coco["categories"] == [{"id": 1, "name": "dog"}] and len(coco["annotations"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -251,20 +477,28 @@ def test_a_voc_folder_is_read_by_its_config_with_names(tmp_path):
     assert classes == ["dog", "horse", "cat"] and val["c.jpg"][0][0] == "dog"
 
 
-def test_a_list_chooses_voc_images(tmp_path):
-    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)], b=[("cat", 1, 1, 9, 9)])
-    (tmp_path / "train.txt").write_text("b  1\n\n")
+@pytest.mark.parametrize(
+    "line, name",
+    [("b", "b"), ("b  1", "b"), ("b -1", "b"), ("b.jpg", "b"), ("a b", "a b"), ("a b  1", "a b"),
+     ("b 0", "b 0"), ("b 0  1", "b 0")],
+)  # fmt: skip
+def test_a_list_chooses_voc_images(tmp_path, line, name):
+    names = {"a": "dog", "b": "cat", "a b": "cow", "b 0": "ant"}
+    objects = {name: [(label, 1, 1, 9, 9)] for name, label in names.items()}
+    folder = write_voc(tmp_path / "voc", **objects)
+    (tmp_path / "train.txt").write_text(f"{line}\n\n")
     path = coco_from_voc(folder, folder, image_list=tmp_path / "train.txt")
     coco = json.loads(Path(path).read_text())
-    assert [image["file_name"] for image in coco["images"]] == ["b.jpg"]
-    assert class_names(path) == ["cat"] and len(coco["annotations"]) == 1
+    assert [image["file_name"] for image in coco["images"]] == [f"{name}.jpg"]
+    assert class_names(path) == [names[name]] and len(coco["annotations"]) == 1
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         (b"a\ngone\nlost 1\n", "has 2 names that .*voc has no image of, such as gone"),
-        (b"\xff\xfe", "list of images .*train.txt cannot be read"),
+        (b"\n", "list of images .*train.txt is empty"),
+        (b"\xff", "list of images .*train.txt cannot be read"),
     ],
 )
 def test_a_list_that_cannot_be_used_says_why(tmp_path, content, message):
@@ -280,13 +514,11 @@ def test_a_voc_class_that_training_does_not_know_is_named(tmp_path):
         coco_from_voc(folder, folder, names=["dog"])
 
 
-def test_a_broken_xml_file_and_a_missing_folder_are_errors(tmp_path):
-    folder = write_voc(tmp_path / "voc", a=[])
-    (folder / "a.xml").write_text("<annotation>")
-    with pytest.raises(DatasetError, match="voc cannot be read"):
-        coco_from_voc(folder, folder)
+def test_folders_without_images_are_errors(tmp_path):
     with pytest.raises(DatasetError, match="gone does not exist"):
-        coco_from_voc(folder, tmp_path / "gone")
+        coco_from_voc(tmp_path, tmp_path / "gone")
+    with pytest.raises(DatasetError, match=f"{tmp_path} has no images"):
+        coco_from_voc(tmp_path, tmp_path)
 
 
 def test_a_yolo_data_set_trains_is_evaluated_and_reported(tmp_path, monkeypatch):
@@ -303,7 +535,6 @@ def test_a_yolo_data_set_trains_is_evaluated_and_reported(tmp_path, monkeypatch)
     (detector,) = json.loads((output / "report.json").read_text())["detectors"]
     assert list(detector["classes"]) == ["dog", "cat"]
     assert detector["overall"]["AP"] == pytest.approx(results["bbox"]["AP"], abs=1e-6)
-    command = ["--config-file", str(config), "--output", str(output), f"data.yaml={path}"]
-    assert check_data.main(command) == 0
-    check = json.loads((output / "check.json").read_text())
-    assert check["splits"]["train"]["statistics"]["objects_of_classes"] == {"dog": 1, "cat": 1}
+    assert check(tmp_path, "custom_yolo.py", f"data.yaml={path}") == 0
+    checked = json.loads((tmp_path / "check" / "check.json").read_text())
+    assert checked["splits"]["train"]["statistics"]["objects_of_classes"] == {"dog": 1, "cat": 1}

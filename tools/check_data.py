@@ -212,7 +212,7 @@ def problems_text(name: str, split: DataSplit, num_examples: int) -> str:
     """A split's problems by kind, with examples."""
     objects = sum(len(item["annotations"]) for item in split.dataset_dicts)
     lines = [
-        f"{name}: {split.json_file}: {len(split.dataset_dicts)} usable images with {objects} "
+        f"{name}: {split.source}: {len(split.dataset_dicts)} usable images with {objects} "
         f"objects of {len(split.class_names)} classes; {len(split.problems)} problems"
     ]
     for kind, count in count_kinds(split).items():
@@ -231,8 +231,9 @@ def advice_text(advice: Advice) -> str:
 
 def print_list(title: str, texts: Iterable[str]) -> None:
     """Print sentences below a title, if there are any."""
-    wrapped = [textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="    ")
-               for text in texts]  # fmt: skip
+    wrapper = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent="    ",
+                                   break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    wrapped = list(map(wrapper.fill, texts))
     if wrapped:
         print(title, *wrapped, sep="\n")
 

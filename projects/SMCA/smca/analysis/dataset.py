@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
-from detectron2.structures import BoxMode
 from detectron2.utils.env import seed_all_rng
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,9 +19,12 @@ from smca.data import (
     DatasetError,
     Problem,
     check_same_categories,
+    conversion_remarks,
+    dataset_dicts,
     file_problems,
     read_coco,
     record_problems,
+    source_of,
 )
 
 __all__ = [
@@ -50,6 +52,8 @@ class DataSplit:
         problems: all that keep it from being used.
         class_names: of the valid categories, by ascending id.
         dataset_dicts: its valid images with their valid annotations, in Detectron2's format.
+        source: what messages name: the JSON, or the folder of labels that it was made of.
+        remarks: on what was left out when it was made.
     """
 
     json_file: str
@@ -57,6 +61,8 @@ class DataSplit:
     problems: List[Problem]
     class_names: List[str]
     dataset_dicts: List[Dict[str, Any]]
+    source: str
+    remarks: List[str]
 
 
 def examine(
@@ -93,36 +99,24 @@ def examine(
         found = [problem for problem in checked if problem is not None]
         bad |= {id(problem.record) for problem in found}
         problems += found
-    categories = [category for category in data["categories"] if id(category) not in bad]
-    categories.sort(key=lambda category: category["id"])
-    indices = {category["id"]: index for index, category in enumerate(categories)}
-    by_image: Dict[int, List[Dict[str, Any]]] = {
-        image["id"]: [] for image in images if id(image) not in bad
+    good = {
+        kind: [record for record in data[kind] if id(record) not in bad]
+        for kind in ("images", "annotations", "categories")
     }
-    for annotation in data["annotations"]:
-        is_usable = id(annotation) not in bad and annotation["category_id"] in indices
-        if is_usable and annotation["image_id"] in by_image:
-            by_image[annotation["image_id"]].append(
-                {
-                    "bbox": annotation["bbox"],
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    "category_id": indices[annotation["category_id"]],
-                    "iscrowd": annotation.get("iscrowd") or 0,
-                }
-            )
-    dataset_dicts = [
-        {
-            "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
-            "image_id": image["id"],
-            "annotations": by_image[image["id"]],
-        }
-        for image in images
-        if image["id"] in by_image
+    ids = {kind: {record["id"] for record in good[kind]} for kind in ("images", "categories")}
+    good["annotations"] = [
+        annotation
+        for annotation in good["annotations"]
+        if annotation["image_id"] in ids["images"]
+        and annotation["category_id"] in ids["categories"]
     ]
+    categories = sorted(good["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
-    return DataSplit(json_file, image_root, problems, names, dataset_dicts)
+    dicts = dataset_dicts(good, image_root)
+    source = source_of(data, json_file)
+    return DataSplit(
+        json_file, image_root, problems, names, dicts, source, conversion_remarks(data)
+    )
 
 
 # Statistics
@@ -226,7 +220,7 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
     Returns:
         Sentences.
     """
-    remarks = []
+    remarks = [f"{name}: {remark}" for name, split in splits.items() for remark in split.remarks]
     training = training_splits(splits)
     groups = {"train": list(training.values())}
     groups.update({name: [split] for name, split in splits.items() if name not in training})

@@ -4,13 +4,28 @@ Importing this registers the embedded data set, and one like it whose objects di
 size.
 """
 
-from .coco import check_same_categories, class_names, num_classes, register_coco, require_dataset
-from .coco_checks import Problem, file_problems, read_coco, record_problems
-from .convert import coco_from_voc, coco_from_yolo, yolo_images
+from .coco import (
+    check_same_categories,
+    class_names,
+    dataset_dicts,
+    num_classes,
+    register_coco,
+    require_dataset,
+)
+from .coco_checks import (
+    Problem,
+    conversion_remarks,
+    file_problems,
+    read_coco,
+    record_problems,
+    source_of,
+)
 from .errors import DatasetError
 from .loader import build_train_loader, set_start_batch, set_start_sample, spare_shared_memory
 from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
+from .voc import coco_from_voc
+from .yolo import coco_from_yolo, yolo_images
 
 register_shapes()
 register_shapes(prefix="smca_shapes_10x", lengths=(12, 120))
@@ -27,6 +42,7 @@ __all__ = [
     "class_names",
     "coco_from_voc",
     "coco_from_yolo",
+    "dataset_dicts",
     "detr_augmentations",
     "draw_scene",
     "file_problems",
@@ -36,10 +52,12 @@ __all__ = [
     "record_problems",
     "register_coco",
     "register_shapes",
+    "conversion_remarks",
     "require_dataset",
     "set_start_batch",
     "set_start_sample",
     "spare_shared_memory",
+    "source_of",
     "write_shapes",
     "yolo_images",
 ]

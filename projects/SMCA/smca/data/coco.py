@@ -7,28 +7,32 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 
 from .cache import cache_dir, create_once, is_stamped, stamp
 from .coco_checks import (
     PathLike,
     Record,
     category_problems,
+    conversion_remarks,
     decode_all,
     existing,
     raise_problems,
     read_coco,
     record_problems,
+    source_of,
 )
 from .errors import DatasetError
 
 __all__ = [
     "check_same_categories",
     "class_names",
+    "dataset_dicts",
     "num_classes",
     "register_coco",
     "require_dataset",
@@ -111,14 +115,55 @@ def _register(
 
     data = read_coco(json_file)
     _check(data, json_file, image_root, check_images)
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    metadata = {
-        "thing_classes": [category["name"] for category in categories],
-        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
-    }
-    register_coco_instances(name, metadata, _complete(data, json_file), image_root)
+    for remark in conversion_remarks(data):
+        log_first_n(logging.WARNING, remark, key="message", name=__name__)
+    categories = _sorted_by_id(data["categories"])
+    DatasetCatalog.register(name, lambda: dataset_dicts(read_coco(json_file), image_root))
+    MetadataCatalog.get(name).set(
+        json_file=_complete(data, json_file),
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+    )
     _registered[name] = key
     return name
+
+
+def dataset_dicts(data: Mapping[str, Any], image_root: PathLike) -> List[Record]:
+    """The images of a COCO JSON in Detectron2's format, by their ids. Of the annotations, only what
+    boxes need is read.
+
+    Args:
+        data: as of `read_coco`, without problems.
+        image_root: the folder that ``file_name`` is relative to.
+    """
+    categories = _sorted_by_id(data["categories"])
+    indices = {category["id"]: index for index, category in enumerate(categories)}
+    by_image: Dict[int, List[Record]] = {image["id"]: [] for image in data["images"]}
+    for annotation in data["annotations"]:
+        by_image[annotation["image_id"]].append(
+            {
+                "bbox": annotation["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": indices[annotation["category_id"]],
+                "iscrowd": annotation.get("iscrowd") or 0,
+            }
+        )
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": by_image[image["id"]],
+        }
+        for image in _sorted_by_id(data["images"])
+    ]
+
+
+def _sorted_by_id(records: Sequence[Record]) -> List[Record]:
+    return sorted(records, key=lambda record: record["id"])
 
 
 def class_names(json_file: Paths) -> List[str]:
@@ -197,8 +242,7 @@ def _class_names(json_file: str, mtime_ns: int) -> Tuple[str, ...]:
     """`mtime_ns` makes a changed file another key of the cache."""
     data = read_coco(json_file)
     raise_problems(json_file, category_problems(data["categories"]))
-    categories = sorted(data["categories"], key=lambda category: category["id"])
-    return tuple(category["name"] for category in categories)
+    return tuple(category["name"] for category in _sorted_by_id(data["categories"]))
 
 
 def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
@@ -223,20 +267,21 @@ def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None
 
 
 def _check(data: Dict[str, Any], json_file: str, image_root: str, check_images: bool) -> None:
-    raise_problems(json_file, record_problems(data))
+    raise_problems(source_of(data, json_file), record_problems(data))
     # Where several processes read the same files, one of them need look at the pixels.
     if check_images and comm.is_main_process():
-        _check_files(data["images"], json_file, image_root)
+        _check_files(data, json_file, image_root)
 
 
-def _check_files(images: List[Record], json_file: str, image_root: str) -> None:
+def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> None:
     """Decode all images, unless that was done and they are as they were."""
+    images = data["images"]
     key = _short_hash(repr((json_file, image_root)))
     path = cache_dir() / "checked" / f"{Path(json_file).stem}_{key}"
     state = _state_of_files(images, image_root)
     if is_stamped(path, state):
         return
-    raise_problems(json_file, decode_all(images, json_file, image_root))
+    raise_problems(source_of(data, json_file), decode_all(images, json_file, image_root))
     stamp(path, state)
 
 
@@ -261,7 +306,7 @@ def _complete(data: Dict[str, Any], json_file: str) -> str:
     completed copy in the cache folder where it lacks something.
     """
     annotations = data["annotations"]
-    if "info" in data and all(map(_is_complete, annotations)):
+    if "info" in data and _is_utf_8(json_file) and all(map(_is_complete, annotations)):
         return json_file
     used_ids = {annotation.get("id") for annotation in annotations} - {None}
     next_id = max([0, *used_ids]) + 1
@@ -275,8 +320,6 @@ def _complete(data: Dict[str, Any], json_file: str) -> str:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if annotation.get("iscrowd") is None:
             annotation["iscrowd"] = 0
-        if not _is_usable_segmentation(annotation.get("segmentation")):
-            del annotation["segmentation"]
         completed.append(annotation)
     text = json.dumps({"info": {}, **data, "annotations": completed})
     path = cache_dir() / "coco" / f"{Path(json_file).stem}_{_short_hash(text)}.json"
@@ -291,16 +334,10 @@ def _is_complete(annotation: Record) -> bool:
         bool(annotation.get("id"))
         and annotation.get("area") is not None
         and annotation.get("iscrowd") is not None
-        and _is_usable_segmentation(annotation.get("segmentation"))
     )
 
 
-def _is_usable_segmentation(segmentation: Any) -> bool:
-    """Detectron2 silently drops objects whose polygons are all degenerate, box included."""
-    if isinstance(segmentation, dict):
-        return "counts" in segmentation and "size" in segmentation
-    if isinstance(segmentation, list) and segmentation:
-        if not all(isinstance(polygon, list) for polygon in segmentation):
-            return False
-        return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
-    return not segmentation
+def _is_utf_8(json_file: str) -> bool:
+    """Whether a JSON has that encoding, without a byte order mark."""
+    with open(json_file, "rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8"

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -26,6 +26,9 @@ from .errors import DatasetError
 from .mapper import check_image
 
 __all__ = [
+    "FAULT",
+    "REMARKS",
+    "SOURCE",
     "Problem",
     "category_problems",
     "decode_all",
@@ -34,6 +37,8 @@ __all__ = [
     "raise_problems",
     "read_coco",
     "record_problems",
+    "conversion_remarks",
+    "source_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -45,6 +50,13 @@ Rule = Tuple[str, str]  # (kind, predicate of the sentence) of what is wrong
 # Boxes drawn by hand or rounded often end a pixel beyond the image; they are clipped.
 _BORDER_TOLERANCE = 2  # pixels
 _NUM_PROBLEMS_SHOWN = 5
+
+# Keys that the conversion of other formats adds: of an image or annotation, the file and line that
+# it comes from and what is wrong there; of "info", the folder of the labels and remarks on it.
+SOURCE, FAULT, REMARKS = "smca_source", "smca_fault", "smca_remarks"
+
+_HUGE = 1e15  # a number of pixels that is as good as infinite
+_MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
 
 # Keys that a record must have, and their types.
 _IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
@@ -89,11 +101,11 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
     """
     json_file = existing(json_file, os.path.isfile, "annotation file")
     try:
-        with open(json_file, encoding="utf-8") as file:
-            data = json.load(file)
-    except ValueError as error:  # not JSON, or not UTF-8
+        with open(json_file, "rb") as file:
+            data = json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
+    except (ValueError, RecursionError) as error:
         raise DatasetError(
-            f"{json_file} is not a JSON file ({error}): write it again, it may be cut off."
+            f"{json_file} is not a JSON file ({error}): write it again in UTF-8, it may be cut off."
         ) from error
     keys = ("images", "annotations", "categories")
     if not isinstance(data, dict):
@@ -117,13 +129,25 @@ def record_problems(data: Mapping[str, Any]) -> List[Problem]:
     Args:
         data: as of `read_coco`.
     """
-    images, categories = data["images"], data["categories"]
-    valid_images = [image for image in images if not _record_problem(image, _IMAGE_KEYS)]
+    images, annotations, categories = (data[key] for key in ("images", "annotations", "categories"))
     return [
         *category_problems(categories),
         *_image_problems(images),
-        *_annotation_problems(data["annotations"], valid_images, categories),
+        *_annotation_problems(annotations, images, categories),
+        *_crowd_problems(annotations),
     ]
+
+
+def source_of(data: Mapping[str, Any], json_file: PathLike) -> str:
+    """What messages call a COCO JSON: its path, or that of the folder it was converted from."""
+    info = data.get("info")
+    return str(info.get(SOURCE, json_file)) if isinstance(info, dict) else str(json_file)
+
+
+def conversion_remarks(data: Mapping[str, Any]) -> List[str]:
+    """What the conversion left out of a COCO JSON."""
+    info = data.get("info")
+    return list(info.get(REMARKS, [])) if isinstance(info, dict) else []
 
 
 def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:
@@ -145,6 +169,8 @@ def _record_problem(record: Any, keys: Mapping[str, type]) -> Optional[Rule]:
     if not isinstance(record, dict):
         text = f"is {json.dumps(record)[:40]}, not an object; correct or remove it."
         return "not an object", text
+    if FAULT in record:
+        return "cannot be read", record[FAULT]
     for key, type_ in keys.items():
         if key not in record:
             return f"no '{key}'", f"has no '{key}'; add it."
@@ -156,7 +182,10 @@ def _record_problem(record: Any, keys: Mapping[str, type]) -> Optional[Rule]:
 
 
 def _label(kind: str, index: int, record: Any) -> str:
-    """How messages name a record: by its id, and by its index in the file where it has none."""
+    """How messages name a record: by the label file that it comes from, by its id, or by its index
+    in the file where it has none."""
+    if isinstance(record, dict) and SOURCE in record:
+        return str(record[SOURCE])
     if not isinstance(record, dict) or "id" not in record:
         return f"{kind} at index {index}"
     if isinstance(record.get("file_name"), str):
@@ -216,56 +245,110 @@ def _image_problems(images: Sequence[Any]) -> List[Problem]:
 
 
 def _annotation_problems(
-    annotations: Sequence[Any], images: Sequence[Record], categories: Sequence[Any]
+    annotations: Sequence[Any], images: Sequence[Any], categories: Sequence[Any]
 ) -> List[Problem]:
-    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    category_ids = {c["id"] for c in categories if not _record_problem(c, _CATEGORY_KEYS)}
+    # Where a record itself is at fault, its annotations may be good.
+    image_ids, category_ids = _ids(images), _ids(categories)
+    sizes = {
+        image["id"]: (image["height"], image["width"])
+        for image in images
+        if _record_problem(image, _IMAGE_KEYS) is None
+    }
     problems = _list_problems("annotation", annotations, _ANNOTATION_KEYS)
+    relative = []  # indices of boxes that seem to be so
     for index, annotation in enumerate(annotations):
         if _record_problem(annotation, _ANNOTATION_KEYS) is not None:
             continue
-        if annotation["image_id"] not in sizes:
-            text = "has an image_id that no image has; correct or remove it."
-            problem: Optional[Rule] = ("unknown image_id", text)
-        elif annotation["category_id"] not in category_ids:
-            text = (
-                f"has category_id {annotation['category_id']}, which no category has; add the "
-                "category, or correct or remove the annotation."
-            )
-            problem = "unknown category_id", text
-        elif annotation.get("ignore"):
-            text = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
-            problem = "'ignore' is set", text
-        elif annotation.get("iscrowd") not in (None, 0, 1):
-            text = f"has iscrowd {annotation['iscrowd']!r}, which must be 0 or 1; correct it."
-            problem = "iscrowd is not 0 or 1", text
-        elif not _is_number(annotation.get("area", 0)) and annotation["area"] is not None:
-            text = f"has area {annotation['area']!r}, which must be a number; correct or remove it."
-            problem = "area is not a number", text
-        else:
-            problem = _box_problem(annotation["bbox"], *sizes[annotation["image_id"]])
+        problem = _reference_problem(annotation, image_ids, category_ids)
+        size = sizes.get(annotation["image_id"])
+        problem = problem or _box_problem(annotation["bbox"], size) or _number_problem(annotation)
         if problem is not None:
             problems.append(_problem("annotation", index, annotation, *problem))
+        elif max(map(abs, annotation["bbox"])) <= 1 < max(size or (2, 2)):
+            relative.append(index)
+    # A pixel in the corner is no fault by itself.
+    boxes = [annotations[index]["bbox"] for index in relative]
+    if len(boxes) == len(annotations) or any(value % 1 for box in boxes for value in box):
+        for index, box in zip(relative, boxes):
+            text = (
+                f"has bbox {box}, relative to its image; multiply x and width by the width of the "
+                "image in pixels, y and height by its height."
+            )
+            rule = "bbox from 0 to 1"
+            problems.append(_problem("annotation", index, annotations[index], rule, text))
     return problems
+
+
+def _ids(records: Sequence[Any]) -> Optional[Set[int]]:
+    """None where a record has no valid id, so that it may be any."""
+    ids = {r["id"] for r in records if isinstance(r, dict) and isinstance(r.get("id"), int)}
+    return ids if len(ids) == len(records) else None
+
+
+def _reference_problem(
+    annotation: Record, image_ids: Optional[Set[int]], category_ids: Optional[Set[int]]
+) -> Optional[Rule]:
+    if image_ids is not None and annotation["image_id"] not in image_ids:
+        return "unknown image_id", "has an image_id that no image has; correct or remove it."
+    if category_ids is not None and annotation["category_id"] not in category_ids:
+        text = (
+            f"has category_id {annotation['category_id']}, which no category has; add the "
+            "category, or correct or remove the annotation."
+        )
+        return "unknown category_id", text
+    return None
+
+
+def _number_problem(annotation: Record) -> Optional[Rule]:
+    """What is wrong with the numbers that are not of the box."""
+    area = annotation.get("area")
+    if annotation.get("ignore"):
+        text = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
+        return "'ignore' is set", text
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        text = f"has iscrowd {annotation['iscrowd']!r}, which must be 0 or 1; correct it."
+        return "iscrowd is not 0 or 1", text
+    if area is not None and not _is_number(area):
+        text = f"has area {area!r}, which must be a number; correct or remove it."
+        return "area is not a number", text
+    if area is not None and not 0 <= area <= _MAX_AREA:  # nor is it NaN
+        text = f"has area {area}, which must be from 0 to {_MAX_AREA:g}; correct or remove it."
+        return "area is negative, too large or not finite", text
+    return None
+
+
+def _crowd_problems(annotations: Sequence[Any]) -> List[Problem]:
+    if not annotations or not all(
+        isinstance(a, dict) and a.get("iscrowd") == 1 for a in annotations
+    ):
+        return []
+    text = (
+        f"all {len(annotations)} annotations have iscrowd 1, which marks crowds: they are neither "
+        "trained on nor evaluated; set it to 0 for single objects."
+    )
+    return [Problem("all annotations are crowds", text, annotations)]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _box_problem(bbox: Sequence[Any], height: int, width: int) -> Optional[Rule]:
-    """What is wrong with an [x, y, width, height] box in an image of that size, as (kind,
-    predicate), or None."""
+def _box_problem(bbox: Sequence[Any], size: Optional[Tuple[int, int]]) -> Optional[Rule]:
+    """What is wrong with an [x, y, width, height] box in an image of that (height, width), as
+    (kind, predicate), or None."""
     if len(bbox) != 4 or not all(map(_is_number, bbox)):
         text = f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
         return "bbox is not 4 numbers", text
-    if not all(math.isfinite(v) for v in bbox):
+    if not all(abs(v) < _HUGE for v in bbox):
         text = f"has bbox {bbox}, which is not finite; correct or remove it."
         return "bbox is not finite", text
     x, y, box_width, box_height = bbox
     if box_width <= 0 or box_height <= 0:
         text = f"has bbox {bbox}, whose width or height is not positive; correct or remove it."
         return "bbox without area", text
+    if size is None or min(size) < 1:
+        return None
+    height, width = size
     tolerance = _BORDER_TOLERANCE
     within = (
         min(x, y) >= -tolerance
@@ -300,7 +383,8 @@ def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[
         except DatasetError as error:
             is_there = os.path.isfile(path)
             rule = "file unreadable or of another size" if is_there else "file missing"
-            return Problem(f"image: {rule}", f"image {image['id']}: {error}", image)
+            name = image.get(SOURCE) or f"image {image['id']}"
+            return Problem(f"image: {rule}", f"{name}: {error}", image)
         return None
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

@@ -17,7 +17,14 @@ from .errors import DatasetError
 
 PathLike = Union[str, "os.PathLike[str]"]
 
-__all__ = ["DetrDatasetMapper", "as_rgb", "check_image", "detr_augmentations", "read_image"]
+__all__ = [
+    "DetrDatasetMapper",
+    "as_rgb",
+    "check_image",
+    "detr_augmentations",
+    "read_image",
+    "upright_size",
+]
 
 _EXIF_ORIENTATION = 274
 # What turns an image of the EXIF orientation upright.
@@ -153,6 +160,18 @@ def check_image(path: PathLike, height: int, width: int) -> None:
         # Lets the JPEG decoder skip most of the inverse transform; it still reads every byte.
         image.draft("RGB", (1, 1))
         image.load()
+
+
+def upright_size(path: PathLike) -> Tuple[int, int]:
+    """Height and width of an image in pixels, as its EXIF orientation turns it upright.
+
+    Raises:
+        DatasetError: the file is missing or is no image.
+    """
+    with _open_image(path) as image:
+        transpose = _exif_transposes(image)[0]
+        size = image.height, image.width
+        return size[::-1] if transpose in _SIDE_SWAPPING_TRANSPOSES else size
 
 
 class _ResizeShortSide(T.ResizeShortestEdge):

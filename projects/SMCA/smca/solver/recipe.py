@@ -69,8 +69,8 @@ def steps_of_epochs(
     files = [json_file] if isinstance(json_file, str) else json_file
     num_images = 0
     for file in files:
-        with open(os.path.expanduser(file), encoding="utf-8") as opened:
-            num_images += len(json.load(opened)["images"])
+        with open(os.path.expanduser(file), "rb") as opened:  # in any of JSON's encodings
+            num_images += len(json.loads(opened.read())["images"])
     return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
 

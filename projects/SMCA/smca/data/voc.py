@@ -1,0 +1,161 @@
+"""Pascal VOC folders as data sets in COCO's format."""
+
+import codecs
+import math
+import os
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Sequence
+from xml.etree import ElementTree
+
+from .coco_checks import FAULT, SOURCE, Record
+from .convert import (
+    Coco,
+    Content,
+    files_below,
+    in_cache,
+    make_coco,
+    pair,
+    read_text,
+    size_record,
+    unused_remarks,
+)
+from .errors import DatasetError
+from .mapper import PathLike
+
+__all__ = ["coco_from_voc"]
+
+
+def coco_from_voc(
+    images: PathLike,
+    annotations: PathLike,
+    names: Optional[Sequence[str]] = None,
+    image_list: Optional[PathLike] = None,
+) -> str:
+    """Convert a Pascal VOC data set. Boxes are 1-based and include their last pixel, as in VOC; an
+    image without an XML file has no objects. Of an image with an EXIF orientation, the size in its
+    XML file says whether the boxes are meant upright or as it is stored.
+
+    Args:
+        images: folder of the images; those in sub-folders have their XML files in sub-folders of
+            the same name.
+        annotations: folder of the XML files.
+        names: of the classes, in their order; None: those of the objects, by the alphabet. For
+            validation give the training set's.
+        image_list: file with the names of the images to use, without suffix, one a line, as in
+            VOC's ``ImageSets/Main``; None uses all.
+
+    Returns:
+        The COCO JSON, with the categories 1, 2, ... in the order of `names`.
+
+    Raises:
+        DatasetError: something is missing or cannot be read, or an object has another class.
+    """
+    images, annotations = (_existing_folder(folder) for folder in (images, annotations))
+    lines = None if image_list is None else _read_list(Path(image_list).expanduser().absolute())
+    names = None if names is None else list(names)
+    label_files = files_below(annotations, ".xml")
+
+    def stems(image: str) -> Iterable[str]:
+        return (os.path.splitext(os.path.join(annotations, os.path.relpath(image, images)))[0],)
+
+    def make() -> Coco:
+        pairs, unused = pair(images, label_files, stems)
+        remarks = unused_remarks(unused)
+        if lines is not None:
+            pairs, remarks = _chosen(pairs, lines, images), []
+        return make_coco(images, pairs, _read_voc, names, annotations, remarks)
+
+    return in_cache(images, annotations, (names, lines, sorted(label_files.items())), make)
+
+
+def _existing_folder(folder: PathLike) -> str:
+    path = os.path.abspath(os.path.expanduser(os.fspath(folder)))
+    if not os.path.isdir(path):
+        raise DatasetError(f"The folder {path} does not exist: correct the path.")
+    return path
+
+
+def _read_list(file: Path) -> List[str]:
+    try:
+        lines = read_text(file).splitlines()
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"The list of images {file} cannot be read ({error}).") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise DatasetError(f"The list of images {file} is empty: write a name on each line.")
+    return names
+
+
+def _chosen(
+    pairs: Dict[str, Optional[str]], lines: Sequence[str], folder: str
+) -> Dict[str, Optional[str]]:
+    """The images that are listed by their names, with or without suffix."""
+    images = {os.path.splitext(name)[0]: name for name in pairs}
+    images.update({name: name for name in pairs})
+    chosen, missing = set(), []
+    for line in lines:
+        name, _, flag = line.rpartition(" ")
+        if line not in images and flag in ("-1", "0", "1"):  # as in VOC's lists of a class
+            line = name.strip()
+        if line in images:
+            chosen.add(images[line])
+        else:
+            missing.append(line)
+    if missing:
+        raise DatasetError(
+            f"The list of images has {len(missing)} names that {folder} has no image of, such as "
+            f"{min(missing)}: correct it (names have no suffix)."
+        )
+    return {name: label for name, label in pairs.items() if name in chosen}
+
+
+def _read_voc(image: str, label: Optional[str]) -> Content:
+    if label is None:
+        return size_record(image), []
+    try:
+        # What stands before the XML declaration would be an error.
+        text = Path(label).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()
+        root = ElementTree.fromstring(text)
+        if root.tag != "annotation":
+            raise ValueError(f"it is <{root.tag}>, not <annotation>")
+    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+        fault = f"cannot be read ({error}); correct or remove it."
+        return size_record(image), [{SOURCE: label, FAULT: fault}]
+    height, width = (_whole_number(root.findtext(f"size/{tag}")) for tag in ("height", "width"))
+    has_size = height > 0 and width > 0
+    size = {"height": height, "width": width} if has_size else size_record(image)
+    objects = [
+        {SOURCE: f"{label} object {number}", **_voc_object(element)}
+        for number, element in enumerate(root.findall("object"), 1)
+    ]
+    return {SOURCE: label, **size}, objects
+
+
+def _voc_object(element: ElementTree.Element) -> Record:
+    """An object's name and box, or what is wrong with it."""
+    name = (element.findtext("name") or "").strip()
+    if not name:
+        return {FAULT: "has no name of its class; add it."}
+    try:
+        left, top, right, bottom = corners = [
+            float(element.findtext(f"bndbox/{tag}") or "")
+            for tag in ("xmin", "ymin", "xmax", "ymax")
+        ]
+        if not all(map(math.isfinite, corners)):
+            raise ValueError
+    except ValueError:
+        return {
+            FAULT: f"({name}) has no bndbox with the numbers xmin, ymin, xmax and ymax; correct or "
+            "remove it."
+        }
+    left, right = min(left, right) - 1, max(left, right)
+    top, bottom = min(top, bottom) - 1, max(top, bottom)
+    return {"name": name, "bbox": [left, top, right - left, bottom - top]}
+
+
+def _whole_number(text: Optional[str]) -> int:
+    """0 where there is none."""
+    try:
+        return int(float(text or 0))
+    except (OverflowError, ValueError):
+        return 0

@@ -1,0 +1,217 @@
+"""YOLO folders as data sets in COCO's format."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+
+import yaml
+
+from .coco_checks import FAULT, SOURCE, Record
+from .convert import (
+    Coco,
+    Content,
+    files_below,
+    in_cache,
+    make_coco,
+    pair,
+    read_text,
+    size_record,
+    unused_remarks,
+)
+from .errors import DatasetError
+from .mapper import PathLike
+
+__all__ = ["coco_from_yolo", "yolo_images"]
+
+OneOrMore = Union[str, List[str]]
+
+
+def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
+    """The image folder of a split of a YOLO data set.
+
+    Args:
+        data_yaml: the data set's file with ``train``, ``val``, ``names`` and perhaps ``path``.
+        split: "train", "val" or another key of it.
+
+    Returns:
+        An absolute path, or a list of them where the file has a list.
+
+    Raises:
+        DatasetError: the file or a folder is missing, or the file lacks the split.
+    """
+    file = Path(data_yaml).expanduser().absolute()
+    content = _read_yaml(file)
+    folders = content.get(split)
+    if not folders:
+        raise DatasetError(f"{file} has no '{split}': add the folder of its images.")
+    root = file.parent / str(content.get("path") or "")
+    if isinstance(folders, str):
+        return _yolo_folder(file, root, folders)
+    return [_yolo_folder(file, root, str(folder)) for folder in folders]
+
+
+def _read_yaml(file: Path) -> Dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except FileNotFoundError:
+        raise DatasetError(f"The file {file} does not exist: correct the path.") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DatasetError(f"{file} is no YAML file ({error}): correct it.") from error
+    if not isinstance(content, dict) or not content.get("names"):
+        raise DatasetError(f"{file} has no 'names': add the names of the classes.")
+    names = content["names"]
+    if not isinstance(names, (list, dict)):
+        raise DatasetError(f"{file} has 'names' that are no list: write [dog, cat].")
+    if isinstance(names, dict):
+        numbers = {str(key) for key in names}
+        for number in map(str, range(len(names))):
+            if number not in numbers:
+                raise DatasetError(
+                    f"{file} has no name of class {number}: number 'names' from 0 without gaps."
+                )
+    return content
+
+
+def _yolo_folder(file: Path, root: Path, folder: str) -> str:
+    # Some exports write ../train/images for what lies beside the file.
+    candidates = [root / folder, file.parent / folder, file.parent / folder.removeprefix("../")]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return os.path.abspath(candidate)
+    if any(candidate.is_file() for candidate in candidates):
+        raise DatasetError(f"{file} lists images in the file {folder}: give their folder instead.")
+    raise DatasetError(f"The image folder {candidates[0]} of {file} does not exist: correct it.")
+
+
+def _yolo_labels(path: str) -> str:
+    """``path`` with ``labels`` in place of its last folder named ``images``."""
+    parts = path.split(os.sep)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return os.sep.join(parts)
+
+
+def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
+    """Convert a split of a YOLO data set; an image without a label file has no objects. Boxes are
+    relative to the image as its EXIF orientation turns it upright.
+
+    Args:
+        data_yaml, split: as of `yolo_images`.
+
+    Returns:
+        The COCO JSON, or a list of them with one for each folder of `yolo_images`, with the
+        categories 1, 2, ... in the order of ``names``.
+
+    Raises:
+        DatasetError: something is missing or cannot be read.
+    """
+    file = Path(data_yaml).expanduser().absolute()
+    content = _read_yaml(file)
+    names = content["names"]
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    names = list(map(str, names))
+    num_keypoint_values = _keypoint_values(file, content)
+
+    def read(image: str, label: Optional[str]) -> Content:
+        return _read_yolo(image, label, names, num_keypoint_values)
+
+    def convert(images: str) -> str:
+        labels = _yolo_labels(images)
+        folders = {images, labels} if os.path.isdir(labels) else {images}
+        label_files = {
+            path: state for folder in folders for path, state in files_below(folder, ".txt").items()
+        }
+
+        def stems(image: str) -> Iterable[str]:
+            stem = os.path.splitext(image)[0]
+            return _yolo_labels(stem), stem
+
+        def make() -> Coco:
+            pairs, unused = pair(images, label_files, stems)
+            unused = list(filter(_is_yolo_label, unused))
+            return make_coco(images, pairs, read, names, labels, unused_remarks(unused))
+
+        settings = names, num_keypoint_values, sorted(label_files.items())
+        return in_cache(images, labels, settings, make)
+
+    folders = yolo_images(file, split)
+    return convert(folders) if isinstance(folders, str) else list(map(convert, folders))
+
+
+def _keypoint_values(file: Path, content: Dict[str, Any]) -> int:
+    """How many numbers of keypoints follow a box."""
+    shape = content.get("kpt_shape", [0, 0])
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+        raise DatasetError(
+            f"{file} has kpt_shape {shape}: write the number of keypoints and of their values, "
+            "[17, 3], or remove it."
+        )
+    return shape[0] * shape[1]
+
+
+def _read_yolo(
+    image: str, label: Optional[str], names: Sequence[str], num_keypoint_values: int
+) -> Content:
+    record = size_record(image)
+    if label is None or FAULT in record:
+        return record, []
+    record[SOURCE] = label
+    try:
+        lines = read_text(label).splitlines()
+    except (OSError, ValueError) as error:
+        return record, [{SOURCE: label, FAULT: f"cannot be read ({error}); correct it."}]
+    objects = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            found = _yolo_object(line, names, num_keypoint_values, record)
+            objects.append({SOURCE: f"{label} line {number}", **found})
+    return record, objects
+
+
+def _yolo_object(
+    line: str, names: Sequence[str], num_keypoint_values: int, image: Record
+) -> Record:
+    """An object's name and its box in pixels, or what is wrong with its line."""
+    text = f"is '{line.strip()[:60]}', "
+    try:
+        label, *values = map(float, line.split())
+    except ValueError:
+        return {FAULT: f"{text}which has to be numbers; correct or remove it."}
+    if not label.is_integer() or not 0 <= label < len(names):
+        return {
+            FAULT: f"{text}but the classes are numbered from 0 to {len(names) - 1}; correct the "
+            "line, or add the class to 'names'."
+        }
+    if len(values) in (4, 5, 4 + num_keypoint_values):  # the fifth is a score
+        x, y, width, height = values[:4]
+        bounds = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    elif len(values) >= 6:  # a polygon, with a score if the number is odd
+        xs, ys = values[: len(values) // 2 * 2 : 2], values[1::2]
+        bounds = [min(xs), min(ys), max(xs), max(ys)]
+    else:
+        return {
+            FAULT: f"{text}not the number of a class and 4 numbers of its box, or the points of a "
+            "polygon; correct or remove it."
+        }
+    if not all(map(math.isfinite, values)):
+        return {FAULT: f"{text}which is not finite; correct or remove it."}
+    if max(map(abs, bounds)) > 2:
+        return {
+            FAULT: f"{text}but boxes are relative to the image, from 0 to 1: divide pixels by its "
+            "width and height."
+        }
+    left, top, right, bottom = bounds
+    scale_x, scale_y = image["width"], image["height"]
+    box = [left * scale_x, top * scale_y, (right - left) * scale_x, (bottom - top) * scale_y]
+    return {"name": names[int(label)], "bbox": box}
+
+
+def _is_yolo_label(path: str) -> bool:
+    """Whether a text file has boxes; classes.txt, for instance, has none."""
+    try:
+        words = read_text(path).split(maxsplit=5)[:5]
+        return len(list(map(float, words))) == 5
+    except (OSError, ValueError):
+        return False
