@@ -90,6 +90,23 @@ def state_of(folder):
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
+def assert_same_bits(a, b, path=""):
+    """Tensors and plain values in dicts, lists and tuples; `path` is where a difference is."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for n, (x, y) in enumerate(zip(a, b)):
+            assert_same_bits(x, y, f"{path}.{n}")
+    else:
+        assert a == b, path
+
+
 # ---- A detector, a data set and a config that are as small as they can be
 
 

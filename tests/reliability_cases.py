@@ -74,7 +74,7 @@ class Job:
     def output(self):
         return self.output_file.read_text()
 
-    def wait_for(self, pattern, seconds=90):
+    def wait_for(self, pattern, seconds=200):
         """Wait until the output has this regular expression."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
@@ -92,7 +92,7 @@ class Job:
     def signal_group(self, number):
         os.killpg(self.pid, number)
 
-    def wait(self, seconds=90):
+    def wait(self, seconds=200):
         """The exit code; kills what takes longer."""
         deadline = time.monotonic() + seconds
         while self.is_alive():

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import arguments, write_tiny_config
+from helpers import arguments, assert_same_bits, write_tiny_config
 from smca.engine import Trainer, main
 from smca.errors import CheckpointError
 
@@ -14,22 +14,6 @@ def train(config, folder, *overrides, resume=False):
     flags = ["--config-file", config] + ["--resume"] * resume
     main(arguments(*flags, f"train.output_dir={folder}", *overrides))
     return torch.load(os.path.join(folder, "model_final.pth"), weights_only=True)
-
-
-def assert_same_bits(a, b, path=""):
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same_bits(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for n, (x, y) in enumerate(zip(a, b)):
-            assert_same_bits(x, y, f"{path}.{n}")
-    else:
-        assert a == b, path
 
 
 def interrupt_at(monkeypatch, iteration, error):

@@ -4,13 +4,20 @@ import signal
 import pytest
 import torch
 from detectron2.engine import HookBase, hooks
-from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
 from helpers import MeanLoss
+from smca.checkpoint import SMCACheckpointer
 from smca.data import build_train_loader
-from smca.engine import BestCheckpointer, EmergencyCheckpointer, EvalHook, ModelEMA, Trainer
+from smca.engine import (
+    BestCheckpointer,
+    EmergencyCheckpointer,
+    EvalHook,
+    ModelEMA,
+    PeriodicCheckpointer,
+    Trainer,
+)
 from smca.engine.storage import BoundedStorage
 from smca.errors import NonFiniteError
 
@@ -234,7 +241,7 @@ def saved(path):
 
 @pytest.mark.parametrize("error", [OSError("image is gone"), KeyboardInterrupt(), MemoryError()])
 def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, error):
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     weights = Record(lambda trainer: copy.deepcopy(trainer.model.state_dict()))
     guard = EmergencyCheckpointer(checkpointer)
     trainer = Trainer(model, batches(5), torch.optim.SGD(model.parameters(), lr=0.1))
@@ -251,7 +258,7 @@ def test_a_training_in_the_handler_of_another_error_is_whole(model, tmp_path, ca
     """As where a notebook tries once more."""
     results = Record(lambda trainer: trainer.iter)
     trainer = Trainer(model, batches(2), torch.optim.SGD(model.parameters(), lr=0.1))
-    guard = EmergencyCheckpointer(Checkpointer(model, str(tmp_path)))
+    guard = EmergencyCheckpointer(SMCACheckpointer(model, str(tmp_path)))
     trainer.register_hooks([EvalHook(0, lambda: results.values.append("evaluated")), guard])
     try:
         raise OSError("the first try")
@@ -262,7 +269,7 @@ def test_a_training_in_the_handler_of_another_error_is_whole(model, tmp_path, ca
 
 
 def test_a_signal_in_the_forward_pass_waits_for_the_step(model, tmp_path):
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGTERM))
     trainer = Trainer(model, batches(2), torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
@@ -279,7 +286,7 @@ def test_an_update_that_breaks_off_is_not_saved(model, tmp_path):
             if trainer.iter == 1:
                 raise OSError("half of the weights are new")
 
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     trainer = Trainer(model, batches(3), Breaking(model.parameters(), lr=0.1))
     trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
     with pytest.raises(OSError):
@@ -294,7 +301,7 @@ def test_a_signal_during_the_update_waits_until_the_iteration_is_complete(model,
             signal.raise_signal(number)
             return super().step(closure)
 
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     before = signal.getsignal(number)
     trainer = Trainer(model, batches(2), Signalling(model.parameters(), lr=0.1))
     trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
@@ -308,7 +315,7 @@ def test_a_signal_during_the_update_waits_until_the_iteration_is_complete(model,
 
 
 def test_a_broken_loss_saves_nothing(model, tmp_path):
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     with pytest.raises(FloatingPointError):
         train(
             model,
@@ -332,7 +339,7 @@ class Metric(HookBase):
 
 
 def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     values = [None, float("nan"), 20.0, 30.0, 25.0, float("nan"), 0.0]
     train(
         model,
@@ -340,7 +347,7 @@ def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
         7,
         hooks=[
             Metric(values),
-            hooks.PeriodicCheckpointer(checkpointer, 1),
+            PeriodicCheckpointer(checkpointer, 1),
             BestCheckpointer(1, checkpointer, "bbox/AP"),
         ],
     )
@@ -352,7 +359,7 @@ def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
 
 
 def test_the_best_checkpoint_is_not_the_one_to_resume_from(model, tmp_path):
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     checkpointer.save("model_0000000")
     train(
         model, batches(2), 2, hooks=[Metric([1, 2]), BestCheckpointer(1, checkpointer, "bbox/AP")]
@@ -368,7 +375,7 @@ def test_a_resumed_run_keeps_a_better_checkpoint_of_before(model, tmp_path):
         trainer.register_hooks([Metric([value] * 4), best])
         trainer.train(start, start + 2)
 
-    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer = SMCACheckpointer(model, str(tmp_path))
     run(0, 30.0)
     run(2, 20.0)
     assert saved(tmp_path / "model_best.pth")["best"]["value"] == 30.0

@@ -2,15 +2,12 @@
 
 import json
 import logging
-import os
 import shutil
-import signal
-from functools import partial
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import EvalHook, hooks, launch
+from detectron2.engine import EvalHook
 from omegaconf import DictConfig, OmegaConf
 
 import smca
@@ -27,11 +24,10 @@ from helpers import (
     write_tiny_config,
     write_weights,
 )
-from reliability_cases import Job
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.config import load_config
-from smca.engine import EarlyStopping, Trainer, main, run
+from smca.engine import EarlyStopping, PeriodicCheckpointer, Trainer, main, run
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.inference import load_test_dataset
 from smca.solver import layer_lr_factor, steps_of_epochs
@@ -396,8 +392,9 @@ def train(folder, values, patience, num_iters=20, start_from=None, period=2):
     checkpointer = SMCACheckpointer(model, str(folder), trainer=trainer)
     trainer.register_hooks(
         [
+            PeriodicCheckpointer(checkpointer, 100),
             EvalHook(period, lambda: {"bbox": {"AP": next(values)}}, eval_after_train=False),
-            EarlyStopping(period, patience, checkpointer, "bbox/AP"),
+            EarlyStopping(patience, "bbox/AP"),
         ]
     )
     start = 0
@@ -436,53 +433,6 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]
     assert train(tmp_path, [], 2, start_from=state) == 6  # it has ended
     assert train(tmp_path, [4, 6, 5, 5, 5, 5], 4, start_from=state) == 18  # more patience
-
-
-def _train_in_process(folder):
-    from detectron2.utils import comm
-
-    values = [3, 2, 1, 5] if comm.is_main_process() else [0, 9, 19, 29]
-    num_iters = train(folder / str(comm.get_rank()), values, 2)
-    (folder / f"{comm.get_rank()}.txt").write_text(str(num_iters))
-
-
-def test_all_processes_end_by_the_results_of_the_first(tmp_path):
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    launch(_train_in_process, 2, dist_url=rendezvous, args=(tmp_path,))
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["6", "6"]
-
-
-def _die_after_an_evaluation(iteration):
-    """The process is killed once the results of an evaluation are in metrics.json."""
-    original = hooks.PeriodicWriter.after_step
-
-    def die(self):
-        original(self)
-        if self.trainer.iter == iteration:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    hooks.PeriodicWriter.after_step = die
-
-
-def test_an_evaluation_before_a_kill_counts(tmp_path):
-    settings = {"max_iter": 20, "early_stopping": 3, "num_pictures": 0}
-    config = write_tiny_config(tmp_path, **settings)
-    words = ["--config-file", config, "optimizer.lr=0", "train.model_ema.enabled=False"]
-    words += ["model.batch_norm=False"]
-    # Evaluations with one AP after steps 2, 4, 6 and 8. The one after 4 is not in its checkpoint.
-    job = Job(tmp_path, *words, prepare=partial(_die_after_an_evaluation, 3))
-    assert job.wait() == -signal.SIGKILL
-    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000003.pth"
-    main(arguments("--resume", *words))
-    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
-    assert final["iteration"] == 7
-    # The one that ends the training may be the one that was not in a checkpoint.
-    shutil.rmtree(tmp_path / "run")
-    job = Job(tmp_path, *words, prepare=partial(_die_after_an_evaluation, 3))
-    assert job.wait() == -signal.SIGKILL
-    main(arguments("--resume", *words, "train.early_stopping=1"))
-    final = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)
-    assert final["iteration"] == 3
 
 
 def test_a_run_stops_early_and_resuming_leaves_it_at_that(tmp_path):

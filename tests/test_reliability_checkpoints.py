@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import TinyDetector, write_tiny_config
-from reliability_cases import Job, files, iteration_of, load
+from reliability_cases import Job, files, iteration_of
 from smca.checkpoint import SMCACheckpointer
 from smca.errors import CheckpointError
 
@@ -97,28 +97,6 @@ def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
         (tmp_path / "run" / f"{name}.ab_1cd2e.tmp").touch()
     assert train(tmp_path, config, "--resume")[0] == 0
     assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]
-
-
-def test_a_process_killed_before_its_last_file_leaves_that_to_the_resume(finished, tmp_path):
-    def die_in_the_last_write():
-        original = SMCACheckpointer.save
-
-        def save(self, name, **kwargs):
-            if name == "model_final":
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(self, name, **kwargs)
-
-        SMCACheckpointer.save = save
-
-    config, source = finished
-    output = f"train.output_dir={tmp_path}/run"
-    assert train(tmp_path, config, output, prepare=die_in_the_last_write)[0] == -signal.SIGKILL
-    assert not (tmp_path / "run" / "model_final.pth").exists()
-    assert train(tmp_path, config, "--resume", output)[0] == 0
-    final, expected = (load(folder / "model_final.pth") for folder in (tmp_path / "run", source))
-    assert final["trainer"]["iteration"] == expected["trainer"]["iteration"] == 5
-    assert all(torch.equal(final["model"][key], expected["model"][key]) for key in final["model"])
-    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
 
 
 @pytest.mark.parametrize("tag", ["", "model_0000005.pth", "model_0000009.pth", "\0\0\0\0"])
@@ -282,15 +260,3 @@ def test_a_pickle_of_the_model_zoo_is_opened_as_detectron2_does(tmp_path, monkey
     checkpointer.load("detectron2://ImageNetPretrained/torchvision/R-50.pkl")
     weight = checkpointer.model.backbone["stem"].weight.detach()
     assert (weight.numpy() == state["stem.weight"]).all()
-
-
-def test_checkpoints_of_before_go_on(finished, tmp_path):
-    config, run, out = copy_of(finished, tmp_path)
-    state = load(run / "model_final.pth")
-    for name in ("sample", "dataset_size"):
-        del state["trainer"][name]
-    torch.save(state, run / "model_final.pth")
-    code, output = train(tmp_path, config, out, "--resume", "train.max_iter=7")
-    assert code == 0
-    assert "not exactly" not in output
-    assert load(run / "model_final.pth")["trainer"]["sample"] == 7 * 4

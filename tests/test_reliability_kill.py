@@ -1,33 +1,77 @@
-"""The stress test with few kills; docs/reliability.md has the figures of many."""
+"""What ``kill -9`` leaves is what the output folder holds at that moment. The folder is copied
+before each of its files is replaced, and each copy is resumed. (Real kills are in
+test_reliability_checkpoints.py and test_reliability_processes.py.)"""
 
-import re
+import json
+import os
+import shutil
 
-import kill
-from helpers import error_of
-from smca.errors import UserError
+import pytest
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import get_event_storage
+
+from helpers import arguments, assert_same_bits, close_logs, write_tiny_config
+from reliability_cases import files, load
+from smca.engine import main
+
+# In the order in which a run of 4 iterations writes them, with checkpoints and evaluations after
+# every second one.
+WRITTEN = ["config.yaml", "model_0000001.pth", "last_checkpoint", "model_best.pth"]
+WRITTEN += ["model_0000003.pth", "last_checkpoint", "model_final.pth", "last_checkpoint"]
+WRITTEN += ["model_best.pth"]
 
 
-def test_a_training_that_is_killed_again_and_again_ends_with_the_bits_of_an_unbroken_one(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("SMCA_CACHE", "")  # which the command changes
-    overrides = ["train.max_iter=6", "train.eval_period=0"]
-    assert kill.main(["--kills", "3", "--output-dir", str(tmp_path / "kill"), *overrides]) == 0
-    output = capsys.readouterr().out
-    assert "3 kills" in output
-    # A process that ends before its kill begins another training.
-    assert re.search(r"(\d+) of \1 trainings ended with the bits of the unbroken one", output)
+class IterationEvaluator(DatasetEvaluator):
+    """Each evaluation is better than the one before."""
+
+    def evaluate(self):
+        return {"bbox": {"AP": get_event_storage().iter}}
 
 
-def test_a_folder_that_it_did_not_make_stays(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SMCA_CACHE", "")
-    (tmp_path / "work").write_text("mine")
-    text = error_of(capsys, kill.main, "--output-dir", tmp_path)
-    assert "would be removed" in text and (tmp_path / "work").read_text() == "mine"
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A config and the folder of its run, beside which are the copies before_0, before_1, ..."""
+    folder = tmp_path_factory.mktemp("kill")
+    config = write_tiny_config(folder, max_iter=4, num_pictures=0, early_stopping=3)
+    with open(config, "a") as file:
+        file.write("from test_reliability_kill import IterationEvaluator\n")
+        file.write("dataloader['evaluator'] = L(IterationEvaluator)()\n")
+    run, replace, written = folder / "run", os.replace, []
 
-    def fail(*args):
-        raise UserError("it began")
+    def copy_and_replace(source, target):
+        if os.path.dirname(target) == str(run):
+            shutil.copytree(run, folder / f"before_{len(written)}")
+            written.append(os.path.basename(target))
+        replace(source, target)
 
-    monkeypatch.setattr(kill, "Experiment", fail)
-    for _ in range(2):  # over its own folder
-        assert "it began" in error_of(capsys, kill.main, "--output-dir", tmp_path / "kill")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", copy_and_replace)
+        main(arguments("--config-file", config))
+    close_logs()
+    assert written == WRITTEN
+    return config, run
+
+
+def evaluations(run):
+    rows = map(json.loads, (run / "metrics.json").read_text().splitlines())
+    return {row["iteration"]: row["bbox/AP"] for row in rows if "bbox/AP" in row}
+
+
+@pytest.mark.parametrize("moment", range(len(WRITTEN)))
+def test_a_run_that_is_killed_before_a_write_ends_like_one_that_is_not(unbroken, moment):
+    config, run = unbroken
+    resumed = run.parent / f"before_{moment}"
+    main(arguments("--config-file", config, "--resume", f"train.output_dir={resumed}"))
+    close_logs()
+
+    def compared(folder):
+        return {name for name in files(folder) if not name.startswith("events.out")}
+
+    assert compared(resumed) == compared(run)
+    for name in sorted(compared(run)):
+        if name.endswith(".pth"):
+            assert_same_bits(load(resumed / name), load(run / name), name)
+    assert (resumed / "last_checkpoint").read_text() == "model_final.pth"
+    assert evaluations(resumed) == evaluations(run)
+    rows = [json.loads(line) for line in (resumed / "metrics.json").read_text().splitlines()]
+    assert {row["iteration"] for row in rows} == set(range(5))

@@ -71,7 +71,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
 
         def detect(self, *args):
             print("evaluating", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
             return original(self, *args)
 
         TinyDetector.detect = detect
@@ -80,16 +80,13 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
     job = Job(tmp_path, "--config-file", config, *WORKERS, prepare=sleep_in_evaluation)
     job.wait_for("evaluating")
     job.signal_group(signal.SIGTERM)
-    assert job.wait(40) == 143
+    assert job.wait() == 143
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
     assert evaluated(tmp_path / "run") == []
     # Nor is it lost.
     assert Job(tmp_path, "--config-file", config, "--resume", "train.max_iter=6").wait() == 0
     assert evaluated(tmp_path / "run") == [2, 6]
     assert load(tmp_path / "run" / "model_best.pth")["best"]["iteration"] in (2, 6)
-    # What was evaluated is not evaluated again.
-    assert Job(tmp_path, "--config-file", config, "--resume", "train.max_iter=7").wait() == 0
-    assert evaluated(tmp_path / "run") == [2, 6, 7]
 
 
 def evaluated(folder):
@@ -102,16 +99,19 @@ def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
     def sleep_in_loading():
         from smca.data.loader import _SeededMapDataset
 
-        _SeededMapDataset.__getitem__ = lambda self, key: time.sleep(60)
+        def sleep(self, key):
+            print("loading", flush=True)
+            time.sleep(3600)
+
+        _SeededMapDataset.__getitem__ = sleep
 
     config = write_tiny_config(tmp_path, eval_period=0)
     worker = "dataloader.train.num_workers=1"
     job = Job(tmp_path, "--config-file", config, worker, prepare=sleep_in_loading)
-    job.wait_for("Starting training")
-    time.sleep(0.5)
+    job.wait_for("loading")
     job.signal_group(signal.SIGTERM)
     # Its loader's workers are then given five seconds by PyTorch.
-    assert job.wait(40) == 143
+    assert job.wait() == 143
     assert "before there was anything to save" in job.output
 
 

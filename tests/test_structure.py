@@ -1,4 +1,4 @@
-"""The package's rooms: imports run one way, files stay small."""
+"""The package's rooms: imports run one way."""
 
 import ast
 import graphlib

@@ -1,6 +1,5 @@
 import logging
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Callable, Collection, Dict, Iterable, List, Optional, Sequence, Set
@@ -82,8 +81,13 @@ class SMCACheckpointer(DetectionCheckpointer):
         self.max_to_keep = max_to_keep
         self.provenance = {**(provenance or {}), "version": __version__}
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
         """Same as in Detectron2.
+
+        Args:
+            name: of the file, without ``.pth``.
+            tag: name it in ``last_checkpoint``, from where a training is resumed.
+            kwargs: what else to save.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -96,21 +100,9 @@ class SMCACheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         self._write(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(f"{name}.pth")
+        if tag:
+            self.tag_last_checkpoint(f"{name}.pth")
         self._remove_old()
-
-    def keep_as(self, path: str, name: str) -> None:
-        """Copy a checkpoint to another name in `save_dir`, unless it has that one.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
-        copy = os.path.join(self.save_dir, f"{name}.pth")
-        if os.path.realpath(path) == os.path.realpath(copy):
-            return
-        with open(path, "rb") as source:
-            self._write(copy, lambda file: shutil.copyfileobj(source, file))
-        self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         text = last_filename_basename.encode()

@@ -1,6 +1,6 @@
 from .evaluate import do_test
 from .evaluation_hooks import BestCheckpointer, EarlyStopping, EvalHook
-from .hooks import EmergencyCheckpointer, ModelEMA, ProgressPrinter
+from .hooks import EmergencyCheckpointer, ModelEMA, PeriodicCheckpointer, ProgressPrinter
 from .launch import run
 from .train import do_eval, do_train, main
 from .trainer import Trainer
@@ -11,6 +11,7 @@ __all__ = [
     "EmergencyCheckpointer",
     "EvalHook",
     "ModelEMA",
+    "PeriodicCheckpointer",
     "ProgressPrinter",
     "Trainer",
     "do_eval",

@@ -24,6 +24,7 @@ except ImportError:  # Windows
 __all__ = [
     "EmergencyCheckpointer",
     "ModelEMA",
+    "PeriodicCheckpointer",
     "ProgressPrinter",
 ]
 
@@ -71,6 +72,37 @@ class ModelEMA(HookBase):
 
     def after_step(self) -> None:
         self.averaged.update_parameters(self._source)
+
+
+class PeriodicCheckpointer(HookBase):
+    """Saves ``model_<iteration>.pth`` after every `period` iterations, and ``model_final.pth``
+    after the training. The checkpoints of the last iteration are written after its metrics,
+    because a training that is resumed from them does not repeat it.
+
+    Args:
+        checkpointer: saves the state.
+        period: iterations from one checkpoint to the next, at least 1.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int) -> None:
+        self._checkpointer = checkpointer
+        self._period = period
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            self._save_if_due()
+
+    def after_train(self) -> None:
+        if self.trainer.error is not None:
+            return
+        if self.trainer.last_iter + 1 == self.trainer.max_iter:
+            self._save_if_due()
+        self._checkpointer.save("model_final", iteration=self.trainer.last_iter)
+
+    def _save_if_due(self) -> None:
+        iteration = self.trainer.last_iter
+        if (iteration + 1) % self._period == 0:
+            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 
 class EmergencyCheckpointer(HookBase):

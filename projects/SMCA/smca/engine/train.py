@@ -35,9 +35,13 @@ from smca.engine.evaluation_hooks import (
     BestCheckpointer,
     EarlyStopping,
     EvalHook,
-    MissedEvaluation,
 )
-from smca.engine.hooks import EmergencyCheckpointer, ModelEMA, ProgressPrinter
+from smca.engine.hooks import (
+    EmergencyCheckpointer,
+    ModelEMA,
+    PeriodicCheckpointer,
+    ProgressPrinter,
+)
 from smca.engine.peers import PeerWatch
 from smca.engine.pictures import EvaluationPictures
 from smca.engine.run_folder import (
@@ -260,8 +264,8 @@ def do_train(
         if comm.is_main_process():
             drawn = ema.model if ema and train.best_metric.startswith("ema/") else model
             pictures.put(drawn, trainer.storage)
-        # Detectron2 sums up what it gets into "name/metric".
-        return dict(results)
+        # All processes end early by the results of the first.
+        return comm.all_gather(dict(results))[0]
 
     trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate, peers))
     start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
@@ -269,9 +273,6 @@ def do_train(
     _from_main_process(save_config, to_save, train.output_dir)
     if comm.is_main_process():
         trainer.register_hooks([_build_writer(train)])
-    if resume_from and start_iter >= train.max_iter and comm.is_main_process():
-        # The run before was killed between its last two files.
-        checkpointer.keep_as(resume_from, "model_final")
     trainer.train(start_iter, train.max_iter)
     log_summary(results, *_written_files(train.output_dir, checkpointer))
     return results
@@ -317,21 +318,12 @@ def _build_hooks(
         EmergencyCheckpointer(checkpointer, peers),
     ]
     patience = train.get("early_stopping", 0)
-    stopping = EarlyStopping(train.eval_period, patience, checkpointer, train.best_metric)
-    evaluation: List[HookBase] = [EvalHook(train.eval_period, evaluate)]
-    if comm.is_main_process():
-        evaluation.append(BestCheckpointer(train.eval_period, checkpointer, train.best_metric))
-    if patience:
-        evaluation.append(stopping)
-    metrics_file = os.path.join(train.output_dir, "metrics.json")
-    missed = MissedEvaluation(train.eval_period, metrics_file, evaluation)
-    if not comm.is_main_process():
-        return [*state_hooks, *evaluation, missed]
     return state_hooks + [
-        # The checkpointer itself removes old files, those of the run before a resume too.
-        hooks.PeriodicCheckpointer(checkpointer, **{**train.checkpointer, "max_to_keep": None}),
-        *evaluation,
-        missed,
+        # Checkpoints before evaluations, which may fail.
+        PeriodicCheckpointer(checkpointer, train.checkpointer.period),
+        EvalHook(train.eval_period, evaluate),
+        BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
+        EarlyStopping(patience, train.best_metric) if patience else None,
     ]
 
 

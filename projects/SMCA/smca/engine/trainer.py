@@ -66,6 +66,10 @@ class Trainer(SimpleTrainer):
         skip_nonfinite: iterations in a row that are skipped, in all processes, where the loss or
             the gradient is nan or infinite, before that is an error.
         report_dir: where a file tells of each such iteration.
+
+    Attributes:
+        last_iter: the iteration whose step the weights have seen last; unlike `iter`, it does not
+            count on after the last one.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class Trainer(SimpleTrainer):
         `stopped_early`, in all processes."""
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
+        self.last_iter = start_iter - 1
         self.max_iter = max_iter
         with BoundedStorage(start_iter) as self.storage:
             try:
@@ -180,6 +185,7 @@ class Trainer(SimpleTrainer):
             if self.grad_scaler.is_enabled():
                 self.grad_scaler.update()
         self._statistics = []
+        self.last_iter = self.iter
 
     def _compute_gradients(self) -> bool:
         """
@@ -372,9 +378,10 @@ class Trainer(SimpleTrainer):
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
+        state["iteration"] = self.last_iter
         state.update(self._stream())
         if self._start_sample is not None and self.total_batch_size is not None:
-            num_steps = self.iter + 1 - self.start_iter
+            num_steps = self.last_iter + 1 - self.start_iter
             num_samples = num_steps * self.accumulate * self.total_batch_size
             state["sample"] = self._start_sample + num_samples
         return state
