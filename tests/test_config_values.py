@@ -174,7 +174,7 @@ RESIZE = ("short side", [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
 COCO = {
     "train": "coco_2017_train",
     "test": "coco_2017_val",
-    "evaluator": ("COCOEvaluator", "val2017"),
+    "evaluator": ("CocoEvaluator", "val2017"),
     "images without objects stay": (True, True),
     "channels": ("RGB", "RGB"),
     "train augmentation": [
@@ -195,7 +195,7 @@ COCO = {
 SHAPES = COCO | {
     "train": "smca_shapes_train",
     "test": "smca_shapes_val",
-    "evaluator": ("COCOEvaluator", "val"),
+    "evaluator": ("CocoEvaluator", "val"),
     "train augmentation": [[FLIP, ("short side", [128], "at most", 176)]],
     "test augmentation": [[("short side", [128], "at most", 176)]],
     "workers": (0, 0),
@@ -203,7 +203,7 @@ SHAPES = COCO | {
 OWN_FILES = {
     "train": "own_train",
     "test": "own_val",
-    "evaluator": ("COCOEvaluator", "own_val"),
+    "evaluator": ("CocoEvaluator", "own_val"),
     "train checks images": True,
     "test checks images": True,
     "test has the classes of": "own_train",

@@ -18,7 +18,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from smca.data import (
+    CocoEvaluator,
     DatasetError,
+    category_ids,
     class_names,
     file_problems,
     num_classes,
@@ -172,6 +174,26 @@ def test_it_can_be_nested_in_a_lazy_config(tmp_path):
     assert isinstance(instantiate(evaluator), COCOEvaluator)
 
 
+def test_names_decide_which_category_is_which(tmp_path):
+    coco = _coco()
+    train, image_root = _write(tmp_path, coco)
+    coco["categories"] = [{"id": -1, "name": "cat"}, {"id": 2**70, "name": "dog"}]
+    for annotation, category_id in zip(coco["annotations"], (-1, 2**70)):
+        annotation["category_id"] = category_id
+    val, _ = _write(tmp_path, coco, "val.json")
+    names = register_coco([train, val], [image_root, image_root])
+    names.append(register_coco(val, image_root, categories_from=train))
+    names.append(register_coco(val, image_root, classes=["dog", "cat"]))
+    assert names[1:] == [names[1]] * 3
+    for name in names[:2]:
+        (first, _) = get_detection_dataset_dicts(name, filter_empty=False)
+        assert [a["category_id"] for a in first["annotations"]] == [1, 0]
+        assert MetadataCatalog.get(name).thing_classes == ["dog", "cat"]
+        assert _perfect_ap(name) == pytest.approx(100)
+    assert [category_ids(name) for name in names[:2]] == [[10, 30], [2**70, -1]]
+    assert class_names(val) == ["cat", "dog"]
+
+
 def test_same_categories_are_accepted_whatever_their_ids(tmp_path):
     coco = _coco()
     train, image_root = _write(tmp_path, coco)
@@ -208,9 +230,9 @@ def test_the_time_of_the_image_check_is_logged(tmp_path, caplog):
 # Completion
 
 
-def _perfect_ap(name):
+def _perfect_ap(name, output_dir=None):
     """COCO AP of predictions that are the annotations themselves."""
-    evaluator = COCOEvaluator(name, distributed=False)
+    evaluator = CocoEvaluator(name, distributed=False, output_dir=output_dir)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         annotations = [a for a in record["annotations"] if not a["iscrowd"]]
@@ -258,9 +280,34 @@ def test_annotation_id_zero_can_be_matched(tmp_path):
     assert _perfect_ap(_register_with_first_annotation(tmp_path, id=0)) == pytest.approx(100)
 
 
-def test_no_annotation_is_completed_with_the_id_zero(tmp_path):
+# Hashes, time stamps and numbers of 128 bits, some of them next to one another in a float.
+LARGE = 2**53
+ODD_IDS = [(-1, 7), (0, -(2**31)), (LARGE, LARGE + 1), (2**63 - 1, 2**63), (3, 2**128)]
+
+
+@pytest.mark.parametrize("first, second", ODD_IDS)
+def test_ids_may_be_any_numbers(tmp_path, first, second):
     coco = _coco()
-    coco["annotations"][0]["id"] = -1
+    for kind in ("images", "annotations"):
+        coco[kind][0]["id"], coco[kind][1]["id"] = second, first
+    for annotation, image_id in zip(coco["annotations"], (first, second)):
+        annotation["image_id"] = image_id
+    json_file, image_root = _write(tmp_path, coco)
+    name = register_coco(json_file, image_root)
+    with open(MetadataCatalog.get(name).json_file) as file:
+        used = json.load(file)
+    # The compiled evaluation of Detectron2 takes no negative ones.
+    assert all(0 < a["id"] < 2**31 for a in used["annotations"])
+    assert all(0 <= image["id"] < 2**31 for image in used["images"])
+    assert _perfect_ap(name, tmp_path) == pytest.approx(100)
+    results = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    found = {(result["image_id"], result["category_id"]) for result in results}
+    assert found == {(first, 30), (second, 10)}
+
+
+def test_annotations_with_and_without_ids_are_numbered(tmp_path):
+    coco = _coco()
+    coco["annotations"][0]["id"] = 2
     del coco["annotations"][1]["id"]
     assert _perfect_ap(register_coco(*_write(tmp_path, coco))) == pytest.approx(100)
 
@@ -454,16 +501,17 @@ def test_the_image_check_can_be_left_out(tmp_path):
     register_coco(json_file, image_root, check_images=False)
 
 
-@pytest.mark.parametrize(
-    "names, message", [(["dog", "bird"], r"\['bird'\].*\['cat'\]"), (["cat", "dog"], "order")]
-)
-def test_other_categories_than_in_training_are_an_error(tmp_path, names, message):
+def test_other_categories_than_in_training_are_an_error(tmp_path):
     coco = _coco()
     train, image_root = _write(tmp_path, coco)
-    coco["categories"] = [{"id": 10, "name": names[0]}, {"id": 30, "name": names[1]}]
+    coco["categories"][0]["name"] = "bird"
     val, _ = _write(tmp_path, coco, "val.json")
-    with pytest.raises(DatasetError, match=rf"val\.json and .*train\.json .*{message}"):
-        register_coco(val, image_root, categories_from=train)
+    words = r"only the first has \['bird'\], only the second \['cat'\]"
+    for key, owner in (("categories_from", train), ("classes", ["dog", "cat"])):
+        with pytest.raises(DatasetError, match=rf"val\.json and .* same categories, but {words}"):
+            register_coco(val, image_root, **{key: owner})
+    with pytest.raises(DatasetError, match="gone.json, whose categories .*val.json has to have"):
+        register_coco(val, image_root, categories_from="gone.json")
 
 
 def test_files_with_other_categories_than_the_first_are_an_error(tmp_path):

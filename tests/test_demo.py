@@ -34,6 +34,8 @@ from smca.data import SHAPE_CLASSES, register_shapes
 from smca.errors import exit_code
 from smca.inference import Predictor
 
+CATEGORY_IDS = [7, 2**70, 2]  # of the classes in the data set's JSON
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -41,6 +43,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     config = write_smca_config(folder)
     provenance = {"config": "tiny_smca.py", "class_names": CLASS_NAMES, "num_classes": 3}
+    provenance["category_ids"] = CATEGORY_IDS
     return config, write_weights(folder, config, smca=provenance)
 
 
@@ -94,7 +97,7 @@ def test_results_are_the_models_own_on_the_resized_image(trained, tmp_path):
         assert result["file_name"] == str(tmp_path / "a.png")
         assert result["bbox"] == pytest.approx(box, abs=1e-2)
         assert result["score"] == pytest.approx(score, abs=1e-4)
-        assert result["category_id"] == label
+        assert result["category_id"] == CATEGORY_IDS[label]
         assert result["category_name"] == CLASS_NAMES[label]
 
 

@@ -282,6 +282,33 @@ def test_the_command_evaluates_what_the_detector_finds(data, tmp_path):
     assert actual["calibration"] == expected["calibration"]
 
 
+def test_names_and_ids_of_the_report_are_the_data_sets_own(data, tmp_path):
+    """Two detectors that have the classes in different orders, on images of large ids."""
+    content = data[1]
+    for image in content["images"]:
+        image["id"] += 2**64
+    for annotation in content["annotations"]:
+        annotation["image_id"] += 2**64
+    (tmp_path / "large.json").write_text(json.dumps(content))
+    name = register_coco(tmp_path / "large.json", tmp_path / "images")
+    config = write_smca_config(tmp_path)
+    model = make_smca(config)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        weights = model.state_dict()
+        for key in ("class_embed.weight", "class_embed.bias"):
+            weights[key] = weights[key][order]
+        names = [CLASS_NAMES[index] for index in order]
+        torch.save({"model": weights, "smca": {"class_names": names}}, tmp_path / f"{order[0]}.pth")
+    command = ["--weights", str(tmp_path / "0.pth"), str(tmp_path / "2.pth"), "--num-worst", "1"]
+    command += ["--config-file", config, "--output", str(tmp_path / "out")]
+    command += ["--confidence-threshold", "0", f"dataloader.test.dataset.names={name}"]
+    tool.run(tool.get_parser().parse_intermixed_args(command))
+    first, second = json.loads((tmp_path / "out" / "report.json").read_text())["detectors"]
+    assert first["confusion"] == second["confusion"]
+    assert first["overall"] == pytest.approx(second["overall"], nan_ok=True)
+    assert sorted(first["images"]) == [str(2**64 + number) for number in (4, 5, 6)]
+
+
 def test_weights_of_other_classes_are_refused(data, tmp_path):
     config = write_smca_config(tmp_path)
     weights = write_weights(tmp_path, config, smca={"class_names": ["cat", "dog", "cow"]})

@@ -86,7 +86,8 @@ def exported(request, tmp_path_factory):
         file.write(CHANGES.get(request.param, ""))
         if request.param != "detr":  # a norm that is absorbed has no nodes
             file.write('model.backbone.norm = "FrozenBN"\n')
-    weights = write_weights(folder, config, smca={"class_names": CLASS_NAMES})
+    provenance = {"class_names": CLASS_NAMES, "category_ids": [7, 9, 2]}
+    weights = write_weights(folder, config, smca=provenance)
     output = folder / "new" / "model.onnx"
     arguments = ["--config-file", config, "--weights", weights, "--output", str(output)]
     assert tool.main([*arguments, "--confidence-threshold", "0.2"]) == 0
@@ -172,6 +173,7 @@ def test_graph_has_standard_operators_dynamic_sizes_and_metadata(exported):
     assert metadata.pop("smca_version")
     assert metadata == {
         "class_names": CLASS_NAMES,
+        "category_ids": [7, 9, 2],
         "short_side": 96,
         "max_size": 160,
         "threshold": 0.2,

@@ -37,6 +37,7 @@ def checkpoint(tmp_path_factory):
         "config": "tiny_smca.py",
         "overrides": ["model.num_queries=6", "data.train_json=/home/me/private.json"],
         "class_names": CLASS_NAMES,
+        "category_ids": [7, 9, 2],
         "num_classes": 3,
     }
     rows = [
@@ -80,6 +81,7 @@ def test_a_published_detector_gives_the_same_detections(checkpoint, published):
     assert torch.equal(found.scores, expected.scores)
     assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert (predictor.weights, predictor.class_names) == ("ema", CLASS_NAMES)
+    assert predictor.category_ids == {0: 7, 1: 9, 2: 2}
 
 
 def test_a_detector_published_by_yesterdays_names_gives_the_same_detections(published, copy):

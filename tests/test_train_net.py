@@ -236,6 +236,88 @@ def test_two_files_train_together(tmp_path, monkeypatch):
     assert instantiate(cfg.model.num_classes) == 2 and len(cfg.data.train_json) == 2
 
 
+def reordered(file):
+    """The data of :func:`write_dataset` with "square" before "round", and large ids."""
+    data = json.loads(file.read_text())
+    for image in data["images"]:
+        image["id"] += 2**60
+    for annotation in data["annotations"]:
+        annotation["image_id"] += 2**60
+        annotation["category_id"] = {1: 2**60, 2: 5}[annotation["category_id"]]
+    data["categories"] = [{"id": 2**60, "name": "round"}, {"id": 5, "name": "square"}]
+    return json.dumps(data)
+
+
+def detections_of(folder, ids):
+    """Image and class of each, by name; `ids` are those of "round" and "square"."""
+    found = json.loads((folder / "coco_instances_results.json").read_text())
+    names = dict(zip(ids, ["round", "square"]))
+    return [(d["image_id"] % 2**60, names[d["category_id"]]) for d in found]
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Overrides of a training on own data that is finished, and the file of these data."""
+    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data")
+    file = tmp_path / "data" / "truth.json"
+    data = [f"data.{split}_json={file}" for split in ("train", "val")]
+    data += [f"data.{split}_images={tmp_path}/data" for split in ("train", "val")]
+    overrides = [*SMALL, f"train.output_dir={tmp_path}/run", *data]
+    overrides.append(f"dataloader.evaluator.output_dir={tmp_path}")
+    main(arguments("--config-file", CUSTOM_COCO, *overrides))
+    close_logs()
+    return overrides, file
+
+
+def test_an_evaluation_needs_the_test_file_alone_whose_classes_go_by_name(own, tmp_path, capsys):
+    _, file = own
+    (tmp_path / "test.json").write_text(reordered(file))
+    before = detections_of(tmp_path, [1, 2])
+    file.unlink()
+    test = [f"data.val_json={tmp_path}/test.json", f"data.val_images={tmp_path}/data"]
+    weights = f"train.init_checkpoint={tmp_path}/run/model_final.pth"
+    # With the config of the training, whose files are gone, and with the one that knows none.
+    for config in (tmp_path / "run" / "config.yaml", CUSTOM_COCO):
+        options = SMALL if config == CUSTOM_COCO else []
+        command = ["--config-file", config, "--eval-only", *options, *test, weights]
+        out = [f"train.output_dir={tmp_path}/out", f"dataloader.evaluator.output_dir={tmp_path}"]
+        main(arguments(*command, *out))
+        assert detections_of(tmp_path, [2**60, 5]) == before
+        close_logs()
+    test_file = tmp_path / "test.json"
+    test_file.write_text(test_file.read_text().replace("square", "long"))
+    words = "test.json and the model must have the same categories, but only the first has ['long']"
+    assert words in error_of(capsys, train_net, *command, *out)
+
+
+def test_a_resumed_training_keeps_the_order_of_its_classes(own, tmp_path):
+    overrides, file = own
+    file.write_text(reordered(file))
+    before = detections_of(tmp_path, [1, 2])
+    command = ["--config-file", CUSTOM_COCO, "--resume", *overrides]
+    main(arguments(*command))
+    assert detections_of(tmp_path, [2**60, 5]) == before
+    close_logs()
+    main(arguments(*command, "train.max_iter=3"))
+    provenance = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["smca"]
+    assert provenance["class_names"] == ["round", "square"]
+    assert provenance["category_ids"] == [2**60, 5]
+
+
+@pytest.mark.parametrize("words", [["--eval-only"], ["--resume"]])
+def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
+    config, folder, _ = copied
+    path = folder / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["smca"]["class_names"].reverse()
+    torch.save(checkpoint, path)
+    command = ["--config-file", config, *words, f"train.init_checkpoint={path}"]
+    text = error_of(capsys, train_net, *command)
+    assert "model_final.pth has the classes ['square', 'round'], data set" in text
+
+
 def test_two_files_with_other_categories_do_not_train(tmp_path, capsys):
     overrides = two_datasets(tmp_path)
     file = tmp_path / "b" / "truth.json"

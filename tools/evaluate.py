@@ -26,7 +26,7 @@ from smca.analysis.evaluation import Evaluation, detect, device_name, evaluate
 from smca.analysis.metrics import load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
-from smca.data import read_coco
+from smca.data import image_ids, read_coco
 from smca.errors import UserError, at_least, exit_code
 from smca.inference import (
     Predictor,
@@ -102,10 +102,11 @@ def run(args: argparse.Namespace) -> List[str]:
         detections, seconds = detect(
             predictor,
             dataset_dicts,
-            sorted(truth.getCatIds()),
+            category_ids_of(predictor, name, truth),
             progress=functools.partial(tqdm, desc=title, unit="image", disable=None),
         )
-        evaluations.append(evaluate(title, truth, detections, seconds, args.confidence_threshold))
+        threshold = args.confidence_threshold
+        evaluations.append(evaluate(title, truth, detections, seconds, threshold, image_ids(name)))
     print(summary(evaluations))
     return write_report(
         evaluations,
@@ -154,12 +155,20 @@ def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
             f"{weights} has {count} classes, the data set '{dataset}' {len(expected)}: evaluate it "
             "on a data set with its own classes (dataloader.test.dataset.names or data.val_json)."
         )
-    if predictor.class_names and predictor.class_names != expected:
+    if predictor.class_names and sorted(predictor.class_names) != sorted(expected):
         raise UserError(
             f"{weights} has the classes {predictor.class_names}, the data set '{dataset}' has "
             f"{expected}: evaluate it on a data set with its own classes "
             "(dataloader.test.dataset.names or data.val_json)."
         )
+
+
+def category_ids_of(predictor: Predictor, dataset: str, truth: COCO) -> List[int]:
+    """For each of the detector's classes the id that its name has in the data set; a detector
+    without names has the data set's order."""
+    ids = sorted(truth.getCatIds())
+    names = list(MetadataCatalog.get(dataset).get("thing_classes", []))
+    return [ids[names.index(name)] for name in predictor.class_names] or ids
 
 
 def titles(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -> List[str]:

@@ -2,9 +2,8 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.evaluation import COCOEvaluator
 
-from smca.data import DetrDatasetMapper, build_train_loader, detr_augmentations
+from smca.data import CocoEvaluator, DetrDatasetMapper, build_train_loader, detr_augmentations
 
 dataloader = dict(
     train=L(build_train_loader)(
@@ -26,5 +25,5 @@ dataloader = dict(
         ),
         num_workers=4,
     ),
-    evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}"),
+    evaluator=L(CocoEvaluator)(dataset_name="${..test.dataset.names}"),
 )

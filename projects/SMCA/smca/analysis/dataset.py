@@ -19,6 +19,7 @@ from smca.data import (
     DatasetError,
     Problem,
     check_same_categories,
+    class_names,
     conversion_remarks,
     dataset_dicts,
     file_problems,
@@ -50,7 +51,8 @@ class DataSplit:
     Attributes:
         json_file, image_root: where it is.
         problems: all that keep it from being used.
-        class_names: of the valid categories, by ascending id.
+        class_names: of the valid categories, by ascending id, or in the order of the data set
+            that it has its categories from.
         dataset_dicts: its valid images with their valid annotations, in Detectron2's format.
         source: what messages name: the JSON, or the folder of labels that it was made of.
         remarks: on what was left out when it was made.
@@ -87,9 +89,11 @@ def examine(
     """
     data = read_coco(json_file)
     problems = record_problems(data)
+    order: Optional[List[str]] = None
     if categories_from is not None:
         try:
             check_same_categories(json_file, categories_from)
+            order = class_names(categories_from)
         except DatasetError as error:
             problems.append(Problem("categories differ", str(error), data["categories"]))
     bad = {id(problem.record) for problem in problems}
@@ -111,8 +115,8 @@ def examine(
         and annotation["category_id"] in ids["categories"]
     ]
     categories = sorted(good["categories"], key=lambda category: category["id"])
-    names = [category["name"] for category in categories]
-    dicts = dataset_dicts(good, image_root)
+    names = order or [category["name"] for category in categories]
+    dicts = dataset_dicts(good, image_root, order)
     source = source_of(data, json_file)
     return DataSplit(
         json_file, image_root, problems, names, dicts, source, conversion_remarks(data)

@@ -1,8 +1,8 @@
 """A detector on a data set: its detections, and all that `metrics` says of them."""
 
 import time
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Evaluation:
         counts: of each image, by its id, objects found, false detections, objects missed.
         confusion: (C + 1, C + 1), see `smca.analysis.metrics.confusion_matrix`.
         calibration: of all detections but those of a score near 0.
+        image_ids: from the ids of images to those of the user's JSON, where these are others.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Evaluation:
     counts: Dict[int, Tuple[int, int, int]]
     confusion: np.ndarray
     calibration: Calibration
+    image_ids: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def milliseconds(self) -> float:
@@ -86,8 +88,12 @@ class Evaluation:
                     "bins": [vars(score_bin) for score_bin in self.calibration.bins],
                 },
                 "images": {
-                    str(key): dict(zip(("found", "false", "missed"), counts))
-                    for key, counts in self.counts.items()
+                    str(self.image_ids.get(key, key)): {
+                        "found": n[0],
+                        "false": n[1],
+                        "missed": n[2],
+                    }
+                    for key, n in self.counts.items()
                 },
                 "milliseconds_per_image": self.milliseconds,
             }
@@ -154,6 +160,7 @@ def evaluate(
     detections: List[Detection],
     seconds: Sequence[float] = (),
     threshold: Optional[float] = None,
+    image_ids: Optional[Mapping[int, int]] = None,
 ) -> Evaluation:
     """Compute all metrics of detections.
 
@@ -163,6 +170,7 @@ def evaluate(
         detections: COCO results on its images.
         seconds: as of `detect`.
         threshold: the least score that counts where metrics need one; None: that of the best F1.
+        image_ids: as of `smca.data.image_ids`.
     """
     categories = sorted(truth.dataset["categories"], key=lambda category: category["id"])
     matches = match(truth, detections)
@@ -184,6 +192,7 @@ def evaluate(
         counts=counts,
         confusion=confusion_matrix(truth, detections, threshold),
         calibration=calibrate(matches),
+        image_ids=image_ids or {},
     )
 
 

@@ -97,15 +97,13 @@ def average_precision(
         fast: by faster-coco-eval, which has to be installed; else by pycocotools.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = (COCOeval_faster if fast else COCOeval)(
-            truth, _load_detections(truth, detections), "bbox"
-        )
+        evaluation = (COCOeval_faster if fast else COCOeval)(*_numbered(truth, detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     # (IoU, recall, class, area, detections an image) and the same without recall; -1: no object
     precision = np.array(evaluation.eval["precision"], dtype=np.float64)[..., -1]
     recall = np.array(evaluation.eval["recall"], dtype=np.float64)[..., -1]
-    category_ids = [int(category_id) for category_id in evaluation.params.catIds]
+    category_ids = sorted(truth.getCatIds())
     objects = dict.fromkeys(category_ids, 0)
     for annotation in truth.dataset["annotations"]:
         objects[annotation["category_id"]] += not annotation.get("iscrowd", 0)
@@ -124,13 +122,35 @@ def average_precision(
     return AveragePrecision(_summary(precision, recall), classes, recalls, curves)
 
 
-def _load_detections(truth: COCO, detections: Sequence[Detection]) -> COCO:
-    if detections:
-        return truth.loadRes([dict(detection) for detection in detections])
-    empty = COCO()  # which loadRes cannot make
-    empty.dataset = {**truth.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
+def _numbered(truth: COCO, detections: Sequence[Detection]) -> Tuple[COCO, COCO]:
+    """Truth and detections with the ids 1, 2, ..., for evaluators keep ids in floats and in types
+    of 32 bits."""
+    images = {key: number for number, key in enumerate(truth.getImgIds(), 1)}
+    categories = {key: number for number, key in enumerate(sorted(truth.getCatIds()), 1)}
+
+    def index(annotations: Sequence[Detection]) -> COCO:
+        numbered = COCO()
+        numbered.dataset = {
+            "info": {},
+            "images": [{"id": number} for number in images.values()],
+            "categories": [{"id": number} for number in categories.values()],
+            "annotations": [
+                {
+                    **annotation,
+                    "id": number,
+                    "image_id": images[annotation["image_id"]],
+                    "category_id": categories[annotation["category_id"]],
+                }
+                for number, annotation in enumerate(annotations, 1)
+            ],
+        }
+        numbered.createIndex()
+        return numbered
+
+    objects = index(truth.dataset["annotations"])
+    # `loadRes` gives detections their areas, but cannot load none.
+    found = index(detections).dataset["annotations"]
+    return objects, objects.loadRes(found) if found else index([])
 
 
 def _summary(precision: np.ndarray, recall: np.ndarray) -> Dict[str, float]:
@@ -194,7 +214,7 @@ def match(truth: COCO, detections: Sequence[Detection], iou: float = 0.5) -> Mat
     return Matches(
         np.array([row[0] for row in rows], dtype=np.float64),
         np.array([row[1] for row in rows], dtype=bool),
-        np.array([row[2] for row in rows], dtype=np.int64),
+        np.array([row[2] for row in rows], dtype=object),  # ids of any size
         objects_by_image,
     )
 

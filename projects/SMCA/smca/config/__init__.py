@@ -1,7 +1,7 @@
 """Configs: loading LazyConfigs with overrides, what they build, and the yacs way to them."""
 
 from . import resolvers  # noqa: F401
-from .build import build, build_model, dataset_names
+from .build import build, build_model, dataset_names, use_classes
 from .lazy import load_config, quoted, require_values
 from .names import find_config_file, get_config, get_config_file, list_configs
 from .train import AMP_DTYPES, WRITERS, check_early_stopping, check_train, resolve_device
@@ -24,4 +24,5 @@ __all__ = [
     "quoted",
     "require_values",
     "resolve_device",
+    "use_classes",
 ]

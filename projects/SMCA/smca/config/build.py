@@ -3,15 +3,17 @@
 import logging
 import re
 import traceback
-from typing import Any, List
+from typing import Any, List, Mapping, Sequence
 
 from detectron2.config import instantiate
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from smca.data import class_names, num_classes, register_coco
 from smca.errors import ConfigError, UserError
 
-__all__ = ["build", "build_model", "dataset_names", "origin"]
+__all__ = ["build", "build_model", "dataset_names", "origin", "use_classes"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,3 +100,38 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
     if isinstance(names, DictConfig):
         return []
     return [names] if isinstance(names, str) else list(names or [])
+
+
+def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
+    """Put a checkpoint's classes in place of what a config computes from the training data, which
+    need not be here: the number and the names of the classes, and their order in data sets of
+    `smca.data.register_coco`.
+
+    Args:
+        cfg: a LazyConfig.
+        provenance: as of `smca.checkpoint.read_provenance`.
+    """
+    if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
+        cfg.model.num_classes = provenance["num_classes"]
+    if provenance.get("class_names"):
+        _use_classes(cfg, list(provenance["class_names"]))
+
+
+def _use_classes(cfg: DictConfig, names: Sequence[str]) -> None:
+    for key in map(str, list(cfg.keys())):
+        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
+            continue
+        node = cfg[key]
+        if not isinstance(node, DictConfig):
+            continue
+        target = node.get("_target_")
+        if isinstance(target, str) and target.startswith("smca.data."):
+            target = locate(target)
+        if target is num_classes:
+            cfg[key] = len(names)
+        elif target is class_names:
+            cfg[key] = names
+        else:
+            if target is register_coco:
+                node.classes, node.categories_from = names, None
+            _use_classes(node, names)

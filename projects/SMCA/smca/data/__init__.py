@@ -5,9 +5,11 @@ size.
 """
 
 from .coco import (
+    category_ids,
     check_same_categories,
     class_names,
     dataset_dicts,
+    image_ids,
     num_classes,
     register_coco,
     require_dataset,
@@ -21,6 +23,7 @@ from .coco_checks import (
     source_of,
 )
 from .errors import DatasetError
+from .evaluator import CocoEvaluator
 from .loader import build_train_loader, set_start_batch, set_start_sample, spare_shared_memory
 from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
@@ -31,12 +34,14 @@ register_shapes()
 register_shapes(prefix="smca_shapes_10x", lengths=(12, 120))
 
 __all__ = [
+    "CocoEvaluator",
     "DatasetError",
     "DetrDatasetMapper",
     "Problem",
     "SHAPE_CLASSES",
     "as_rgb",
     "build_train_loader",
+    "category_ids",
     "check_image",
     "check_same_categories",
     "class_names",
@@ -46,6 +51,7 @@ __all__ = [
     "detr_augmentations",
     "draw_scene",
     "file_problems",
+    "image_ids",
     "num_classes",
     "read_coco",
     "read_image",

@@ -7,7 +7,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -30,9 +30,11 @@ from .coco_checks import (
 from .errors import DatasetError
 
 __all__ = [
+    "category_ids",
     "check_same_categories",
     "class_names",
     "dataset_dicts",
+    "image_ids",
     "num_classes",
     "register_coco",
     "require_dataset",
@@ -42,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 Paths = Union[PathLike, Sequence[PathLike]]
 
-# Of the data sets registered here: name -> (json file, image folder)
-_registered: Dict[str, Tuple[str, str]] = {}
+# Of the data sets registered here: name -> JSON file, image folder, and perhaps classes
+_registered: Dict[str, Tuple[Any, ...]] = {}
 
 
 def register_coco(
@@ -52,6 +54,7 @@ def register_coco(
     name: Optional[str] = None,
     check_images: bool = True,
     categories_from: Optional[Paths] = None,
+    classes: Optional[Sequence[str]] = None,
 ) -> Union[str, List[str]]:
     """Check a COCO-format detection data set and register it in Detectron2's catalogs.
 
@@ -62,18 +65,22 @@ def register_coco(
     a config may use it wherever it needs the name.
 
     Annotations without ``area``, ``iscrowd`` or ``id`` are completed in a copy of the JSON in
-    the cache folder; the file itself is never changed.
+    the cache folder; the file itself is never changed. In such a copy, ids that no evaluation
+    takes (negative ones, or those from 2^31 up) become 1, 2, ...: `image_ids` and `category_ids`
+    give the file's own.
 
     Args:
         json_file: one or several; boxes are [x, y, width, height] in
-            pixels. Several files must have the same categories.
+            pixels. Several files must have categories of the same names, which the first one
+            orders by their ids.
         image_root: the folder that ``file_name`` is
             relative to; one for all files, or one for each.
         name: the name to register, of a single file; None makes one from the paths.
         check_images: decode every image and compare its size with the JSON's, once: the
             cache folder keeps a note of it, for as long as the files' sizes and times stay.
-        categories_from: another COCO JSON, usually
-            the training set's, that must have the same categories in the same order.
+        categories_from: another COCO JSON, usually the training set's, that must have categories
+            of the same names; it orders them.
+        classes: names of the classes in a model's order, in place of `categories_from`.
 
     Returns:
         The name of the data set; for a list of files, the list of names.
@@ -91,21 +98,37 @@ def register_coco(
         raise DatasetError(
             f"'{name}' cannot be the name of {len(files)} annotation files: leave the name out."
         )
-    for file in files[1:]:
-        check_same_categories(file, files[0])
-    if categories_from is not None:
-        check_same_categories(files[0], _as_list(categories_from)[0])
+    if classes is not None:
+        for file in files:
+            _check_classes(file, classes, "the model")
+    elif categories_from is not None or len(files) > 1:
+        reference = _as_list(categories_from or files)[0]
+        if categories_from is not None and not os.path.isfile(os.path.expanduser(reference)):
+            raise DatasetError(
+                f"The annotation file {reference}, whose categories {files[0]} has to have, does "
+                "not exist: correct the path. (An evaluation needs it only for a checkpoint that "
+                "does not say its classes: categories_from=null takes them as they are.)"
+            )
+        for file in files:
+            check_same_categories(file, reference)
+        classes = class_names(reference)
     roots = roots * len(files) if len(roots) == 1 else roots
-    names = [_register(file, root, name, check_images) for file, root in zip(files, roots)]
+    names = [_register(file, root, name, check_images, classes) for file, root in zip(files, roots)]
     return names if _is_list(json_file) else names[0]
 
 
 def _register(
-    json_file: PathLike, image_root: PathLike, name: Optional[str], check_images: bool
+    json_file: PathLike,
+    image_root: PathLike,
+    name: Optional[str],
+    check_images: bool,
+    classes: Optional[Sequence[str]],
 ) -> str:
     json_file = existing(json_file, os.path.isfile, "annotation file")
     image_root = existing(image_root, os.path.isdir, "image folder")
-    key = (json_file, image_root)
+    key: Tuple[Any, ...] = (json_file, image_root)
+    if classes is not None and list(classes) != class_names(json_file):
+        key = (*key, tuple(classes))
     if name is None:
         name = f"{Path(json_file).stem}_{_short_hash(repr(key))}"
     if name in DatasetCatalog.list():
@@ -117,28 +140,37 @@ def _register(
     _check(data, json_file, image_root, check_images)
     for remark in conversion_remarks(data):
         log_first_n(logging.WARNING, remark, key="message", name=__name__)
-    categories = _sorted_by_id(data["categories"])
-    DatasetCatalog.register(name, lambda: dataset_dicts(read_coco(json_file), image_root))
+    categories = _ordered(data["categories"], classes)
+    ids = _Ids.of(data["images"], categories)
+    used_file = _complete(data, json_file, ids)
+    DatasetCatalog.register(name, lambda: dataset_dicts(read_coco(used_file), image_root))
     MetadataCatalog.get(name).set(
-        json_file=_complete(data, json_file),
+        json_file=used_file,
         image_root=image_root,
         evaluator_type="coco",
         thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+        thing_dataset_id_to_contiguous_id={
+            ids.categories[category["id"]]: index for index, category in enumerate(categories)
+        },
+        category_ids=list(ids.categories),
+        image_ids={used: given for given, used in ids.images.items() if used != given},
     )
     _registered[name] = key
     return name
 
 
-def dataset_dicts(data: Mapping[str, Any], image_root: PathLike) -> List[Record]:
+def dataset_dicts(
+    data: Mapping[str, Any], image_root: PathLike, classes: Optional[Sequence[str]] = None
+) -> List[Record]:
     """The images of a COCO JSON in Detectron2's format, by their ids. Of the annotations, only what
     boxes need is read.
 
     Args:
         data: as of `read_coco`, without problems.
         image_root: the folder that ``file_name`` is relative to.
+        classes: names of all categories in the order of their indices; None: that of the ids.
     """
-    categories = _sorted_by_id(data["categories"])
+    categories = _ordered(data["categories"], classes)
     indices = {category["id"]: index for index, category in enumerate(categories)}
     by_image: Dict[int, List[Record]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
@@ -162,12 +194,63 @@ def dataset_dicts(data: Mapping[str, Any], image_root: PathLike) -> List[Record]
     ]
 
 
+def _ordered(categories: Sequence[Record], classes: Optional[Sequence[str]]) -> List[Record]:
+    """Categories by their ids, or by their names in the order of `classes`."""
+    if classes is None:
+        return _sorted_by_id(categories)
+    return sorted(categories, key=lambda category: classes.index(category["name"]))
+
+
 def _sorted_by_id(records: Sequence[Record]) -> List[Record]:
     return sorted(records, key=lambda record: record["id"])
 
 
+class _Ids(NamedTuple):
+    """From the ids in a file to those that Detectron2 and pycocotools take; the order is that of
+    the used ones."""
+
+    images: Dict[int, int]
+    categories: Dict[int, int]
+
+    @classmethod
+    def of(cls, images: Sequence[Record], categories: Sequence[Record]) -> "_Ids":
+        """`categories` in the order that their used ids are to have."""
+        image_ids = sorted(image["id"] for image in images)
+        category_ids = [category["id"] for category in categories]
+        return cls(
+            _numbers(image_ids, all(map(_is_usable_id, image_ids))),
+            _numbers(
+                category_ids,
+                all(map(_is_usable_id, category_ids)) and category_ids == sorted(category_ids),
+            ),
+        )
+
+
+def _is_usable_id(value: Any) -> bool:
+    # Evaluators keep ids as floats and in types of 32 and of 64 bits, with a sign and without.
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _numbers(ids: Sequence[int], are_usable: bool) -> Dict[int, int]:
+    return {given: given if are_usable else number for number, given in enumerate(ids, 1)}
+
+
+def category_ids(dataset: str) -> List[int]:
+    """Of a registered data set, for each class index the id that its JSON has; empty where it is
+    unknown."""
+    metadata = MetadataCatalog.get(dataset)
+    indices = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return metadata.get("category_ids") or sorted(indices, key=lambda key: indices[key])
+
+
+def image_ids(dataset: str) -> Dict[int, int]:
+    """Of a registered data set, from its ``image_id`` to the one that its JSON has, where that is
+    another."""
+    return MetadataCatalog.get(dataset).get("image_ids") or {}
+
+
 def class_names(json_file: Paths) -> List[str]:
-    """Names of the categories in one or several COCO JSONs, in the order of their ids.
+    """Names of the categories in one or several COCO JSONs, in the order of the first one's ids.
 
     Raises:
         DatasetError: a file is missing or no COCO JSON, or its categories are unusable or not
@@ -248,22 +331,22 @@ def _class_names(json_file: str, mtime_ns: int) -> Tuple[str, ...]:
 def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
     """
     Raises:
-        DatasetError: two COCO JSONs do not have the same categories in the order of their ids, or
-            those of one are unusable.
+        DatasetError: two COCO JSONs do not have categories of the same names, or those of one are
+            unusable.
     """
-    names, reference = class_names(json_file), class_names(reference_file)
-    if names == reference:
-        return
-    only_here = sorted(set(names) - set(reference))
-    only_there = sorted(set(reference) - set(names))
+    _check_classes(json_file, class_names(reference_file), str(reference_file))
+
+
+def _check_classes(json_file: PathLike, classes: Sequence[str], owner: str) -> None:
+    names = class_names(json_file)
+    only_here = sorted(set(names) - set(classes))
+    only_there = sorted(set(classes) - set(names))
     if only_here or only_there:
-        differences = f"only the first has {only_here}, only the second {only_there}"
-    else:
-        differences = f"the order of their ids gives {names} and {reference}"
-    raise DatasetError(
-        f"{json_file} and {reference_file} must have the same categories, but {differences}: "
-        "give both files the same 'categories'."
-    )
+        raise DatasetError(
+            f"{json_file} and {owner} must have the same categories, but only the first has "
+            f"{only_here}, only the second {only_there}: give both the same names in 'categories' "
+            "(their ids and their order may differ)."
+        )
 
 
 def _check(data: Dict[str, Any], json_file: str, image_root: str, check_images: bool) -> None:
@@ -301,37 +384,43 @@ def _state_of_files(images: List[Record], image_root: str) -> str:
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
-def _complete(data: Dict[str, Any], json_file: str) -> str:
+def _complete(data: Dict[str, Any], json_file: str, ids: _Ids) -> str:
     """Path of a JSON that Detectron2 and pycocotools read in full: `json_file` itself, or a
-    completed copy in the cache folder where it lacks something.
+    completed copy in the cache folder where it lacks something or has other ids than `ids`.
     """
     annotations = data["annotations"]
-    if "info" in data and _is_utf_8(json_file) and all(map(_is_complete, annotations)):
+    has_ids = all(given == used for numbers in ids for given, used in numbers.items())
+    is_complete = "info" in data and has_ids and all(map(_is_complete, annotations))
+    if is_complete and _is_utf_8(json_file):
         return json_file
-    used_ids = {annotation.get("id") for annotation in annotations} - {None}
-    next_id = max([0, *used_ids]) + 1
     completed = []
-    for annotation in annotations:
-        annotation = dict(annotation)
-        if not annotation.get("id"):
-            annotation["id"] = next_id
-            next_id += 1
+    for number, annotation in enumerate(annotations, 1):
+        annotation = {
+            **annotation,
+            "id": number,
+            "image_id": ids.images[annotation["image_id"]],
+            "category_id": ids.categories[annotation["category_id"]],
+        }
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if annotation.get("iscrowd") is None:
             annotation["iscrowd"] = 0
         completed.append(annotation)
-    text = json.dumps({"info": {}, **data, "annotations": completed})
+    images = [{**image, "id": ids.images[image["id"]]} for image in data["images"]]
+    categories = [{**c, "id": ids.categories[c["id"]]} for c in data["categories"]]
+    changed = {"images": images, "categories": categories, "annotations": completed}
+    text = json.dumps({"info": {}, **data, **changed})
     path = cache_dir() / "coco" / f"{Path(json_file).stem}_{_short_hash(text)}.json"
     create_once(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    logger.info("%s lacks keys that the evaluation needs; using %s.", json_file, path)
+    logger.info("%s lacks keys or has ids that no evaluation takes; using %s.", json_file, path)
     return str(path)
 
 
 def _is_complete(annotation: Record) -> bool:
     # pycocotools takes a match with annotation 0 for no match, so 0 does not count as an id.
     return (
-        bool(annotation.get("id"))
+        _is_usable_id(annotation.get("id"))
+        and annotation["id"] > 0
         and annotation.get("area") is not None
         and annotation.get("iscrowd") is not None
     )

@@ -1,5 +1,7 @@
 """What has to be right with a config's data and model before a training or an evaluation."""
 
+from typing import Any, Mapping
+
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -8,7 +10,7 @@ from smca.config import dataset_names
 from smca.data import require_dataset
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["check_class_counts", "check_datasets", "check_model"]
+__all__ = ["check_class_counts", "check_class_names", "check_datasets", "check_model"]
 
 
 def check_datasets(cfg: DictConfig, *splits: str) -> None:
@@ -36,6 +38,32 @@ def check_class_counts(cfg: DictConfig, *splits: str) -> None:
                     f"Data set '{name}' has {count} classes, the model {num_classes}: set "
                     f"model.num_classes={count}, or dataloader.{split}.dataset.names to data with "
                     "the model's classes."
+                )
+
+
+def check_class_names(
+    cfg: DictConfig, checkpoint: str, provenance: Mapping[str, Any], *splits: str
+) -> None:
+    """Compare the data sets' classes with a checkpoint's, once the data are loaded and known.
+
+    Args:
+        cfg: a LazyConfig.
+        checkpoint: path, for the message.
+        provenance: what the checkpoint says about itself; without names all is accepted.
+        splits: "train" and "test".
+
+    Raises:
+        ConfigError: a data set has others, or in another order.
+    """
+    expected = provenance.get("class_names")
+    for split in splits if expected else ():
+        for name in dataset_names(cfg, split):
+            found = list(MetadataCatalog.get(name).get("thing_classes", []))
+            if found and found != expected:
+                raise ConfigError(
+                    f"{checkpoint} has the classes {expected}, data set '{name}' has {found}: set "
+                    f"dataloader.{split}.dataset.names to data with the checkpoint's classes "
+                    "(smca.data.register_coco with classes=[...] puts them in that order)."
                 )
 
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint import SMCACheckpointer, read_provenance
 from smca.config import (
     AMP_DTYPES,
     build,
@@ -22,9 +22,17 @@ from smca.config import (
     dataset_names,
     find_config_file,
     load_config,
+    require_values,
     resolve_device,
+    use_classes,
 )
-from smca.engine.checks import check_class_counts, check_datasets, check_model
+from smca.data import category_ids
+from smca.engine.checks import (
+    check_class_counts,
+    check_class_names,
+    check_datasets,
+    check_model,
+)
 from smca.engine.evaluate import (
     Results,
     build_test_loader,
@@ -83,7 +91,8 @@ def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results
         UserError: see its docstring.
     """
     args.config_file = find_config_file(args.config_file)  # Detectron2 logs what is in it
-    cfg = load_config(args.config_file, args.opts)
+    # The data of an evaluation may follow from the checkpoint.
+    cfg = load_config(args.config_file, args.opts, needed=() if args.eval_only else None)
     if not args.eval_only:
         check_early_stopping(cfg.train)
     cfg.train.device = str(resolve_device(cfg.train.device))
@@ -159,16 +168,19 @@ def _shorten(train: DictConfig) -> None:
     train.log_period = 1
 
 
-def _resolve_data_settings(cfg: DictConfig) -> None:
+def _resolve_data_settings(cfg: DictConfig, *splits: str) -> None:
     """Replace what a config computes from the data by its value: names of data sets that it
     registers, the number of classes (``configs/custom_coco.py``), and iterations of so many
-    epochs (``configs/fine_tune.py``). config.yaml keeps how they are computed."""
-    for key in ("dataloader.train.dataset.names", "dataloader.test.dataset.names"):
-        node = OmegaConf.select(cfg, key)
-        if isinstance(node, DictConfig):
-            OmegaConf.update(cfg, key, build(node, key), merge=False)
-    numbers = ["model.num_classes", "train.max_iter", "train.eval_period"]
-    for key in [*numbers, "train.checkpointer.period"]:
+    epochs (``configs/fine_tune.py``). config.yaml keeps how they are computed.
+
+    Args:
+        cfg: a LazyConfig.
+        splits: "train" and "test"; what belongs to another stays.
+    """
+    keys = [f"dataloader.{split}.dataset.names" for split in splits] + ["model.num_classes"]
+    if "train" in splits:
+        keys += ["train.max_iter", "train.eval_period", "train.checkpointer.period"]
+    for key in keys:
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig):
             OmegaConf.update(cfg, key, build(node, key), merge=False)
@@ -186,16 +198,22 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     """Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
-    _resolve_data_settings(cfg)
+    runs = SMCACheckpointer(nn.Module(), cfg.train.output_dir)
+    last = _from_main_process(runs.find_resumable, False) if args.resume else ""
+    path = last or OmegaConf.select(cfg, "train.init_checkpoint")
+    if not path:
+        raise ConfigError("Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE.")
+    provenance = _from_main_process(read_provenance, path)
+    use_classes(cfg, provenance)
+    needed = ["model", "dataloader.test", "dataloader.evaluator"]
+    require_values(cfg, needed, args.config_file)
+    _resolve_data_settings(cfg, "test")
     check_datasets(cfg, "test")
     test_loader = build_test_loader(cfg)
     check_class_counts(cfg, "test")
+    check_class_names(cfg, path, provenance, "test")
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
-    last = _from_main_process(checkpointer.find_resumable, False) if args.resume else ""
-    path = last or cfg.train.init_checkpoint
-    if not path:
-        raise ConfigError("Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE.")
     others = checkpointer.resume(path) if last else checkpointer.load(path)
 
     results = do_test(cfg, model, test_loader)
@@ -226,14 +244,17 @@ def do_train(
         Results of the last evaluation, see :func:`main`.
     """
     train, to_save = cfg.train, copy.deepcopy(cfg)
-    _resolve_data_settings(cfg)
     if resume_from is None and args.resume:
         resume_from = _from_main_process(find_checkpoint, train.output_dir)
+    before = _from_main_process(read_provenance, resume_from) if resume_from else {}
+    use_classes(cfg, before)
+    _resolve_data_settings(cfg, "train", "test")
     # Data first: what is wrong with them should not take the time to build a model.
     check_datasets(cfg, "train", "test")
     train_loader = build(cfg.dataloader.train, "dataloader.train")
     test_loader = build_test_loader(cfg)
     check_class_counts(cfg, "train", "test")
+    check_class_names(cfg, resume_from or "", before, "train", "test")
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
 
@@ -368,6 +389,7 @@ def _provenance(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Any]:
         # Those that make the model and what it sees; the run's own would only hold local paths.
         "overrides": [text for text in args.opts if not text.lstrip("+").startswith("train.")],
         "class_names": list(class_names),
+        "category_ids": category_ids(names[0]) if names else [],
         "num_classes": OmegaConf.select(cfg, "model.num_classes"),
         "max_iter": cfg.train.max_iter,
     }

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
@@ -14,10 +13,9 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model as build_yacs_model
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
-from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.fine_tuning import CLASS_ROWS
+from smca.checkpoint import SMCACheckpointer, read_provenance
 from smca.config import (
     add_smca_config,
     build,
@@ -28,8 +26,9 @@ from smca.config import (
     load_config,
     require_values,
     resolve_device,
+    use_classes,
 )
-from smca.data import require_dataset
+from smca.data import category_ids, require_dataset
 from smca.errors import CheckpointError, ConfigError, UserError
 
 __all__ = [
@@ -88,7 +87,7 @@ def load_detector(
 ) -> TrainedDetector:
     """Build a config's model and load its trained weights; arguments and errors as of
     `smca.Predictor`."""
-    provenance = _provenance(checkpoint)
+    provenance = read_provenance(checkpoint)
     trained_with: List[str] = []
     if not config_file:
         config_file, trained_with = _find_config(checkpoint, provenance)
@@ -178,30 +177,6 @@ def load_test_dataset(cfg: Optional[Config]) -> List[Dict[str, Any]]:
     return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
 
 
-def _provenance(weights: Optional[str]) -> Dict[str, Any]:
-    """What the checkpoint says about itself; nothing if it is of another origin or cannot be read,
-    of which loading it into the model gives a better error."""
-    try:
-        path = PathManager.get_local_path(weights)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        provenance = dict(checkpoint.get("smca") or {})
-        rows = checkpoint.get("model", {}).get(CLASS_ROWS[0])
-    except Exception:
-        return {}
-    # A stranger's file may hold anything under these names.
-    texts = {name: provenance.get(name) for name in ("overrides", "class_names")}
-    result: Dict[str, Any] = {
-        name: value
-        for name, value in texts.items()
-        if isinstance(value, list) and all(isinstance(text, str) for text in value)
-    }
-    if isinstance(provenance.get("config"), str):
-        result["config"] = provenance["config"]
-    if isinstance(rows, Tensor) and rows.dim() > 0:
-        result["num_classes"] = len(rows)
-    return result
-
-
 def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:
     """The config that a checkpoint belongs to, and the overrides that it was trained with."""
     if not weights:
@@ -256,9 +231,7 @@ def _build_from_lazy(
     cfg: DictConfig, config_file: str, device: Optional[str], provenance: Mapping[str, Any]
 ) -> _Built:
     """The model on its device, and what else of the config a predictor needs."""
-    if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
-        # A function counts the classes in the training data, which need not be here.
-        cfg.model.num_classes = provenance["num_classes"]
+    use_classes(cfg, provenance)
     require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config_file)
     cfg.train.device = str(resolve_device(device or cfg.train.device))
     mapper = cfg.dataloader.test.mapper
@@ -286,14 +259,12 @@ def _build_from_yacs(cfg: CfgNode, device: Optional[str]) -> _Built:
 def _classes(
     provenance: Mapping[str, Any], datasets: Sequence[str], num_classes: Optional[int]
 ) -> Tuple[List[str], Dict[int, int]]:
-    """Class names, of the checkpoint if it says them, else of a data set with as many; category ids
-    of the data set if it has the same classes."""
+    """Class names and category ids: of the checkpoint if it says them, else of a data set with as
+    many classes, of the same names where the checkpoint has names."""
     names = list(provenance.get("class_names") or [])
-    if not datasets or datasets[0] not in MetadataCatalog.list():
-        return names, {}
-    metadata = MetadataCatalog.get(datasets[0])
-    known = list(metadata.get("thing_classes") or [])
-    if (names and names != known) or num_classes not in (None, len(known)):
-        return names, {}
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    return known, {index: category_id for category_id, index in ids.items()}
+    ids = list(provenance.get("category_ids") or [])
+    if not ids and datasets and datasets[0] in MetadataCatalog.list():
+        known = list(MetadataCatalog.get(datasets[0]).get("thing_classes") or [])
+        if names in ([], known) and num_classes in (None, len(known)):
+            names, ids = known, category_ids(datasets[0])
+    return names, dict(enumerate(ids))

@@ -155,6 +155,7 @@ def _metadata(predictor: Predictor, threshold: float) -> Dict[str, Any]:
     short_side, max_size = _resizing(predictor.augmentations.augs)
     return {
         "class_names": predictor.class_names,
+        "category_ids": [predictor.category_ids[index] for index in sorted(predictor.category_ids)],
         "short_side": short_side,
         "max_size": max_size,
         "threshold": threshold,
