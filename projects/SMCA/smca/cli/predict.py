@@ -29,7 +29,8 @@ Detect objects in images or a video, and write them drawn and as COCO-style JSON
     %(prog)s --config-file CONFIG --weights FILE --video-input film.mp4 --opts train.device=cpu
 
 In instances_predictions.json, boxes are [x, y, width, height] in pixels of the image; category_id
-is that of the data set's own JSON where the config's data set is known here, else the class index.
+is that of the training data's own JSON. For a checkpoint that does not say it, and whose config
+names no data set that is known here, it is the class index.
 """
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
