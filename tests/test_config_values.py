@@ -309,12 +309,10 @@ TABLE = {
     "smca_single_scale_r50_108ep": (SINGLE_SCALE, *recipe(108, 80, batch=16)),
     "smca_single_scale_r50_250ep": (SINGLE_SCALE, *recipe(250, 200, batch=16)),
     "detr_r50_50ep": (DETR, *recipe(50, 40, batch=16)),
-    "ablations/no_modulation": (DETR, *recipe(50, 40, batch=16)),
     "ablations/head_shared": (
         changed(SINGLE_SCALE, decoder={"modulation": "head_shared"}),
         *recipe(50, 40, batch=16),
     ),
-    "ablations/multi_head": (SINGLE_SCALE, *recipe(50, 40, batch=16)),
     "ablations/multi_head_fixed": (
         changed(SINGLE_SCALE, decoder={"spread": "fixed"}),
         *recipe(50, 40, batch=16),
@@ -323,7 +321,6 @@ TABLE = {
         changed(SINGLE_SCALE, decoder={"spread": "single"}),
         *recipe(50, 40, batch=16),
     ),
-    "ablations/multi_scale_IIMII": (MULTI_SCALE, *recipe(50, 40, batch=8)),
     "ablations/multi_scale_no_selection": (
         changed(MULTI_SCALE, decoder={"scale selection": False}),
         *recipe(50, 40, batch=8),
