@@ -1,328 +1,309 @@
 #!/usr/bin/env python3
 """Time and peak memory of the models and their parts.
 
-    python benchmarks/benchmark.py --output ours.json       # everything, the main models
-    python benchmarks/benchmark.py co_attention co_attention_scaling
+    python benchmarks/benchmark.py                                       # all, the main models
     python benchmarks/benchmark.py inference train_step --config configs/smca_conv_r50_50ep.py
     python benchmarks/benchmark.py inference --device cuda --dtype bf16 --compile
     python benchmarks/benchmark.py train_step model.dropout=0 model.num_queries=100
     python benchmarks/benchmark.py inference --config configs/detr_r50_50ep.py --profile
-    python benchmarks/benchmark.py --compare before.json after.json      # ratios, before over after
 
-Measurements: {measurements}.
-
-Each runs in a process of its own: warm-up, then the median of the repeats. "extra memory" is the
-peak over what the process held before the first call, with the model built; on the CPU it is
-resident memory, on a GPU what PyTorch allocated. Models have random weights and images.
-
-GFLOP/s count a multiply-add as two. The share is of the rate of a large matrix product of the same
-type, measured by the same process just before. (On a GPU, PyTorch's defaults let float32
-convolutions, but not matrix products, use TF32.) With --profile the table also says which part of
-the time each group of operators took.
+Each measurement has a process of its own. "extra MiB" is the peak over what the process held before
+the first call, with the model built. Models have random weights and images. GFLOP/s count a
+multiply-add as two; the share is of the rate of a large matrix product of the same type, measured
+by the same process. --profile prints the operators of PyTorch's profiler as well.
 """
 
 import argparse
-import contextlib
-import cProfile
-import ctypes
+import copy
 import functools
-import gc
 import itertools
-import json
-import platform
-import pstats
-import re
-import resource
-import statistics
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from smca.config import AMP_DTYPES, load_config
+from smca.data import draw_scene
+from smca.engine import Trainer
 from smca.errors import UserError, at_least, exit_code
+from smca.modeling import SMCA, SetCriterion
+from smca.modeling.kernels import attend
+from smca.modeling.matcher import Targets
+from smca.modeling.weight_map import Gaussian
 
+import numpy as np
 import torch
-from tabulate import tabulate
+from detectron2.config import instantiate
+from detectron2.structures import BoxMode
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+from PIL import Image
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from benchmark_cases import MEASUREMENTS, REFERENCE, Job, Options
-from figures import command_line, write_figures
+from analyze_model import analyze, analyze_training
+from measuring import (
+    CONFIGS,
+    DTYPES,
+    MAIN_MODELS,
+    Measurement,
+    Options,
+    Run,
+    Size,
+    add_options,
+    in_fresh_process,
+    measure,
+    mebibytes,
+    print_table,
+    random_batch,
+    random_images,
+    tame,
+    without_gradients,
+)
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-MAIN_MODELS = [
-    "smca_single_scale_r50_50ep",
-    "smca_r50_50ep",
-    "smca_conv_r50_50ep",
-    "detr_r50_50ep",
+COLUMNS = ["measurement", "config", "size", "s", "GFLOP/s", "share", "extra MiB", "peak MiB"]
+
+
+class Job(NamedTuple):
+    """What one process measures.
+
+    Attributes:
+        name, size: what the table calls it.
+        build: makes the function to measure of the options and `arguments`.
+        arguments: further arguments of `build`.
+        config: the config file of the model, if there is one.
+        cost: counts the multiply-adds of a call, given a config, height and width.
+    """
+
+    name: str
+    size: str
+    build: Callable[..., Run]
+    arguments: Dict[str, Any]
+    config: str = ""
+    cost: Optional[Callable[[DictConfig, int, int], int]] = None
+
+
+# ---- Parts of the models
+
+
+def build_co_attention(options: Options, cells: Size, num_queries: int, backward: bool) -> Run:
+    """Attention of 2 images with 8 heads of 32 channels, between the projections."""
+    batch, heads, head_dim = 2, 8, 32
+    dtype = AMP_DTYPES.get(options.dtype, torch.float32)
+    make = functools.partial(torch.randn, device=options.device, dtype=dtype)
+    query = make(batch, heads, num_queries, head_dim)
+    key, value = (make(batch, heads, cells[0] * cells[1], head_dim) for _ in range(2))
+    shape = (batch, heads, num_queries, 2)
+    centers = torch.rand(shape, device=options.device) * torch.tensor(
+        cells[::-1], device=options.device
+    )
+    spreads = 0.5 + torch.rand(shape, device=options.device)
+    inputs = [x.requires_grad_(backward) for x in (query, key, value, centers, spreads)]
+    attention = torch.compile(attend) if options.compile else attend
+    output_gradient = torch.randn_like(query)
+
+    def run() -> None:
+        output = attention(*inputs[:3], weight_map=Gaussian(*inputs[3:], 1 / 8, cells))
+        if backward:
+            torch.autograd.grad(output, inputs, output_gradient)
+
+    return run
+
+
+def co_attention_jobs(options: Options) -> Iterator[Job]:
+    """A quarter of 50 x 84 cells to 16 times as many, and 100 to 900 queries."""
+    cases = [((25 * n, 42 * n), 300) for n in (1, 2, 4, 8)] + [((50, 84), n) for n in (100, 900)]
+    for backward, (cells, queries) in itertools.product((False, True), cases):
+        name = "co_attention forward" + (" and backward" if backward else "")
+        size = f"2 x {queries} queries, {cells[0]} x {cells[1]} cells"
+        arguments = dict(cells=cells, num_queries=queries, backward=backward)
+        yield Job(name, size, build_co_attention, arguments)
+
+
+def build_criterion(options: Options, with_losses: bool) -> Run:
+    """The matching of 16 images with 20 objects each in 6 decoder layers of 300 queries; perhaps
+    the losses and their gradients as well."""
+    random = functools.partial(torch.rand, device=options.device)
+    logits, boxes = torch.randn_like(random(6, 16, 300, 80)) - 4, 0.1 + 0.4 * random(6, 16, 300, 4)
+    targets = [
+        Targets(torch.randint(80, (20,), device=options.device), 0.1 + 0.4 * random(20, 4))
+        for _ in range(16)
+    ]
+    criterion = SetCriterion()
+    if not with_losses:
+        return lambda: criterion.matcher(logits, boxes, targets)
+    inputs = [logits.requires_grad_(), boxes.requires_grad_()]
+    if options.compile:
+        criterion.compile()
+    return lambda: torch.autograd.grad(sum(criterion(*inputs, targets).values()), inputs)
+
+
+def build_encoder(options: Options, config: str, size: Size) -> Run:
+    """The encoder of one image, without gradients."""
+    model = build_model(options, load_config(config, options.overrides)).eval()
+    encoder = model.encoder
+    with torch.no_grad():
+        scales = model.scales(model.preprocess(random_images(1, size)))
+    if options.compile:
+        encoder.compile()
+    return without_gradients(options, lambda: encoder(scales))
+
+
+# ---- Whole models
+
+
+def build_model(options: Options, cfg: DictConfig) -> SMCA:
+    """The config's model with random weights."""
+    return tame(instantiate(cfg.model)).to(options.device)  # type: ignore[return-value]
+
+
+def build_inference(options: Options, config: str, size: Size) -> Run:
+    """The whole model on one image, without gradients."""
+    model = build_model(options, load_config(config, options.overrides)).eval()
+    images = random_images(1, size)
+    if options.compile:
+        model.compile_parts()
+    return without_gradients(options, lambda: model(images))
+
+
+def build_train_step(options: Options, config: str, size: Size) -> Run:
+    """The trainer's own step: losses, gradients, clipping, AdamW."""
+    cfg = load_config(config, options.overrides)
+    model = build_model(options, cfg).train()
+    cfg.optimizer.params.model = model
+    batch = random_batch(options.batch_size, size, cfg.model.num_classes)
+    trainer = Trainer(
+        model,
+        itertools.repeat(batch),
+        instantiate(cfg.optimizer),
+        amp_dtype=AMP_DTYPES.get(options.dtype),
+        clip_grad_norm=cfg.train.clip_grad_norm,
+    )
+    trainer.iter, trainer.storage = 0, EventStorage()
+    if options.compile:
+        model.compile_parts()
+    return trainer.run_step
+
+
+def build_train_mapper(options: Options, config: str, size: Size) -> Run:
+    """Reading and augmenting eight images as in training: JPEG files with 10 boxes each."""
+    height, width = size
+    rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
+    items = []
+    for index in range(8):
+        file = Path(folder.name) / f"{index}.jpg"
+        Image.fromarray(draw_scene(rng).image).resize((width, height)).save(file, quality=90)
+        corners = np.sort(rng.uniform(0, 1, (10, 2, 2)), axis=1) * (width, height)
+        annotations = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+            for box in corners.reshape(10, 4).tolist()
+        ]
+        item = dict(file_name=str(file), height=height, width=width, image_id=index)
+        items.append({**item, "annotations": annotations})
+    mapper = instantiate(load_config(config, options.overrides).dataloader.train.mapper)
+
+    def run() -> None:
+        assert folder  # keeps the files
+        for item in items:
+            mapper(copy.deepcopy(item))
+
+    return run
+
+
+def model_jobs(
+    options: Options,
+    name: str,
+    build: Callable[..., Run],
+    sizes: Sequence[Size],
+    batch_size: int = 1,
+    cost: Optional[Callable[[DictConfig, int, int], int]] = None,
+) -> Iterator[Job]:
+    """A job for each config and image size."""
+    for config, size in itertools.product(options.config, sizes):
+        text = f"{batch_size} x {size[0]} x {size[1]}"
+        yield Job(name, text, build, dict(config=config, size=size), config, cost)
+
+
+def inference_cost(cfg: DictConfig, height: int, width: int) -> int:
+    """Multiply-adds of one image."""
+    return analyze(cfg, height, width)[2]
+
+
+def jobs_of(name: str, options: Options) -> Iterator[Job]:
+    """The jobs of one of `MEASUREMENTS`."""
+    if name == "co_attention":
+        yield from co_attention_jobs(options)
+    elif name == "encoder":
+        yield from model_jobs(options, name, build_encoder, options.image_size)
+    elif name == "matcher":
+        yield Job(name, "16 images", build_criterion, dict(with_losses=False))
+    elif name == "criterion":
+        name = "criterion, matcher and backward"
+        yield Job(name, "16 images", build_criterion, dict(with_losses=True))
+    elif name == "inference":
+        sizes = options.image_size
+        yield from model_jobs(options, name, build_inference, sizes, cost=inference_cost)
+    elif name == "train_step":
+        sizes, batch = options.train_size, options.batch_size
+        yield from model_jobs(options, name, build_train_step, sizes, batch, analyze_training)
+    else:
+        yield from model_jobs(options, name, build_train_mapper, [(480, 640)], 8)
+
+
+MEASUREMENTS = [
+    *("co_attention", "encoder", "matcher", "criterion", "inference", "train_step"),
+    "train_mapper",
 ]
-
-
-Record = Dict[str, Any]  # of a measurement, as written by --output
 
 
 # ---- Measuring
 
 
-class PeakMemory:
-    """Peak memory in bytes from here on, and how much of it came on top.
+def measure_job(job: Job, options: Options) -> Dict[str, Any]:
+    """Measure a job in this process.
 
-    Args:
-        device: "cpu" or "cuda".
-    """
-
-    def __init__(self, device: str):
-        self.on_gpu = device == "cuda"
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-            return
-        with contextlib.suppress(OSError, AttributeError):  # where it is not Linux with glibc
-            ctypes.CDLL(None).malloc_trim(0)
-            # Forgets the peak. Where it can't be done, the peak includes building the model.
-            Path("/proc/self/clear_refs").write_text("5")
-        self.start = resident_bytes("VmRSS")
-
-    def read(self) -> Dict[str, int]:
-        """``peak_bytes`` and ``extra_bytes``."""
-        peak = torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes("VmHWM")
-        return {"peak_bytes": peak, "extra_bytes": max(0, peak - self.start)}
-
-
-def resident_bytes(key: str) -> int:
-    """Linux's VmRSS (now) or VmHWM (peak) of this process; elsewhere the peak."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def call_times(function: Callable[[], Any], options: Options, repeats: int) -> List[float]:
-    """Seconds of each call, after the warm-up."""
-    times = []
-    for _ in range(options.warmup + repeats):
-        start = time.perf_counter()
-        function()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times[options.warmup :]
-
-
-def matmul_gflops(options: Options) -> float:
-    """The rate of a matrix product in the measurement's type, large enough to take 50 ms."""
-    dtype = AMP_DTYPES.get(options.dtype, torch.float32)
-    size, seconds = 128, 0.0
-    while seconds < 0.05 and size < 8192:
-        size *= 2
-        left, right = (
-            torch.randn(size, size, device=options.device, dtype=dtype) for _ in range(2)
-        )
-        seconds = statistics.median(
-            call_times(functools.partial(torch.matmul, left, right), options, repeats=5)
-        )
-    return 2 * size**3 / seconds / 1e9
-
-
-def measure(job: Job, options: Options, cost: Optional[int] = None) -> Record:
-    """The record of a job; runs in the job's own process.
-
-    Args:
-        job: builds the function to measure.
-        options: of the command line.
-        cost: multiply-adds of a call; None: no speed is reported.
+    Returns:
+        Its :class:`Measurement`, and the rate of a large matrix product in GFLOP/s.
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    record: Record = {
-        "name": job.name,
-        "config": job.config and Path(job.config).stem,
-        "size": job.size,
-        "overrides": options.overrides,
-        "dtype": options.dtype,
-        "compiled": options.compile,
-        "device": device_name(options.device),
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
     run = job.build(options, **job.arguments)
-    rate = matmul_gflops(options) if cost else 0.0
-    memory = PeakMemory(options.device)
-    times = call_times(run, options, options.repeats)
-    record.update(memory.read(), median_s=statistics.median(times), times_s=times)
-    if cost:
-        gflops = 2 * cost / record["median_s"] / 1e9
-        record.update(gflops=gflops, matmul_gflops=rate, share=gflops / rate)
+    rate = matrix_product_rate(options) if job.cost else None
+    found = measure(run, options)
     if options.profile:
-        record["profile"] = profile_of(run, options)
-        if job.name == "train_mapper":
-            print_python_profile(run)
-    return record
+        with torch.profiler.profile() as profile:
+            run()
+        order = f"self_{options.device}_time_total"
+        table = profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)
+        print(table)
+    return {"measurement": found, "rate": rate}
 
 
-def device_name(device: str) -> str:
-    """The model of the GPU or CPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+def matrix_product_rate(options: Options) -> float:
+    """GFLOP/s of a large matrix product in the measurement's type."""
+    dtype, size = AMP_DTYPES.get(options.dtype, torch.float32), 2048
+    left, right = (torch.randn(size, size, device=options.device, dtype=dtype) for _ in range(2))
+    timer = Timer("left @ right", globals=locals(), num_threads=options.threads)
+    return 2e-9 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
-# Of operators by their names; the first group that fits.
-GROUPS = {
-    "convolution": "conv",
-    "attention": "scaled_dot_product|flash|attend",
-    "optimizer": "Optimizer|adam|foreach",
-    "matrix products": r"mm$|mm_|linear|matmul|bmm|dot",
-    "norms": "norm",
-    "dropout": "dropout|bernoulli|random|uniform",
-    "softmax": "softmax",
-    "pooling, resizing": "pool|upsample|interpolate",
-    "copies": "copy|cat$|clone|contiguous|index|gather|scatter|fill|zero|pad|stack",
-    "sums, ReLU and the like": "add|sub|mul|div|relu|threshold|sigmoid|exp|log|clamp|sum|pow|where",
-}
-REST = "the rest"
+def row_of(job: Job, options: Options) -> List[str]:
+    """Measure a job in a process of its own.
 
-
-def group_of(operator: str) -> str:
-    """The group of `GROUPS` that an operator's name is in."""
-    for group, pattern in GROUPS.items():
-        if re.search(pattern, operator):
-            return group
-    return REST
-
-
-def profile_of(function: Callable[[], Any], options: Options) -> Dict[str, float]:
-    """The share of each group of operators in the time of a call; prints PyTorch's table, too."""
-    with torch.profiler.profile() as profile:
-        function()
-    on_gpu = options.device == "cuda"
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    averages = profile.key_averages()
-    print(averages.table(sort_by=order, row_limit=25, max_name_column_width=50))
-    times = dict.fromkeys([*GROUPS, REST], 0.0)
-    for operator in averages:
-        used = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
-        times[group_of(operator.key)] += used
-    total = sum(times.values())
-    return {group: used / total for group, used in times.items()}
-
-
-def print_python_profile(function: Callable[[], Any]) -> None:
-    """Of what PyTorch's profiler does not see, such as decoding images."""
-    profile = cProfile.Profile()
-    profile.runcall(function)
-    pstats.Stats(profile).sort_stats("tottime").print_stats(12)
-
-
-def in_fresh_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `function` gives in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        try:
-            return executor.submit(function, *args, **kwargs).result()
-        except BrokenProcessPool:
-            raise UserError(
-                "The process that measures was killed, most likely for lack of memory: choose a "
-                "smaller size or batch."
-            ) from None
-
-
-def run_job(job: Job, options: Options) -> Record:
-    """The record of a job, measured in a process of its own."""
-    cost = None
+    Returns:
+        The row of `COLUMNS`.
+    """
+    speed = share = ""
+    found = in_fresh_process(measure_job, job, options)
+    measurement: Measurement = found["measurement"]
     if job.cost is not None:
-        cost = in_fresh_process(job.cost, options, **job.arguments)
-    return in_fresh_process(measure, job, options, cost)
-
-
-# ---- Reporting
-
-
-def key(record: Record) -> Tuple[str, Optional[str], str]:
-    """What says which measurement it is."""
-    return record["name"], record["config"], record["size"]
-
-
-def print_table(headers: List[str], rows: List[List[Optional[str]]]) -> None:
-    """Print a Markdown table, None as a dash."""
-    print(tabulate(rows, headers, tablefmt="github", missingval="-", disable_numparse=True))
-
-
-def table_of(records: Sequence[Record]) -> Tuple[List[str], List[List[Optional[str]]]]:
-    """Columns and rows of all measurements. Where a slow reference was measured too, its time and
-    memory over those here."""
-    columns = ["measurement", "config", "size", "s", "extra MiB", "peak MiB", "GFLOP/s", "share"]
-    columns += ["time, reference / here", "memory, reference / here"]
-    groups = [g for g in [*GROUPS, REST] if any(g in r.get("profile", {}) for r in records)]
-    found = {key(record): record for record in records}
-    rows = []
-    for record in records:
-        row: List[Optional[str]] = [*key(record), f"{record['median_s']:.3g}"]
-        row += [f"{record[name] / 2**20:.0f}" for name in ("extra_bytes", "peak_bytes")]
-        has_speed = "gflops" in record
-        row.append(f"{record['gflops']:.0f}" if has_speed else None)
-        row.append(f"{record['share']:.0%}" if has_speed else None)
-        name, config, size = key(record)
-        reference = found.get((name + REFERENCE, config, size), {})
-        row += [ratio(reference, record, quantity) for quantity in ("median_s", "extra_bytes")]
-        profile = record.get("profile")
-        row += [f"{profile[group]:.0%}" if profile else None for group in groups]
-        rows.append(row)
-    return columns + groups, rows
-
-
-def ratio(a: Record, b: Record, name: str) -> Optional[str]:
-    """a's number over b's; None if a has none or b's is 0."""
-    return f"{a[name] / b[name]:.2f}" if a and b[name] else None
-
-
-def print_ratios(pairs: Sequence[Tuple[Record, Record]]) -> None:
-    """Of pairs of records, the first over the second."""
-    headers = ["measurement", "config", "size", "A (ms)", "B (ms)"]
-    headers += ["time A / B", "extra memory A / B", "peak memory A / B"]
-    rows = []
-    for a, b in pairs:
-        times = [f"{record['median_s'] * 1e3:.1f}" for record in (a, b)]
-        rows.append([*key(b), *times])
-        rows[-1] += [ratio(a, b, name) for name in ("median_s", "extra_bytes", "peak_bytes")]
-    print_table(headers, rows)
-
-
-def read_records(path: str) -> Dict[Tuple[str, Optional[str], str], Record]:
-    """The records of a file by their `key`, with what `print_ratios` needs."""
-    names = ("name", "config", "size", "median_s", "extra_bytes", "peak_bytes")
-    try:
-        records = json.loads(Path(path).read_text())["records"]
-        return {key(record): {name: record[name] for name in names} for record in records}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file that --output of this tool wrote.") from error
-
-
-def compare(path_a: str, path_b: str) -> None:
-    """Print the ratios of what two files have in common."""
-    a, b = read_records(path_a), read_records(path_b)
-    common = [name for name in a if name in b]
-    if not common:
-        raise UserError(f"{path_a} and {path_b} have no measurement in common.")
-    print(f"A: {path_a}\nB: {path_b}")
-    print_ratios([(a[name], b[name]) for name in common])
-
-
-def write_records(path: str, records: List[Record]) -> None:
-    """The records and their table as JSON, with the command and the date."""
-    command = command_line(__file__, sys.argv[1:])
-    where = f"{records[0]['device']}, {records[0]['threads']} threads, torch {torch.__version__}"
-    write_figures(path, command, *table_of(records), machine=where, records=records)
+        images = options.batch_size if job.name == "train_step" else 1
+        cost = images * job.cost(load_config(job.config, options.overrides), *job.arguments["size"])
+        gflops = 2e-9 * cost / measurement.seconds
+        speed, share = f"{gflops:.0f}", f"{gflops / found['rate']:.0%}"
+    memory = [mebibytes(n) for n in (measurement.extra_bytes, measurement.peak_bytes)]
+    name = [job.name, Path(job.config).stem, job.size]
+    return [*name, f"{measurement.seconds:.3g}", speed, share, *memory]
 
 
 # ---- Command line
@@ -331,28 +312,22 @@ def write_records(path: str, records: List[Record]) -> None:
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").format(measurements=", ".join(MEASUREMENTS)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("what", nargs="*", help="measurements, all if none is named; then overrides, key=value")
-    add("--config", action="append", metavar="FILE", help="of a model, can be repeated")
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtype", default="float32", choices=("float32", *AMP_DTYPES), help="autocast's")
-    add("--compile", action="store_true", help="torch.compile what is measured")
-    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="of the CPU")
-    add("--warmup", type=int, default=2, help="calls before those that count")
-    add("--repeats", type=at_least(1), default=5)
-    add("--cells", type=int, nargs=2, default=(50, 84), metavar=("H", "W"), help="co-attention's")
-    add("--num-queries", type=int, default=300, help="co-attention's")
-    sizes = {"--image-size": "inference's and the encoder's", "--train-size": "the training step's"}
-    for name, whose in sizes.items():
-        words = f"{whose}, can be repeated"
-        add(name, type=int, nargs=2, action="append", metavar=("H", "W"), help=words)
-    add("--batch-size", type=at_least(1), default=2, help="of the training step")
-    add("--profile", action="store_true", help="print the operators of each measurement")
-    add("--output", metavar="FILE", help="write the measurements as JSON")
-    add("--compare", nargs=2, metavar=("A", "B"), help="only print the ratios of two such files")
+    what = f"measurements ({', '.join(MEASUREMENTS)}; default: all), then overrides, key=value"
+    parser.add_argument("what", nargs="*", help=what)
+    parser.add_argument("--config", action="append", metavar="FILE", help="can be repeated")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what is measured")
+    for name, whose in (("image", "inference and the encoder"), ("train", "the training step")):
+        text = f"of {whose}, can be repeated"
+        parser.add_argument(
+            f"--{name}-size", type=int, nargs=2, action="append", metavar=("H", "W"), help=text
+        )
+    parser.add_argument("--batch-size", type=at_least(1), default=2, help="of the training step")
+    parser.add_argument("--profile", action="store_true", help="print the operators")
+    add_options(parser)
     return parser
 
 
@@ -360,14 +335,13 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> Options:
     """The command line, checked and completed."""
     options = get_parser().parse_intermixed_args(argv)
     options.overrides = [word for word in options.what if "=" in word]
-    options.what = [word for word in options.what if "=" not in word] or list(MEASUREMENTS)
+    options.what = [word for word in options.what if "=" not in word] or MEASUREMENTS
     options.config = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]
     options.image_size = [tuple(s) for s in options.image_size or [(800, 1066), (800, 1333)]]
     options.train_size = [tuple(s) for s in options.train_size or [(512, 672)]]
-    options.cells = tuple(options.cells)
-    unknown = [name for name in options.what if name not in MEASUREMENTS]
-    if unknown:
-        raise UserError(f"No measurement {unknown[0]}: choose among {', '.join(MEASUREMENTS)}.")
+    for name in options.what:
+        if name not in MEASUREMENTS:
+            raise UserError(f"No measurement {name}: choose among {', '.join(MEASUREMENTS)}.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("No GPU can be used here: take --device cpu.")
     for config in options.config:
@@ -378,18 +352,13 @@ def parse_options(argv: Optional[Sequence[str]] = None) -> Options:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
     options = parse_options(argv)
-    if options.compare:
-        compare(*options.compare)
-        return
-    records: List[Record] = []
-    jobs = list(itertools.chain.from_iterable(MEASUREMENTS[n](options) for n in options.what))
+    jobs = [job for name in options.what for job in jobs_of(name, options)]
+    rows = []
     for job in tqdm(jobs, unit="measurement", disable=None):
+        rows.append(row_of(job, options))
         with tqdm.external_write_mode():
-            print(f"{job.name} {Path(job.config or '').stem} {job.size}", flush=True)
-        records.append(run_job(job, options))
-        if options.output:  # after each, so that a long run that is stopped leaves its results
-            write_records(options.output, records)
-    print_table(*table_of(records))
+            print(" ".join(filter(None, rows[-1][:4])), "s", flush=True)
+    print_table(COLUMNS, rows, options)
 
 
 if __name__ == "__main__":

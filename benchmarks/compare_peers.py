@@ -1,227 +1,361 @@
 #!/usr/bin/env python3
 """Speed and memory of this project's models beside what a user would take instead.
 
-    python benchmarks/compare_peers.py --official DIR --output peers.json
-    python benchmarks/compare_peers.py --only single hf_detr --tasks inference --dtypes float32
-
-Models: {models}.
+    python benchmarks/compare_peers.py --official DIR --dtypes float32
+    python benchmarks/compare_peers.py --only multi faster_rcnn --tasks inference
 
 DIR is a checkout of the official SMCA (https://github.com/gaopengcuhk/SMCA-DETR), of which nothing
-is changed; Hugging Face's models need the extra plug_in. A peer that can't run here has a row that
-says why.
+is changed. A peer that cannot run here has a row that says why.
 
-Models take turns: in each of the repeats every one runs in a process of its own, one of ours before
-its peers. Times are medians over the repeats; a ratio is the median of the repeats' ratios, peer
-over ours. Memory is the peak over what the process held before it built the model, with all that it
-needs imported: weights, and what the calls take. Weights and images are random.
-
-On a machine that others use as well, --quiet 0.2 takes a turn again, up to --tries times, where
-other processes had more than 0.2 cores meanwhile (Linux); the one with the quietest machine counts.
-On one that is never quiet, --cpu-time --threads 1 takes the time that the process had a core for.
+Models take turns: in each of the repeats every model runs in a process of its own, ours before its
+peers. Times are medians over the repeats. A ratio is the median of the repeats' ratios of the peer
+to ours. Memory is the peak over what the process held before it built the model. All models have
+random weights and see the same images with ten objects each. A training step is forward, losses,
+backward, clipping and the optimizer's step, as the peer's own recipe has it.
 """
 
 import argparse
+import contextlib
+import importlib
 import itertools
-import math
 import os
+import pdb
+import shutil
 import statistics
 import sys
-import time
+import tempfile
+import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from unittest import mock
 
-from smca.config import AMP_DTYPES
 from smca.errors import UserError, at_least, exit_code
 
 import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from benchmark import PeakMemory, device_name, in_fresh_process, print_table
-from figures import command_line, write_figures
-from peer_models import MODELS, TASKS
+from benchmark import build_inference, build_train_step
+from measuring import (
+    CONFIGS,
+    DTYPES,
+    Options,
+    Run,
+    Size,
+    add_options,
+    autocast,
+    in_fresh_process,
+    measure,
+    mebibytes,
+    print_table,
+    random_batch,
+    random_images,
+    resident_bytes,
+    tame,
+    without_gradients,
+)
 
-Options = argparse.Namespace
-Record = Dict[str, Any]  # of a model, task and type in one of the repeats
-Case = Tuple[str, str]  # a task and a type
-
-TASK_NAMES = {"inference": "inference", "train_step": "training step"}
+TASKS = {"inference": "inference", "train_step": "training step"}
 COLUMNS = ["model", "task", "size", "type", "s", "MiB", "time, peer / ours", "memory, peer / ours"]
+
+Build = Callable[[str, Size], Run]  # makes the function to measure, of a task and an image size
+Record = Dict[str, Any]
+
+
+class Model(NamedTuple):
+    """
+    Attributes:
+        label: what the table calls it.
+        load: imports what the model needs and gives what builds it, so that the memory of the
+            two can be told apart.
+        ours: of a peer, the name of our model that it is compared with.
+    """
+
+    label: str
+    load: Callable[[Options], Build]
+    ours: Optional[str] = None
+
+
+def ours(config: str) -> Callable[[Options], Build]:
+    """A config's model, as benchmark.py measures it."""
+
+    def load(options: Options) -> Build:
+        builders = {"inference": build_inference, "train_step": build_train_step}
+        path = str(CONFIGS / f"{config}.py")
+        return lambda task, size: builders[task](options, path, size)
+
+    return load
+
+
+# ---- What peers have in common
+
+
+def normalized(image: Tensor) -> Tensor:
+    """A (3, H, W) image of bytes as DETR's training gets it."""
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    return (image - mean[:, None, None]) / std[:, None, None]
+
+
+def detr_target(item: Dict[str, Any]) -> Dict[str, Tensor]:
+    """Classes, and boxes as centers, widths and heights in parts of the image's."""
+    height, width = item["image"].shape[1:]
+    boxes = box_convert(item["instances"].gt_boxes.tensor, "xyxy", "cxcywh")
+    return {
+        "labels": item["instances"].gt_classes,
+        "boxes": boxes / torch.tensor([width, height] * 2),
+        "size": torch.tensor([height, width]),
+    }
+
+
+def detr_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with a tenth of the rate for the backbone, as DETR and its heirs train."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: List[Dict[str, Any]] = [
+        {"params": [p for name, p in named if "backbone" not in name]},
+        {"params": [p for name, p in named if "backbone" in name], "lr": 1e-5},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-4)
+
+
+def train_step(
+    options: Options,
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    optimizer: torch.optim.Optimizer,
+    max_norm: Optional[float] = 0.1,
+) -> Run:
+    """The body of the usual loop, with mixed precision in forward and losses alone."""
+
+    def run() -> None:
+        with autocast(options):
+            total = loss()
+        optimizer.zero_grad()
+        total.backward()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+
+    return run
+
+
+def total(losses: Iterable[Tensor]) -> Tensor:
+    """The sum of losses."""
+    return torch.stack([loss.squeeze() for loss in losses]).sum()
+
+
+# ---- The official code
+
+
+def import_official(checkout: Path, multi_scale: bool) -> Any:
+    """Import the official repository's ``main`` from a copy of its Python files, as they are.
+
+    What they find around them is arranged from outside: a torchvision whose version they can
+    compare, no debugger, and no download of a backbone.
+
+    Args:
+        checkout: the folder that the user names.
+        multi_scale: take the later multi-scale code, from the archive that it comes in.
+
+    Raises:
+        UserError: the folder has no such code.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        source, target = checkout, Path(name, "code")
+        best = Path("models", "transformer_44_dot_4.py")  # the log of this model says 44.4 AP
+        if multi_scale:
+            for file in checkout.glob("*.zip"):
+                zipfile.ZipFile(file).extractall(name)
+            source = next((path.parents[1] for path in Path(name).glob(f"*/{best}")), Path(name))
+        if not (source / "models").is_dir():
+            what = "multi-scale code (Multi_scale_SMCA.zip)" if multi_scale else "official SMCA"
+            raise UserError(f"{checkout} has no {what}: name a checkout of the official code.")
+        for path in source.rglob("*.py"):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        if multi_scale:
+            shutil.copy(target / best, target / "models" / "transformer.py")
+        sys.path.insert(0, str(target))
+        with (
+            mock.patch.object(torchvision, "__version__", "0.9.0"),
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            main: Any = importlib.import_module("main")
+            backbone: Any = importlib.import_module("models.backbone")
+        backbone.is_main_process = lambda: False  # it would download weights
+        pdb.set_trace = lambda *args, **kwargs: None  # left in the multi-scale code
+    return main
+
+
+def official(words: str, multi_scale: bool = False) -> Callable[[Options], Build]:
+    """The official model that an official command line trains."""
+
+    def load(options: Options) -> Build:
+        if options.official is None:
+            raise UserError("Not given: --official names a checkout of the official code.")
+        main = import_official(Path(options.official), multi_scale)
+        misc: Any = sys.modules["util.misc"]
+
+        def build(task: str, size: Size) -> Run:
+            args = main.get_args_parser().parse_args(["--device", "cpu", *words.split()])
+            model, criterion, postprocessors = main.build_model(args)
+            tame(model)
+            if task == "inference":
+                model.eval()
+                images = [normalized(item["image"]) for item in random_images(1, size)]
+                sizes = [{"size": torch.tensor(size)}]
+
+                def infer() -> None:
+                    samples = misc.nested_tensor_from_tensor_list(images)
+                    postprocessors["bbox"](model([samples, sizes]), torch.tensor([size]))
+
+                return without_gradients(options, infer)
+            batch = random_batch(options.batch_size, size)
+            images = [normalized(item["image"]) for item in batch]
+            targets = [detr_target(item) for item in batch]
+            model.train()
+            weights = criterion.weight_dict
+
+            def loss() -> Tensor:
+                samples = misc.nested_tensor_from_tensor_list(images)
+                losses = criterion(model([samples, targets]), targets)
+                return total(value * weights[k] for k, value in losses.items() if k in weights)
+
+            return train_step(options, model, loss, detr_optimizer(model))
+
+        return build
+
+    return load
+
+
+# ---- Detectron2
+
+
+def faster_rcnn(options: Options) -> Build:
+    """Detectron2's Faster R-CNN with its own settings."""
+    from detectron2 import model_zoo
+    from detectron2.modeling import build_model
+    from detectron2.solver import build_optimizer
+    from detectron2.utils.events import EventStorage
+
+    def build(task: str, size: Size) -> Run:
+        cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml")
+        cfg.MODEL.DEVICE = "cpu"
+        model = tame(build_model(cfg))
+        if task == "inference":
+            model.eval()
+            images = random_images(1, size)
+            return without_gradients(options, lambda: model(images))
+        batch, storage = random_batch(options.batch_size, size), EventStorage()
+        model.train()
+
+        def loss() -> Tensor:
+            with storage:
+                return total(model(batch).values())
+
+        return train_step(options, model, loss, build_optimizer(cfg, model), max_norm=None)
+
+    return build
+
+
+SINGLE_SCALE = "--num_queries 300 --dynamic_scale type3"
+MULTI_SCALE = f"{SINGLE_SCALE} --enc_layers 6 --dim_feedforward 1024"
+# Each of ours comes before the peers that are compared with it.
+MODELS: Dict[str, Model] = {
+    "single": Model("SMCA single scale, ours", ours("smca_single_scale_r50_50ep")),
+    "official_single": Model("SMCA single scale, official", official(SINGLE_SCALE), "single"),
+    "conv": Model("SMCA conv, ours", ours("smca_conv_r50_50ep")),
+    "official_conv": Model("SMCA conv, official", official(MULTI_SCALE, True), "conv"),
+    "multi": Model("SMCA, three scales, ours", ours("smca_r50_50ep")),
+    "faster_rcnn": Model("Faster R-CNN R50-FPN, Detectron2", faster_rcnn, "multi"),
+}
 
 
 # ---- Measuring
 
 
-def measure(name: str, task: str, dtype: str, options: Options) -> Record:
-    """Time and memory of a model; runs in a process of its own.
+def measure_model(name: str, task: str, options: Options) -> Record:
+    """Measure a model in this process.
 
     Returns:
-        ``seconds``, the median of the calls, ``bytes``, and ``others``, the cores that other
-    processes had meanwhile; or ``missing``, why it can't run.
+        ``seconds`` and ``bytes``; or ``missing``, why it cannot run.
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # What the builders of benchmarks/benchmark_cases.py take.
-    settings = argparse.Namespace(
-        **{**vars(options), "dtype": dtype, "device": "cpu", "compile": False, "overrides": []}
-    )
     try:
-        build = MODELS[name].load(settings)
-        before = PeakMemory("cpu").start
-        run = build(task, options.sizes[task])
-        memory = PeakMemory("cpu")
-        start, busy = time.perf_counter(), others_seconds()
-        times = call_times(run, options)
-        others = (others_seconds() - busy) / (time.perf_counter() - start)
+        build = MODELS[name].load(options)
+        before = resident_bytes("VmRSS")
+        found = measure(build(task, options.sizes[task]), options)
     except UserError as error:
         return {"missing": str(error)}
     except Exception as error:  # of code that is not ours, with whatever it finds here
         return {"missing": f"It fails here: {type(error).__name__}: {error}".splitlines()[0]}
-    used = memory.read()["peak_bytes"] - before
-    return {"seconds": statistics.median(times), "bytes": used, "others": others}
+    return {"seconds": found.seconds, "bytes": found.peak_bytes - before}
 
 
-def call_times(run: Callable[[], Any], options: Options) -> List[float]:
-    """Seconds of each call, after the warm-up."""
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    times = []
-    for _ in range(options.warmup + options.calls):
-        start = clock()
-        run()
-        times.append(clock() - start)
-    return times[options.warmup :]
-
-
-def others_seconds() -> float:
-    """Seconds of all cores that other processes have had so far; 0 where it is not Linux."""
-    try:
-        user, nice, system = Path("/proc/stat").read_text().split()[1:4]
-    except OSError:
-        return 0.0
-    busy = (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
-    return busy - time.process_time()
-
-
-def measure_quietly(name: str, task: str, dtype: str, options: Options) -> Record:
-    """As `measure`; of some tries the one in which other processes had least."""
-    tries: List[Record] = []
-    while len(tries) < options.tries:
-        try:
-            tries.append(in_fresh_process(measure, name, task, dtype, options))
-        except UserError as error:  # the process was killed
-            return {"missing": str(error)}
-        if "missing" in tries[-1] or tries[-1]["others"] <= options.quiet:
-            return tries[-1]
-    return min(tries, key=lambda record: record["others"])
-
-
-def measure_all(options: Options) -> List[Record]:
-    """The records of all models, tasks and types, the repeats one after the other."""
-    cases = list(itertools.product(options.tasks, options.dtypes))
-    records: List[Record] = []
-    missing: Dict[Tuple[str, str, str], Record] = {}
-    jobs = itertools.product(cases, range(options.repeats), options.only)
-    total = len(cases) * options.repeats * len(options.only)
-    for (task, dtype), repeat, name in tqdm(jobs, total=total, unit="run", disable=None):
-        key = (name, task, dtype)
-        if key in missing:
+def measure_all(task: str, options: Options) -> List[List[str]]:
+    """Measure all models in turns; gives the rows of `COLUMNS`."""
+    found: Dict[str, List[Record]] = {name: [] for name in options.only}
+    turns = list(itertools.product(range(options.repeats), options.only))
+    for _, name in tqdm(turns, desc=f"{task}, {options.dtype}", unit="run", disable=None):
+        if any("missing" in record for record in found[name]):
             continue
-        found = measure_quietly(name, task, dtype, options)
-        if "missing" in found:
-            missing[key] = found
-        images = options.batch_size if task == "train_step" else 1
-        size = " x ".join(map(str, (images, *options.sizes[task])))
-        what = dict(model=name, task=task, size=size, dtype=dtype, repeat=repeat)
-        records.append({**what, **found})
-        if options.output:  # after each, so that a long run that is stopped leaves its results
-            write(options, records)
-    return records
+        try:
+            found[name].append(in_fresh_process(measure_model, name, task, options))
+        except UserError as error:  # the process was killed
+            found[name].append({"missing": str(error)})
+    images = options.batch_size if task == "train_step" else 1
+    size = " x ".join(map(str, (images, *options.sizes[task])))
+    return [
+        [MODELS[name].label, TASKS[task], size, options.dtype, *cells(found, name)]
+        for name in options.only
+    ]
 
 
-# ---- Reporting
-
-
-def table(records: Sequence[Record]) -> List[List[Optional[str]]]:
-    """The rows of `COLUMNS`: models by task and type, each of ours before its peers."""
-    rows: List[List[Optional[str]]] = []
-    cases: List[Case] = list(dict.fromkeys((r["task"], r["dtype"]) for r in records))
-    for task, dtype in cases:
-        of_case = [r for r in records if (r["task"], r["dtype"]) == (task, dtype)]
-        for name in (name for name in MODELS if any(r["model"] == name for r in of_case)):
-            label, counterpart = MODELS[name].label, MODELS[name].counterpart
-            found = [r for r in of_case if r["model"] == name]
-            row: List[Optional[str]] = [label, TASK_NAMES[task], found[0]["size"], dtype]
-            if "missing" in found[0]:
-                rows.append([*row, None, None, found[0]["missing"]])
-                continue
-            row.append(f"{statistics.median(r['seconds'] for r in found):.2f}")
-            row.append(f"{statistics.median(r['bytes'] for r in found) / 2**20:.0f}")
-            for key in ("seconds", "bytes"):
-                ratio = median_ratio(found, [r for r in of_case if r["model"] == counterpart], key)
-                row.append(None if ratio is None else f"{ratio:.2f}")
-            rows.append(row)
-    return rows
-
-
-def median_ratio(peer: Sequence[Record], ours: Sequence[Record], key: str) -> Optional[float]:
-    """The median over the repeats of peer over ours, None where there is no pair."""
-    of_repeat = {r["repeat"]: r[key] for r in ours if key in r}
-    ratios = [r[key] / of_repeat[r["repeat"]] for r in peer if r["repeat"] in of_repeat]
-    return statistics.median(ratios) if ratios else None
-
-
-def write(options: Options, records: Sequence[Record]) -> None:
-    """The table and the records as JSON, with the command that made them."""
-    words = ["DIR" if word == options.official else word for word in options.words]
-    write_figures(
-        options.output,
-        command_line(__file__, words),
-        COLUMNS,
-        table(records),
-        machine=f"{device_name('cpu')}, {options.threads} threads, torch {torch.__version__}",
-        clock="time on the CPU" if options.cpu_time else "time",
-        records=records,
-    )
-
-
-# ---- Command line
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").format(models=", ".join(MODELS)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--official", metavar="DIR", help="a checkout of the official SMCA")
-    add("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    dtypes = ("float32", *AMP_DTYPES)
-    add("--dtypes", nargs="+", choices=dtypes, default=["float32", "bf16"], help="autocast's")
-    add("--image-size", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"))
-    add("--train-size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"))
-    add("--batch-size", type=int, default=2, help="of the training step")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--repeats", type=at_least(1), default=5, help="turns of all models")
-    add("--warmup", type=int, default=1, help="calls of a turn before those that count")
-    add("--calls", type=at_least(1), default=2, help="of a turn, whose median counts")
-    add("--cpu-time", action="store_true", help="see above")
-    add("--quiet", type=float, default=math.inf, metavar="CORES", help="see above")
-    add("--tries", type=at_least(1), default=10, help="of --quiet")
-    add("--output", metavar="FILE", help="write table and measurements as JSON")
-    return parser
+def cells(found: Dict[str, List[Record]], name: str) -> List[str]:
+    """Seconds, memory and both ratios of a model, given the records of all repeats by model."""
+    if "missing" in found[name][-1]:
+        return ["", "", found[name][-1]["missing"], ""]
+    seconds = statistics.median(record["seconds"] for record in found[name])
+    memory = statistics.median(record["bytes"] for record in found[name])
+    texts = [f"{seconds:.2f}", mebibytes(memory)]
+    others = found.get(MODELS[name].ours or "", [])
+    for key in ("seconds", "bytes"):
+        ratios = [a[key] / b[key] for a, b in zip(found[name], others) if key in b]
+        texts.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+    return texts
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
-    options = get_parser().parse_args(argv)
-    options.words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--official", metavar="DIR", help="a checkout of the official SMCA")
+    among = f"among {', '.join(MODELS)}"
+    add("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=among)
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bf16"], help="of autocast")
+    add("--image-size", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"))
+    add("--train-size", type=int, nargs=2, default=(512, 672), metavar=("H", "W"))
+    add("--batch-size", type=at_least(1), default=2, help="of the training step")
+    add("--repeats", type=at_least(1), default=5, help="turns of all models")
+    add_options(parser)
+    options = parser.parse_args(argv)
     options.sizes = dict(zip(TASKS, (tuple(options.image_size), tuple(options.train_size))))
+    options.device, options.compile, options.overrides = "cpu", False, []
     if options.official is not None and not Path(options.official).is_dir():
         raise UserError(f"--official {options.official} is no folder.")
     options.only = [name for name in MODELS if name in options.only]
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of others' code, in each process
-    print_table(COLUMNS, table(measure_all(options)))
+    rows: List[List[str]] = []
+    for task, dtype in itertools.product(options.tasks, options.dtypes):
+        options.dtype = dtype
+        rows += measure_all(task, options)
+    print_table(COLUMNS, rows, options)
 
 
 if __name__ == "__main__":

@@ -1,145 +1,106 @@
-"""The benchmark tool: what it measures, writes and compares. No test says how fast anything is."""
+"""The benchmarks of models and their parts, of exported models and of other detectors, on tiny
+configs. No test says how fast anything is."""
 
-import json
+import argparse
+import importlib.util
 import os
-import statistics
 import subprocess
 import sys
-from types import SimpleNamespace
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances
 from fvcore.nn import FlopCountAnalysis
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark as tool
-import benchmark_cases as cases
+import benchmark
+import compare_export
+import compare_peers
+import measuring
 from analyze_model import analyze, analyze_training, attention_flops
-from helpers import ROOT, assert_same_gradients, child_environment, leaves, write_smca_config
+from compare_peers import MODELS, Model
+from helpers import ROOT, child_environment, error_of, write_smca_config
 from smca.config import load_config
-from smca.errors import ConfigError, UserError
+from smca.errors import ConfigError, UserError, exit_code
 
-FIELDS = {"name", "config", "size", "overrides", "dtype", "compiled", "device", "threads", "torch"}
-FIELDS |= {"median_s", "times_s", "peak_bytes", "extra_bytes"}
-SPEED_FIELDS = {"gflops", "matmul_gflops", "share"}
-TINY = ["--cells", "4", "6", "--num-queries", "5", "--image-size", "64", "96"]
-TINY += ["--train-size", "64", "96", "--repeats", "3", "--warmup", "1"]
+SIZE = (64, 96)
 
 
 @pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """Runs the tool in this process on a tiny config, gives its records."""
-    monkeypatch.setattr(tool, "in_fresh_process", lambda f, *args, **kwargs: f(*args, **kwargs))
-    monkeypatch.setattr(tool, "matmul_gflops", lambda options: 100.0)
+def in_this_process(monkeypatch):
+    for module in (benchmark, compare_peers):
+        monkeypatch.setattr(module, "in_fresh_process", lambda function, *args: function(*args))
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# ---- Models and their parts
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("name", [x for x in benchmark.MEASUREMENTS if x != "co_attention"])
+def test_each_measurement_gives_a_row(tmp_path, monkeypatch, capsys, name, dtype):
+    monkeypatch.setattr(benchmark, "matrix_product_rate", lambda options: 100.0)
+    words = [name, "--config", write_smca_config(tmp_path), "--dtype", dtype, "--seconds", "0"]
+    words += ["--image-size", "64", "96", "--train-size", "64", "96", "--format", "markdown"]
+    benchmark.main(words)
+    headers, _, row = map(cells_of, capsys.readouterr().out.splitlines()[-3:])
+    assert headers == benchmark.COLUMNS
+    found = dict(zip(headers, row))
+    assert found["measurement"].startswith(name) and float(found["s"]) > 0
+    assert bool(found["GFLOP/s"]) == (name in ("inference", "train_step"))
+    assert int(found["peak MiB"]) > int(found["extra MiB"]) >= 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_co_attention_runs_and_its_sizes_are_in_the_table(backward):
+    options = benchmark.parse_options(["co_attention"])
+    jobs = list(benchmark.jobs_of("co_attention", options))
+    assert len(jobs) == 12 and jobs[0].size == "2 x 300 queries, 25 x 42 cells"
+    benchmark.build_co_attention(options, (4, 6), 5, backward)()
+
+
+def test_speed_is_two_operations_for_each_multiply_add(tmp_path, monkeypatch):
     config = write_smca_config(tmp_path)
-
-    def run(*words):
-        output = tmp_path / "output.json"
-        tool.main([*words, "--config", config, "--output", str(output), *TINY])
-        return json.loads(output.read_text())["records"]
-
-    return run
-
-
-# ---- Measurements
-
-
-@pytest.mark.parametrize(
-    "words, count",
-    [
-        (["co_attention"], 4),
-        (["co_attention", "--dtype", "bf16"], 4),
-        (["co_attention_scaling"], 12),
-        (["encoder"], 1),
-        (["matcher"], 1),
-        (["criterion"], 1),
-        (["inference"], 1),
-        (["inference", "--dtype", "bf16"], 1),
-        (["train_step"], 1),
-        (["train_step", "--dtype", "bf16"], 1),
-        (["train_mapper"], 1),
-    ],
-)
-def test_each_measurement_gives_its_records(measure, words, count):
-    records = measure(*words)
-    assert len(records) == count
-    for record in records:
-        has_speed = words[0] in ("inference", "train_step")
-        assert set(record) == FIELDS | (SPEED_FIELDS if has_speed else set())
-        assert len(record["times_s"]) == 3 and min(record["times_s"]) > 0
-        assert record["median_s"] == statistics.median(record["times_s"])
-        assert record["peak_bytes"] > record["extra_bytes"] >= 0
-        assert record["dtype"] == ("bf16" if "bf16" in words else "float32")
-
-
-def test_speed_is_two_operations_for_each_multiply_add(measure, tmp_path):
-    (record,) = measure("inference", "model.num_queries=3")
-    cfg = load_config(str(tmp_path / "tiny_smca.py"), ["model.num_queries=3"])
+    options = benchmark.parse_options(["inference", "model.num_queries=3", "--config", config])
+    found = {"measurement": measuring.Measurement(1e-6, 2**20, 0), "rate": 1e3}
+    monkeypatch.setattr(benchmark, "in_fresh_process", lambda *args: found)
+    options.image_size = [SIZE]
+    (job,) = benchmark.jobs_of("inference", options)
+    row = dict(zip(benchmark.COLUMNS, benchmark.row_of(job, options)))
     # PyTorch's counter counts convolutions and matrix products, ours norms as well.
-    model, image = instantiate(cfg.model).eval(), torch.zeros(3, 64, 96, dtype=torch.uint8)
+    cfg = load_config(config, ["model.num_queries=3"])
+    model, image = instantiate(cfg.model).eval(), torch.zeros(3, *SIZE, dtype=torch.uint8)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model([{"image": image}])
-    counted = counter.get_total_flops()
-    operations = 2 * analyze(cfg, 64, 96)[2]
-    assert counted < operations < 1.02 * counted
-    assert record["overrides"] == ["model.num_queries=3"]
-    assert record["gflops"] == pytest.approx(operations / record["median_s"] / 1e9)
-    assert record["share"] == pytest.approx(record["gflops"] / 100)
+    operations = 2 * analyze(cfg, *SIZE)[2]
+    assert counter.get_total_flops() < operations < 1.02 * counter.get_total_flops()
+    assert row["GFLOP/s"] == f"{operations / 1e3:.0f}"
+    assert row["share"] == f"{operations / 1e6:.0%}" and row["peak MiB"] == "1"
 
 
 def test_work_of_a_training_step_is_that_of_forward_and_backward(tmp_path):
-    config = write_smca_config(tmp_path)
     overrides = ["model.dropout=0.0", "model.backbone.width=64"]
-    options = SimpleNamespace(batch_size=2, overrides=overrides)
-    operations = 2 * cases.training_multiply_adds(options, config, (64, 96))
-    model = instantiate(load_config(config, overrides).model).train()
-    batch = cases.random_batch(2, (64, 96), num_classes=3)
+    cfg = load_config(write_smca_config(tmp_path), overrides)
+    operations = 2 * 2 * analyze_training(cfg, *SIZE)
+    model = instantiate(cfg.model).train()
+    batch = measuring.random_batch(2, SIZE, num_classes=3)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sum(model(batch).values()).backward()
     # Norms count here, and the first layers' gradients of their inputs, which nobody needs.
     assert counter.get_total_flops() < operations < 1.1 * counter.get_total_flops()
+    cfg.model.backbone.freeze_at = 5  # frozen stages have no backward pass
+    assert analyze(cfg, *SIZE)[2] < analyze_training(cfg, *SIZE) < operations / 4
 
 
-def test_frozen_stages_have_no_backward_pass(tmp_path):
-    cfg = load_config(write_smca_config(tmp_path))
-    forward = analyze(cfg, 64, 96)[2]
-    whole = analyze_training(cfg, 64, 96)
-    cfg.model.backbone.freeze_at = 5
-    frozen = analyze_training(cfg, 64, 96)
-    assert forward < frozen < whole <= 3 * forward
-
-
-@pytest.mark.parametrize(
-    ("operator", "group"),
-    [
-        ("aten::mkldnn_convolution", "convolution"),
-        ("aten::convolution_backward", "convolution"),
-        ("aten::addmm", "matrix products"),
-        ("aten::bmm", "matrix products"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("aten::native_layer_norm_backward", "norms"),
-        ("aten::_fused_adamw_", "optimizer"),
-        ("aten::add_", "sums, ReLU and the like"),
-        ("aten::copy_", "copies"),
-        ("aten::as_strided", "the rest"),
-    ],
-)
-def test_operators_are_told_apart_by_their_names(operator, group):
-    assert tool.group_of(operator) == group
-
-
-def test_profile_has_the_share_of_each_group(measure, capsys):
-    (record,) = measure("inference", "--profile")
-    shares = record["profile"]
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares["convolution"] > 0 and shares["matrix products"] > 0
-    table = capsys.readouterr().out.splitlines()
-    assert all(group in table[-3] for group in shares)
-
-
-def test_attentions_multiply_adds_are_those_of_its_two_products():
+def test_multiply_adds_of_attention_are_those_of_its_two_products():
     class Attention(torch.nn.Module):
         def forward(self, query, key, value):
             return torch.nn.functional.scaled_dot_product_attention(query, key, value)
@@ -150,12 +111,10 @@ def test_attentions_multiply_adds_are_those_of_its_two_products():
     assert flops.total() == 2 * 4 * (5 * 7 * 3 + 5 * 7 * 6)
 
 
-def test_training_step_changes_the_weights(tmp_path):
+def test_a_measured_training_step_changes_the_weights(tmp_path):
     config = write_smca_config(tmp_path)
-    options = SimpleNamespace(
-        device="cpu", dtype="float32", compile=False, batch_size=2, overrides=["model.dropout=0.0"]
-    )
-    step = cases.build_train_step(options, config, (64, 96))
+    options = benchmark.parse_options(["train_step", "--config", config, "model.dropout=0.0"])
+    step = benchmark.build_train_step(options, config, SIZE)
     model = step.__self__.model
     weights = model.class_embed.weight, model.backbone.stem.conv1.weight
     before = [weight.detach().clone() for weight in weights]
@@ -164,171 +123,205 @@ def test_training_step_changes_the_weights(tmp_path):
     assert all((a != b).any() for a, b in zip(weights, before, strict=True))
 
 
-def test_both_co_attentions_compute_the_same():
-    torch.manual_seed(0)
-    inputs = leaves(
-        {
-            "query": torch.randn(2, 8, 5, 32),
-            "key": torch.randn(2, 8, 24, 32),
-            "value": torch.randn(2, 8, 24, 32),
-            "centers": 6 * torch.rand(2, 8, 5, 2),
-            "spreads": 2 * torch.rand(2, 8, 5, 2),
-        }
-    )
-    slow = cases.slow_co_attention(*inputs.values(), (4, 6))
-    fast = cases.fast_co_attention(*inputs.values(), (4, 6))
-    assert torch.allclose(slow, fast, atol=1e-5)
-    assert_same_gradients(fast, slow, inputs)
-
-
-def test_scaling_covers_sizes_and_numbers_of_queries():
-    jobs = list(cases.co_attention_scaling_jobs(tool.parse_options(["co_attention_scaling"])))
-    forward = [job.size for job in jobs if job.name == "co_attention forward"]
-    cells = ["25 x 42", "50 x 84", "100 x 168", "200 x 336"]
-    assert forward[:4] == [f"2 x 300 queries, {size} cells" for size in cells]
-    assert forward[4:] == [f"2 x {n} queries, 50 x 84 cells" for n in (100, 900)]
-    assert len(jobs) == 2 * len(forward)
-
-
-def test_table_has_the_gain_over_the_reference(measure, tmp_path, capsys):
-    records = measure("co_attention")
-    slow, fast = records[1], records[0]
-    assert slow["name"] == fast["name"] + ", reference"
-    content = json.loads((tmp_path / "output.json").read_text())
-    column = content["columns"].index("time, reference / here")
-    gain = f"{slow['median_s'] / fast['median_s']:.2f}"
-    assert [bool(row[column]) for row in content["rows"]] == [True, False, True, False]
-    assert content["rows"][0][column] == gain
-    assert gain in capsys.readouterr().out
-
-
-def test_models_are_measured_with_each_size(measure):
-    more = ["--image-size", "32", "64", "--train-size", "32", "64", "--batch-size", "1"]
-    sizes = [record["size"] for record in measure("encoder", "train_step", *more)]
-    assert sizes == ["1 x 32 x 64", "1 x 64 x 96"] * 2
-
-
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_peak_memory_counts_what_was_freed_again():
-    memory = tool.PeakMemory("cpu")
-    torch.ones(2**24)  # 64 MiB
-    first = memory.read()
-    assert 60 < first["extra_bytes"] / 2**20 < 100
-    assert tool.PeakMemory("cpu").read()["extra_bytes"] < 2**23
+    options = argparse.Namespace(device="cpu", threads=1, seconds=0)
+    found = measuring.measure(lambda: torch.ones(2**24).sum(), options)  # 64 MiB
+    assert 60 < found.extra_bytes / 2**20 < 100
+    assert measuring.measure(lambda: None, options).extra_bytes < 2**23
 
 
-# ---- Processes and command line
-
-
-def run_script(*words):
-    command = [sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), *map(str, words)]
-    return subprocess.run(command, env=child_environment(), capture_output=True, text=True)
-
-
-def test_script_measures_in_its_own_process_and_writes_json(tmp_path):
-    output = tmp_path / "output.json"
-    done = run_script("matcher", "--threads", 1, "--output", output, "--profile", *TINY)
+def test_the_script_measures_in_a_process_of_its_own():
+    words = ["matcher", "--threads", "1", "--seconds", "0", "--profile", "--format", "markdown"]
+    command = [sys.executable, ROOT / "benchmarks" / "benchmark.py", *words]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Self CPU" in done.stdout and "aten::" in done.stdout
-    content = json.loads(output.read_text())
-    assert "matcher --threads 1" in content["command"] and content["date"]
-    (record,) = content["records"]
-    assert set(record) == FIELDS | {"profile"}
-    assert (record["name"], record["config"], record["size"]) == ("matcher", None, "16 images")
-    assert (record["threads"], record["torch"]) == (1, torch.__version__)
-    assert f"{record['median_s']:.3g}" in done.stdout
-    assert content["rows"][0][:4] == ["matcher", "", "16 images", f"{record['median_s']:.3g}"]
+    assert f"`python benchmarks/benchmark.py {' '.join(words)}`" in done.stdout
+    assert cells_of(done.stdout.splitlines()[-1])[:3] == ["matcher", "", "16 images"]
 
 
-def test_error_is_one_sentence(tmp_path):
-    done = run_script("no_such_measurement")
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
-    assert lines == done.stderr.splitlines()[-1:]
-    assert "no_such_measurement" in lines[0] and "train_step" in lines[0]
-
-
-def test_no_repeats_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        tool.main(["matcher", "--repeats", "0"])
-    assert "--repeats: has to be a whole number of at least 1, not 0" in capsys.readouterr().err
-
-
-def test_process_that_is_killed_is_reported():
+def test_a_process_that_is_killed_is_reported():
     with pytest.raises(UserError, match="lack of memory"):
-        tool.in_fresh_process(os._exit, 1)
+        measuring.in_fresh_process(os._exit, 1)
 
 
-def test_config_and_overrides_are_checked_before_anything_runs():
+def test_what_cannot_be_measured_is_said_before_anything_runs(capsys):
     with pytest.raises(ConfigError, match="no_such_file.py does not exist"):
-        tool.main(["inference", "--config", "no_such_file.py"])
+        benchmark.main(["inference", "--config", "no_such_file.py"])
     with pytest.raises(ConfigError, match="model.num_querys"):
-        tool.main(["inference", "model.num_querys=5"])
+        benchmark.main(["inference", "model.num_querys=5"])
+    with pytest.raises(UserError, match="No measurement mather: choose among co_attention, "):
+        benchmark.main(["mather"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cpu"):
+            benchmark.main(["matcher", "--device", "cuda"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_absent_gpu_is_reported():
-    with pytest.raises(UserError, match="--device cpu"):
-        tool.main(["matcher", "--device", "cuda"])
+# ---- Exported models
 
 
-# ---- Comparing
+def test_differences_are_of_the_nearest_detection_of_the_same_class_and_score():
+    wanted = Instances((500, 250))
+    wanted.pred_boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [5, 5, 9, 9], [0, 0, 5, 5]]))
+    wanted.scores = torch.tensor([0.9, 0.9, 0.1])
+    wanted.pred_classes = torch.tensor([1, 1, 0])
+    # The first two have changed places, the last is another one of the same score.
+    boxes = torch.tensor([[5, 5, 9, 9.25], [0, 0, 10, 10], [90, 90, 99, 99]])
+    scores = torch.tensor([0.9, 0.9, 0.100001])
+    box, score = compare_export.differences(wanted, boxes, scores, torch.tensor([1, 1, 2]))
+    assert (box, score) == (pytest.approx(0.5), pytest.approx(1e-6, rel=0.1))
+    box, _ = compare_export.differences(wanted, boxes, scores, torch.tensor([1, 0, 2]))
+    assert box > 1e5  # a detection is missing
 
 
-def record(name="inference", config="a", size="1 x 8 x 8", seconds=1.0, extra=100, peak=1000):
-    memory = {"extra_bytes": extra, "peak_bytes": peak}
-    return {"name": name, "config": config, "size": size, "median_s": seconds, **memory}
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_runtime_that_is_missing_is_named_before_the_first_export(name, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda other: None if other == name else other)
+    monkeypatch.delattr(compare_export, "compare")
+    text = error_of(capsys, lambda words: exit_code(compare_export.main, words), "--openvino")
+    assert f"run pip install {name}" in text
 
 
-def write_records(path, *records):
-    path.write_text(json.dumps({"records": records}))
-    return str(path)
+# ---- Other detectors
 
 
-def cells_of(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def peer_options(**settings):
+    defaults = dict(official=None, threads=1, seconds=0, device="cpu", dtype="float32")
+    defaults.update(sizes=dict.fromkeys(compare_peers.TASKS, SIZE), batch_size=1)
+    return argparse.Namespace(**{**defaults, "compile": False, "overrides": [], **settings})
 
 
-def test_compare_prints_the_ratios_of_what_both_files_hold(tmp_path, capsys):
-    a = write_records(
-        tmp_path / "a.json",
-        record(seconds=3.0, extra=500, peak=900),
-        record("matcher", None, "16 images", seconds=0.01, extra=10, peak=20),
-        record(size="1 x 9 x 9"),
-    )
-    b = write_records(
-        tmp_path / "b.json",
-        record("matcher", None, "16 images", seconds=0.04, extra=0, peak=30),
-        record(seconds=2.0, extra=2000, peak=1000),
-        record(config="b"),
-    )
-    tool.main(["--compare", a, b])
-    rows = [cells_of(line) for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert rows[2:] == [
-        ["inference", "a", "1 x 8 x 8", "3000.0", "2000.0", "1.50", "0.25", "0.90"],
-        ["matcher", "-", "16 images", "10.0", "40.0", "0.25", "-", "0.67"],
+def test_a_ratio_is_the_median_of_the_ratios_of_the_turns():
+    # Between the turns the machine became three times as slow; the ratios are 2, 4 and 3.
+    found = {
+        "single": [{"seconds": s, "bytes": b << 20} for s, b in ((1, 100), (3, 100), (9, 200))],
+        "official_single": [
+            {"seconds": s, "bytes": b << 20} for s, b in ((2, 300), (12, 300), (27, 600))
+        ],
+    }
+    assert compare_peers.cells(found, "single") == ["3.00", "100", "", ""]
+    assert compare_peers.cells(found, "official_single") == ["12.00", "300", "3.00", "3.00"]
+
+
+def test_models_take_turns_and_what_is_missing_has_a_row(monkeypatch, tmp_path, capsys):
+    turns = []
+
+    def run(function, name, task, options):
+        turns.append(name)
+        if name == "faster_rcnn":
+            raise UserError("The process that measures was killed.")
+        return {"seconds": 2.0 if name == "official_single" else 1.0, "bytes": 2**20}
+
+    monkeypatch.setattr(compare_peers, "in_fresh_process", run)
+    words = ["--only", "faster_rcnn", "official_single", "single", "--tasks", "inference"]
+    words += ["--dtypes", "bf16", "--repeats", "2", "--official", str(tmp_path)]
+    compare_peers.main([*words, "--format", "markdown"])
+    # Our model is first in every turn, whatever the order on the command line.
+    first = ["single", "official_single", "faster_rcnn"]
+    assert turns == [*first, "single", "official_single"]
+    rows = [cells_of(line) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[4:] for row in rows] == [
+        ["1.00", "1", "", ""],
+        ["2.00", "1", "2.00", "1.00"],
+        ["", "", "The process that measures was killed.", ""],
     ]
 
 
+def test_every_peer_is_compared_with_one_of_ours_before_it():
+    names = list(MODELS)
+    for name, model in MODELS.items():
+        if model.ours is not None:
+            assert MODELS[model.ours].ours is None
+            assert names.index(model.ours) < names.index(name)
+
+
+@pytest.mark.parametrize("task", compare_peers.TASKS)
+def test_our_model_and_faster_rcnn_are_measured(tmp_path, monkeypatch, task):
+    config = Path(write_smca_config(tmp_path))
+    monkeypatch.setattr(compare_peers, "CONFIGS", tmp_path)
+    monkeypatch.setitem(MODELS, "tiny", Model("tiny", compare_peers.ours(config.stem)))
+    for name in ("tiny", "faster_rcnn"):
+        found = compare_peers.measure_model(name, task, peer_options(dtype="bf16"))
+        assert "missing" not in found and found["seconds"] > 0
+
+
 @pytest.mark.parametrize(
-    "text", ["", "no JSON", "[]", "{}", '{"records": 3}', '{"records": [{"name": "x"}]}']
+    ("name", "official", "message"),
+    [
+        ("official_single", ".", "has no official SMCA"),
+        ("official_conv", ".", "has no multi-scale code"),
+        ("official_single", None, "--official names a checkout"),
+    ],
 )
-def test_file_of_another_kind_is_named(tmp_path, text):
-    good = write_records(tmp_path / "good.json", record())
-    bad = tmp_path / "bad.json"
-    bad.write_text(text)
-    with pytest.raises(UserError, match="bad.json is not a file"):
-        tool.main(["--compare", good, str(bad)])
+def test_another_folder_than_the_official_code_is_told(tmp_path, name, official, message):
+    folder = official and str(tmp_path / official)
+    found = compare_peers.measure_model(name, "inference", peer_options(official=folder))
+    assert message in found["missing"]
 
 
-def test_absent_file_is_named(tmp_path):
-    good = write_records(tmp_path / "good.json", record())
-    with pytest.raises(UserError, match="absent.json cannot be read: No such file"):
-        tool.main(["--compare", good, str(tmp_path / "absent.json")])
+def test_an_official_folder_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        compare_peers.main(["--official", str(tmp_path / "none")])
 
 
-def test_files_without_a_common_measurement_are_named(tmp_path):
-    a = write_records(tmp_path / "a.json", record(config="a"))
-    b = write_records(tmp_path / "b.json", record(config="b"))
-    with pytest.raises(UserError, match="a.json and .*b.json have no measurement in common"):
-        tool.main(["--compare", a, b])
+# Modules of the official names with the traits that the comparison has to cope with.
+STAND_IN = {
+    "main.py": """
+import argparse
+from models import build_model
+def get_args_parser():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", default="cuda")
+    for name in ("num_queries", "enc_layers", "dim_feedforward"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dynamic_scale")
+    return parser
+""",
+    "util/__init__.py": "",
+    "util/misc.py": """
+import torch, torchvision
+if float(torchvision.__version__[:3]) < 0.7:
+    from torchvision.ops import no_longer_there
+def nested_tensor_from_tensor_list(images):
+    return torch.stack(images)
+""",
+    "models/__init__.py": """
+import torch
+import util.misc
+from . import backbone, transformer
+class Detector(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = transformer.layer()
+        assert not backbone.is_main_process(), "weights would be downloaded"
+    def forward(self, inputs):
+        import pdb
+        pdb.set_trace()
+        images, targets = inputs
+        assert len(images) == len(targets) and all("size" in target for target in targets)
+        return self.layer(images.flatten(1)[:, :4])
+class Criterion:
+    weight_dict = {"loss": 2.0}
+    def __call__(self, outputs, targets):
+        assert all(target["boxes"].max() < 1.5 for target in targets)
+        return {"loss": outputs.sum(), "class_error": outputs.sum()}
+def build_model(args):
+    assert args.device == "cpu" and args.num_queries == 300 and args.enc_layers == 6
+    return Detector(), Criterion(), {"bbox": lambda outputs, sizes: outputs}
+""",
+    "models/backbone.py": "def is_main_process():\n    return True\n",
+    "models/transformer.py": "raise RuntimeError('the other variant')\n",
+    "models/transformer_44_dot_4.py": "import torch\nlayer = lambda: torch.nn.Linear(4, 2)\n",
+}
+
+
+def test_official_code_runs_as_it_is(tmp_path):
+    with zipfile.ZipFile(tmp_path / "Multi_scale.zip", "w") as archive:
+        for name, text in STAND_IN.items():
+            archive.writestr(f"folder/{name}", text)
+    options = peer_options(official=str(tmp_path), batch_size=2)
+    arguments = ("official_conv", "train_step", options)
+    found = measuring.in_fresh_process(compare_peers.measure_model, *arguments)
+    assert "missing" not in found, found
+    assert found["seconds"] > 0 and len(list(tmp_path.rglob("*"))) == 1

@@ -1,6 +1,5 @@
 """Exported detectors give what the model itself gives, in onnxruntime, OpenVINO and PyTorch."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -13,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, Instances
 from torch.torch_version import TorchVersion
 
-import compare_export
 import export as tool
 from helpers import (
     CLASS_NAMES,
@@ -28,7 +25,6 @@ from helpers import (
     write_smca_config,
     write_weights,
 )
-from smca.errors import exit_code
 from smca.inference import Predictor, load_detector, save_pretrained
 from smca.inference.export import (
     METADATA_NAME,
@@ -313,23 +309,6 @@ def test_frozen_norms_are_absorbed_without_a_change(tmp_path):
     assert not any("running_var" in name for name in detector.state_dict())
 
 
-# ---- The tool that compares
-
-
-def test_differences_are_of_the_nearest_detection_of_the_same_class_and_score():
-    wanted = Instances((500, 250))
-    wanted.pred_boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [5, 5, 9, 9], [0, 0, 5, 5]]))
-    wanted.scores = torch.tensor([0.9, 0.9, 0.1])
-    wanted.pred_classes = torch.tensor([1, 1, 0])
-    # The first two have changed places, the last is another one of the same score.
-    boxes = torch.tensor([[5, 5, 9, 9.25], [0, 0, 10, 10], [90, 90, 99, 99]])
-    scores = torch.tensor([0.9, 0.9, 0.100001])
-    box, score = compare_export.differences(wanted, boxes, scores, torch.tensor([1, 1, 2]))
-    assert (box, score) == (pytest.approx(0.5), pytest.approx(1e-6, rel=0.1))
-    box, _ = compare_export.differences(wanted, boxes, scores, torch.tensor([1, 0, 2]))
-    assert box > 1e5  # a detection is missing
-
-
 # ---- Errors
 
 
@@ -401,17 +380,3 @@ def test_other_preprocessing_than_a_resize_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="keep T.ResizeShortestEdge of one size"):
         export_detector(predictor, str(tmp_path / "model.pt2"), "pt2")
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_a_runtime_that_is_missing_is_named_before_the_first_export(name, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda other: None if other == name else other)
-    monkeypatch.delattr(compare_export, "compare")
-    main = functools.partial(exit_code, compare_export.main)
-    assert f"run pip install {name}" in error_of(capsys, main, "--openvino")
-
-
-def test_no_repeats_are_an_error(capsys):
-    with pytest.raises(SystemExit):
-        compare_export.main(["--repeats", "0"])
-    assert "--repeats: has to be a whole number of at least 1, not 0" in capsys.readouterr().err

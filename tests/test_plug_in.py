@@ -1,9 +1,7 @@
 """The weight maps in another project: they need PyTorch alone, and fit Hugging Face's DETR."""
 
 import ast
-import importlib.util
-import json
-import shlex
+import importlib
 import subprocess
 import sys
 
@@ -42,36 +40,26 @@ def test_weight_maps_need_pytorch_alone(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tools():
+def example():
     pytest.importorskip("transformers", reason="needs transformers: pip install -e .[plug_in]")
-    folder = str(ROOT / "tools")
-    sys.path.insert(0, folder)
-    try:
-        loaded = []
-        for name in ("plug_in_example", "train_plug_in"):
-            spec = importlib.util.spec_from_file_location(name, f"{folder}/{name}.py")
-            loaded.append(importlib.util.module_from_spec(spec))
-            spec.loader.exec_module(loaded[-1])
-    finally:
-        sys.path.remove(folder)
-    return loaded
+    return importlib.import_module("plug_in_example")
 
 
-def make_models(tools):
+@pytest.fixture
+def models(example):
     """The same DETR without and with weight maps, and a batch of two images, one of them padded."""
-    example, training = tools
     torch.manual_seed(0)
     small = dict(d_model=32, num_queries=7, encoder_ffn_dim=32, decoder_ffn_dim=32)
-    plain = training.make_detr(**small).eval()
-    model = example.ModulatedDetr(training.make_detr(**small), beta=2.0).eval()
+    plain = example.make_detr(**small).eval()
+    model = example.ModulatedDetr(example.make_detr(**small), beta=2.0).eval()
     model.detr.load_state_dict(plain.state_dict())
-    batch = training.make_batch(np.random.default_rng(0), 2)
+    batch = example.make_batch(np.random.default_rng(0), 2)
     assert not batch["pixel_mask"].all()
     return plain, model, batch
 
 
-def test_with_log_weights_of_zero_detr_is_what_it_was(tools, monkeypatch):
-    plain, model, batch = make_models(tools)
+def test_with_log_weights_of_zero_detr_is_what_it_was(models, monkeypatch):
+    plain, model, batch = models
     torch.nn.init.zeros_(model.center[-2].weight)
     torch.nn.init.zeros_(model.center[-2].bias)  # boxes start where they did
     shape = model.predictors[0].shape
@@ -86,15 +74,15 @@ def test_with_log_weights_of_zero_detr_is_what_it_was(tools, monkeypatch):
     assert float(output.loss) == pytest.approx(float(expected.loss), rel=1e-5)
 
 
-def test_every_parameter_of_the_plugged_in_maps_learns(tools):
-    _, model, batch = make_models(tools)
+def test_every_parameter_of_the_plugged_in_maps_learns(models):
+    _, model, batch = models
     model(**batch).loss.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert not missing
 
 
-def test_what_padding_holds_does_not_reach_the_cross_attention(tools):
-    _, model, batch = make_models(tools)
+def test_what_padding_holds_does_not_reach_the_cross_attention(models):
+    _, model, batch = models
     masks = []
     layer = model.detr.model.decoder.layers[0].encoder_attn
     layer.register_forward_hook(
@@ -105,19 +93,13 @@ def test_what_padding_holds_does_not_reach_the_cross_attention(tools):
     assert padded.any() and (masks[0].isinf().any(1).any(1) == padded).all()
 
 
-def test_a_short_training_writes_the_losses_of_both(tools, monkeypatch, tmp_path, capsys):
-    _, training = tools
-    batch = training.make_batch(np.random.default_rng(0), 1)
-    monkeypatch.setattr(training, "make_batch", lambda rng: batch)
-    file = tmp_path / "losses.json"
-    words = ["--steps", "2", "--period", "1", "--output", str(file)]
-    monkeypatch.setattr(sys, "argv", ["train_plug_in.py", *words])
-    training.main()
-    content = json.loads(file.read_text())
-    assert content["command"] == shlex.join(["python", "tools/train_plug_in.py", *words])
-    assert content["columns"][2] == "L1" and content["columns"][5] == "L1, plain"
-    first, second = content["rows"]
+def test_a_short_training_prints_the_losses_of_both(example, monkeypatch, capsys):
+    batch = example.make_batch(np.random.default_rng(0), 1)
+    monkeypatch.setattr(example, "make_batch", lambda rng: batch)
+    example.main(["--steps", "2", "--period", "1"])
+    lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines()]
+    headers, _, first, second = ([cell.strip() for cell in line] for line in lines)
+    assert headers[2] == "L1" and headers[5] == "L1, plain"
     assert (first[0], second[0]) == ("1", "2") and first[1:] != second[1:]
     # Both start from the same weights but for the maps, which change what is predicted.
     assert all(float(text) > 0 for text in first) and first[1:4] != first[4:]
-    assert f"| {' | '.join(first)} |" in capsys.readouterr().out
