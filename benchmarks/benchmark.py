@@ -98,12 +98,15 @@ def build_co_attention(options: Options, cells: Size, num_queries: int, backward
         cells[::-1], device=options.device
     )
     spreads = 0.5 + torch.rand(shape, device=options.device)
-    inputs = [x.requires_grad_(backward) for x in (query, key, value, centers, spreads)]
+    inputs = (query, key, value, centers, spreads)
+    for tensor in inputs:
+        tensor.requires_grad_(backward)
     attention = torch.compile(attend) if options.compile else attend
     output_gradient = torch.randn_like(query)
 
     def run() -> None:
-        output = attention(*inputs[:3], weight_map=Gaussian(*inputs[3:], 1 / 8, cells))
+        weight_map = Gaussian(centers, spreads, 1 / 8, cells)
+        output = attention(query, key, value, weight_map=weight_map)
         if backward:
             torch.autograd.grad(output, inputs, output_gradient)
 

@@ -305,7 +305,7 @@ def make_claims(claims: Mapping[str, ClaimSpec], trainings: Sequence[Training]) 
             [t.evaluations()["AP"].iloc[-1] for t in finished if t.name == name]
             for name in content.runs
         ]
-        published = " over ".join(map(str, content.published or ["-"]))
+        published = " over ".join(map(str, content.published or [])) or "-"
         here, difference, verdict = "not trained", "-", "undecided"
         if all(finals):
             better, worse = map(np.mean, finals)
