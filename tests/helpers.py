@@ -60,20 +60,6 @@ def child_environment():
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
-_start_processes = torch.multiprocessing.start_processes
-
-
-def start_by_fork(function, args, *, start_method, **kwargs):
-    """Stands for PyTorch's `start_processes`, with which the launcher starts Python anew in each
-    process. Forked, they take no time to start."""
-    return _start_processes(_after_fork, (function, args), start_method="fork", **kwargs)
-
-
-def _after_fork(rank, function, args):
-    torch.set_num_threads(1)  # the threads of the process before are gone
-    function(rank, *args)
-
-
 def close_logs():
     """Later tests' messages do not go into the files that this one's loggers have open."""
     for name in ("detectron2", "fvcore", "smca"):

@@ -10,9 +10,8 @@ import time
 import traceback
 
 import torch
-from detectron2.engine import default_argument_parser
 
-from smca.engine import run
+from smca.cli.train import main
 
 
 class Job:
@@ -68,7 +67,7 @@ class Job:
         torch.set_num_threads(1)
         if prepare is not None:
             prepare()
-        return run(default_argument_parser().parse_args(args))
+        return main(args)
 
     @property
     def output(self):
@@ -80,6 +79,14 @@ class Job:
         while not re.search(pattern, self.output):
             assert self.is_alive(), f"ended before {pattern!r}:\n{self.output}"
             assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.output}"
+            time.sleep(0.02)
+
+    @staticmethod
+    def wait_until(condition, seconds=200):
+        """Wait for what other processes do."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
             time.sleep(0.02)
 
     def is_alive(self):
@@ -104,11 +111,15 @@ class Job:
         return self.code
 
 
-def jobs(folder, *args, prepare=None, num=2):
-    """The processes of one training, as torchrun starts them; `prepare` is given the rank."""
+def free_port():
     with socket.socket() as link:
         link.bind(("127.0.0.1", 0))
-        port = link.getsockname()[1]
+        return link.getsockname()[1]
+
+
+def jobs(folder, *args, prepare=None, num=2):
+    """The processes of one training, as torchrun starts them; `prepare` is given the rank."""
+    port = free_port()
     return [
         Job(
             folder,

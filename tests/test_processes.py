@@ -134,24 +134,19 @@ def notes(case):
         list of dict: what each process noted.
     """
 
-    # A file, since a free port may be taken by another test before it is used.
-    rendezvous = f"file://{case.folder / 'rendezvous'}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_spawned", _spawned_for_more)
-        arguments = case.arguments("two", flags=["--num-gpus", 2, "--dist-url", rendezvous])
+        patch.setattr(launch, "_START_METHOD", "fork")
+        patch.setattr(launch, "main", _work)
+        arguments = case.arguments("two", flags=["--num-gpus", 2])
         arguments.case = case
         assert launch.run(arguments) == 0
     return [torch.load(case.folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
-def _spawned_for_more(*args):
+def _work(args):
     """In each process."""
-    launch.main = _work
-    launch._spawned(*args)
-
-
-def _work(args, peers):
-    main(args, peers)
+    torch.set_num_threads(1)  # the threads of the process before are gone
+    main(args)
     case = args.case
     resume_in_the_middle(case)
     results = main(evaluation_arguments(case, "evaluated"))

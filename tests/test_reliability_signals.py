@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import sys
 import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from helpers import TinyDetector, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
-from smca.engine.signals import React, StopSignals, protect_workers
+from smca.engine.signals import STOP_SIGNALS, React, StopSignals, protect_workers
 
 WORKERS = ["dataloader.train.num_workers=2", "dataloader.test.num_workers=1"]
 
@@ -154,26 +153,6 @@ def test_workers_of_the_data_loader_outlive_signals_to_the_group():
     protect_workers(loader)
     batches = iter(loader)
     next(batches)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         os.kill(batches._workers[0].pid, number)
     assert [int(batch) for batch in batches] == list(range(1, 20))
-
-
-class Excepthooks(Dataset):
-    """Gives errors to what shows those of a worker's threads."""
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        for kind in (ConnectionResetError, EOFError, ValueError):
-            sys.excepthook(kind, kind("of a thread"), None)
-        return index
-
-
-def test_a_connection_that_the_end_of_a_training_breaks_is_no_error_of_its_worker(capfd):
-    loader = DataLoader(Excepthooks(), num_workers=1)
-    protect_workers(loader)
-    assert len(list(loader)) == 2
-    errors = capfd.readouterr().err.splitlines()
-    assert [line for line in errors if "of a thread" in line] == ["ValueError: of a thread"] * 2

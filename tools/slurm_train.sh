@@ -21,12 +21,17 @@ host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # The same port in all nodes' processes, and not another job's.
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# Options of train_net.py stand before the overrides (key=value).
-launch="exec python train_net.py --resume \
-  --num-gpus ${SLURM_GPUS_ON_NODE:-1} --num-machines $SLURM_NNODES \
-  --machine-rank \$SLURM_NODEID --dist-url tcp://$host:$port \"\$@\""
+tasks=${SLURM_GPUS_ON_NODE:-1}
 
-srun --kill-on-bad-exit=0 bash -c "$launch" train_net.py "$@"
+# A process for each GPU, which learns its place from these variables. If one of them fails, srun
+# ends the others.
+launch="export RANK=\$SLURM_PROCID LOCAL_RANK=\$SLURM_LOCALID
+  export WORLD_SIZE=$((SLURM_NNODES * tasks)) LOCAL_WORLD_SIZE=$tasks
+  export MASTER_ADDR=$host MASTER_PORT=$port
+  exec python train_net.py --resume \"\$@\""
+
+srun --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit=1 \
+  bash -c "$launch" train_net.py "$@"
 code=$?
 if [ "$code" -eq 138 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -5,6 +5,7 @@ from typing import Optional, Sequence
 from detectron2.engine import default_argument_parser
 
 from smca.engine import run
+from smca.errors import at_least
 
 __all__ = ["main"]
 
@@ -13,6 +14,7 @@ CONFIG is a file, or the name of a config that comes with the package:
 
     %(prog)s --config-file configs/smca_shapes.py train.output_dir=output/shapes
     %(prog)s --config-file smca_r50_50ep --num-gpus 8 train.amp.enabled=True
+    %(prog)s --config-file CONFIG --num-gpus 8 --max-restarts 3
     torchrun --nproc-per-node=8 train_net.py --config-file CONFIG
     %(prog)s --config-file CONFIG --resume train.output_dir=output/shapes
     %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=FILE
@@ -22,6 +24,11 @@ CONFIG is a file, or the name of a config that comes with the package:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; gives the exit code."""
     parser = default_argument_parser(epilog=_EXAMPLES)
-    # A free port, where Detectron2's is the same for all trainings of a user.
-    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--max-restarts",
+        type=at_least(0),
+        default=0,
+        help="of --num-gpus processes: how often all are started again when one of them fails, to "
+        "go on from the newest checkpoint",
+    )
     return run(parser.parse_args(argv))

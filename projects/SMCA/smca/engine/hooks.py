@@ -1,8 +1,6 @@
-import contextlib
 import logging
 import os
 import sys
-import threading
 from typing import Any, Dict, Mapping, MutableMapping, Optional, Tuple
 
 import torch
@@ -13,7 +11,6 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, get_event
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from smca.engine.peers import Failure, PeerWatch
 from smca.engine.signals import stop_error
 
 try:
@@ -117,37 +114,18 @@ class EmergencyCheckpointer(HookBase):
 
     Args:
         checkpointer: saves the state.
-        peers: says when another process has failed, since this one may be waiting for it in vain,
-            and is then saved by another thread.
     """
 
-    def __init__(self, checkpointer: Checkpointer, peers: Optional[PeerWatch] = None) -> None:
+    def __init__(self, checkpointer: Checkpointer) -> None:
         self._checkpointer = checkpointer
-        self._peers = peers
-        # Held while the weights change, and by whoever saves them for the last time.
-        self._lock = threading.RLock()
-        self._updating = contextlib.ExitStack()
-        self._is_updating = self._is_over = False
-        # On a GPU, the last complete iteration is done there.
-        self._whole: Optional[torch.cuda.Event] = None
 
     def before_train(self) -> None:
         self._last_complete = self.trainer.start_iter - 1
-        self.trainer.before_update = self._before_update
         self.trainer.signals.install()
-        if self._peers is not None:
-            self._peers.rescue = self._rescue_in_thread
-
-    def _before_update(self) -> None:
-        self._updating.enter_context(self._lock)
-        self._is_updating = True
 
     def after_step(self) -> None:
-        self._is_updating = False
         self._last_complete = self.trainer.iter
-        if self.trainer.device.type == "cuda":
-            self._whole = torch.cuda.current_stream().record_event()
-        self._updating.close()
+        self.trainer.is_updating = False
         number = self.trainer.stop_signal
         if comm.get_world_size() == 1:
             number = self.trainer.signals.received
@@ -155,39 +133,22 @@ class EmergencyCheckpointer(HookBase):
             raise stop_error(number)
 
     def after_train(self) -> None:
-        with self._lock:
-            error = self.trainer.error
-            if error is not None and comm.is_main_process():
-                self._rescue(error)
-            self._is_over = True
-        self._updating.close()
+        error = self.trainer.error
+        if error is None:
+            return
+        if comm.is_main_process():
+            self._save(error)
+        if self.trainer.stop_signal is not None and not isinstance(error, Exception):
+            # All processes are here. Whoever supervises them may kill the first when others end.
+            comm.synchronize()
 
-    def _rescue_in_thread(self, failure: Failure) -> None:
-        """Save the training while its own thread waits for a process that is gone."""
-        with self._lock, contextlib.ExitStack() as stack:
-            if self._is_over or not comm.is_main_process():
-                return
-            self._is_over = True
-            if self._whole is not None:
-                # The default stream is behind the collective that never ends.
-                torch.cuda.set_device(self.trainer.device)
-                stream = torch.cuda.Stream()
-                stream.wait_event(self._whole)
-                stack.enter_context(torch.cuda.stream(stream))
-            self._rescue(failure)
-            # The main thread shall not go on from here.
-            self._lock.acquire()
-
-    def _rescue(self, error: "BaseException | Failure") -> None:
+    def _save(self, error: BaseException) -> None:
         iteration = self._last_complete
         name = f"model_{iteration:07d}"
         last = self._checkpointer.get_checkpoint_file()
-        if self._peers is not None and isinstance(error, RuntimeError):
-            # It may be how a collective says that another process is gone.
-            error = self._peers.wait_for_failure(5) or error
-        reason = getattr(error, "text", type(error).__name__)
         is_saved = os.path.basename(last) == name + ".pth" and os.path.isfile(last)
-        is_lost = isinstance(error, FloatingPointError) or self._is_updating
+        # An update of the weights that has begun is not undone.
+        is_lost = isinstance(error, FloatingPointError) or self.trainer.is_updating
         has_trained = iteration >= self.trainer.start_iter
         if has_trained:
             # What is saved here, and the last line of the metrics, stand at this iteration.
@@ -199,6 +160,7 @@ class EmergencyCheckpointer(HookBase):
                 last = self._checkpointer.get_checkpoint_file()
             except Exception as save_error:  # which must not hide the first error
                 logger.error("The state could not be saved: %s", save_error)
+        reason = type(error).__name__
         if last:
             logger.error("The training ended early (%s); --resume continues from %s.", reason, last)
         else:

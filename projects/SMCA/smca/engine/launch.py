@@ -1,27 +1,26 @@
-"""Starting the processes of a training, and ending them: each error reaches its reader, and
-no process waits for one that is gone."""
+"""Running a training in one or several processes, which PyTorch's elastic launcher supervises."""
 
 import argparse
+import json
 import logging
-import multiprocessing.connection
 import os
 import signal
-import socket
 import sys
-import time
-import traceback
+import tempfile
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Set, Type
 from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-from torch import multiprocessing as mp
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from smca.config import load_config, resolve_device
-from smca.engine.peers import Failure, PeerWatch
 from smca.engine.signals import STOP_SIGNALS
 from smca.engine.train import main
 from smca.errors import ConfigError, UserError
@@ -29,40 +28,39 @@ from smca.errors import ConfigError, UserError
 __all__ = ["run"]
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # Detectron2's
-_GRACE = 50  # seconds for all others to save and end, after one process has failed
-
-# URL, rank, world size, rank and number on the machine, the first process's machine
-_Place = Tuple[str, int, int, int, int, str]
+_START_METHOD = "spawn"  # CUDA cannot be used after a fork
 
 
 def run(args: argparse.Namespace) -> int:
     """Run :func:`smca.engine.main` in as many processes as asked for: ``--num-gpus`` of them on
-    each machine, which are CPU processes (gloo) if the device is the CPU; or in this one alone, as
-    one of those that ``torchrun`` has started.
+    each machine, which are CPU processes (gloo) if the device is the CPU; or in this process, as
+    one of those that torchrun or Slurm has started, which set RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT.
 
     Args:
-        args: of Detectron2's `default_argument_parser`.
+        args: of Detectron2's `default_argument_parser`, and perhaps `max_restarts`: how often the
+            processes are started again when one of them fails.
 
     Returns:
         The exit code. What the user can put right is printed without a traceback, with 1;
         after a signal the training is saved, and the code is 128 + the signal's number.
     """
+    # Detectron2 logs errors in training with their traceback.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
     try:
-        if _is_torchrun():
-            if args.num_gpus * args.num_machines != 1:
-                raise ConfigError(
-                    "torchrun starts the processes (--nproc-per-node, --nnodes): leave out "
-                    "--num-gpus and --num-machines."
-                )
-            return _run_torchrun(args)
+        if _is_started():
+            return _run_started(args)
         _check_processes(args)
         if args.num_gpus * args.num_machines > 1:
             return _launch(args)
+        main(args)
     except UserError as error:
         return _report(str(error))
     except KeyboardInterrupt:
-        return 130
-    return _guarded(args, None, _report)
+        return 128 + signal.SIGINT
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    return 0
 
 
 def _report(text: str) -> int:
@@ -70,8 +68,8 @@ def _report(text: str) -> int:
     return 1
 
 
-def _is_torchrun() -> bool:
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def _check_processes(args: argparse.Namespace) -> None:
@@ -100,192 +98,153 @@ def _device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-# Launching on this machine
+# The launcher
 
 
 def _launch(args: argparse.Namespace) -> int:
     """Start this machine's processes, hand signals on to them, and wait for them all."""
-    if args.dist_url == "auto":
-        if args.num_machines > 1:
+    if args.num_machines == 1:
+        place: Dict[str, Any] = {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "local_addr": "localhost",
+        }
+    else:
+        url = urlparse(args.dist_url)
+        if url.scheme != "tcp" or url.port is None:
             raise ConfigError("--dist-url has to be tcp://HOST:PORT where there are machines.")
-        args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    received: List[int] = []
-    processes: List[Any] = []
-
-    def forward(number: int, frame: Optional[FrameType]) -> None:
-        received.append(number)
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
-
-    # Python's own helper process, which is started first, ignores no signal but two.
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        place = {"rdzv_backend": "static", "rdzv_endpoint": url.netloc}
+    # Until the processes are started, Ctrl-C has to end even a wait for another machine in C++.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    if hasattr(signal, "SIGUSR1"):  # the launcher handles others
+        signal.signal(signal.SIGUSR1, _raise_signal)
+    _silence_launcher()
     try:
-        messages = mp.get_context("spawn").SimpleQueue()
-        for number in STOP_SIGNALS:
-            signal.signal(number, forward)
-        context = mp.start_processes(
-            _spawned, (args, messages), nprocs=args.num_gpus, join=False, start_method="spawn"
-        )
-        processes += context.processes
-        if received:  # between the processes' start and here
-            forward(received[0], None)
-        texts: List[str] = []
-        code = _wait(processes, received, messages, texts)
+        with tempfile.TemporaryDirectory() as folder:
+            config = LaunchConfig(
+                min_nodes=args.num_machines,
+                max_nodes=args.num_machines,
+                nproc_per_node=args.num_gpus,
+                run_id="smca",
+                max_restarts=getattr(args, "max_restarts", 0),
+                start_method=_START_METHOD,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+                rdzv_configs={"rank": args.machine_rank},
+                **place,
+            )
+            try:
+                elastic_launch(config, _work)(args)
+            except ChildFailedError as error:
+                return _report_failure(error, Path(folder))
+            except SignalException as error:
+                return 128 + error.sigval
     finally:
-        for number, handler in previous.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    if texts:
-        _report(texts[0])  # which others may have found, too
-    elif code < 0 and not received:
-        rank = next(i for i, process in enumerate(processes) if process.exitcode == code)
-        _report(f"Process {rank} was ended by {signal.Signals(-code).name}.")
-    if code and received:
-        return 128 + received[0]
-    return 128 - code if code < 0 else code
+    return 0
 
 
-def _free_port() -> int:
-    with socket.socket() as link:
-        link.bind(("127.0.0.1", 0))
-        return link.getsockname()[1]
+def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
+    raise SignalException(f"signal {number}", signal.Signals(number))
 
 
-def _wait(processes: List[mp.Process], received: List[int], messages: Any, texts: List[str]) -> int:
-    """Wait for all processes, and collect their messages into `texts`.
-
-    Returns:
-        0, or the exit code of a process that failed, once all have ended.
-    """
-    deadline = None
-    while any(process.is_alive() for process in processes):
-        alive = [process.sentinel for process in processes if process.is_alive()]
-        multiprocessing.connection.wait(alive, timeout=0.5)
-        while not messages.empty():
-            texts.append(messages.get())
-        failed = _failed(processes)
-        if failed and deadline is None:
-            deadline = time.monotonic() + _GRACE
-        # After a signal it is for its sender to lose patience.
-        if deadline is not None and time.monotonic() > deadline and not received:
-            for process in processes:
-                process.kill()
-    while not messages.empty():
-        texts.append(messages.get())
-    # A signal, which is negative, is why others failed.
-    return min(_failed(processes), default=0)
+def _silence_launcher() -> None:
+    """The launcher logs the traceback of each failure, what is to be read of it is reported."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _failed(processes: List[mp.Process]) -> List[int]:
-    return [process.exitcode for process in processes if process.exitcode]
-
-
-def _spawned(local_rank: int, args: argparse.Namespace, messages: Any) -> None:
-    """The whole life of a process that `_launch` starts."""
-    rank = args.machine_rank * args.num_gpus + local_rank
-    world_size = args.num_gpus * args.num_machines
-
-    def report(text: str) -> int:
-        messages.put(text)
-        return 1
-
-    host = urlparse(args.dist_url).hostname
-    if host is None:  # of a file
-        host = "127.0.0.1" if args.num_machines == 1 else socket.gethostname()
-    place = (args.dist_url, rank, world_size, local_rank, args.num_gpus, host)
-    sys.exit(_guarded(args, place, report))
-
-
-def _run_torchrun(args: argparse.Namespace) -> int:
-    env = os.environ
-    device = _device(args)
-    if device.type == "cuda" and int(env["LOCAL_RANK"]) >= torch.cuda.device_count():
-        raise ConfigError("torchrun's --nproc-per-node is more than this machine's GPUs.")
-    local_size = int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
-    place = ("env://", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
-    return _guarded(args, (*place, local_size, env["MASTER_ADDR"]), _report)
-
-
-# In each process
-
-
-def _guarded(
-    args: argparse.Namespace, place: Optional[_Place], report: Optional[Callable[[str], int]]
-) -> int:
-    """Run `main` in this process, as one of several if `place` says which.
+def _report_failure(error: ChildFailedError, folder: Path) -> int:
+    """Print the first error of the processes, since others fail because of it.
 
     Args:
-        report: makes a message known, and returns the exit code.
+        folder: where each process that failed by an exception has left a file error.json.
 
     Returns:
         The exit code.
     """
-    # Detectron2 logs errors in training with their traceback.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-    peers = None
+    rank, failure = error.get_first_failure()
+    if failure.exitcode in [128 + number for number in STOP_SIGNALS]:
+        return failure.exitcode
+    attempts = sorted(folder.glob("*/attempt_*"), key=lambda path: int(path.name[8:]))
+    files = sorted(attempts[-1].rglob("error.json"), key=lambda path: path.stat().st_mtime_ns)
+    if failure.exitcode < 0 or not files:
+        code = failure.exitcode
+        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        _report(f"Process {rank} was ended {ended}.")
+        return 128 - code if code < 0 else code
+    details = json.loads(files[0].read_text())["message"]
+    kind, _, text = details["message"].partition(": ")
+    if kind in {cls.__name__ for cls in _all_user_errors()}:
+        return _report(text)
+    print(details["extraInfo"]["py_callstack"], file=sys.stderr)
+    return _report(f"Process {files[0].parent.name} failed: {details['message']}")
+
+
+def _all_user_errors(cls: Type[UserError] = UserError) -> Iterator[Type[UserError]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _all_user_errors(subclass)
+
+
+# Each process
+
+
+def _is_started() -> bool:
+    names: Set[str] = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}
+    return names <= os.environ.keys()
+
+
+def _run_started(args: argparse.Namespace) -> int:
+    """Run one of the processes of torchrun or Slurm."""
+    if args.num_gpus * args.num_machines != 1:
+        raise ConfigError(
+            "The processes were started already (torchrun --nproc-per-node, --nnodes): leave out "
+            "--num-gpus and --num-machines."
+        )
+    device = _device(args)
+    if device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise ConfigError("There are more processes on this machine than GPUs.")
     try:
-        if place is not None:
-            peers = _join(*place)
-        main(args, peers)
-        code, failure = 0, ""
-    except UserError as error:
-        code, failure = 1, str(error)
-    except KeyboardInterrupt:
-        code, failure = 130, "stopped by SIGINT"
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-        failure = f"stopped with exit code {code}"
-    except Exception as error:
-        if place is None:
-            raise
-        # A process is often told so by its collectives that another one failed.
-        if peers is None or peers.wait_for_failure(5) is None:
-            traceback.print_exc()
-        code, failure = 1, f"{type(error).__name__}: {error}"
-        report = None
-    if peers is None:
-        return report(failure) if code == 1 and report is not None else code
-    return _leave(peers, code, failure, report)
+        record(_work)(args)
+    except UserError:
+        if not _is_first_error():
+            return 1
+        raise
+    return 0
 
 
-def _leave(
-    peers: PeerWatch, code: int, failure: str, report: Optional[Callable[[str], int]]
-) -> int:
-    if code:
-        other = peers.failure
-        peers.fail(Failure(code, f"Process {comm.get_rank()} ended: {failure}"))
-        if code == 1 and report is not None:
-            report(failure)
-        elif other is not None and other.exit_code != 1:
-            code = other.exit_code  # a signal that came to another first
-    peers.close()
-    if code == 0:
-        dist.destroy_process_group()
-    return code
+def _is_first_error() -> bool:
+    """Whether no other process has asked this before."""
+    try:
+        return dist.distributed_c10d._get_default_store().add("smca_errors", 1) == 1
+    except Exception:  # the process that holds the store may be gone
+        return True
 
 
-def _join(
-    url: str, rank: int, world_size: int, local_rank: int, local_size: int, host: str
-) -> Optional[PeerWatch]:
-    """Become one of the processes of a training."""
+def _work(args: argparse.Namespace) -> None:
+    """Be one of the processes of a training, as the environment's variables say."""
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
     is_cuda = torch.cuda.is_available()
     if is_cuda:
-        torch.cuda.set_device(local_rank)
-    # It may wait for another machine, long, and where Python does not see Ctrl-C.
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+    # The store may still have the addresses of processes that have ended.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
-        init_method=url,
-        world_size=world_size,
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
         rank=rank,
+        world_size=world_size,
         timeout=_COLLECTIVE_TIMEOUT,
     )
-    signal.signal(signal.SIGINT, handler)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     comm.create_local_process_group(local_size)
     comm.synchronize()
     torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
-    return PeerWatch(host) if world_size > 1 else None
-
-
-def _is_no_user_error(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+    try:
+        main(args)
+    except KeyboardInterrupt as error:
+        raise SystemExit(128 + signal.SIGINT) from error
+    dist.destroy_process_group()

@@ -2,13 +2,13 @@
 
 import contextlib
 import enum
+import functools
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, Optional, Type
+from typing import Any, Callable, Dict, Iterator, Optional
 
 from torch.utils.data import DataLoader
 
@@ -91,47 +91,17 @@ def stop_error(number: int) -> BaseException:
 
 
 def protect_workers(loader: Any) -> None:
-    """Let a data loader's workers live on when a stop signal is sent to all processes: the
-    training, which needs them to finish its step, ends them itself.
+    """Let a data loader's workers live on when a stop signal is sent to all processes, because the
+    training needs them to finish its step. The training has to end them itself.
     """
     if not isinstance(loader, DataLoader):  # Detectron2's own loader of batches has one inside
         loader = getattr(loader, "dataset", None)
     if isinstance(loader, DataLoader) and loader.num_workers > 0:
-        loader.worker_init_fn = _ProtectedInit(loader.worker_init_fn)
+        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
 
 
-class _ProtectedInit:
-    def __init__(self, init: Optional[Callable[[int], Any]]) -> None:
-        self.init = init
-
-    def __call__(self, worker_id: int) -> None:
-        for number in STOP_SIGNALS:
-            if number != signal.SIGTERM:
-                signal.signal(number, signal.SIG_IGN)
-        # SIGTERM is also how Python ends what is left of its own child processes.
-        if hasattr(signal, "sigwaitinfo"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            threading.Thread(target=_heed_parent_alone, daemon=True).start()
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.excepthook = _LostConnectionIsNoError(sys.excepthook)
-        if self.init is not None:
-            self.init(worker_id)
-
-
-class _LostConnectionIsNoError:
-    """A training that a signal ends while it takes a batch breaks off the connection: the thread
-    that hands tensors over in the worker would print a traceback for it."""
-
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self.hook = hook
-
-    def __call__(self, kind: Type[BaseException], error: BaseException, traceback: Any) -> None:
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            self.hook(kind, error, traceback)
-
-
-def _heed_parent_alone() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _init_worker(init: Optional[Callable[[int], Any]], worker_id: int) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if init is not None:
+        init(worker_id)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer, read_provenance
+from smca.checkpoint.files import find_checkpoints
 from smca.config import (
     AMP_DTYPES,
     build,
@@ -50,7 +51,6 @@ from smca.engine.hooks import (
     PeriodicCheckpointer,
     ProgressPrinter,
 )
-from smca.engine.peers import PeerWatch
 from smca.engine.pictures import EvaluationPictures
 from smca.engine.run_folder import (
     claim,
@@ -76,12 +76,11 @@ _EVAL_LOG = "log_eval.txt"
 _T = TypeVar("_T")
 
 
-def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results:
+def main(args: argparse.Namespace) -> Results:
     """Train or evaluate, in one process of possibly several.
 
     Args:
         args: of Detectron2's `default_argument_parser`.
-        peers: of the other processes.
 
     Returns:
         Results of the (last) evaluation, empty if there was none; ``bbox`` with those of
@@ -104,15 +103,15 @@ def main(args: argparse.Namespace, peers: Optional[PeerWatch] = None) -> Results
         return do_eval(cfg, args)
     try:
         _from_main_process(claim, cfg.train.output_dir)
-        return _start_or_resume(cfg, args, peers)
+        return _start_or_resume(cfg, args)
     finally:
         release(cfg.train.output_dir)
 
 
-def _start_or_resume(
-    cfg: DictConfig, args: argparse.Namespace, peers: Optional[PeerWatch]
-) -> Results:
+def _start_or_resume(cfg: DictConfig, args: argparse.Namespace) -> Results:
     train = cfg.train
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        args.resume = bool(_from_main_process(find_checkpoints, train.output_dir))
     if not args.resume:
         previous, train.init_checkpoint = _from_main_process(set_previous_run_aside, train)
     log_to(train.output_dir)
@@ -125,7 +124,7 @@ def _start_or_resume(
     last = _from_main_process(find_checkpoint, train.output_dir) if args.resume else ""
     train.seed = _from_main_process(_choose_seed, train, last)
     _setup(cfg, args)
-    return do_train(cfg, args, last, peers)
+    return do_train(cfg, args, last)
 
 
 def _from_main_process(function: Callable[..., _T], *args: Any) -> _T:
@@ -228,7 +227,6 @@ def do_train(
     cfg: DictConfig,
     args: argparse.Namespace,
     resume_from: Optional[str] = None,
-    peers: Optional[PeerWatch] = None,
 ) -> Results:
     """Train as the config says, which becomes config.yaml once it is seen to fit data, model and
     checkpoint.
@@ -238,7 +236,6 @@ def do_train(
         args: of Detectron2's `default_argument_parser`.
         resume_from: a checkpoint of this training to go on from, or "". None: with ``--resume``
             the newest in ``train.output_dir``.
-        peers: of the other processes.
 
     Returns:
         Results of the last evaluation, see :func:`main`.
@@ -258,8 +255,7 @@ def do_train(
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
 
-    for loader in (train_loader, test_loader):
-        protect_workers(loader)
+    protect_workers(train_loader)
     checkpointer = SMCACheckpointer(
         model,
         train.output_dir,
@@ -288,7 +284,7 @@ def do_train(
         # All processes end early by the results of the first.
         return comm.all_gather(dict(results))[0]
 
-    trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate, peers))
+    trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate))
     start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
     # Not before all is accepted: the run's checkpoints would no longer fit.
     _from_main_process(save_config, to_save, train.output_dir)
@@ -329,14 +325,13 @@ def _build_hooks(
     checkpointer: SMCACheckpointer,
     ema: Optional[ModelEMA],
     evaluate: Callable[[], Results],
-    peers: Optional[PeerWatch],
 ) -> List[Optional[HookBase]]:
     train = cfg.train
     state_hooks = [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
         ema,
-        EmergencyCheckpointer(checkpointer, peers),
+        EmergencyCheckpointer(checkpointer),
     ]
     patience = train.get("early_stopping", 0)
     return state_hooks + [

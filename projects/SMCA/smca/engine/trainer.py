@@ -68,6 +68,8 @@ class Trainer(SimpleTrainer):
         report_dir: where a file tells of each such iteration.
 
     Attributes:
+        is_updating: True from the beginning of the optimizer's step until a hook has seen the
+            iteration to its end.
         last_iter: the iteration whose step the weights have seen last; unlike `iter`, it does not
             count on after the last one.
     """
@@ -96,6 +98,7 @@ class Trainer(SimpleTrainer):
         self.report_dir = report_dir
         self.signals = StopSignals()
         self.stopped_early = False
+        self.is_updating = False
         # What ends the training, which hooks look at afterwards.
         self.error: Optional[BaseException] = None
         # Once all processes know of one: stop after this iteration.
@@ -156,8 +159,12 @@ class Trainer(SimpleTrainer):
                 logger.warning("The data start over, the run does not go on exactly: %s", error)
 
     def after_train(self) -> None:
-        # Ends the loader's processes. Left to the garbage collector, each would take seconds.
-        self._data_loader_iter_obj = None
+        # Left to the garbage collector, each of the loader's processes would take seconds to end.
+        # One that is stuck does not end by itself.
+        workers = getattr(self._data_loader_iter_obj, "_workers", [])
+        self._data_loader_iter_obj: Any = None
+        for worker in workers:
+            worker.kill()
         try:
             super().after_train()
         finally:
@@ -176,7 +183,7 @@ class Trainer(SimpleTrainer):
         with self.signals.reacting(React.AFTER_STEP):
             is_ready = self._compute_gradients()
         if is_ready:
-            self.before_update()
+            self.is_updating = True
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
@@ -221,9 +228,6 @@ class Trainer(SimpleTrainer):
         self._num_skipped = 0
         self._put_metrics(losses, grad_norm, scale, data_time)
         return True
-
-    def before_update(self) -> None:
-        """Called when all processes have done their part, and the weights change next."""
 
     def _next_batch(self) -> Any:
         # Of several processes, none stops in an iteration that others go through with.
