@@ -159,17 +159,21 @@ class Trainer(SimpleTrainer):
                 logger.warning("The data start over, the run does not go on exactly: %s", error)
 
     def after_train(self) -> None:
-        # Left to the garbage collector, each of the loader's processes would take seconds to end.
-        # One that is stuck does not end by itself.
-        workers = getattr(self._data_loader_iter_obj, "_workers", [])
-        self._data_loader_iter_obj: Any = None
-        for worker in workers:
-            worker.kill()
+        self._end_loader()
         try:
             super().after_train()
         finally:
             self.error = None  # whose traceback holds on to all that there was
             self.signals.restore()
+
+    def _end_loader(self) -> None:
+        """End the processes of the data loader, which the traceback of an error may keep alive."""
+        iterator: Any = self._data_loader_iter_obj
+        self._data_loader_iter_obj: Any = None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            for worker in iterator._workers:  # one that is stuck does not end by itself
+                worker.kill()
 
     def run_step(self) -> None:
         """
