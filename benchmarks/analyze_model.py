@@ -54,11 +54,7 @@ def count_work(model: nn.Module, height: int, width: int) -> FlopCountAnalysis:
 
 
 def analyze(cfg: DictConfig, height: int, width: int) -> Tuple[int, int, int]:
-    """Count the parameters and the work of a config's model.
-
-    Args:
-        cfg: a LazyConfig.
-        height, width: of the image in pixels.
+    """Count the parameters and the work of a config's model for an image of a size in pixels.
 
     Returns:
         Trainable parameters, all parameters, multiply-adds of one image.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and peak memory of the models and their parts.
+"""Time and peak memory of the models and of their co-attention.
 
     python benchmarks/benchmark.py                                       # all, the main models
     python benchmarks/benchmark.py inference train_step --config configs/smca_conv_r50_50ep.py
@@ -14,30 +14,23 @@ by the same process. --profile prints the operators of PyTorch's profiler as wel
 """
 
 import argparse
-import copy
-import functools
 import itertools
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from smca.config import AMP_DTYPES, load_config
-from smca.data import draw_scene
 from smca.engine import Trainer
 from smca.errors import UserError, at_least, exit_code
-from smca.modeling import SMCA, SetCriterion
+from smca.modeling import SMCA
 from smca.modeling.kernels import attend
-from smca.modeling.matcher import Targets
 from smca.modeling.weight_map import Gaussian
 
-import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
-from PIL import Image
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -61,6 +54,7 @@ from measuring import (
     without_gradients,
 )
 
+BETA = 8.0  # divides the squared distances
 COLUMNS = ["measurement", "config", "size", "s", "GFLOP/s", "share", "extra MiB", "peak MiB"]
 
 
@@ -83,73 +77,59 @@ class Job(NamedTuple):
     cost: Optional[Callable[[DictConfig, int, int], int]] = None
 
 
-# ---- Parts of the models
+# ---- Co-attention
 
 
-def build_co_attention(options: Options, cells: Size, num_queries: int, backward: bool) -> Run:
-    """Attention of 2 images with 8 heads of 32 channels, between the projections."""
-    batch, heads, head_dim = 2, 8, 32
-    dtype = AMP_DTYPES.get(options.dtype, torch.float32)
-    make = functools.partial(torch.randn, device=options.device, dtype=dtype)
-    query = make(batch, heads, num_queries, head_dim)
-    key, value = (make(batch, heads, cells[0] * cells[1], head_dim) for _ in range(2))
-    shape = (batch, heads, num_queries, 2)
-    centers = torch.rand(shape, device=options.device) * torch.tensor(
-        cells[::-1], device=options.device
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, centers: Tensor, spreads: Tensor, size: Size
+) -> Tensor:
+    """Co-attention as the official code has it: the squared distances of all cells from all
+    centers, (B, H, Q, S, 2), then the (B, H, Q, S) map of log-weights, added to the logits."""
+    y, x = (torch.arange(n, device=query.device) for n in size)
+    cells = torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1)
+    precisions = spreads.square()[..., None, :] / BETA
+    log_weights = -((cells - centers[..., None, :]).square() * precisions).sum(-1)
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5 + log_weights
+    return logits.softmax(-1).to(value.dtype) @ value
+
+
+def co_attention(
+    query: Tensor, key: Tensor, value: Tensor, centers: Tensor, spreads: Tensor, size: Size
+) -> Tensor:
+    """What the decoder computes for one scale, with the arguments of the reference."""
+    return attend(query, key, value, weight_map=Gaussian(centers, spreads, 1 / BETA, size))
+
+
+def build_co_attention(options: Options, cells: Size, backward: bool, reference: bool) -> Run:
+    """Attention of 2 images with 8 heads of 32 channels and 300 queries, without projections."""
+    dtype, device = AMP_DTYPES.get(options.dtype, torch.float32), options.device
+    query, key, value = (
+        torch.randn(2, 8, n, 32, device=device, dtype=dtype)
+        for n in (300, cells[0] * cells[1], cells[0] * cells[1])
     )
-    spreads = 0.5 + torch.rand(shape, device=options.device)
-    inputs = (query, key, value, centers, spreads)
-    for tensor in inputs:
-        tensor.requires_grad_(backward)
-    attention = torch.compile(attend) if options.compile else attend
+    random = torch.rand(2, 2, 8, 300, 2, device=device)
+    centers = random[0] * torch.tensor(cells[::-1], device=device)
+    inputs = [x.requires_grad_(backward) for x in (query, key, value, centers, 0.5 + random[1])]
+    attention: Callable[..., Tensor] = reference_attention if reference else co_attention
+    if options.compile:
+        attention = torch.compile(attention)
     output_gradient = torch.randn_like(query)
 
     def run() -> None:
-        weight_map = Gaussian(centers, spreads, 1 / 8, cells)
-        output = attention(query, key, value, weight_map=weight_map)
+        output = attention(*inputs, cells)
         if backward:
             torch.autograd.grad(output, inputs, output_gradient)
 
     return run
 
 
-def co_attention_jobs(options: Options) -> Iterator[Job]:
-    """A quarter of 50 x 84 cells to 16 times as many, and 100 to 900 queries."""
-    cases = [((25 * n, 42 * n), 300) for n in (1, 2, 4, 8)] + [((50, 84), n) for n in (100, 900)]
-    for backward, (cells, queries) in itertools.product((False, True), cases):
-        name = "co_attention forward" + (" and backward" if backward else "")
-        size = f"2 x {queries} queries, {cells[0]} x {cells[1]} cells"
-        arguments = dict(cells=cells, num_queries=queries, backward=backward)
+def co_attention_jobs(cells: Size = (50, 84)) -> Iterator[Job]:
+    """Forward, and forward and backward, each of ours and of the reference."""
+    for backward, reference in itertools.product((False, True), repeat=2):
+        name = "co_attention forward" + " and backward" * backward + ", reference" * reference
+        arguments = dict(cells=cells, backward=backward, reference=reference)
+        size = f"2 x 300 queries, {cells[0]} x {cells[1]} cells"
         yield Job(name, size, build_co_attention, arguments)
-
-
-def build_criterion(options: Options, with_losses: bool) -> Run:
-    """The matching of 16 images with 20 objects each in 6 decoder layers of 300 queries; perhaps
-    the losses and their gradients as well."""
-    random = functools.partial(torch.rand, device=options.device)
-    logits, boxes = torch.randn_like(random(6, 16, 300, 80)) - 4, 0.1 + 0.4 * random(6, 16, 300, 4)
-    targets = [
-        Targets(torch.randint(80, (20,), device=options.device), 0.1 + 0.4 * random(20, 4))
-        for _ in range(16)
-    ]
-    criterion = SetCriterion()
-    if not with_losses:
-        return lambda: criterion.matcher(logits, boxes, targets)
-    inputs = [logits.requires_grad_(), boxes.requires_grad_()]
-    if options.compile:
-        criterion.compile()
-    return lambda: torch.autograd.grad(sum(criterion(*inputs, targets).values()), inputs)
-
-
-def build_encoder(options: Options, config: str, size: Size) -> Run:
-    """The encoder of one image, without gradients."""
-    model = build_model(options, load_config(config, options.overrides)).eval()
-    encoder = model.encoder
-    with torch.no_grad():
-        scales = model.scales(model.preprocess(random_images(1, size)))
-    if options.compile:
-        encoder.compile()
-    return without_gradients(options, lambda: encoder(scales))
 
 
 # ---- Whole models
@@ -188,31 +168,6 @@ def build_train_step(options: Options, config: str, size: Size) -> Run:
     return trainer.run_step
 
 
-def build_train_mapper(options: Options, config: str, size: Size) -> Run:
-    """Reading and augmenting eight images as in training: JPEG files with 10 boxes each."""
-    height, width = size
-    rng, folder = np.random.default_rng(0), tempfile.TemporaryDirectory()
-    items = []
-    for index in range(8):
-        file = Path(folder.name) / f"{index}.jpg"
-        Image.fromarray(draw_scene(rng).image).resize((width, height)).save(file, quality=90)
-        corners = np.sort(rng.uniform(0, 1, (10, 2, 2)), axis=1) * (width, height)
-        annotations = [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
-            for box in corners.reshape(10, 4).tolist()
-        ]
-        item = dict(file_name=str(file), height=height, width=width, image_id=index)
-        items.append({**item, "annotations": annotations})
-    mapper = instantiate(load_config(config, options.overrides).dataloader.train.mapper)
-
-    def run() -> None:
-        assert folder  # keeps the files
-        for item in items:
-            mapper(copy.deepcopy(item))
-
-    return run
-
-
 def model_jobs(
     options: Options,
     name: str,
@@ -235,28 +190,16 @@ def inference_cost(cfg: DictConfig, height: int, width: int) -> int:
 def jobs_of(name: str, options: Options) -> Iterator[Job]:
     """The jobs of one of `MEASUREMENTS`."""
     if name == "co_attention":
-        yield from co_attention_jobs(options)
-    elif name == "encoder":
-        yield from model_jobs(options, name, build_encoder, options.image_size)
-    elif name == "matcher":
-        yield Job(name, "16 images", build_criterion, dict(with_losses=False))
-    elif name == "criterion":
-        name = "criterion, matcher and backward"
-        yield Job(name, "16 images", build_criterion, dict(with_losses=True))
+        yield from co_attention_jobs()
     elif name == "inference":
         sizes = options.image_size
         yield from model_jobs(options, name, build_inference, sizes, cost=inference_cost)
-    elif name == "train_step":
+    else:
         sizes, batch = options.train_size, options.batch_size
         yield from model_jobs(options, name, build_train_step, sizes, batch, analyze_training)
-    else:
-        yield from model_jobs(options, name, build_train_mapper, [(480, 640)], 8)
 
 
-MEASUREMENTS = [
-    *("co_attention", "encoder", "matcher", "criterion", "inference", "train_step"),
-    "train_mapper",
-]
+MEASUREMENTS = ["co_attention", "inference", "train_step"]
 
 
 # ---- Measuring
@@ -323,7 +266,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile what is measured")
-    for name, whose in (("image", "inference and the encoder"), ("train", "the training step")):
+    for name, whose in (("image", "inference"), ("train", "the training step")):
         text = f"of {whose}, can be repeated"
         parser.add_argument(
             f"--{name}-size", type=int, nargs=2, action="append", metavar=("H", "W"), help=text

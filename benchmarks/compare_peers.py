@@ -68,9 +68,8 @@ class Model(NamedTuple):
     """
     Attributes:
         label: what the table calls it.
-        load: imports what the model needs and gives what builds it, so that the memory of the
-            two can be told apart.
-        ours: of a peer, the name of our model that it is compared with.
+        load: imports what the model needs and gives the function that builds it.
+        ours: the name of our model that a peer is compared with.
     """
 
     label: str
@@ -277,11 +276,8 @@ MODELS: Dict[str, Model] = {
 
 
 def measure_model(name: str, task: str, options: Options) -> Record:
-    """Measure a model in this process.
-
-    Returns:
-        ``seconds`` and ``bytes``; or ``missing``, why it cannot run.
-    """
+    """Measure the ``seconds`` and ``bytes`` of a model in this process, or say why it is
+    ``missing``."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     try:

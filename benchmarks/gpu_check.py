@@ -46,12 +46,7 @@ Result = Tuple[Optional[bool], str]  # whether a check passed (None: it did not 
 
 
 class Step(NamedTuple):
-    """What a training step computes.
-
-    Attributes:
-        losses: by name.
-        gradient: of all parameters, in one vector on the CPU.
-    """
+    """The losses of a training step by name, and the gradient of all parameters as one vector."""
 
     losses: Dict[str, float]
     gradient: Tensor
@@ -216,8 +211,7 @@ CHECKS: Dict[str, Callable[[str, Options], Result]] = {
 
 
 def measurements(options: Options) -> Iterator[Tuple[str, Callable[[], List[str]]]]:
-    """Of inference and training steps in both types: what they are, and what measures a row of the
-    benchmark's table with the type."""
+    """Inference and training steps in both types: their names, and functions that measure a row."""
     height, width = map(str, options.size)
     sizes = ["--image-size", height, width, "--train-size", height, width]
     for dtype in ("float32", "bf16"):
@@ -247,20 +241,20 @@ def run(options: Options) -> int:
             try:
                 add(name, config, check(config, options))
             except Exception as error:  # whatever a GPU brings up is a finding
-                add(name, config, (False, first_line(error)))
+                add(name, config, failure(error))
     for name, measure in measurements(options):
         try:
             speeds.append(measure())
             print(*speeds[-1], flush=True)
             write_report(options, checks, speeds)
         except Exception as error:  # out of memory, for instance
-            add(f"speed of {name}", "", (False, first_line(error)))
+            add(f"speed of {name}", "", failure(error))
     return int(any(row[2] == "NO" for row in checks))
 
 
-def first_line(error: Exception) -> str:
-    """The kind of an error and what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def failure(error: Exception) -> Result:
+    """The result of a check that raised an error."""
+    return False, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def write_report(options: Options, checks: List[List[str]], speeds: List[List[str]]) -> None:

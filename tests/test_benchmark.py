@@ -23,7 +23,14 @@ import compare_peers
 import measuring
 from analyze_model import analyze, analyze_training, attention_flops
 from compare_peers import MODELS, Model
-from helpers import ROOT, child_environment, error_of, write_smca_config
+from helpers import (
+    ROOT,
+    assert_same_gradients,
+    child_environment,
+    error_of,
+    leaves,
+    write_smca_config,
+)
 from smca.config import load_config
 from smca.errors import ConfigError, UserError, exit_code
 
@@ -45,7 +52,7 @@ def cells_of(line):
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("name", [x for x in benchmark.MEASUREMENTS if x != "co_attention"])
+@pytest.mark.parametrize("name", ["inference", "train_step"])
 def test_each_measurement_gives_a_row(tmp_path, monkeypatch, capsys, name, dtype):
     monkeypatch.setattr(benchmark, "matrix_product_rate", lambda options: 100.0)
     words = [name, "--config", write_smca_config(tmp_path), "--dtype", dtype, "--seconds", "0"]
@@ -55,16 +62,29 @@ def test_each_measurement_gives_a_row(tmp_path, monkeypatch, capsys, name, dtype
     assert headers == benchmark.COLUMNS
     found = dict(zip(headers, row))
     assert found["measurement"].startswith(name) and float(found["s"]) > 0
-    assert bool(found["GFLOP/s"]) == (name in ("inference", "train_step"))
+    assert found["GFLOP/s"] and found["share"].endswith("%")
     assert int(found["peak MiB"]) > int(found["extra MiB"]) >= 0
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_co_attention_runs_and_its_sizes_are_in_the_table(backward):
-    options = benchmark.parse_options(["co_attention"])
-    jobs = list(benchmark.jobs_of("co_attention", options))
-    assert len(jobs) == 12 and jobs[0].size == "2 x 300 queries, 25 x 42 cells"
-    benchmark.build_co_attention(options, (4, 6), 5, backward)()
+def test_both_co_attentions_compute_the_same():
+    torch.manual_seed(0)
+    sizes = dict(query=(2, 8, 5, 32), key=(2, 8, 24, 32), value=(2, 8, 24, 32))
+    inputs = {name: torch.randn(size) for name, size in sizes.items()}
+    inputs.update(centers=6 * torch.rand(2, 8, 5, 2), spreads=2 * torch.rand(2, 8, 5, 2))
+    inputs = leaves(inputs)
+    slow = benchmark.reference_attention(*inputs.values(), (4, 6))
+    fast = benchmark.co_attention(*inputs.values(), (4, 6))
+    assert torch.allclose(slow, fast, atol=1e-5)
+    assert_same_gradients(fast, slow, inputs)
+
+
+def test_co_attention_is_measured_with_and_without_gradients():
+    options = benchmark.parse_options(["co_attention", "--dtype", "bf16"])
+    names = []
+    for job in benchmark.co_attention_jobs((2, 3)):
+        names.append(job.name)
+        job.build(options, **job.arguments)()
+    assert names[::3] == ["co_attention forward", "co_attention forward and backward, reference"]
 
 
 def test_speed_is_two_operations_for_each_multiply_add(tmp_path, monkeypatch):
@@ -131,14 +151,16 @@ def test_peak_memory_counts_what_was_freed_again():
     assert measuring.measure(lambda: None, options).extra_bytes < 2**23
 
 
-def test_the_script_measures_in_a_process_of_its_own():
-    words = ["matcher", "--threads", "1", "--seconds", "0", "--profile", "--format", "markdown"]
+def test_the_script_measures_in_a_process_of_its_own(tmp_path):
+    words = ["inference", "--threads", "1", "--seconds", "0", "--profile", "--format", "markdown"]
+    words += ["--image-size", "64", "96", "--config", write_smca_config(tmp_path)]
     command = [sys.executable, ROOT / "benchmarks" / "benchmark.py", *words]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Self CPU" in done.stdout and "aten::" in done.stdout
     assert f"`python benchmarks/benchmark.py {' '.join(words)}`" in done.stdout
-    assert cells_of(done.stdout.splitlines()[-1])[:3] == ["matcher", "", "16 images"]
+    row = cells_of(done.stdout.splitlines()[-1])
+    assert row[:3] == ["inference", "tiny_smca", "1 x 64 x 96"]
 
 
 def test_a_process_that_is_killed_is_reported():
@@ -151,11 +173,11 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(capsys):
         benchmark.main(["inference", "--config", "no_such_file.py"])
     with pytest.raises(ConfigError, match="model.num_querys"):
         benchmark.main(["inference", "model.num_querys=5"])
-    with pytest.raises(UserError, match="No measurement mather: choose among co_attention, "):
-        benchmark.main(["mather"])
+    with pytest.raises(UserError, match="No measurement training: choose among co_attention, "):
+        benchmark.main(["training"])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cpu"):
-            benchmark.main(["matcher", "--device", "cuda"])
+            benchmark.main(["co_attention", "--device", "cuda"])
 
 
 # ---- Exported models
