@@ -265,6 +265,7 @@ def run(weights, period):
         "log_period": 20,
         "early_stopping": 0,
         "writers": [],
+        "hooks": [],
         "num_pictures": 4,
         "cudnn_benchmark": False,
         "fast_dev_run": False,

@@ -18,7 +18,7 @@ from smca.engine import (
     PeriodicCheckpointer,
     Trainer,
 )
-from smca.engine.storage import BoundedStorage
+from smca.engine.trainer import BoundedStorage
 from smca.errors import NonFiniteError
 
 

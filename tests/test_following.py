@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage, EventWriter
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import (
@@ -180,11 +182,29 @@ def test_a_writer_that_does_not_exist_is_named(tmp_path, capsys, value):
         return run(arguments(*words))
 
     text = error_of(capsys, train_net, "--config-file", config, f"train.writers={value}")
-    assert "train.writers has to be a list of wandb and mlflow" in text
+    assert "train.writers has to be a list of wandb and mlflow, or of calls" in text
+
+
+class CountingHook(HookBase):
+    def after_train(self):
+        print(f"It took {self.trainer.iter} iterations")
+
+
+class CountingWriter(EventWriter):
+    def write(self):
+        print("It is written")
+
+
+def test_hooks_and_writers_of_ones_own_are_lines_of_a_config(tmp_path, capsys):
+    hook, writer = (f"{{_target_: {__name__}.Counting{kind}}}" for kind in ("Hook", "Writer"))
+    words = ["--config-file", write_tiny_config(tmp_path, max_iter=2, eval_period=0)]
+    main(arguments(*words, f"train.hooks=[{hook}]", f"train.writers=[{writer}]"))
+    output = capsys.readouterr().out
+    assert "It took 2 iterations" in output and "It is written" in output
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_writer_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"train.writers has {name}, which is not installed: pip"):
-        list(build_writers([name], str(tmp_path)))
+        build_writers(OmegaConf.create({"writers": [name], "output_dir": str(tmp_path)}))

@@ -244,9 +244,9 @@ def test_a_metric_line_without_the_memory_where_the_system_has_no_module_for_it(
         sys.modules["resource"] = None
         for name in [name for name in sys.modules if name.startswith("smca.engine")]:
             del sys.modules[name]
-        import smca.engine.hooks
+        import smca.engine.writers
 
-        assert smca.engine.hooks.resource is None
+        assert smca.engine.writers.resource is None
         assert torch.get_num_threads() > 0
         os._exit(0)
 

@@ -31,8 +31,10 @@ train = dict(
     # Evaluations in a row without a better best_metric that end the training. 0: off.
     early_stopping=0,
     log_period=20,
-    # Beside TensorBoard, metrics.json and log.txt: wandb, mlflow (the extra "tracking").
+    # Beside TensorBoard, metrics.json and log.txt: wandb, mlflow (the extra "tracking"), or calls
+    # of writers, L(MyWriter)(...).
     writers=[],
+    hooks=[],  # calls of hooks, L(MyHook)(...), which come before the writers
     num_pictures=4,  # of detections and weight maps, to the writers at each evaluation. 0: none
     cudnn_benchmark=False,
     # A few steps, an evaluation on a few images and a checkpoint, in output_dir/fast_dev_run.

@@ -1,6 +1,6 @@
 """The ``train`` section of a config: which values its keys may have, and the device it names."""
 
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,8 +23,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WRITERS = ("wandb", "mlflow")
 
 
-def _is_list_of(value: Any, names: Sequence[str]) -> bool:
-    return isinstance(value, ListConfig) and all(name in names for name in value)
+def _are_writers(value: Any) -> bool:
+    return isinstance(value, ListConfig) and all(x in WRITERS or _is_call(x) for x in value)
 
 
 # Of each key what its value may be; there may be other keys.
@@ -56,11 +56,10 @@ _TRAIN = {
     "eval_period": whole_number(least=0),
     "log_period": whole_number(least=1),
     "num_pictures": whole_number(least=0),
-    "writers": Kind(f"a list of {' and '.join(WRITERS)}", lambda v: _is_list_of(v, WRITERS)),
+    "writers": Kind(f"a list of {' and '.join(WRITERS)}, or of calls", _are_writers),
+    "hooks": Kind("a list of calls", lambda v: isinstance(v, ListConfig) and all(map(_is_call, v))),
     "fast_dev_run": TRUE_OR_FALSE,
 }
-# Newer than configs that users may have saved.
-_OPTIONAL = {"skip_nonfinite", "early_stopping", "num_pictures", "writers"}
 
 
 def check_train(train: DictConfig) -> None:
@@ -80,7 +79,7 @@ def check_early_stopping(train: DictConfig) -> None:
     Raises:
         ConfigError: it has none.
     """
-    patience = train.get("early_stopping", 0)
+    patience = train.early_stopping
     if patience and train.eval_period == 0:
         raise ConfigError(
             f"train.early_stopping={patience} counts evaluations, of which train.eval_period=0 "
@@ -93,8 +92,6 @@ def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
     for key, kind in kinds.items():
         full_name = f"{name}.{key}"
         if OmegaConf.is_missing(section, key):  # which a training is told before
-            continue
-        if key not in section and key in _OPTIONAL:
             continue
         if key not in section:
             raise ConfigError(f"The config lacks {full_name}: start from configs/common/train.py.")

@@ -1,9 +1,17 @@
+from .build import build_run
 from .evaluate import do_test
-from .evaluation_hooks import BestCheckpointer, EarlyStopping, EvalHook
-from .hooks import EmergencyCheckpointer, ModelEMA, PeriodicCheckpointer, ProgressPrinter
+from .hooks import (
+    BestCheckpointer,
+    EarlyStopping,
+    EmergencyCheckpointer,
+    EvalHook,
+    ModelEMA,
+    PeriodicCheckpointer,
+)
 from .launch import run
 from .train import do_eval, do_train, main
 from .trainer import Trainer
+from .writers import ProgressPrinter
 
 __all__ = [
     "BestCheckpointer",
@@ -14,6 +22,7 @@ __all__ = [
     "PeriodicCheckpointer",
     "ProgressPrinter",
     "Trainer",
+    "build_run",
     "do_eval",
     "do_test",
     "do_train",

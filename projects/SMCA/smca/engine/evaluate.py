@@ -1,6 +1,5 @@
 """Evaluation on a config's test data."""
 
-import itertools
 import logging
 from typing import Any, Dict, Iterable, Optional, Sequence
 
@@ -9,33 +8,19 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from omegaconf import DictConfig
 from torch import nn
-from torch.utils.data import DataLoader
 
 from smca.config import build
-from smca.data import spare_shared_memory
+from smca.engine.build import build_test_loader
 
 __all__ = [
     "Results",
-    "build_test_loader",
     "do_test",
     "log_summary",
 ]
 
 logger = logging.getLogger(__name__)
 
-_DEV_RUN_IMAGES = 4
-
 Results = Dict[str, Any]  # {task: {metric: value}}
-
-
-def build_test_loader(cfg: DictConfig) -> Iterable[Any]:
-    """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
-    loader = build(cfg.dataloader.test, "dataloader.test")
-    if isinstance(loader, DataLoader):
-        spare_shared_memory(loader)
-    if cfg.train.fast_dev_run:
-        return list(itertools.islice(loader, _DEV_RUN_IMAGES))
-    return loader
 
 
 def do_test(

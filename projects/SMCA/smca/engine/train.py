@@ -3,13 +3,13 @@ import copy
 import logging
 import os
 import random
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar, cast
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar, cast
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase, create_ddp_model, default_setup, default_writers, hooks
+from detectron2.engine import HookBase, create_ddp_model, default_setup, hooks
 from detectron2.utils import comm
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer, read_provenance
@@ -19,7 +19,6 @@ from smca.config import (
     build,
     build_model,
     check_early_stopping,
-    check_train,
     dataset_names,
     find_config_file,
     load_config,
@@ -28,28 +27,15 @@ from smca.config import (
     use_classes,
 )
 from smca.data import category_ids
-from smca.engine.checks import (
-    check_class_counts,
-    check_class_names,
-    check_datasets,
-    check_model,
-)
-from smca.engine.evaluate import (
-    Results,
-    build_test_loader,
-    do_test,
-    log_summary,
-)
-from smca.engine.evaluation_hooks import (
+from smca.engine.build import Run, build_run, build_test_data
+from smca.engine.evaluate import Results, do_test, log_summary
+from smca.engine.hooks import (
     BestCheckpointer,
     EarlyStopping,
-    EvalHook,
-)
-from smca.engine.hooks import (
     EmergencyCheckpointer,
+    EvalHook,
     ModelEMA,
     PeriodicCheckpointer,
-    ProgressPrinter,
 )
 from smca.engine.pictures import EvaluationPictures
 from smca.engine.run_folder import (
@@ -167,32 +153,6 @@ def _shorten(train: DictConfig) -> None:
     train.log_period = 1
 
 
-def _resolve_data_settings(cfg: DictConfig, *splits: str) -> None:
-    """Replace what a config computes from the data by its value: names of data sets that it
-    registers, the number of classes (``configs/custom_coco.py``), and iterations of so many
-    epochs (``configs/fine_tune.py``). config.yaml keeps how they are computed.
-
-    Args:
-        cfg: a LazyConfig.
-        splits: "train" and "test"; what belongs to another stays.
-    """
-    keys = [f"dataloader.{split}.dataset.names" for split in splits] + ["model.num_classes"]
-    if "train" in splits:
-        keys += ["train.max_iter", "train.eval_period", "train.checkpointer.period"]
-    for key in keys:
-        node = OmegaConf.select(cfg, key)
-        if isinstance(node, DictConfig):
-            OmegaConf.update(cfg, key, build(node, key), merge=False)
-    check_train(cfg.train)
-    evaluator = cfg.dataloader.get("evaluator")  # or a list of them
-    evaluated = evaluator.get("dataset_name") if isinstance(evaluator, DictConfig) else None
-    if isinstance(evaluated, ListConfig):
-        raise ConfigError(
-            f"dataloader.evaluator.dataset_name is a list of {len(evaluated)}, an evaluator takes "
-            "one data set: give data.val_json or dataloader.test.dataset.names without [ ]."
-        )
-
-
 def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     """Evaluate the weights of ``train.init_checkpoint`` (or, with ``--resume``, of the newest
     checkpoint in ``train.output_dir``), and their average if the file has one.
@@ -206,11 +166,7 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     use_classes(cfg, provenance)
     needed = ["model", "dataloader.test", "dataloader.evaluator"]
     require_values(cfg, needed, args.config_file)
-    _resolve_data_settings(cfg, "test")
-    check_datasets(cfg, "test")
-    test_loader = build_test_loader(cfg)
-    check_class_counts(cfg, "test")
-    check_class_names(cfg, path, provenance, "test")
+    test_loader = build_test_data(cfg, path, provenance)
     model = build_model(cfg)
     checkpointer = SMCACheckpointer(model, cfg.train.output_dir, need_detector=True)
     others = checkpointer.resume(path) if last else checkpointer.load(path)
@@ -245,17 +201,10 @@ def do_train(
         resume_from = _from_main_process(find_checkpoint, train.output_dir)
     before = _from_main_process(read_provenance, resume_from) if resume_from else {}
     use_classes(cfg, before)
-    _resolve_data_settings(cfg, "train", "test")
-    # Data first: what is wrong with them should not take the time to build a model.
-    check_datasets(cfg, "train", "test")
-    train_loader = build(cfg.dataloader.train, "dataloader.train")
-    test_loader = build_test_loader(cfg)
-    check_class_counts(cfg, "train", "test")
-    check_class_names(cfg, resume_from or "", before, "train", "test")
-    model = build_model(cfg)
-    logger.info("Model:\n%s", model)
+    run = build_run(cfg, resume_from or "", before)
+    model = run.model
 
-    protect_workers(train_loader)
+    protect_workers(run.train_loader)
     checkpointer = SMCACheckpointer(
         model,
         train.output_dir,
@@ -267,39 +216,36 @@ def do_train(
     # Before the model is wrapped or compiled, so that it is a plain copy.
     ema = ModelEMA(model, train.model_ema.decay) if train.model_ema.enabled else None
 
-    trainer = _build_trainer(cfg, model, train_loader)
+    trainer = _build_trainer(cfg, run)
     checkpointer.add_checkpointable("trainer", trainer)
     if ema is not None:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
     results: Results = {}
-    pictures = EvaluationPictures(cfg, train.get("num_pictures", 0))
+    pictures = EvaluationPictures(cfg, train.num_pictures)
 
     def evaluate() -> Results:
-        results.update(do_test(cfg, model, test_loader))
+        results.update(do_test(cfg, model, run.test_loader))
         if ema is not None:
-            results.update(do_test(cfg, ema.model, test_loader, prefix="ema/"))
+            results.update(do_test(cfg, ema.model, run.test_loader, prefix="ema/"))
         if comm.is_main_process():
             drawn = ema.model if ema and train.best_metric.startswith("ema/") else model
             pictures.put(drawn, trainer.storage)
         # All processes end early by the results of the first.
         return comm.all_gather(dict(results))[0]
 
-    trainer.register_hooks(_build_hooks(cfg, checkpointer, ema, evaluate))
+    trainer.register_hooks(_build_hooks(train, run.schedule, checkpointer, ema, evaluate))
     start_iter = _resume(checkpointer, trainer, ema, resume_from) if resume_from else 0
     # Not before all is accepted: the run's checkpoints would no longer fit.
     _from_main_process(save_config, to_save, train.output_dir)
     if comm.is_main_process():
-        trainer.register_hooks([_build_writer(train)])
+        trainer.register_hooks([hooks.PeriodicWriter(build_writers(train), train.log_period)])
     trainer.train(start_iter, train.max_iter)
     log_summary(results, *_written_files(train.output_dir, checkpointer))
     return results
 
 
-def _build_trainer(cfg: DictConfig, model: nn.Module, train_loader: Iterable[Any]) -> Trainer:
-    train = cfg.train
-    check_model(cfg, model)
-    cfg.optimizer.params.model = model
-    optimizer = build(cfg.optimizer, "optimizer")
+def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
+    train, model = cfg.train, run.model
     if train.compile:
         cast(SMCA, model).compile_parts()
     ddp = cast(Dict[str, Any], OmegaConf.to_container(train.ddp, resolve=True))
@@ -308,49 +254,40 @@ def _build_trainer(cfg: DictConfig, model: nn.Module, train_loader: Iterable[Any
         create_ddp_model(
             model, device_ids=[torch.cuda.current_device()] if is_cuda else None, **ddp
         ),
-        train_loader,
-        optimizer,
+        run.train_loader,
+        run.optimizer,
         amp_dtype=AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None,
         accumulate=train.accumulate,
         clip_grad_norm=train.clip_grad_norm,
         seed=train.seed,
         total_batch_size=cfg.dataloader.train.get("total_batch_size"),
-        skip_nonfinite=train.get("skip_nonfinite", 0),
+        skip_nonfinite=train.skip_nonfinite,
         report_dir=train.output_dir,
     )
 
 
 def _build_hooks(
-    cfg: DictConfig,
+    train: DictConfig,
+    schedule: Any,
     checkpointer: SMCACheckpointer,
     ema: Optional[ModelEMA],
     evaluate: Callable[[], Results],
 ) -> List[Optional[HookBase]]:
-    train = cfg.train
     state_hooks = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
+        hooks.LRScheduler(scheduler=schedule),
         ema,
         EmergencyCheckpointer(checkpointer),
     ]
-    patience = train.get("early_stopping", 0)
+    patience = train.early_stopping
     return state_hooks + [
         # Checkpoints before evaluations, which may fail.
         PeriodicCheckpointer(checkpointer, train.checkpointer.period),
         EvalHook(train.eval_period, evaluate),
         BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
         EarlyStopping(patience, train.best_metric) if patience else None,
+        *build(train.get("hooks", []), "train.hooks"),
     ]
-
-
-def _build_writer(train: DictConfig) -> HookBase:
-    # TensorBoard's is the last, since it clears the pictures.
-    writers = [
-        ProgressPrinter(train.max_iter),
-        *build_writers(train.get("writers", []), train.output_dir),
-        *default_writers(train.output_dir, train.max_iter)[1:],
-    ]
-    return hooks.PeriodicWriter(writers, period=train.log_period)
 
 
 def _resume(

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import json
 import logging
@@ -5,25 +6,25 @@ import math
 import os
 import random
 import time
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from fvcore.common.history_buffer import HistoryBuffer
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smca.checkpoint.files import read_tag, write_atomically
 from smca.data.loader import set_start_batch, set_start_sample
-from smca.engine.resume import check_groups, keep_settings, sample_of_old, warn_of_change
 from smca.engine.signals import STOP_SIGNALS, React, StopSignals
-from smca.engine.storage import BoundedStorage
-from smca.errors import NonFiniteError
+from smca.errors import CheckpointError, NonFiniteError
 
-__all__ = ["Trainer"]
+__all__ = ["BoundedStorage", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,17 @@ def _seed_random_states(*entropy: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+class BoundedStorage(EventStorage):
+    """Detectron2's, with the last thousand values of each metric, the most that any writer looks
+    at. A million, as there, would be gigabytes in a training on COCO."""
+
+    def __init__(self, start_iter: int = 0) -> None:
+        super().__init__(start_iter)
+        self._history: Dict[str, HistoryBuffer] = collections.defaultdict(
+            lambda: HistoryBuffer(max_length=1000)
+        )
 
 
 class Trainer(SimpleTrainer):
@@ -400,14 +412,75 @@ class Trainer(SimpleTrainer):
         Raises:
             CheckpointError: the optimizer has other groups of parameters.
         """
-        check_groups(self.optimizer, state_dict["optimizer"])
+        _check_groups(self.optimizer, state_dict["optimizer"])
         configured = [dict(group) for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
-        keep_settings(self.optimizer, configured)
+        _keep_settings(self.optimizer, configured)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.total_batch_size is not None:
-            self._start_sample = state_dict.get("sample", sample_of_old(state_dict))
+            self._start_sample = state_dict.get("sample")
         for name, value in self._stream().items():
             if name in state_dict and state_dict[name] != value:
-                warn_of_change(name, state_dict[name], value)
+                _warn_of_change(name, state_dict[name], value)
+
+
+# What a resumed training takes from its checkpoint, and what from its config
+
+# What a config says of an optimizer, and a checkpoint as well.
+_OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Make sure that an optimizer has the groups of parameters that a checkpoint has.
+
+    Args:
+        optimizer: whose state is to be loaded.
+        saved: the state in the checkpoint.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    sizes = [
+        " and ".join(str(len(group["params"])) for group in groups)
+        for groups in (saved["param_groups"], optimizer.param_groups)
+    ]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            "The optimizer's groups of parameters (optimizer.params) are not those of the run, "
+            f"they were {sizes[0]} parameters and are now {sizes[1]}: resume with the settings of "
+            "its config.yaml, or start another run from its weights, with train.init_checkpoint."
+        )
+
+
+def _keep_settings(
+    optimizer: torch.optim.Optimizer, configured: Sequence[Mapping[str, Any]]
+) -> None:
+    """Undo that PyTorch's optimizers take their settings from a checkpoint, too.
+
+    Args:
+        optimizer: whose state was loaded.
+        configured: its parameter groups as they were before.
+    """
+    changed: Dict[str, Tuple[Any, Any]] = {}
+    for group, settings in zip(optimizer.param_groups, configured):
+        for name in _OPTIMIZER_SETTINGS & settings.keys():
+            key = "initial_lr" if name == "lr" else name  # which the schedule multiplies
+            former, value = group.get(key, settings[name]), settings[name]
+            # Pairs such as Adam's betas become lists in a config.
+            if list(np.ravel(former)) != list(np.ravel(value)):
+                group[key] = value
+                changed.setdefault(f"the optimizer's {name}", (former, value))
+    for name, (former, value) in sorted(changed.items()):
+        _warn_of_change(name, former, value)
+
+
+def _warn_of_change(name: str, former: Any, value: Any) -> None:
+    """Say that a setting is not what it was."""
+    logger.warning(
+        "The run goes on, but not exactly: %s was %s when the checkpoint was written and is %s "
+        "now.",
+        name,
+        former,
+        value,
+    )

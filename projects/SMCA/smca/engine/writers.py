@@ -1,21 +1,35 @@
-"""Writers that follow a training in Weights & Biases and MLflow."""
+"""Writers of a training's metrics: the progress line, Weights & Biases and MLflow."""
 
 import importlib
 import json
 import logging
 import os
 import re
+import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, MutableMapping, Optional, Tuple
 
 import numpy as np
-from detectron2.utils.events import EventWriter, get_event_storage
-from omegaconf import OmegaConf
+import torch
+from detectron2.engine import default_writers
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    get_event_storage,
+)
+from omegaconf import DictConfig, OmegaConf
 
 from smca.checkpoint.files import write_atomically
+from smca.config import build
 from smca.errors import ConfigError
 
-__all__ = ["MLflowWriter", "WandbWriter", "build_writers"]
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["MLflowWriter", "ProgressPrinter", "WandbWriter", "build_writers"]
 
 logger = logging.getLogger(__name__)
 
@@ -172,19 +186,63 @@ class MLflowWriter(_TrackingWriter):
         self._service.end_run()
 
 
+def _peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+class _LineEnd(logging.LoggerAdapter):
+    """Appends what Detectron2's progress line lacks."""
+
+    def process(
+        self, msg: str, kwargs: MutableMapping[str, Any]
+    ) -> Tuple[str, MutableMapping[str, Any]]:
+        grad_norm, _ = get_event_storage().latest().get("grad_norm", (None, None))
+        if grad_norm is not None:
+            msg += f"  grad_norm: {grad_norm:.4g}"
+        if resource is not None and not torch.cuda.is_available():
+            msg += f"  max_mem: {_peak_memory_mb():.0f}M"
+        return msg, kwargs
+
+
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's progress line (losses, ETA, times, learning rate, memory of the GPU), with the
+    norm of the gradient and, without a GPU, the peak memory of the process.
+    """
+
+    def __init__(self, max_iter: Optional[int] = None, window_size: int = 20) -> None:
+        super().__init__(max_iter, window_size)
+        self.logger: Any = _LineEnd(self.logger, {})
+
+    def _get_eta(self, storage: EventStorage) -> Optional[str]:
+        # Called twice in an iteration that fails early, the original divides by zero.
+        if self._last_write is not None and self._last_write[0] == storage.iter:
+            return None
+        return super()._get_eta(storage)
+
+
 _WRITERS = {writer.name: writer for writer in (WandbWriter, MLflowWriter)}
 
 
-def build_writers(names: Any, output_dir: str) -> Iterator[EventWriter]:
+def build_writers(train: DictConfig) -> List[EventWriter]:
     """
     Args:
-        names: of ``train.writers``, in :data:`smca.config.WRITERS`.
-        output_dir: of the run.
+        train: the config's section. Its `writers` are names of services, "wandb" or "mlflow", or
+            calls of writers.
 
     Raises:
-        ConfigError: see the writers.
+        ConfigError: a service cannot be used.
     """
-    return (_WRITERS[name](output_dir) for name in names)
+    own = [
+        _WRITERS[writer](train.output_dir)
+        if isinstance(writer, str)
+        else build(writer, f"train.writers.{index}")
+        for index, writer in enumerate(train.writers)
+    ]
+    defaults = default_writers(train.output_dir, train.max_iter)[1:]
+    # TensorBoard's is the last, since it clears the pictures.
+    return [ProgressPrinter(train.max_iter), *own, *defaults]
 
 
 def _read_runs(output_dir: str) -> Dict[str, str]:
