@@ -403,6 +403,24 @@ def test_a_data_set_without_objects_is_only_reported(tmp_path):
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
     assert run_tool(*command) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.json"]
+    check = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert f"train: {json_file} has no objects: there is nothing" in "".join(check["remarks"])
+
+
+@pytest.mark.parametrize(
+    "objects, words",
+    [
+        ([annotation(1, 1, 5, [0.1, 0.2, 0.3, 0.4])], "1 x annotation: bbox from 0 to 1"),
+        ([annotation(1, 1, 5, [0, 0, 9, 9], area=math.nan)], "has area nan, which must be"),
+        ([annotation(1, 1, 5, [0, 0, 9, 9], iscrowd=1)], "have iscrowd 1, which marks crowds"),
+    ],
+)
+def test_what_training_stops_at_is_a_problem(tmp_path, capsys, objects, words):
+    json_file, image_root = write_data(tmp_path, *objects)
+    command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
+    assert run_tool(*command) == 1
+    out = capsys.readouterr().out
+    assert words in out and "; 1 problems" in out
 
 
 def test_both_splits_of_a_config_are_checked(tmp_path, capsys):

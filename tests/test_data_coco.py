@@ -29,6 +29,7 @@ from smca.data import (
     register_coco,
     require_dataset,
 )
+from smca.solver.recipe import steps_of_epochs
 
 
 @pytest.fixture(autouse=True)
@@ -312,10 +313,38 @@ def test_annotations_with_and_without_ids_are_numbered(tmp_path):
     assert _perfect_ap(register_coco(*_write(tmp_path, coco))) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("segmentation", [[[]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], {}, None])
-def test_an_unusable_mask_does_not_lose_the_box(tmp_path, segmentation):
-    name = _register_with_first_annotation(tmp_path, segmentation=segmentation)
-    assert len(DatasetCatalog.get(name)[0]["annotations"]) == 2
+@pytest.mark.parametrize(
+    "extra",
+    [
+        *({"segmentation": each} for each in (None, [[]], [[1, 2]], [1, 2, 3, 4, 5, 6], {}, "RLE")),
+        {"segmentation": {"counts": [1, "2"], "size": [30, 40]}},
+        {"segmentation": {"counts": [0, 1200]}},
+        {"keypoints": None, "num_keypoints": None},
+        {"keypoints": [[1, 2, 2], [3, 4, None]]},
+        {"keypoints": "1 2 3"},
+    ],
+)
+def test_masks_and_keypoints_are_not_read(tmp_path, extra):
+    name = _register_with_first_annotation(tmp_path, **extra)
+    annotations = DatasetCatalog.get(name)[0]["annotations"]
+    assert len(annotations) == 2
+    assert all(set(a) == {"bbox", "bbox_mode", "category_id", "iscrowd"} for a in annotations)
+    assert _perfect_ap(name) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_json_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    json_file, image_root = _write(tmp_path, _coco())
+    json_file.write_text(json_file.read_text(), encoding=encoding)
+    name = register_coco(json_file, image_root)
+    assert _perfect_ap(name) == pytest.approx(100)
+    assert steps_of_epochs(3, str(json_file), 2) == 3
+
+
+def test_a_file_without_objects_is_said_when_it_is_registered(tmp_path, caplog):
+    json_file, image_root = _write(tmp_path, {**_coco(), "annotations": []})
+    register_coco(json_file, image_root)
+    assert f"{json_file} has no objects: there is nothing to train on, and as" in caplog.text
 
 
 # Bad data sets
@@ -425,6 +454,14 @@ def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
         ({"iscrowd": []}, "annotation 1 .*has iscrowd .., which must be 0 or 1"),
         ({"area": "12"}, "annotation 1 .*has area '12', which must be a number"),
         ({"area": True}, "annotation 1 .*has area True, which must be a number"),
+        ({"area": -5}, "annotation 1 .*has area -5, which must be from 0 to 1e.10"),
+        ({"area": math.nan}, "annotation 1 .*has area nan, which must be from 0"),
+        ({"area": math.inf}, "annotation 1 .*has area inf, which must be from 0"),
+        ({"area": 10**400}, "annotation 1 .*which must be from 0"),
+        ({"category_id": "30"}, "annotation 1 .*has category_id '30', which must be a whole"),
+        ({"bbox": [1, 2, 10**400, 4.5]}, "annotation 1 .*not finite"),
+        ({"bbox": [1, 2, 3, "nan"]}, "annotation 1 .*4 numbers"),
+        ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "annotation 1 .*relative to its image; multiply x"),
         ({"bbox": [1, 2, 3]}, "annotation 1 .*4 numbers"),
         ({"bbox": [1, 2, 3, "4"]}, "annotation 1 .*4 numbers"),
         ({"bbox": [1, 2, 3, True]}, "annotation 1 .*4 numbers"),
@@ -446,6 +483,46 @@ def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
 def test_a_bad_annotation_is_an_error_that_names_it(tmp_path, changes, message):
     with pytest.raises(DatasetError, match=rf"1 problem in .*train\.json:\s+{message}"):
         _register_with_first_annotation(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("extra", [[], [[0.5, 0.5, 1, 1]], [[0, 0, 0.2, 1]]])
+def test_boxes_from_0_to_1_are_an_error(tmp_path, extra):
+    coco = _coco()
+    boxes = [[0, 0, 1, 1], [0, 0, 1, 1], *extra]
+    coco["annotations"] = [_annotation(i, box, 10) for i, box in enumerate(boxes, 1)]
+    with pytest.raises(
+        DatasetError, match=f"{len(boxes)} problems in .*\\s+.* relative to its image"
+    ):
+        register_coco(*_write(tmp_path, coco))
+    coco["annotations"] = [*coco["annotations"][:2], _annotation(9, [2, 3, 10, 12], 30)]
+    register_coco(*_write(tmp_path, coco, "pixels.json"))  # an object of one pixel is no fault
+
+
+def test_crowds_alone_are_an_error(tmp_path):
+    coco = _coco()
+    for annotation in coco["annotations"]:
+        annotation["iscrowd"] = 1
+    words = "all 2 annotations have iscrowd 1, which marks crowds"
+    with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+{words}"):
+        register_coco(*_write(tmp_path, coco))
+
+
+@pytest.mark.parametrize(
+    "kind, changes, words",
+    [
+        ("images", {"height": "30"}, "image 5 .*has height '30'"),
+        ("images", {"width": 0}, "image 5 .*has the size 0 x 30"),
+        ("images", {"file_name": None}, "image 5 has file_name None"),
+        ("images", {"id": [5]}, r"image \[5\] .*has id \[5\], which must be"),
+        ("categories", {"name": None}, "category 30 has name None"),
+        ("categories", {"id": None}, "category None has id None"),
+    ],
+)
+def test_the_annotations_of_a_faulty_record_are_not_listed(tmp_path, kind, changes, words):
+    coco = _coco()
+    coco[kind][0].update(changes)
+    with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+{words}"):
+        register_coco(*_write(tmp_path, coco))
 
 
 def test_a_record_that_is_no_object_is_an_error(tmp_path):

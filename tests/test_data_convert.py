@@ -24,6 +24,7 @@ from smca.data import (
     yolo_images,
 )
 from smca.engine import main
+from smca.errors import UserError
 from test_train_net import SMALL, arguments
 
 BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
@@ -538,3 +539,19 @@ def test_a_yolo_data_set_trains_is_evaluated_and_reported(tmp_path, monkeypatch)
     assert check(tmp_path, "custom_yolo.py", f"data.yaml={path}") == 0
     checked = json.loads((tmp_path / "check" / "check.json").read_text())
     assert checked["splits"]["train"]["statistics"]["objects_of_classes"] == {"dog": 1, "cat": 1}
+
+
+def test_validation_without_objects_is_said_and_model_final_evaluated(tmp_path, capsys):
+    path, run = write_yolo(tmp_path / "data"), tmp_path / "run"
+    (tmp_path / "data" / "labels" / "val" / "c.txt").unlink()
+    overrides = [f"data.yaml={path}", f"train.output_dir={run}", *SMALL]
+    overrides += ["dataloader.train.total_batch_size=2", "train.eval_period=1"]
+    main(arguments("--config-file", ROOT / "configs" / "custom_yolo.py", *overrides))
+    out = capsys.readouterr().out + (run / "log.txt").read_text()
+    assert "labels/val has no objects: there is nothing to train on, and as validation" in out
+    assert out.index("has no objects") < out.index("Starting training")
+    parser = evaluate.get_parser()
+    with pytest.raises(UserError, match="model_best.pth does not exist.* has .*model_final.pth: t"):
+        evaluate.run(parser.parse_intermixed_args(["--weights", str(run / "model_best.pth")]))
+    command = ["--weights", str(run / "model_final.pth"), "--output", str(tmp_path / "report")]
+    evaluate.run(parser.parse_intermixed_args(command))

@@ -36,6 +36,15 @@ def _as_rank(monkeypatch, rank, world_size):
     monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
 
 
+@pytest.mark.parametrize("annotations", [[], [{"iscrowd": 1}]])
+def test_data_without_objects_cannot_train(annotations):
+    dataset = [{"image_id": 1, "annotations": annotations}]
+    with pytest.raises(DatasetError, match="The training data have no objects"):
+        _batches(1, dataset)
+    dataset.append({"image_id": 2, "annotations": [{"iscrowd": 0}]})
+    assert _batches(1, dataset)
+
+
 def test_every_pass_sees_every_image_once_in_another_order():
     ids = _image_ids(_batches(5))  # two passes over ten images
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))

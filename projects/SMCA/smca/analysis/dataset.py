@@ -20,11 +20,11 @@ from smca.data import (
     Problem,
     check_same_categories,
     class_names,
-    conversion_remarks,
     dataset_dicts,
     file_problems,
     read_coco,
     record_problems,
+    remarks_on,
     source_of,
 )
 
@@ -119,7 +119,7 @@ def examine(
     dicts = dataset_dicts(good, image_root, order)
     source = source_of(data, json_file)
     return DataSplit(
-        json_file, image_root, problems, names, dicts, source, conversion_remarks(data)
+        json_file, image_root, problems, names, dicts, source, remarks_on(data, json_file)
     )
 
 

@@ -16,10 +16,10 @@ from .coco import (
 )
 from .coco_checks import (
     Problem,
-    conversion_remarks,
     file_problems,
     read_coco,
     record_problems,
+    remarks_on,
     source_of,
 )
 from .errors import DatasetError
@@ -58,7 +58,7 @@ __all__ = [
     "record_problems",
     "register_coco",
     "register_shapes",
-    "conversion_remarks",
+    "remarks_on",
     "require_dataset",
     "set_start_batch",
     "set_start_sample",

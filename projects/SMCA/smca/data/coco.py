@@ -19,12 +19,12 @@ from .coco_checks import (
     PathLike,
     Record,
     category_problems,
-    conversion_remarks,
     decode_all,
     existing,
     raise_problems,
     read_coco,
     record_problems,
+    remarks_on,
     source_of,
 )
 from .errors import DatasetError
@@ -138,7 +138,7 @@ def _register(
 
     data = read_coco(json_file)
     _check(data, json_file, image_root, check_images)
-    for remark in conversion_remarks(data):
+    for remark in remarks_on(data, json_file):
         log_first_n(logging.WARNING, remark, key="message", name=__name__)
     categories = _ordered(data["categories"], classes)
     ids = _Ids.of(data["images"], categories)

@@ -37,7 +37,7 @@ __all__ = [
     "raise_problems",
     "read_coco",
     "record_problems",
-    "conversion_remarks",
+    "remarks_on",
     "source_of",
 ]
 
@@ -144,10 +144,17 @@ def source_of(data: Mapping[str, Any], json_file: PathLike) -> str:
     return str(info.get(SOURCE, json_file)) if isinstance(info, dict) else str(json_file)
 
 
-def conversion_remarks(data: Mapping[str, Any]) -> List[str]:
-    """What the conversion left out of a COCO JSON."""
+def remarks_on(data: Mapping[str, Any], json_file: PathLike) -> List[str]:
+    """What does not keep a COCO JSON from being used, but has to be said: what its conversion left
+    out, and that it has no objects."""
     info = data.get("info")
-    return list(info.get(REMARKS, [])) if isinstance(info, dict) else []
+    found = list(info.get(REMARKS, [])) if isinstance(info, dict) else []
+    if not data["annotations"]:
+        found.append(
+            f"{source_of(data, json_file)} has no objects: there is nothing to train on, and as "
+            "validation data it gives no AP and no model_best.pth. Add its annotations."
+        )
+    return found
 
 
 def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:

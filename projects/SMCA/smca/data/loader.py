@@ -6,7 +6,7 @@ import logging
 import pickle
 import random
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -130,6 +130,10 @@ def build_train_loader(
     """
     if len(dataset) == 0:
         raise DatasetError("The training data set has no images: check dataloader.train.dataset.")
+    if all(map(_has_no_objects, dataset)):  # which the first image with objects decides
+        raise DatasetError(
+            "The training data have no objects (crowds do not count): add their annotations."
+        )
     world_size = comm.get_world_size()
     if (
         not isinstance(total_batch_size, int)
@@ -224,6 +228,11 @@ class _BatchPickler(ForkingPickler):
                 value.share_memory_()
                 return NotImplemented
         return torch.from_numpy, (value.numpy(),)
+
+
+def _has_no_objects(item: Mapping[str, Any]) -> bool:
+    annotations = item.get("annotations")  # a mapper may find them elsewhere
+    return annotations is not None and all(each.get("iscrowd") for each in annotations)
 
 
 def set_start_batch(loader: DataLoader, num_batches: int) -> None:

@@ -187,7 +187,9 @@ def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple
             "Predictor.from_pretrained)."
         )
     if "://" not in weights and not os.path.isfile(weights):
-        raise ConfigError(f"The checkpoint {weights} does not exist.")
+        final = os.path.join(os.path.dirname(weights), "model_final.pth")
+        advice = f" Its folder has {final}: take that." if os.path.isfile(final) else ""
+        raise ConfigError(f"The checkpoint {weights} does not exist.{advice}")
     beside = os.path.join(os.path.dirname(weights), "config.yaml")
     if os.path.isfile(beside):
         return beside, []
