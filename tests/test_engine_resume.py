@@ -30,7 +30,6 @@ def interrupt_at(monkeypatch, iteration, error):
 
 
 SETTINGS = {
-    "plain": [],
     "fp16": ["train.amp.enabled=True", "train.amp.dtype=fp16"],
     "accumulated bf16": ["train.amp.enabled=True", "train.accumulate=2"],
     "loader processes": ["dataloader.train.num_workers=2"],

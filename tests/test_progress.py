@@ -1,6 +1,5 @@
 """Progress bars of the command lines: with an end in sight, on a terminal alone."""
 
-import ast
 import io
 import sys
 
@@ -10,10 +9,8 @@ from detectron2.config import LazyConfig
 import draw
 import draw_training
 import evaluate
-from helpers import ROOT, make_image, write_image, write_smca_config, write_weights
+from helpers import make_image, write_image, write_smca_config, write_weights
 from smca.cli import predict
-
-SOURCES = [*(ROOT / "tools").glob("*.py"), *(ROOT / "projects" / "SMCA" / "smca").rglob("*.py")]
 
 
 class Terminal(io.StringIO):
@@ -96,15 +93,3 @@ def test_a_bar_goes_to_its_end_on_a_terminal_and_is_not_there_without(
         assert end in found[-1] and "<00:00" in found[-1]  # what is left
     else:
         assert not found
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_no_bar_is_written_into_a_log_file(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        words = [node.func, *node.args]
-        if any(isinstance(word, ast.Name) and word.id == "tqdm" for word in words):
-            disable = [k.value for k in node.keywords if k.arg == "disable"]
-            assert len(disable) == 1 and ast.literal_eval(disable[0]) is None

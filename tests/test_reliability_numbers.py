@@ -5,7 +5,6 @@ import os
 import textwrap
 
 import pytest
-import torch
 
 from helpers import TinyDetector, write_dataset, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
@@ -235,19 +234,3 @@ def test_a_long_message_of_a_worker_process_is_printed_whole(tmp_path, num_worke
     assert code == 1
     assert output.endswith("Error: 2 problems in a.json:\n  image 1\n  image 2\n")
     assert "Traceback" not in output
-
-
-def test_a_metric_line_without_the_memory_where_the_system_has_no_module_for_it(tmp_path):
-    def prepare():
-        import sys
-
-        sys.modules["resource"] = None
-        for name in [name for name in sys.modules if name.startswith("smca.engine")]:
-            del sys.modules[name]
-        import smca.engine.writers
-
-        assert smca.engine.writers.resource is None
-        assert torch.get_num_threads() > 0
-        os._exit(0)
-
-    assert train(tmp_path, prepare=prepare)[0] == 0

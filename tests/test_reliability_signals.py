@@ -24,9 +24,7 @@ def is_same(a, b):
 RARELY = {"period": 1000, "max_to_keep": 5}
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
-)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_to_the_group_saves_the_last_step(tmp_path, number, code):
     config = write_tiny_config(tmp_path, max_iter=10000, eval_period=0, checkpointer=RARELY)
     job = Job(tmp_path, "--config-file", config, *WORKERS)
