@@ -137,6 +137,7 @@ def test_what_the_user_can_mend_is_one_sentence(tmp_path, ranks):
         "Error: cat.png is truncated."
     ]
     assert "DatasetError" not in job.output.replace("ended early (DatasetError)", "")
+    assert "Terminating process" not in job.output
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
 
 

@@ -151,7 +151,7 @@ def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
 def _silence_launcher() -> None:
     """The launcher logs the traceback of each failure, what is to be read of it is reported."""
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
