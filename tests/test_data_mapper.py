@@ -1,11 +1,23 @@
+import errno
+import logging
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from smca.data import DatasetError, DetrDatasetMapper, check_image, detr_augmentations, read_image
+from smca.data import (
+    DatasetError,
+    DetrDatasetMapper,
+    check_image,
+    detr_augmentations,
+    mapper,
+    read_image,
+)
 
 
 def _rgb(height=12, width=20):
@@ -83,10 +95,20 @@ def test_cmyk_is_converted(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
-    levels = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
-    path = _save(Image.fromarray(levels), tmp_path / f"deep.{suffix}")
-    np.testing.assert_array_equal(read_image(path)[..., 0], [[0, 1, 100, 255]])
+@pytest.mark.parametrize(
+    "levels, expected",
+    [
+        ([0, 257, 25700, 65535], [0, 1, 100, 255]),
+        ([0, 9, 16383], [0, 0, 255]),
+        ([0, 1606, 4015], [0, 100, 250]),  # 12 bits, as of a thermal camera
+        ([0, 1023], [0, 255]),
+        ([0, 7, 255], [0, 7, 255]),
+        ([0, 0], [0, 0]),
+    ],
+)
+def test_16_bit_is_scaled_by_the_bits_that_its_levels_have(tmp_path, suffix, levels, expected):
+    path = _save(Image.fromarray(np.array([levels], dtype=np.uint16)), tmp_path / f"deep.{suffix}")
+    np.testing.assert_array_equal(read_image(path)[..., 0], [expected])
 
 
 @pytest.mark.parametrize(
@@ -94,9 +116,11 @@ def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
     [
         (np.array([[0, 7, 255]], dtype=np.int32), [[0, 7, 255]]),
         (np.array([[0, 25700, 65535]], dtype=np.int32), [[0, 100, 255]]),
+        (np.array([[0, 1606, 4015]], dtype=np.int32), [[0, 100, 250]]),
         (np.array([[-100000, 0, 100000]], dtype=np.int32), [[0, 128, 255]]),
         (np.array([[-1.0, 0.6, 1.0]], dtype=np.float32), [[0, 204, 255]]),
-        (np.array([[0.5, 0.5, 0.5]], dtype=np.float32), [[0, 0, 0]]),
+        (np.array([[0.2, 0.4]], dtype=np.float32), [[51, 102]]),
+        (np.array([[20.0, 25.0, 45.0]], dtype=np.float32), [[0, 51, 255]]),
         (np.array([[np.nan, 0.6, 1.0]], dtype=np.float32), [[0, 153, 255]]),
         (np.array([[np.inf, -np.inf, 1.0]], dtype=np.float32), [[0, 0, 255]]),
     ],
@@ -104,6 +128,55 @@ def test_16_bit_is_scaled_not_clipped(tmp_path, suffix):
 def test_32_bit_is_scaled_not_clipped(tmp_path, levels, expected):
     path = _save(Image.fromarray(levels), tmp_path / "deep.tif")
     np.testing.assert_array_equal(read_image(path)[..., 0], expected)
+
+
+def write_png(path, pixels, *chunks, after=()):
+    """Pixels (H, W, 3) or (H, W) uint8 or uint16 as PNG, with chunks before and after them."""
+    height, width = pixels.shape[:2]
+    header = np.array([width, height], ">u4").tobytes()
+    header += bytes([8 * pixels.itemsize, 2 if pixels.ndim == 3 else 0, 0, 0, 0])
+    big_endian = pixels.astype(pixels.dtype.newbyteorder(">"))
+    rows = b"".join(b"\0" + row.tobytes() for row in big_endian)
+    content = b"\x89PNG\r\n\x1a\n"
+    data = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), *after, (b"IEND", b"")]
+    for kind, body in data:
+        checksum = zlib.crc32(kind + body).to_bytes(4, "big")
+        content += len(body).to_bytes(4, "big") + kind + body + checksum
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "levels, expected", [([0, 257, 65535], [0, 1, 255]), ([0, 2048, 4095], [0, 136, 255])]
+)
+def test_color_of_16_bits_is_scaled_by_the_bits_that_it_has(tmp_path, levels, expected):
+    pixels = np.repeat(np.array([levels], dtype=np.uint16)[..., None], 3, axis=2)
+    path = write_png(tmp_path / "deep.png", pixels)
+    # Pillow gives the upper half of each level.
+    np.testing.assert_allclose(read_image(path)[0, :, 1], expected, atol=16)
+    assert read_image(path).max() >= 240
+
+
+def test_that_levels_are_scaled_is_said_once(tmp_path, caplog):
+    mapper._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "smca"):
+        for n in range(3):
+            levels = np.array([[0, 4000 + n]], dtype=np.uint16)
+            read_image(_save(Image.fromarray(levels), tmp_path / f"{n}.png"))
+    (message,) = caplog.messages
+    assert "levels from 0 to 4095 (12 bits) are read as 0 to 255" in message
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("kind", ["iCCP", "zTXt", "iTXt"])
+def test_a_png_with_a_large_profile_or_text_is_read(tmp_path, kind, where):
+    large = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    heads = {"iCCP": b"name\0\0", "zTXt": b"Comment\0\0", "iTXt": b"Comment\0\1\0\0\0"}
+    chunk = (kind.encode(), heads[kind] + large)
+    before, after = ((chunk,), ()) if where == "before" else ((), (chunk,))
+    path = write_png(tmp_path / "large.png", _rgb(), *before, after=after)
+    np.testing.assert_array_equal(read_image(path), _rgb())
+    check_image(path, 12, 20)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -162,10 +235,30 @@ def test_truncated_image_is_an_error_that_names_the_file(tmp_path, read, suffix)
         read(path, 64, 64)
 
 
-def test_file_that_is_no_image_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(DatasetError, match=r"text\.png cannot be decoded"):
-        read_image(tmp_path / "text.png")
+@pytest.mark.parametrize("read", [lambda path: read_image(path), lambda p: check_image(p, 12, 20)])
+@pytest.mark.parametrize(
+    "prepare, words",
+    [
+        (lambda path, patch: path.write_text("hello"), "is empty, no image, or of a kind that"),
+        (lambda path, patch: path.write_bytes(b""), "is empty, no image, or of a kind that"),
+        (
+            lambda path, patch: patch.setattr(Image, "MAX_IMAGE_PIXELS", 100),
+            "has more than 200 pixels, .*: cut it into tiles or make it smaller",
+        ),
+        (
+            lambda path, patch: patch.setattr(mapper.PathManager, "open", _refuse),
+            "cannot be opened .Permission denied.: replace it",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_the_reason(png, monkeypatch, read, prepare, words):
+    prepare(Path(png), monkeypatch)
+    with pytest.raises(DatasetError, match=rf"image\.png {words}"):
+        read(png)
+
+
+def _refuse(path, mode):
+    raise OSError(errno.EACCES, "Permission denied")
 
 
 # Mapping

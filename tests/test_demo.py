@@ -30,7 +30,7 @@ from helpers import (
     write_weights,
 )
 from smca.cli.predict import find_images
-from smca.data import SHAPE_CLASSES, register_shapes
+from smca.data import SHAPE_CLASSES, mapper, register_shapes
 from smca.errors import exit_code
 from smca.inference import Predictor
 
@@ -185,6 +185,21 @@ def test_images_of_any_mode_are_drawn(trained, tmp_path, mode):
     out = tmp_path / "out"
     assert run(trained, "--input", path, "--output", out) == 0
     assert size_of(out / "a.png") == (500, 480)
+
+
+def test_12_bits_in_16_are_seen_as_8_bits_are_and_it_is_said(trained, tmp_path, caplog):
+    gray = make_image()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "8.png")
+    Image.fromarray(np.rint(gray * (4095 / 255)).astype(np.uint16)).save(tmp_path / "12.png")
+    found = {}
+    mapper._say_once.cache_clear()
+    for name in ("8", "12"):
+        args = ("--output", tmp_path / name, "--confidence-threshold", 0)
+        assert run(trained, "--input", tmp_path / f"{name}.png", *args) == 0
+        rows = read_json(tmp_path / name)
+        found[name] = [[row["score"], *row["bbox"], row["category_id"]] for row in rows]
+    assert found["8"] == found["12"]
+    assert "(12 bits) are read as 0 to 255" in caplog.text
 
 
 def test_an_image_is_turned_as_its_exif_says(trained, tmp_path):

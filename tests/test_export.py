@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
+from PIL import Image
 from torch.torch_version import TorchVersion
 
 import export as tool
@@ -33,6 +35,8 @@ from smca.inference.export import (
     count_nodes,
     export_detector,
 )
+from smca.inference.images import rgb_array
+from test_data_mapper import write_png
 
 needs_onnx = pytest.mark.skipif(
     torch.__version__ < OLDEST_TORCH["onnx"]
@@ -207,6 +211,47 @@ def test_example_without_torch_prints_the_models_detections(exported):
         )
         chosen = match_detections(confident, scores[:, 0], labels, boxes, tolerance=6e-4)
         torch.testing.assert_close(confident.pred_boxes.tensor[chosen], boxes, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("name", ["gray.png", "12.png", "16.tif", "float.tif", "floats.tif"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_example_reads_images_as_the_predictor_does(tmp_path, monkeypatch, name, orientation):
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    example = importlib.import_module("onnx_example")
+    gray = make_image()[..., 0]
+    levels = {"gray": gray, "12": gray.astype(np.uint16) * 16, "16": gray.astype(np.uint16) * 257}
+    levels.update(float=np.float32(gray / 255), floats=np.float32(gray / 2 - 20))
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(levels[Path(name).stem]).save(tmp_path / name, exif=exif)
+    pixels = np.asarray(example.read_image(str(tmp_path / name)))
+    np.testing.assert_array_equal(pixels, rgb_array(tmp_path / name))
+    assert 100 < pixels.mean() < 150
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK", "I;16B"])
+def test_the_example_reads_every_mode_as_the_predictor_does(tmp_path, monkeypatch, mode):
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    example = importlib.import_module("onnx_example")
+    image = Image.fromarray(make_image()[..., 0])
+    if mode == "I;16B":
+        image = Image.fromarray(make_image()[..., 0].astype(">u2") * 16)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "a.tif")
+    path = tmp_path / "a.tif"
+    np.testing.assert_array_equal(np.asarray(example.read_image(str(path))), rgb_array(path))
+
+
+def test_the_example_reads_deep_colors_as_the_predictor_does(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    example = importlib.import_module("onnx_example")
+    path = write_png(tmp_path / "deep.png", make_image().astype(np.uint16) * 16)
+    np.testing.assert_array_equal(np.asarray(example.read_image(path)), rgb_array(path))
+    (tmp_path / "cut.png").write_bytes(Path(path).read_bytes()[:1000])
+    for name, words in (("cut.png", "cut.png cannot be read: "), ("gone.png", "No such file")):
+        with pytest.raises(SystemExit, match=words):
+            example.read_image(str(tmp_path / name))
 
 
 @pytest.fixture(scope="module")

@@ -308,8 +308,11 @@ def test_what_is_no_image_is_named(predictor, tmp_path, monkeypatch):
     for given, words in (
         ("gone.png", "The image gone.png does not exist."),
         (tmp_path, "is a folder, no image."),
-        (tmp_path / "notes.txt", "notes.txt is no image, or of a kind that cannot be read."),
-        (tmp_path / "cut.png", "cut.png cannot be decoded: "),
+        (
+            tmp_path / "notes.txt",
+            "notes.txt is empty, no image, or of a kind that Pillow cannot read.",
+        ),
+        (tmp_path / "cut.png", "cut.png cannot be decoded, perhaps it was cut short ("),
         ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png cannot be downloaded: "),
         (7, "An image is a path, a URL, a PIL image, an array or a tensor, or a list of them, not"),
         (make_image() / 255, "An array has to be an image of uint8 (height, width, 3), RGB"),

@@ -7,7 +7,10 @@ It prints a line for each detection: image, class, score and the box x0 y0 x1 y1
 """
 
 import argparse
+import io
 import json
+import sys
+from pathlib import Path
 from typing import List, Optional, Tuple
 
 import numpy as np
@@ -24,11 +27,41 @@ def resized_size(width: int, height: int, short_side: Optional[int], max_size: i
     return [max(1, int(scale * side + 0.5)) for side in (width, height)]
 
 
-def read_images(paths: List[str], short_side: Optional[int], max_size: int) -> List[Image.Image]:
-    """Upright RGB images, resized."""
-    images = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
-    sizes = [resized_size(*image.size, short_side, max_size) for image in images]
-    return [image.resize(size, Image.Resampling.BILINEAR) for image, size in zip(images, sizes)]
+def to_8_bit(levels: np.ndarray) -> np.ndarray:
+    """Levels of more than 8 bits in 8: the greatest says of how many bits they are; those of floats
+    beyond 0 to 1, and of other integers, are stretched between the least and the greatest."""
+    values = np.nan_to_num(levels.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    if levels.dtype.kind == "f" and 0 <= low and high <= 1:
+        low, high = 0, 1
+    elif levels.dtype.kind in "iu" and 0 <= low and high < 65536:
+        low, high = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def read_image(path: str) -> Image.Image:
+    """An upright RGB image, read as in training."""
+    try:
+        # By its path, Pillow would mix up the pixels of some TIFFs that have an orientation.
+        image: Image.Image = Image.open(io.BytesIO(Path(path).read_bytes()))
+        # Of colors with 16 bits, Pillow reads the upper 8.
+        is_deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        sys.exit(f"{path} cannot be read: {error}")
+    if is_deep:
+        return Image.fromarray(to_8_bit(np.asarray(image.convert("RGB")).astype(np.uint16) * 257))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(to_8_bit(np.asarray(image)))
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def resized(image: Image.Image, short_side: Optional[int], max_size: int) -> Image.Image:
+    """An image in the size that the model takes."""
+    size = resized_size(*image.size, short_side, max_size)
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def as_batch(images: List[Image.Image]) -> Tuple[np.ndarray, np.ndarray]:
@@ -51,10 +84,13 @@ def main() -> None:
     session = onnxruntime.InferenceSession(args.model)
     metadata = session.get_modelmeta().custom_metadata_map
     info = {name: json.loads(value) for name, value in metadata.items()}
-    images, image_sizes = as_batch(read_images(args.images, info["short_side"], info["max_size"]))
+    originals = [read_image(path) for path in args.images]
+    images, image_sizes = as_batch(
+        [resized(image, info["short_side"], info["max_size"]) for image in originals]
+    )
     outputs = session.run(None, {"images": images, "image_sizes": image_sizes})
-    for path, boxes, scores, labels, (height, width) in zip(args.images, *outputs, image_sizes):
-        original = ImageOps.exif_transpose(Image.open(path))
+    rows = zip(args.images, originals, *outputs, image_sizes)
+    for path, original, boxes, scores, labels, (height, width) in rows:
         boxes = boxes * np.tile([original.width / width, original.height / height], 2)
         for box, score, label in zip(boxes, scores, labels):
             if score >= info["threshold"]:

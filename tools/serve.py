@@ -20,6 +20,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
 from smca.errors import UserError, exit_code
 from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of, score
+from smca.inference.images import rgb_array
 
 import numpy as np
 from PIL import Image
@@ -143,7 +144,15 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
         # Without the button that shows a picture to others.
         quiet: Dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}
         with gr.Row():
-            image = gr.Image(label="Image", elem_id="image", height=380, buttons=["fullscreen"])
+            # The file itself: Gradio would clip images of 16 bits to white.
+            image = gr.Image(
+                label="Image",
+                elem_id="image",
+                height=380,
+                type="filepath",
+                image_mode=None,
+                buttons=["fullscreen"],
+            )
             drawn = gr.Image(
                 label="Detections: click into a box", elem_id="drawn", height=380, **quiet
             )
@@ -178,11 +187,11 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
                 interactive=False,
             )
 
-        def look(pixels: Optional[np.ndarray], least: float) -> Tuple[Any, ...]:
-            if pixels is None:
+        def look(path: Optional[str], least: float) -> Tuple[Any, ...]:
+            if path is None:
                 return None, None, gr.Radio([], value=None)
             try:
-                result = viewer.look(pixels)
+                result = viewer.look(rgb_array(path))
             except UserError as error:
                 raise gr.Error(str(error)) from error
             return result, *show(result, least)

@@ -27,6 +27,7 @@ from smca.data import (
     remarks_on,
     source_of,
 )
+from smca.data.mapper import level_rule
 
 __all__ = [
     "DataSplit",
@@ -238,6 +239,13 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
         empty = sum(all(a["iscrowd"] for a in item["annotations"]) for item in items)
         if empty:
             remarks.append(f"{name}: {_count(empty, 'image')} without objects.")
+        rules = collections.Counter(level_rule(item["file_name"]) for item in items)
+        remarks += [
+            f"{name}: {_count(count, 'image')} of more than 8 bits, levels from {rule} are read as "
+            "0 to 255."
+            for rule, count in rules.most_common()
+            if rule
+        ]
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))
             for item in items

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import functools
+import io
+import logging
 import os
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -11,11 +14,13 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .errors import DatasetError
 
 PathLike = Union[str, "os.PathLike[str]"]
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "DetrDatasetMapper",
@@ -25,6 +30,10 @@ __all__ = [
     "read_image",
     "upright_size",
 ]
+
+_MAX_TEXT = 1000  # bytes of a PNG's text; compressed, they may be the million that Pillow reads
+_DEEP_COLOR = "color of 16 bits"
+_GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
 
 _EXIF_ORIENTATION = 274
 # What turns an image of the EXIF orientation upright.
@@ -41,23 +50,72 @@ _SIDE_SWAPPING_TRANSPOSES = {_EXIF_TRANSPOSES[orientation] for orientation in (5
 
 
 @contextlib.contextmanager
-def _open_image(path: PathLike) -> Iterator[Image.Image]:
-    """Open `path` with Pillow; whatever goes wrong inside becomes a DatasetError naming it."""
+def _open_image(source: Union[PathLike, BinaryIO]) -> Iterator[Image.Image]:
+    """Open a file with Pillow; whatever goes wrong inside becomes a DatasetError naming it."""
     try:
-        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, io.BytesIO):
+                file: BinaryIO = source
+            else:
+                file = stack.enter_context(PathManager.open(str(source), "rb"))
+            image = stack.enter_context(Image.open(_without_large_texts(file)))
+            image.info[_DEEP_COLOR] = _has_deep_color(image)
             yield image
     except DatasetError:
         raise
     except FileNotFoundError:
         raise DatasetError(
-            f"Image {path} does not exist: restore it, correct the image folder, or remove it "
+            f"Image {source} does not exist: restore it, correct the image folder, or remove it "
             "from the annotation file."
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly every type there is
-        raise DatasetError(
-            f"Image {path} cannot be decoded ({error}): it is truncated or not an image; "
-            "replace it, or remove it from the annotation file."
-        ) from error
+        advice = ": replace it, or remove it from the annotation file."
+        raise DatasetError(unreadable(source, error, advice)) from error
+
+
+def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
+    """A sentence on an image that cannot be read.
+
+    Args:
+        path: of the image.
+        error: what was raised.
+        advice: the sentence's end, where the error does not say what to do itself.
+    """
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return (
+            f"Image {path} has more than {limit:,} pixels, the most that are read, lest one file "
+            "fill the memory: cut it into tiles or make it smaller."
+        )
+    if isinstance(error, UnidentifiedImageError):
+        return f"Image {path} is empty, no image, or of a kind that Pillow cannot read{advice}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"Image {path} cannot be opened ({error.strerror}){advice}"
+    return f"Image {path} cannot be decoded, perhaps it was cut short ({error}){advice}"
+
+
+def _without_large_texts(file: BinaryIO) -> BinaryIO:
+    """A PNG file without color profiles and texts that could be larger than Pillow reads, which
+    then refuses the whole image; any other file as it is."""
+    signature = file.read(8)
+    file.seek(0)
+    if signature != b"\x89PNG\r\n\x1a\n":
+        return file
+    content = file.read()
+    parts, start = [content[:8]], 8
+    while start < len(content):
+        # A chunk is its length (4 bytes), its kind (4), so many bytes, and a checksum (4).
+        length, kind = (
+            int.from_bytes(content[start : start + 4], "big"),
+            content[start + 4 : start + 8],
+        )
+        is_text = kind in (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
+        is_xmp = content[start + 8 : start + 25] == b"XML:com.adobe.xmp"  # says the orientation
+        end = start + 12 + length
+        if not is_text or is_xmp or length <= _MAX_TEXT:
+            parts.append(content[start:end])
+        start = end
+    return io.BytesIO(b"".join(parts))
 
 
 def _exif_transposes(
@@ -75,7 +133,7 @@ def _exif_transposes(
 
 
 def _matching_transpose(
-    image: Image.Image, path: PathLike, height: Optional[int], width: Optional[int]
+    image: Image.Image, path: object, height: Optional[int], width: Optional[int]
 ) -> Optional[Image.Transpose]:
     """How to turn `image` so that it is height x width pixels: upright where that fits, as stored
     where only that does."""
@@ -92,35 +150,76 @@ def _matching_transpose(
     )
 
 
-def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Gray levels of more than 8 bits to uint8, without clipping.
+def _to_8_bit(pixels: np.ndarray) -> Tuple[np.ndarray, str]:
+    """Levels of more than 8 bits to uint8, without clipping.
 
-    Unsigned 16-bit levels keep their fixed range (65535 becomes 255), and so do wider
-    integers that fit 8 or 16 bits. Anything else, floats too, is stretched from its own least
-    to its own greatest value.
+    Returns:
+        The levels, and in words which of the image's became black and white.
     """
-    fixed_range = pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 65535
     values = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0)
-    if fixed_range:
-        eight_bit = pixels.dtype.itemsize > 2 and pixels.max() <= 255
-        low, high = 0, 255 if eight_bit else 65535
+    low, high = values.min(), values.max()
+    if pixels.dtype.kind == "f" and 0 <= low and high <= 1:
+        rule, low, high = "0 to 1", 0, 1
+    elif pixels.dtype.kind in "iu" and 0 <= low and high < 65536:
+        bits = next(bits for bits in _GRAY_BITS if high < 2**bits)
+        rule, low, high = f"0 to {2**bits - 1} ({bits} bits)", 0, 2**bits - 1
     else:
-        low, high = values.min(), values.max()
-    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+        rule = "the image's own least and greatest"
+    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8), rule
+
+
+def _has_deep_color(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has colors of 16 bits, of which Pillow reads 8."""
+    return image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
+
+
+def level_rule(path: PathLike) -> str:
+    """By which levels of an image file of more than 8 bits become 8, in words; "" for any other
+    file."""
+    try:
+        with Image.open(path) as image:
+            return _in_8_bit(image)[1]
+    except Exception:  # what cannot be read is for `check_image` to say
+        return ""
+
+
+def _in_8_bit(image: Image.Image) -> Tuple[Image.Image, str]:
+    """An image of more than 8 bits a level in 8 bits, and the rule by which; any other image as it
+    is, and "".
+
+    Cameras of 10, 12 or 14 bits write these into 16 without a word: the image's greatest level says
+    how many there are.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image)
+    elif image.info.get(_DEEP_COLOR) or _has_deep_color(image):
+        pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
+    else:
+        return image, ""
+    levels, rule = _to_8_bit(pixels)
+    return Image.fromarray(levels), rule
+
+
+@functools.lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or worker.id == 0:
+        logger.warning(message)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB; transparency is
     dropped, as Detectron2 does."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    elif image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
+    image, rule = _in_8_bit(image)
+    if rule and "16 bits" not in rule:
+        _say_once(f"Images of more than 8 bits: levels from {rule} are read as 0 to 255.")
+    if image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def read_image(
-    path: PathLike, height: Optional[int] = None, width: Optional[int] = None
+    path: Union[PathLike, BinaryIO], height: Optional[int] = None, width: Optional[int] = None
 ) -> np.ndarray:
     """Read an image of any mode that Pillow knows (gray, palette, RGBA, CMYK, 1, 16 or 32 bits).
 
@@ -128,7 +227,7 @@ def read_image(
     annotation tools disagree on which of the two they mean.
 
     Args:
-        path: of the image file.
+        path: of the image file, or its content (`io.BytesIO`).
         height, width: expected size in pixels; None accepts any size.
 
     Returns:

@@ -8,10 +8,11 @@ from typing import Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from smca.data import DatasetError, as_rgb, read_image
+from smca.data.mapper import unreadable
 from smca.errors import UserError
 
 __all__ = ["ImageSource", "is_url", "rgb_array"]
@@ -73,7 +74,7 @@ def _read(path: str) -> np.ndarray:
     try:
         return read_image(path)
     except DatasetError as error:
-        raise UserError(_unreadable(path, error.__cause__ or error)) from error
+        raise UserError(unreadable(path, error.__cause__ or error)) from error
 
 
 def _download(url: str) -> np.ndarray:
@@ -85,13 +86,6 @@ def _download(url: str) -> np.ndarray:
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"The image {url} cannot be downloaded: {error}.") from error
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(as_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # Pillow's decoders raise nearly every type there is
-        raise UserError(_unreadable(url, error)) from error
-
-
-def _unreadable(path: str, reason: BaseException) -> str:
-    if isinstance(reason, UnidentifiedImageError):
-        return f"{path} is no image, or of a kind that cannot be read."
-    return f"The image {path} cannot be decoded: {reason}."
+        return read_image(io.BytesIO(content))
+    except DatasetError as error:
+        raise UserError(unreadable(url, error.__cause__ or error)) from error
