@@ -500,7 +500,7 @@ def video(tmp_path):
     cv2 = pytest.importorskip("cv2")
     path = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (500, 480))
-    for seed in range(3):
+    for seed in range(5):
         writer.write(np.repeat(np.repeat(make_image(96, 100, seed), 5, 0), 5, 1))
     writer.release()
     return path
@@ -519,9 +519,9 @@ def test_a_video_becomes_an_mp4_of_as_many_frames(trained, tmp_path, video):
         if not is_read:
             break
         sizes.append(frame.shape)
-    assert sizes == [(480, 500, 3)] * 3
+    assert sizes == [(480, 500, 3)] * 5
     results = read_json(out)
-    assert [r["image_id"] for r in results] == [0] * 6 + [1] * 6 + [2] * 6
+    assert [r["image_id"] for r in results] == np.repeat(range(5), 6).tolist()
 
 
 def test_detections_in_a_video_are_those_of_its_frames(trained, tmp_path, video):
@@ -535,6 +535,57 @@ def test_detections_in_a_video_are_those_of_its_frames(trained, tmp_path, video)
     for result, (box, score, _) in zip(results, expected, strict=True):
         assert result["bbox"] == pytest.approx(box, abs=0.5)
         assert result["score"] == pytest.approx(score, abs=1e-3)
+
+
+def break_frames(path, *numbers):
+    """Overwrite frames of an AVI file with zeros."""
+    data, start, number = bytearray(path.read_bytes()), path.read_bytes().find(b"movi"), 0
+    while (start := data.find(b"00dc", start)) >= 0:
+        size = int.from_bytes(data[start + 4 : start + 8], "little")
+        if number in numbers:
+            data[start + 8 : start + 8 + size] = bytes(size)
+        number, start = number + 1, start + 8 + size
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "broken, announced, kept, words",
+    [
+        ((0,), True, [1, 2, 3, 4], ["1 of 5 frames could not be decoded and were left out."]),
+        ((1, 2), True, [0, 3, 4], ["2 of 5 frames could not be decoded and were left out."]),
+        ((1, 2), False, [0, 3, 4], ["2 of 5 frames could not be decoded and were left out."]),
+        ((3, 4), True, [0, 1, 2], ["film.avi ends after 3 of 5 frames: it may be cut off."]),
+    ],
+)
+def test_a_video_goes_on_after_broken_frames_and_says_what_is_missing(
+    trained, tmp_path, video, capsys, monkeypatch, broken, announced, kept, words
+):
+    import cv2
+
+    class Silent:
+        """A video that does not say how many frames it has."""
+
+        def __init__(self, path):
+            self.video = capture(path)
+            self.read, self.release = self.video.read, self.video.release
+
+        def get(self, key):
+            return 0.0 if key == cv2.CAP_PROP_FRAME_COUNT else self.video.get(key)
+
+    capture = cv2.VideoCapture
+    break_frames(video, *broken)
+    if not announced:
+        monkeypatch.setattr(cv2, "VideoCapture", Silent)
+    out = tmp_path / "out"
+    args = ("--output", out, "--confidence-threshold", 0)
+    assert run(trained, "--video-input", video, *args) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "frames" in line] == [
+        line.replace("film.avi", str(video)) for line in words
+    ]
+    assert sorted({row["image_id"] for row in read_json(out)}) == kept
+    drawn = capture(str(out / "film.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == len(kept)
 
 
 def test_what_is_no_video_is_named(trained, tmp_path, capsys):

@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO
+from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ names no data set that is known here, it is the class index.
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _VIDEO_SUFFIX = ".mp4"
+_MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is over
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -199,14 +201,18 @@ def output_paths(paths: Sequence[str], output: str) -> List[str]:
 
 
 def run_on_video(args: argparse.Namespace) -> int:
-    """As `run_on_images`, of a video's frames; `image_id` counts them."""
+    """As `run_on_images`, of a video's frames; `image_id` counts them, those that cannot be decoded
+    included."""
     cv2 = import_cv2()
     if not os.path.isfile(args.video_input):
         raise UserError(f"The video {args.video_input} does not exist.")
     video = cv2.VideoCapture(args.video_input)
-    is_readable, frame = video.read()
-    if not is_readable:
-        raise UserError(f"{args.video_input} is no video that OpenCV can read.")
+    # Some files do not say how many frames they have.
+    num_frames = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
+    frames = read_frames(video, num_frames)
+    first = next(frames, None)
+    if first is None:
+        raise UserError(f"{args.video_input} is no video that OpenCV can read, or has no frames.")
     output = video_output_path(args.video_input, args.output)
     predictor = predictor_of(args)
     make_folder(os.path.dirname(output) or ".")
@@ -214,15 +220,13 @@ def run_on_video(args: argparse.Namespace) -> int:
     if not 0 < frames_per_second < 1000:  # which some files do not say
         frames_per_second = 25.0
     writer: Any = None  # its size is that of the first drawn frame
-    index = 0
-    # Some files do not say how many frames they have.
-    num_frames = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
+    num_drawn = 0
     progress = tqdm(total=num_frames, unit="frame", disable=None)
     with contextlib.ExitStack() as stack:
         results = stack.enter_context(results_beside(output))
         stack.callback(video.release)
         stack.callback(progress.close)
-        while is_readable:
+        for index, frame in itertools.chain([first], frames):
             image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             detections = predictor(image, threshold=args.confidence_threshold)
             drawn = even_sized(np.asarray(detections.draw()))
@@ -234,11 +238,40 @@ def run_on_video(args: argparse.Namespace) -> int:
                 stack.callback(writer.release)  # or nothing can play what there is
             writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
             results += detections.to_coco(file_name=args.video_input, image_id=index)
-            index += 1
+            num_drawn += 1
             progress.update()
-            is_readable, frame = video.read()
-    print(f"{args.video_input}: {index} frames, {len(results)} detections, drawn in {output}")
-    return 0
+    print(f"{args.video_input}: {num_drawn} frames, {len(results)} detections, drawn in {output}")
+    num_broken = index + 1 - num_drawn
+    if num_broken:
+        print(
+            f"{num_broken} of {index + 1} frames could not be decoded and were left out.",
+            file=sys.stderr,
+        )
+    is_cut = num_frames is not None and index + 1 < num_frames
+    if is_cut:
+        print(
+            f"{args.video_input} ends after {index + 1} of {num_frames} frames: it may be cut off.",
+            file=sys.stderr,
+        )
+    return 1 if num_broken or is_cut else 0
+
+
+def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np.ndarray]]:
+    """The frames of a video that can be decoded, with their numbers in the file from 0.
+
+    Args:
+        video: a `cv2.VideoCapture`.
+        num_frames: how many frames the file says it has; None if it does not say.
+    """
+    number = num_failed = 0  # of frames, and in a row
+    while True:
+        is_readable, frame = video.read()
+        num_failed = 0 if is_readable else num_failed + 1
+        number += 1
+        if is_readable:
+            yield number - 1, frame
+        elif num_failed > _MAX_BROKEN if num_frames is None else number >= num_frames:
+            return
 
 
 def import_cv2() -> ModuleType:
