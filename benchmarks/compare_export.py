@@ -52,11 +52,10 @@ def varied_model(options: Options, config: str) -> SMCA:
     """The config's model with random weights, but scores and weight maps as varied as a trained
     one's."""
     torch.manual_seed(0)
-    model = build_model(options, load_config(config)).eval()
+    model: Any = build_model(options, load_config(config)).eval()
     with torch.no_grad():
         model.class_embed.weight.normal_(std=0.1)
-        layers: Any = model.decoder.layers
-        for layer in layers:
+        for layer in model.decoder.layers:
             if layer.modulation is not None and layer.modulation.spread is not None:
                 layer.modulation.spread.weight.normal_(std=0.02)
     return model

@@ -2,4 +2,4 @@
 
 from .smca_shapes import dataloader, lr_multiplier, model, optimizer, train
 
-model.decoder.modulation = "none"
+model.decoder.modulation = None

@@ -22,7 +22,7 @@ model.embed_dim = 128
 model.dropout = 0.0
 # A map's radius starts at sqrt(beta / 2) cells: now 8 pixels, half a small object. beta = 8 is
 # made for images of 800 pixels.
-model.decoder.beta = 2.0
+model.decoder.modulation.beta = 2.0
 
 dataloader.train.dataset.names = "smca_shapes_train"
 dataloader.test.dataset.names = "smca_shapes_val"

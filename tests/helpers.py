@@ -288,8 +288,9 @@ def make_smca(config):
     """
     model = randomize(instantiate(LazyConfig.load(config).model)).eval()
     with torch.no_grad():
-        model.class_embed.bias.zero_()
-        model.class_embed.weight.mul_(4)
+        for name, parameter in model.named_parameters():
+            if "class_embed" in name:
+                parameter.mul_(0 if name.endswith("bias") else 4)
         for layer in model.decoder.layers:
             if layer.modulation is not None and layer.modulation.spread is not None:
                 layer.modulation.spread.weight.mul_(0.3)

@@ -252,7 +252,7 @@ LIKE_SHAPES = np.linspace(22, 72, 101)
 @pytest.mark.parametrize("num_scales, beta", [(1, 2.0), (3, 0.5)])
 def test_objects_as_in_the_study_get_its_best_settings(num_scales, beta):
     advice = values(recommend(statistics_of(LIKE_SHAPES), 8, num_scales))
-    assert advice["model.decoder.beta"] == beta
+    assert advice["model.decoder.modulation.beta"] == beta
     assert advice["short_sides"] == 128 and advice["model.num_queries"] == 40
     assert "one of stride 8" in advice["scales"]
 
@@ -260,8 +260,11 @@ def test_objects_as_in_the_study_get_its_best_settings(num_scales, beta):
 def test_one_scale_in_place_of_three_is_said_with_its_own_beta():
     statistics = statistics_of(np.full(50, 100), image_size=(400, 400))
     three, one = (recommend(statistics, 16, num_scales) for num_scales in (3, 1))
-    assert f"model.decoder.beta={values(one)['model.decoder.beta']}." in three[-1].reason
-    assert "model.decoder.beta" not in one[-1].reason
+    assert (
+        f"model.decoder.modulation.beta={values(one)['model.decoder.modulation.beta']}."
+        in three[-1].reason
+    )
+    assert "model.decoder.modulation.beta" not in one[-1].reason
 
 
 @pytest.mark.parametrize("num_scales", [1, 3])
@@ -272,7 +275,7 @@ def test_beta_starts_the_models_maps_at_a_third_of_a_small_object(size, num_scal
     advice = values(recommend(statistics, stride, num_scales))
     small = size * advice["short_sides"] / 400
     # As the model is built, before its first step.
-    beta = advice["model.decoder.beta"]
+    beta = advice["model.decoder.modulation.beta"]
     modulation = WeightMapPredictor(embed_dim=8, num_heads=1, num_scales=num_scales, beta=beta)
     scales = [SimpleNamespace(stride=stride << index, size=(9, 9)) for index in range(num_scales)]
     finest = modulation(torch.randn(1, 1, 8), torch.zeros(1, 1, 2), scales)[0]
@@ -366,7 +369,7 @@ def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
     assert "9 problems" in out and "6 x annotation: bbox without area" in out
     assert "annotation 5 (of image 1) has bbox [0, 0, 0, 20]" in out and "..." in out
     assert "annotation 20 " not in out  # the third example
-    assert "model.decoder.beta = " in out
+    assert "model.decoder.modulation.beta = " in out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"check.json", "statistics.png", "training_images.jpg"}
     check = json.loads((tmp_path / "out" / "check.json").read_text(), parse_constant=pytest.fail)
@@ -387,7 +390,7 @@ def test_the_printed_overrides_do_what_the_advice_says(tmp_path, capsys):
     advice = json.loads((tmp_path / "out" / "check.json").read_text())["advice"]
     value = {item["setting"]: item["value"] for item in advice}
     assert cfg.model.num_queries == value["model.num_queries"]
-    assert cfg.model.decoder.beta == value["model.decoder.beta"]
+    assert cfg.model.decoder.modulation.beta == value["model.decoder.modulation.beta"]
     item = {"file_name": f"{image_root}/1.png", "height": 60, "width": 80, "image_id": 1}
     train, test = (instantiate(cfg.dataloader[split].mapper) for split in ("train", "test"))
     shapes = [train({**item, "annotations": []})["image"].shape for _ in range(9)]
@@ -501,8 +504,8 @@ def test_the_convolutional_model_has_beta_for_the_scale_that_its_decoder_reads()
     statistics = statistics_of(np.full(50, 100), image_size=(400, 400))
     conv, same = recommend(statistics, 8, 4, map_stride=16), recommend(statistics, 8, 4)
     # The finest has a radius of sqrt(16 beta stride) pixels.
-    assert values(same)["model.decoder.beta"] == pytest.approx(
-        2 * values(conv)["model.decoder.beta"], rel=0.3
+    assert values(same)["model.decoder.modulation.beta"] == pytest.approx(
+        2 * values(conv)["model.decoder.modulation.beta"], rel=0.3
     )
     assert "at stride 16" in conv[2].reason and "in_features" not in conv[3].reason
 

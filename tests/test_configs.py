@@ -152,8 +152,8 @@ def test_weights_of_losses_and_matching_can_be_set_in_one_place():
     settings = dict(class_weight=1.0, box_weight=2.5, giou_weight=3.0, alpha=0.5, gamma=1.5)
     overrides = [f"model.criterion.{name}={value}" for name, value in settings.items()]
     criterion = build_without_memory(load("smca_r50_50ep", *overrides)).criterion
-    for part in (criterion, criterion.matcher):
-        assert {name: getattr(part, name) for name in settings} == settings
+    for values in ({**vars(criterion), **vars(criterion.class_loss)}, vars(criterion.matcher)):
+        assert {name: values[name] for name in settings} == settings
 
 
 def test_a_config_that_spells_the_matcher_out_still_builds():
@@ -180,7 +180,10 @@ def yacs_config(name):
     ("name", "settings"),
     [
         ("smca_r50_50ep", {"NUM_CLASSES": 5, "ENCODER.PATTERN": "IM"}),
-        ("smca_single_scale_r50_50ep", {"DECODER.SPREAD": "single", "DECODER.BETA": 4.0}),
+        (
+            "smca_single_scale_r50_50ep",
+            {"DECODER.MODULATION.MAP": "single", "DECODER.MODULATION.BETA": 4.0},
+        ),
         ("smca_conv_r50_50ep", {"ENCODER.KERNEL_SIZE": 5, "ENCODER.SHARE_CROSS_SCALE": False}),
         ("detr_r50_50ep", {"NUM_QUERIES": 9}),
     ],
@@ -214,12 +217,12 @@ def test_yacs_setting_that_the_model_lacks_is_named():
     ("override", "message"),
     [
         ("model.encoder.pattern=IXI", "^pattern='IXI'.*letters I"),
-        ("model.decoder.spread=wide", "spread='wide'.*independent"),
-        ("model.decoder.modulation=heads", "modulation='heads'.*multi_head"),
-        ("model.decoder.beta=0", "beta=0.*positive"),
-        ("model.decoder.beta=null", "beta=None.*positive number"),
-        ("model.decoder.offset_gain=0", "offset_gain=0.*positive"),
-        ("model.decoder.offset_gain=near", "offset_gain='near'.*positive number"),
+        ("model.decoder.modulation.map=wide", "^map='wide'.*independent"),
+        ("model.decoder.modulation.beta=0", "^beta=0.*positive"),
+        ("model.decoder.modulation.beta=null", "^beta=None.*positive number"),
+        ("model.decoder.modulation.offset_gain=0", "^offset_gain=0.*positive"),
+        ("model.decoder.modulation.offset_gain=near", "^offset_gain='near'.*positive number"),
+        ("model.decoder.refine=True", "^decoder.refine=True needs queries with boxes"),
         ("model.decoder.num_scales=2", "^in_features .*give 3 scales.*made for 2.*num_scales=3"),
         ("model.backbone.depth=51", "^depth=51.*one of"),
         ("model.max_detections=0", "^max_detections=0"),
@@ -233,10 +236,39 @@ def test_a_bad_model_setting_is_named(override, message):
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("modulation=none", "modulation=null"),
+        ("modulation=head_shared", "modulation.per_head=False"),
+        ("modulation=multi_head", "modulation.per_head=True"),
+        ("spread=single", "modulation.map=single"),
+        ("beta=3.0", "modulation.beta=3.0"),
+        ("offset_gain=2.0", "modulation.offset_gain=2.0"),
+    ],
+)
+def test_settings_of_the_last_release_mean_what_they_did(old, new):
+    models = []
+    for override in (old, new):
+        cfg = load_config("smca_r50_50ep", [f"model.decoder.{override}"])
+        with torch.device("meta"):
+            models.append(build(cfg.model, "model"))
+    states, settings = [[], []], [[], []]
+    for model, found, wanted in zip(models, states, settings):
+        found += [(name, x.shape) for name, x in model.state_dict().items()]
+        predictor = model.decoder.layers[0].modulation
+        wanted.append(None if predictor is None else predictor.settings)
+    assert states[0] == states[1] and settings[0] == settings[1]
+
+
+@pytest.mark.parametrize(
     ("name", "override", "message"),
     [
         ("smca_conv_r50_50ep", "model.encoder.kernel_size=4", "model.encoder.kernel_size=4 must"),
-        ("smca_r50_50ep", "model.decoder.spread=wide", "model.decoder.spread='wide' must be one"),
+        (
+            "smca_r50_50ep",
+            "model.decoder.modulation.beta=0",
+            "model.decoder.modulation.beta=0 must be a positive number",
+        ),
         ("smca_r50_50ep", "model.num_queries=0", "model.num_queries=0 must be at least 1"),
         # What the encoder is given is a reference to the model's.
         ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),

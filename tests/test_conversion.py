@@ -36,13 +36,13 @@ SMALL = [
 TINY = [*SMALL, "model.backbone.depth=18"]
 # Config, its overrides beside those of SMALL, and what the description has to mention.
 MODELS = [
-    (SINGLE, ["model.decoder.spread=fixed"], "type1"),
-    (SINGLE, ["model.decoder.spread=single"], "type2"),
+    (SINGLE, ["model.decoder.modulation.map=smca.modeling.FixedGaussian"], "type1"),
+    (SINGLE, ["model.decoder.modulation.map=smca.modeling.SingleGaussian"], "type2"),
     (SINGLE, [], "type3"),
-    (SINGLE, ["model.decoder.spread=covariance"], "type4"),
+    (SINGLE, ["model.decoder.modulation.map=smca.modeling.CovarianceGaussian"], "type4"),
     (SINGLE, ["model.backbone.depth=101"], "ResNet-101"),
     (SINGLE, ["model.encoder.pattern=III"], "one scale"),
-    (SINGLE, ["model.decoder.modulation=head_shared"], "one scale"),
+    (SINGLE, ["model.decoder.modulation.per_head=False"], "one scale"),
     (MULTI, [], "strides 16, 32, 64"),
     (MULTI, ["model.decoder.scale_selection=False"], "several scales"),
     ("smca_r101_50ep", [], "ResNet-101"),
@@ -100,8 +100,11 @@ def test_finds_config_and_overrides_of_every_model(config, overrides, words):
 
 
 PUBLISHED = {
-    "single_scale_covariance": [SINGLE, "model.decoder.spread=covariance"],
-    "single_scale_fixed": [SINGLE, "model.decoder.spread=fixed"],
+    "single_scale_covariance": [
+        SINGLE,
+        "model.decoder.modulation.map=smca.modeling.CovarianceGaussian",
+    ],
+    "single_scale_fixed": [SINGLE, "model.decoder.modulation.map=smca.modeling.FixedGaussian"],
     "multi_scale": [MULTI],
     "conv_multi_scale": [
         CONV,
@@ -243,7 +246,7 @@ def test_converted_detr_computes_detrs_boxes(detr):
         outputs, _ = reference.decoder(detr, position, *memory, sizes, settings)
         _, boxes = reference.heads(detr, outputs, None)
         images = model.eval().preprocess([{"image": image.permute(2, 0, 1)}])
-        predictions = model.predict(model.decode(images))
+        predictions = model.forward_head(model.forward_features(images))
     # The queries of such weights differ little, so the tolerance is tight.
     assert boxes[-1].std(dim=1).max() > 2e-4
     torch.testing.assert_close(predictions.boxes_cxcywh[-1], boxes[-1], rtol=0, atol=1e-6)

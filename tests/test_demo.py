@@ -333,7 +333,7 @@ def test_a_yacs_config_gives_the_same_detections(tmp_path):
     "line, words",
     [
         ("MODEL.META_ARCHITECTURE SMCAA", "SMCAA"),
-        ("MODEL.SMCA.DECODER.SPREAD foo", "foo"),
+        ("MODEL.SMCA.DECODER.MODULATION.MAP foo", "foo"),
         ("MODEL.DEVICE gpu", "MODEL.DEVICE=gpu cannot be used"),
     ],
 )

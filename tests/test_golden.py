@@ -27,13 +27,25 @@ VARIANT = ["model.encoder.pattern=MIM", "model.decoder.scale_selection=False"]
 
 # Config and overrides of each case, beside the common ones.
 CASES = {
-    "single_scale_fixed": ("smca_single_scale_r50_50ep", ["model.decoder.spread=fixed"]),
-    "single_scale_single": ("smca_single_scale_r50_50ep", ["model.decoder.spread=single"]),
+    "single_scale_fixed": (
+        "smca_single_scale_r50_50ep",
+        ["model.decoder.modulation.map=smca.modeling.FixedGaussian"],
+    ),
+    "single_scale_single": (
+        "smca_single_scale_r50_50ep",
+        ["model.decoder.modulation.map=smca.modeling.SingleGaussian"],
+    ),
     "single_scale_independent": ("smca_single_scale_r50_50ep", []),
-    "single_scale_covariance": ("smca_single_scale_r50_50ep", ["model.decoder.spread=covariance"]),
+    "single_scale_covariance": (
+        "smca_single_scale_r50_50ep",
+        ["model.decoder.modulation.map=smca.modeling.CovarianceGaussian"],
+    ),
     "single_scale_odd_sizes": ("smca_single_scale_r50_50ep", []),
     "multi_scale": ("smca_r50_50ep", []),
-    "multi_scale_variant": ("smca_r50_50ep", ["model.decoder.spread=single", *VARIANT]),
+    "multi_scale_variant": (
+        "smca_r50_50ep",
+        ["model.decoder.modulation.map=smca.modeling.SingleGaussian", *VARIANT],
+    ),
     "conv_multi_scale": ("smca_conv_r50_50ep", CONV),
     "conv_multi_scale_odd_size": ("smca_conv_r50_50ep", CONV),
     "conv_multi_scale_batch": ("smca_conv_r50_50ep", CONV),
@@ -99,7 +111,7 @@ def run(model, batch):
     with torch.no_grad():
         detections = [result["instances"] for result in model.eval()(batch)]
     predictions = []
-    hook = model.criterion.register_forward_pre_hook(lambda _, args: predictions.extend(args[:2]))
+    hook = model.criterion.register_forward_pre_hook(lambda _, args: predictions.extend(args[0]))
     losses = model.train()(batch)
     hook.remove()
     sum(losses.values()).backward()

@@ -19,10 +19,10 @@ from helpers import (
 from smca.modeling import kernels
 from smca.modeling.attention import CoAttention, MultiheadAttention
 from smca.modeling.kernels import attend, fit_channels
-from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMapPredictor
+from smca.modeling.weight_map import MAPS, Modulation, WeightMapPredictor
 
 D, H, Q, B = 32, 4, 5, 2
-MODULATED = [name for name in MODULATIONS if name != "none"]
+MODULATED = ["multi_head", "head_shared"]
 HALF_TYPES = [torch.bfloat16, torch.float16]
 # What rounding of the inputs and of the result costs any attention, of the largest value.
 ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -54,7 +54,7 @@ def random_gaussians(size, spread, num_queries=Q, num_heads=H, seed=0):
 def make_map(centers, spreads, spread, size, beta=8.0, factor=1.0):
     """The package's map of one scale of (h, w) cells, of centers (B, Q, H, 2) and spreads
     (B, Q, H, n)."""
-    return SPREADS[spread](centers.transpose(1, 2), spreads.transpose(1, 2), factor / beta, size)
+    return MAPS[spread](centers.transpose(1, 2), spreads.transpose(1, 2), factor / beta, size)
 
 
 def logit_factor(dtype):
@@ -129,7 +129,7 @@ def test_attention_dropout_is_off_in_eval():
 # ------------------------------------------------------------------- log-weights of the Gaussians
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 def test_log_weights_equal_the_reference(spread):
     inputs = random_gaussians((6, 8), spread)
     expected = reference.log_weights(6, 8, *inputs.values(), spread, beta=8.0, factor=0.5)
@@ -194,7 +194,7 @@ def test_channels_pass_on_the_gradients_of_the_log_weights(spread, dtype):
     assert_same_gradients(maps, expected, used(inputs, spread), tolerance)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 def test_no_weight_is_more_than_one(spread):
     inputs = random_gaussians((6, 8), spread)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_no_weight_is_more_than_one(spread):
 
 @pytest.mark.parametrize("value", [64.0, 1000.0, 65504.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
-@pytest.mark.parametrize("spread", [name for name in SPREADS if name != "fixed"])
+@pytest.mark.parametrize("spread", [name for name in MAPS if name != "fixed"])
 def test_the_narrowest_map_reads_the_cell_at_its_center(spread, dtype, value):
     size, cells = (100, 168), torch.tensor([[0, 0], [167, 99], [84, 50], [3, 98]])
     centers = (cells + torch.tensor([0.2, -0.1]))[None, :, None].requires_grad_()
@@ -221,7 +221,7 @@ def test_the_narrowest_map_reads_the_cell_at_its_center(spread, dtype, value):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 def test_in_float16_no_map_is_nan_wherever_its_center_is(spread):
     size, centers = (25, 42), torch.tensor([[65504.0, 0.0], [-65504.0, 65504.0]])[None, :, None]
     query, key = (torch.zeros(1, 1, n, D, dtype=torch.float16) for n in (2, 25 * 42))
@@ -311,7 +311,7 @@ def coco_sized_case(size, spread):
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["without dropout", "with dropout"])
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-@pytest.mark.parametrize("spread", [None, *SPREADS])
+@pytest.mark.parametrize("spread", [None, *MAPS])
 def test_half_precision_costs_modulated_attention_no_more_than_plain(spread, dtype, dropout):
     # Dropout of next to nothing takes the way of dropout, and the result is still known.
     size = (25, 42)
@@ -331,7 +331,7 @@ def test_half_precision_costs_modulated_attention_no_more_than_plain(spread, dty
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding(spread, dtype):
     size = (25, 42)
     inputs, expected = coco_sized_case(size, spread)
@@ -368,7 +368,7 @@ def co_attention_case(strides, spread=None, seed=0):
 
 
 @pytest.mark.parametrize("scale_selection", [False, True])
-@pytest.mark.parametrize("spread", [None, *SPREADS])
+@pytest.mark.parametrize("spread", [None, *MAPS])
 @pytest.mark.parametrize("strides", [[32], [16, 32, 64]], ids=["one scale", "three scales"])
 def test_co_attention_equals_the_reference(strides, spread, scale_selection):
     attention = randomize(CoAttention(D, H))
@@ -430,14 +430,8 @@ def test_what_padding_holds_does_not_reach_the_co_attention(modulated):
 
 
 def make_predictor(num_scales, modulation, spread, beta=8.0):
-    return WeightMapPredictor(
-        embed_dim=D,
-        num_heads=H,
-        num_scales=num_scales,
-        modulation=modulation,
-        spread=spread,
-        beta=beta,
-    )
+    settings = Modulation(map=spread, per_head=modulation == "multi_head", beta=beta)
+    return WeightMapPredictor(settings, embed_dim=D, num_heads=H, num_scales=num_scales)
 
 
 def modulation_state_dict(modulation, name):
@@ -450,7 +444,7 @@ def modulation_state_dict(modulation, name):
     return state_dict
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 @pytest.mark.parametrize("modulation", MODULATED)
 @pytest.mark.parametrize(
     "strides", [[32], [8], [16, 32, 64], [16, 16, 32, 64]], ids=lambda strides: str(strides)
@@ -480,7 +474,7 @@ def test_weight_map_predictor_equals_the_reference(strides, modulation, spread, 
     assert_same_gradients(maps, expected, {**inputs, **state_dict})
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 @pytest.mark.parametrize("modulation", MODULATED)
 def test_spread_starts_at_one_for_every_query(modulation, spread):
     module = make_predictor(3, modulation, spread, beta=8.0)
@@ -504,7 +498,7 @@ def test_offsets_start_in_proportion_to_the_maps_also_outside_of_a_decoder(beta,
     assert_uniform(weight, gain * (6 / sum(weight.shape)) ** 0.5)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", MAPS)
 @pytest.mark.parametrize("modulation", MODULATED)
 def test_weight_map_predictor_has_no_unused_parameter(modulation, spread):
     module = randomize(make_predictor(3, modulation, spread))
@@ -556,7 +550,7 @@ def largest_tensor(strides, spread, num_queries, dropout=0.0, full_map=False):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("spread", [None, *SPREADS])
+@pytest.mark.parametrize("spread", [None, *MAPS])
 @pytest.mark.parametrize("strides", [[16], [16, 32]], ids=["one scale", "two scales"])
 def test_no_full_map_is_built_forward_or_backward(strides, spread, dropout, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_CHUNK", 1 << 16)
@@ -570,7 +564,7 @@ def test_a_full_map_would_be_noticed():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("spread", [None, *SPREADS])
+@pytest.mark.parametrize("spread", [None, *MAPS])
 def test_no_full_map_is_kept_for_the_backward_pass(spread, dropout, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_CHUNK", 1 << 16)
     num_heads, num_queries, size = 8, 400, (20, 24)

@@ -1,6 +1,7 @@
 """Frozen batch norm folded into convolutions: the same function, names and gradients."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -8,14 +9,16 @@ import torchvision
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from torch import nn
 
-from smca.modeling import neck
+from smca.modeling import backbone, neck
 from smca.modeling.backbone import FrozenNormConv2d, build_resnet, fold_frozen_norms
 
 
 def resnet(depth=18, norm="FrozenBN", freeze_at=2, **settings):
-    return build_resnet(
-        depth=depth, out_features=["res5"], norm=norm, freeze_at=freeze_at, **settings
-    )
+    """Without the folding."""
+    with mock.patch.object(backbone, "fold_frozen_norms"):
+        return build_resnet(
+            depth=depth, out_features=["res5"], norm=norm, freeze_at=freeze_at, **settings
+        )
 
 
 def randomize_norms(module, seed=0):
@@ -87,7 +90,9 @@ def test_a_folded_resnet_equals_the_plain_one(depth):
 
 
 def test_every_norm_of_a_resnet_is_folded():
-    modules = list(fold_frozen_norms(resnet(50)).modules())
+    modules = list(
+        build_resnet(depth=50, out_features=["res5"], norm="FrozenBN", freeze_at=2).modules()
+    )
     norms = sum(isinstance(m, FrozenBatchNorm2d) for m in modules)
     assert norms == sum(isinstance(m, FrozenNormConv2d) for m in modules) == 53
 

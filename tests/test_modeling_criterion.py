@@ -12,8 +12,9 @@ import reference
 from helpers import assert_close, assert_same_gradients, leaves, random_predictions, random_targets
 from smca.engine.trainer import Trainer
 from smca.errors import NonFiniteError
+from smca.modeling.class_loss import FocalLoss, VarifocalLoss
 from smca.modeling.criterion import SetCriterion
-from smca.modeling.matcher import Targets
+from smca.modeling.matcher import Matching, Predictions, Targets
 
 C, Q = 6, 5
 
@@ -49,7 +50,7 @@ def reference_losses(inputs, targets):
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_losses_equal_the_reference(num_layers, num_objects):
     inputs, targets = random_inputs(num_layers, num_objects)
-    losses = SetCriterion()(*inputs.values(), targets)
+    losses = SetCriterion()(Predictions(*inputs.values()), targets)
     expected = reference_losses(inputs, targets)
     assert set(losses) == set(expected)
     for name, value in expected.items():
@@ -63,15 +64,17 @@ def test_names_number_all_layers_but_the_last():
     inputs, targets = random_inputs(3, [1, 2])
     kinds = ("loss_ce", "loss_bbox", "loss_giou")
     names = {kind + suffix for kind in kinds for suffix in ("", "_0", "_1")}
-    assert set(SetCriterion()(*inputs.values(), targets)) == names
+    assert set(SetCriterion()(Predictions(*inputs.values()), targets)) == names
 
 
 @pytest.mark.parametrize("kind", ["ce", "bbox", "giou"])
 def test_each_loss_has_its_weight(kind):
     weight = {"ce": "class_weight", "bbox": "box_weight", "giou": "giou_weight"}[kind]
     inputs, targets = random_inputs(2, [2, 1])
-    plain = SetCriterion()(*inputs.values(), targets)
-    heavy = SetCriterion(**{weight: 7.0}, matcher=SetCriterion().matcher)(*inputs.values(), targets)
+    plain = SetCriterion()(Predictions(*inputs.values()), targets)
+    heavy = SetCriterion(**{weight: 7.0}, matcher=SetCriterion().matcher)(
+        Predictions(*inputs.values()), targets
+    )
     for name in plain:
         factor = 7 / reference.LOSS_WEIGHTS[f"loss_{kind}"] if f"_{kind}" in name else 1.0
         assert_close(heavy[name], plain[name] * factor, 1e-5)
@@ -79,7 +82,9 @@ def test_each_loss_has_its_weight(kind):
 
 def test_the_focal_loss_has_its_alpha_and_gamma():
     inputs, targets = random_inputs(1, [0, 0])
-    losses = SetCriterion(class_weight=1.0, alpha=0.4, gamma=1.0)(*inputs.values(), targets)
+    losses = SetCriterion(class_weight=1.0, alpha=0.4, gamma=1.0)(
+        Predictions(*inputs.values()), targets
+    )
     p = inputs["logits"].sigmoid()  # nothing is there to be found
     assert_close(losses["loss_ce"], (0.6 * p * -(1 - p).log()).sum(), 1e-5)
 
@@ -87,7 +92,8 @@ def test_the_focal_loss_has_its_alpha_and_gamma():
 def test_matching_has_the_weights_of_the_losses():
     weights = dict(class_weight=1.5, box_weight=3.0, giou_weight=0.5, alpha=0.4, gamma=1.0)
     criterion = SetCriterion(**weights)
-    assert {name: getattr(criterion, name) for name in weights} == weights
+    loss = {**vars(criterion), **vars(criterion.class_loss)}
+    assert {name: loss[name] for name in weights} == weights
     assert {name: getattr(criterion.matcher, name) for name in weights} == weights
 
 
@@ -96,7 +102,7 @@ def test_another_matcher_is_used_and_weights_for_it_alone_are_an_error():
     matcher = SetCriterion().matcher
     matcher.register_forward_hook(lambda *_: matched.append(True))
     matched = []
-    SetCriterion(matcher=matcher)(*inputs.values(), targets)
+    SetCriterion(matcher=matcher)(Predictions(*inputs.values()), targets)
     assert matched
     with pytest.raises(ValueError, match="matcher must be a module.*class_weight"):
         SetCriterion(matcher={"class_weight": 3.0})
@@ -110,23 +116,68 @@ def test_one_prediction_that_is_not_finite_makes_the_losses_so(which, value, num
     inputs, targets = random_inputs(2, num_objects, num_queries=9)
     inputs["logits"].data[0, 0, 8] = -30.0
     inputs[which].data[0, 0, 8, 3] = value
-    losses = SetCriterion()(*inputs.values(), targets)
+    losses = SetCriterion()(Predictions(*inputs.values()), targets)
     assert not sum(losses[f"loss_{kind}_0"] for kind in ("ce", "bbox", "giou")).isfinite()
     assert all(losses[f"loss_{kind}"].isfinite() for kind in ("ce", "bbox", "giou"))
+
+
+@pytest.mark.parametrize("class_loss", [FocalLoss(), VarifocalLoss()])
+def test_a_matching_that_somebody_else_made_is_taken(class_loss):
+    inputs, targets = random_inputs(2, [2, 1])
+    predictions = Predictions(*inputs.values())
+    criterion = SetCriterion(class_loss=class_loss)
+    expected = criterion(predictions, targets)
+    matching = criterion.matcher(*predictions, targets)
+    criterion.matcher = None
+    given = criterion(predictions, targets, matching)
+    assert all(torch.equal(given[name], value) for name, value in expected.items())
+    # Twice in two groups is once.
+    twice = Matching(*(None if x is None else torch.cat([x, x]) for x in matching))
+    for name, value in criterion.by_layer(predictions, targets, twice, groups=2).items():
+        if name != "loss_ce":  # a prediction's class counts once, however often it is matched
+            assert_close(value[1], expected[name], 1e-6)
+
+
+def test_varifocal_truth_is_the_iou_of_the_box():
+    (target,) = random_targets([1], C)
+    boxes = target.boxes_cxcywh.clone()
+    boxes[:, 2] *= 0.5  # IoU 1/2
+    logits = torch.randn(1, 1, 1, C)
+    losses = SetCriterion(class_weight=1.0, class_loss=VarifocalLoss())(
+        Predictions(logits, boxes[None, None]), [target]
+    )
+    p = logits[0, 0, 0].sigmoid()
+    expected = -0.75 * p**2 * (1 - p).log()
+    positive = p[target.labels[0]]
+    expected[target.labels[0]] = -0.5 * (0.5 * positive.log() + 0.5 * (1 - positive).log())
+    assert_close(losses["loss_ce"], expected.sum(), 1e-5)
+
+
+def test_weights_of_pairs_are_factors_and_the_truth():
+    inputs, targets = random_inputs(1, [2])
+    predictions = Predictions(*inputs.values())
+    zero, indices = torch.zeros(2, dtype=torch.long), torch.arange(2)
+    criterion = SetCriterion(class_loss=VarifocalLoss())
+    both = Matching(zero, zero, indices, indices, torch.tensor([3.0, 0.0]))
+    one = Matching(zero[:1], zero[:1], indices[:1], indices[:1])
+    losses, expected = (criterion.by_layer(predictions, targets, m) for m in (both, one))
+    # Divided by 3, the sum of the weights, and by 2 objects.
+    for name in ("loss_bbox", "loss_giou"):
+        assert_close(losses[name], expected[name] * 2, 1e-6)
 
 
 def test_layers_are_matched_each_by_itself():
     inputs, targets = random_inputs(2, [2])
     flipped = [x.flip(0) for x in inputs.values()]
-    losses = SetCriterion()(*inputs.values(), targets)
-    swapped = SetCriterion()(*flipped, targets)
+    losses = SetCriterion()(Predictions(*inputs.values()), targets)
+    swapped = SetCriterion()(Predictions(*flipped), targets)
     for kind in ("ce", "bbox", "giou"):
         assert_close(swapped[f"loss_{kind}_0"], losses[f"loss_{kind}"], 1e-6)
 
 
 def test_batch_without_objects_still_reaches_the_boxes():
     inputs, targets = random_inputs(2, [0, 0])
-    losses = SetCriterion()(*inputs.values(), targets)
+    losses = SetCriterion()(Predictions(*inputs.values()), targets)
     sum(losses.values()).backward()
     assert losses["loss_ce"] > 0
     assert losses["loss_bbox"] == losses["loss_giou"] == 0
@@ -139,7 +190,7 @@ def test_perfect_predictions_cost_almost_nothing():
     logits = torch.full((1, 1, 3, C), -20.0)
     for query, label in enumerate(target.labels):
         logits[0, 0, query, label] = 20.0
-    losses = SetCriterion()(logits, target.boxes_cxcywh[None, None], [target])
+    losses = SetCriterion()(Predictions(logits, target.boxes_cxcywh[None, None]), [target])
     assert all(abs(value) < 1e-4 for value in losses.values())
 
 
@@ -147,7 +198,7 @@ def test_losses_of_certain_and_empty_predictions_are_finite():
     inputs, targets = random_inputs(1, [2, 1])
     inputs["logits"].data.sign_().mul_(300)
     inputs["boxes"].data[..., 2:] = 0
-    total = sum(SetCriterion()(*inputs.values(), targets).values())
+    total = sum(SetCriterion()(Predictions(*inputs.values()), targets).values())
     total.backward()
     assert total.isfinite()
     assert inputs["logits"].grad.isfinite().all() and inputs["boxes"].grad.isfinite().all()
@@ -157,7 +208,7 @@ def test_half_precision_logits_give_float32_losses():
     inputs, targets = random_inputs(2, [2, 1])
     rounded = leaves({name: x.bfloat16().float() for name, x in inputs.items()})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = SetCriterion()(*(x.bfloat16() for x in rounded.values()), targets)
+        losses = SetCriterion()(Predictions(*(x.bfloat16() for x in rounded.values())), targets)
     for name, value in reference_losses(rounded, targets).items():
         assert losses[name].dtype == torch.float32
         assert_close(losses[name], value, 1e-5)
@@ -167,7 +218,7 @@ def losses_of_process(rank, store, num_objects, queue):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(num_objects))
     inputs, targets = random_inputs(1, [num_objects[rank]])
-    losses = SetCriterion()(*inputs.values(), targets)
+    losses = SetCriterion()(Predictions(*inputs.values()), targets)
     queue.put((rank, {name: value.item() for name, value in losses.items()}))
     dist.barrier()
     dist.destroy_process_group()
@@ -207,7 +258,7 @@ class Predictor(torch.nn.Module):
 
     def forward(self, batch):
         logits, boxes, targets = batch
-        return self.criterion(logits + self.shift, boxes + self.shift, targets)
+        return self.criterion(Predictions(logits + self.shift, boxes + self.shift), targets)
 
 
 def error_of_process(rank, store, queue):
@@ -247,7 +298,7 @@ def test_labels_out_of_order_and_repeated_classes():
     inputs, _ = random_inputs(1, [3])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4], [0.7, 0.2, 0.3, 0.1]])
     targets = [Targets(torch.tensor([5, 0, 5]), boxes)]
-    losses = SetCriterion()(*inputs.values(), targets)
+    losses = SetCriterion()(Predictions(*inputs.values()), targets)
     for name, value in reference_losses(inputs, targets).items():
         assert_close(losses[name], value, 1e-5)
 
@@ -278,7 +329,7 @@ def test_losses_take_one_transfer_to_the_host(num_layers, num_objects, monkeypat
 
         monkeypatch.setattr(torch.Tensor, name, method)
     with HostReads() as reads:
-        losses = SetCriterion()(*inputs.values(), targets)
+        losses = SetCriterion()(Predictions(*inputs.values()), targets)
     assert sum(losses.values()).requires_grad
     # What the host reads of the copy (the numbers for SciPy) waits for nothing.
     assert transfers == ["cpu", "numpy"]

@@ -19,13 +19,14 @@ from official_names import official_state_dict
 from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
-from smca.modeling.weight_map import MODULATIONS, SPREADS, WeightMap
+from smca.modeling.queries import Queries
+from smca.modeling.weight_map import MAPS, Modulation, WeightMap
 
 D, H, FFN, Q = 32, 4, 48, 5
 SIZES = dict(embed_dim=D, num_heads=H, ffn_dim=FFN, dropout=0.0)
 
 # (modulation, spread); without modulation the spread has no meaning.
-MODES = [(m, s) for m in MODULATIONS for s in SPREADS if m != "none"] + [("none", "independent")]
+MODES = [(m, s) for m in ("multi_head", "head_shared") for s in MAPS] + [("none", "independent")]
 
 
 def make_decoder(num_scales=1, num_layers=2, dropout=0.0, **settings):
@@ -51,7 +52,8 @@ def pixel_sizes(image_sizes=None):
 
 def decode(decoder, scales, position=None, image_sizes=None):
     position = query_position() if position is None else position
-    return decoder(scales, position, pixel_sizes(image_sizes))
+    content = torch.zeros_like(position).expand(len(scales[0].tokens), -1, -1)
+    return decoder(scales, Queries(content, position), pixel_sizes(image_sizes))
 
 
 def reference_decode(state_dict, scales, position, settings, image_sizes=None):
@@ -91,13 +93,14 @@ def assert_equals_reference(strides, modulation, spread, scale_selection, beta=8
         beta=beta,
     )
     expected, r = reference_decode(state_dict, scales, inputs["query_position"], settings)
-    hidden, center = decode(decoder, scales, inputs["query_position"])
+    hidden, references = decode(decoder, scales, inputs["query_position"])
     assert hidden.shape == (num_layers, len(IMAGE_SIZES), Q, D)
     outputs, expected = [hidden], [torch.stack(expected)]
     if modulation == "none":
-        assert center is None
+        assert references is None
     else:
-        outputs, expected = outputs + [center], expected + [r]
+        assert (references == references[0]).all()
+        outputs, expected = outputs + [references[-1]], expected + [r]
     for got, wanted in zip(outputs, expected, strict=True):
         assert_close(got, wanted)
     # Through the Gaussians and two layers, gradients collect a little more than outputs.
@@ -194,7 +197,7 @@ def test_later_layers_look_around_the_first_layers_center():
     (scale,) = make_scales([8], [(96, 128)] * 2)
     output = decode(decoder, [scale], image_sizes=[(96, 128)] * 2)
     moved = decode(decoder, [scale], image_sizes=[(48, 64)] * 2)
-    assert torch.equal(output.reference, moved.reference)
+    assert torch.equal(output.references, moved.references)
     assert not torch.allclose(output.hidden[1], moved.hidden[1])
 
 
@@ -208,11 +211,12 @@ class Disc(WeightMap):
         return -((self.factor * (dx**2 + dy**2)) ** 2) * a**2
 
 
-@pytest.mark.parametrize("modulation", ["multi_head", "head_shared"])
+@pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_shape_is_a_class_and_a_name(modulation, dropout, monkeypatch):
-    monkeypatch.setitem(SPREADS, "disc", Disc)
-    decoder = make_decoder(2, 2, dropout, modulation=modulation, spread="disc")
+def test_a_map_of_ones_own_is_a_setting(per_head, dropout):
+    path = f"{__name__}.Disc"
+    assert Modulation(path).map is Disc
+    decoder = make_decoder(2, 2, dropout, modulation=Modulation(Disc, per_head=per_head))
     weighted_sum([decode(decoder, make_scales([16, 32])).hidden]).backward()
     for layer in decoder.layers:
         assert layer.modulation.spread.weight.grad.any()
@@ -230,7 +234,9 @@ def test_every_shape_compiles(spread):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("key, value", [("modulation", "sometimes"), ("spread", "wide")])
+@pytest.mark.parametrize(
+    "key, value", [("modulation", "sometimes"), ("spread", "wide"), ("spread", "os.path")]
+)
 def test_unknown_mode_is_an_error_that_names_it(key, value):
     with pytest.raises(ValueError, match=value):
         make_decoder(**{key: value})
@@ -337,7 +343,7 @@ def test_decoder_builds_no_full_map(modulation, spread, dropout, monkeypatch):
     )
     scales, _ = with_leaves(make_scales([16, 32], sizes))
     with LargestTensor() as largest:
-        output = decoder(scales, query_position(num_queries), pixel_sizes(sizes))
+        output = decode(decoder, scales, query_position(num_queries), sizes)
         weighted_sum([output.hidden]).backward()
     assert largest.num_elements < 2 * 8 * num_queries * scales[0].tokens.shape[1] / 2
 

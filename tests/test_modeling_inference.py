@@ -158,7 +158,7 @@ def test_predictions_of_all_layers_equal_the_reference(kind, encoder_settings, d
     settings = {"encoder_settings": encoder_settings, "decoder_settings": decoder_settings}
     model = randomize(make_model(kind, **settings))
     inputs = make_inputs([0, 0])
-    predictions = model.train().predict(model.decode(model.preprocess(inputs)))
+    predictions = model.train().forward_head(model.forward_features(model.preprocess(inputs)))
     logits, boxes = reference_predictions(model, kind, inputs, **settings)
     assert_close(predictions.logits, torch.stack(logits))
     assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
@@ -178,7 +178,7 @@ def test_dropout_is_where_the_reference_has_it(kind, spread, monkeypatch):
     model = randomize(make_model(kind, dropout=0.1, **settings)).train()
     inputs = make_inputs([0, 0])
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
-    predictions = model.predict(model.decode(model.preprocess(inputs)))
+    predictions = model.forward_head(model.forward_features(model.preprocess(inputs)))
     straight, _ = reference_predictions(model, kind, inputs, **settings)
     monkeypatch.setattr(reference, "dropout", bend)
     logits, boxes = reference_predictions(model, kind, inputs, **settings)
@@ -299,7 +299,7 @@ def random_predictions(num_images=2):
 def test_detections_equal_the_reference(max_detections):
     model = make_model(max_detections=max_detections)
     predictions, inputs = random_predictions(), make_inputs()
-    results = model.inference(predictions, inputs, IMAGE_SIZES)
+    results = model.postprocess(predictions, inputs, IMAGE_SIZES)
     assert len(results) == 2
     for i, result in enumerate(results):
         detections = result["instances"]
@@ -318,7 +318,7 @@ def test_one_query_may_give_several_classes():
     model = make_model()
     predictions = random_predictions(1)
     predictions.logits[0, 0, 2] = 9.0
-    detections = model.inference(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
+    detections = model.postprocess(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
     assert sorted(detections.pred_classes[:C].tolist()) == list(range(C))
     assert detections.query_indices[:C].tolist() == [2] * C
 
@@ -327,7 +327,7 @@ def test_boxes_reach_over_the_edge_of_the_image():
     model = make_model()
     predictions = random_predictions(1)
     predictions.boxes_cxcywh[0, 0] = torch.tensor([0.1, 0.5, 0.4, 0.2])
-    detections = model.inference(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
+    detections = model.postprocess(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
     width = make_inputs()[0]["width"]
     assert_close(detections.pred_boxes.tensor[:, 0], torch.full((Q,), -0.1 * width), 1e-5)
 
@@ -412,7 +412,8 @@ def test_what_the_features_hold_under_padding_does_not_reach_the_predictions():
     ]
     outputs = []
     for given in (scales, dirty):
-        decoded = model.decoder(model.encoder(given), model.query_embed.weight, sizes)
-        outputs.append(model.predict(decoded))
+        encoded = model.encoder(given)
+        output = model.decoder(encoded, model.query_embed(encoded, sizes), sizes)
+        outputs.append(model.forward_head(output))
     assert_close(outputs[1].logits, outputs[0].logits)
     assert_close(outputs[1].boxes_cxcywh, outputs[0].boxes_cxcywh)

@@ -26,7 +26,7 @@ from smca.analysis import (
 )
 from smca.errors import UserError, exit_code
 from smca.inference import Predictor
-from smca.modeling.weight_map import SPREADS
+from smca.modeling.weight_map import MAPS
 
 
 def make_record(head_centers, precisions, strides=(8,), scale_weights=None, spread=None):
@@ -34,7 +34,7 @@ def make_record(head_centers, precisions, strides=(8,), scale_weights=None, spre
     The spreads are the precisions' roots."""
     spread = spread or ("covariance" if len(precisions[0][0]) == 3 else "independent")
     weight_maps = [
-        SPREADS[spread](
+        MAPS[spread](
             centers=torch.tensor(centers)[None, :, None],
             spreads=torch.tensor(p).sqrt()[None, :, None],
             factor=1.0,
@@ -326,7 +326,7 @@ def test_errors_say_what_is_missing(predictor, tmp_path):
         collect(predictor, [make_item(tmp_path, [BOX], [3])[0]])
     with pytest.raises(UserError, match="no objects"):
         collect(predictor, [make_item(tmp_path, [], [])[0]])
-    with pytest.raises(NoModulationError, match="modulation=none"):
+    with pytest.raises(NoModulationError, match="modulation=null"):
         Recorder(make_smca(write_smca_config(tmp_path, "detr")))
 
 
@@ -494,4 +494,4 @@ def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys):
 def test_detr_has_nothing_to_draw(tmp_path, data, capsys):
     run = write_training(tmp_path, "detr")
     assert command(run, data) == 1
-    assert "model.decoder.modulation=none" in capsys.readouterr().err
+    assert "model.decoder.modulation=null" in capsys.readouterr().err

@@ -106,20 +106,21 @@ def run(name, dtype):
     targets = [model._targets(x) for x in batch]
     matcher = model.criterion.matcher
     with autocast(dtype):
-        decoded = model.decode(model.preprocess(batch))
-        predictions = model.predict(decoded)
+        output = model.forward_features(model.preprocess(batch))
+        predictions = model.forward_head(output)
         # Always that of float32: of two queries that suit an object alike, rounding may choose.
         logits, boxes = exact or predictions
         matching = matcher(logits, boxes, targets)
         with mock.patch.object(HungarianMatcher, "forward", lambda *args: matching):
-            losses = model.criterion(*predictions, targets)
+            losses = model.criterion(predictions, targets)
     for hook in hooks:
         hook.remove()
     # float16 would lose small gradients without the factor that the trainer uses, too.
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(1024 * sum(losses.values()), parameters)
     gradient = torch.cat([g.flatten() / 1024 for g in gradients])
-    return Outputs(decoded.reference, weight_maps, predictions, losses, gradient)
+    references = None if output.references is None else output.references[0]
+    return Outputs(references, weight_maps, predictions, losses, gradient)
 
 
 def largest(a, b):
@@ -197,9 +198,9 @@ def test_heads_look_where_float32_says_of_the_same_queries(name, dtype):
 def test_boxes_and_classes_are_those_of_float32_of_the_same_hidden_states(name, dtype):
     model = make_model(name)
     with autocast(dtype):
-        decoded = model.decode(model.preprocess(make_batch()))
-        actual = model.predict(decoded)
-    expected = model.predict(decoded)
+        output = model.forward_features(model.preprocess(make_batch()))
+        actual = model.forward_head(output)
+    expected = model.forward_head(output)
     assert actual.boxes_cxcywh.dtype == actual.logits.dtype == torch.float32
     assert largest(actual.boxes_cxcywh, expected.boxes_cxcywh) < 1e-6
     assert largest(actual.logits, expected.logits) < 1e-5
@@ -220,7 +221,7 @@ def test_scales_are_weighed_in_float32_and_the_encoder_computes_in_the_half_type
             )
         )
     with autocast(dtype), torch.no_grad():
-        model.decode(model.preprocess(make_batch()))
+        model.forward_features(model.preprocess(make_batch()))
     for hook in hooks:
         hook.remove()
     assert dtypes == {

@@ -36,7 +36,7 @@ from smca.analysis.training import draw_examples
 from smca.data import read_image
 from smca.errors import UserError
 from smca.inference import Predictor
-from smca.modeling.weight_map import SPREADS
+from smca.modeling.weight_map import MAPS
 
 VARIANTS = {
     "several scales": ("smca", {}),
@@ -178,7 +178,7 @@ def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
         layer, lambda: modulation_maps(predictor, image, layer=1)
     )
     assert detection.image.shape == (288, 384, 3)
-    spread = {shape: name for name, shape in SPREADS.items()}[layer.shape]
+    spread = {shape: name for name, shape in MAPS.items()}[layer.shape]
     for index, (scale, weight_map) in enumerate(zip(inputs[2], weight_maps, strict=True)):
         # (1, 1, H', ...) of the detection's query
         centers, spreads = (
@@ -197,7 +197,7 @@ def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
 def test_each_map_is_greatest_at_its_heads_center(predictor):
     (detection,) = modulation_maps(predictor, make_image())
     height, width = detection.image.shape[:2]
-    slack = 1 if predictor.model.decoder.layers[0].modulation.shape is SPREADS["rotated"] else 0.51
+    slack = 1 if predictor.model.decoder.layers[0].modulation.shape is MAPS["rotated"] else 0.51
     num_inside = 0
     for centers, maps in zip(detection.head_centers, detection.maps, strict=True):
         for (x, y), weights in zip(centers, maps, strict=True):
@@ -325,7 +325,7 @@ def test_an_unknown_layer_is_an_error(multi_scale):
 
 def test_detr_has_no_maps(tmp_path):
     model = make_smca(write_smca_config(tmp_path, "detr"))
-    with pytest.raises(NoModulationError, match="model.decoder.modulation=none"):
+    with pytest.raises(NoModulationError, match="model.decoder.modulation=null"):
         modulation_maps(Predictor.from_model(model), make_image())
 
 

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from smca.data import draw_scene
 from smca.errors import at_least, exit_code
-from smca.modeling.weight_map import WeightMapPredictor
+from smca.modeling.weight_map import Modulation, WeightMapPredictor
 
 import numpy as np
 import torch
@@ -34,16 +34,17 @@ class ModulatedDetr(nn.Module):
 
     Args:
         detr: with random or trained weights; it gets hooks, and is otherwise as it was.
-        settings: of `WeightMapPredictor`: modulation, spread, beta.
+        settings: the arguments of `Modulation`: map, per_head, beta.
     """
 
     def __init__(self, detr: DetrForObjectDetection, **settings: Any):
         super().__init__()
         self.detr, width, layers = detr, detr.config.d_model, detr.model.decoder.layers
-        settings.update(embed_dim=width, num_heads=detr.config.decoder_attention_heads)
+        sizes = dict(embed_dim=width, num_heads=detr.config.decoder_attention_heads)
+        modulation = Modulation(**settings)
         self.center = MLP(width, [width, width, 2])
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in layers)
-        self.predictors = nn.ModuleList(WeightMapPredictor(**settings) for _ in layers)
+        self.predictors = nn.ModuleList(WeightMapPredictor(modulation, **sizes) for _ in layers)
         detr.model.backbone.register_forward_hook(self._keep_grid)
         for *parts, layer in zip(self.norms, self.predictors, layers):
             layer.register_forward_pre_hook(self._modulate(*parts), with_kwargs=True)
@@ -126,7 +127,7 @@ def train(args: argparse.Namespace, plain: bool) -> Dict[int, List[str]]:
     torch.manual_seed(args.seed)
     model: Any = make_detr()
     if not plain:
-        model = ModulatedDetr(model, spread=args.spread, beta=2.0)
+        model = ModulatedDetr(model, map=args.map, beta=2.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=1e-4)
     validation = [make_batch(np.random.default_rng(10**6 + index)) for index in range(8)]
     rng, found = np.random.default_rng(args.seed), {}
@@ -152,7 +153,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     parser.add_argument("--steps", type=at_least(1), default=350)
     parser.add_argument("--period", type=at_least(1), default=50, help="steps between evaluations")
-    parser.add_argument("--spread", default="independent", help="the shape of the maps")
+    parser.add_argument("--map", default="independent", help="the shape of the maps")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

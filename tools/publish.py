@@ -129,7 +129,7 @@ def model_card(
         ("overrides", ", ".join(overrides)),
         ("parameters", f"{num_parameters:,}"),
         ("queries", model.get("num_queries")),
-        ("modulation", (model.get("decoder") or {}).get("modulation")),
+        ("weight maps", ((model.get("decoder") or {}).get("modulation") or {}).get("map")),
         ("weights", _kind(detector.weights)),
         ("iterations", steps and f"{steps:,}"),
         ("trained on", data),

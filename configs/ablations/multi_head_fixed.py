@@ -2,4 +2,4 @@
 
 from ..smca_single_scale_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
 
-model.decoder.spread = "fixed"
+model.decoder.modulation.map = "smca.modeling.FixedGaussian"

@@ -6,4 +6,4 @@ model.in_features = ["res3", "res4"]
 model.num_extra_scales = 1
 model.encoder.pattern = "IIMII"
 # With several scales a map's radius is sqrt(16 beta stride) pixels: 14 at stride 16.
-model.decoder.beta = 0.75
+model.decoder.modulation.beta = 0.75

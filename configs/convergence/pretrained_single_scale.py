@@ -21,7 +21,7 @@ model.encoder.pattern = "IIIII"
 model.dropout = 0.1
 # A map's radius starts at 14 pixels, a tenth of an image's side. The published one starts at 64 of
 # 800 pixels.
-model.decoder.beta = 1.5
+model.decoder.modulation.beta = 1.5
 
 lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[8, 10])
 train.init_checkpoint = "output/backbones/shapes_10x.pth"

@@ -8,6 +8,6 @@ model.num_extra_scales = 1
 model.encoder.pattern = "IIMII"
 # With several scales a map's radius starts at sqrt(16 beta stride) pixels: 8 pixels at stride 8,
 # as in the demo.
-model.decoder.beta = 0.5
+model.decoder.modulation.beta = 0.5
 # Five layers of attention from scratch do not bear the demo's rate.
 optimizer.lr = 2e-4

@@ -2,4 +2,4 @@
 
 from .smca_single_scale import model
 
-model.decoder.modulation = "none"
+model.decoder.modulation = None

@@ -2,7 +2,14 @@
 
 from detectron2.config import LazyCall as L
 
-from smca.modeling import SMCA, Decoder, SetCriterion, TransformerEncoder, build_resnet
+from smca.modeling import (
+    SMCA,
+    Decoder,
+    Modulation,
+    SetCriterion,
+    TransformerEncoder,
+    build_resnet,
+)
 
 model = L(SMCA)(
     backbone=L(build_resnet)(
@@ -24,10 +31,10 @@ model = L(SMCA)(
     ),
     decoder=L(Decoder)(
         num_layers=6,
-        modulation="multi_head",
-        spread="independent",
-        beta=8.0,
-        offset_gain=None,
+        modulation=L(Modulation)(
+            map="smca.modeling.Gaussian", per_head=True, beta=8.0, offset_gain=None
+        ),
+        refine=False,
         scale_selection=True,
         num_scales="${smca.num_scales:${..in_features},${..num_extra_scales}}",
         embed_dim="${..embed_dim}",
@@ -35,6 +42,10 @@ model = L(SMCA)(
         ffn_dim=1024,
         dropout="${..dropout}",
     ),
+    queries=None,
+    denoising=None,
+    dense_head=None,
+    share_heads=True,
     criterion=L(SetCriterion)(),
     num_classes=80,
     num_queries=300,

@@ -145,13 +145,13 @@ def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
     beta = _beta(small, stride, num_scales)
     start = stride * math.sqrt(beta / 2) if num_scales == 1 else math.sqrt(16 * beta * stride)
     return Advice(
-        "model.decoder.beta",
+        "model.decoder.modulation.beta",
         beta,
         f"with {_scales(num_scales)} maps start with a radius of {start:.0f} pixels at stride "
         f"{stride}, about a third of a small object ({small:.0f} pixels); starting so, not twice "
         "as wide, took the study's models from AP 28.9 to 33.2 with one scale and from 16.6 to "
         "21.9 with three.",
-        [f"model.decoder.beta={beta}"],
+        [f"model.decoder.modulation.beta={beta}"],
     )
 
 
@@ -174,7 +174,7 @@ def _advise_scales(
                 ""
                 if num_scales == 1 or map_stride != stride  # the finest is needed with another
                 else " One is: the first of model.in_features alone, model.num_extra_scales=0 and "
-                f"model.decoder.beta={_beta(small, stride, 1)}."
+                f"model.decoder.modulation.beta={_beta(small, stride, 1)}."
             ),
         )
     if cells < _CELLS - 0.1 and stride > 8:

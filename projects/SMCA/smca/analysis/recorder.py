@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smca.errors import UserError
 from smca.modeling.decoder import DecoderOutput
-from smca.modeling.weight_map import WeightMap
+from smca.modeling.weight_map import HALF_CELL, WeightMap
 
 __all__ = ["LayerRecord", "NoModulationError", "Recorder"]
 
@@ -50,7 +50,7 @@ class LayerRecord:
     def head_centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, L, H', 2)"""
         return self._stack(
-            weight_map.centers[0].transpose(0, 1) * cell
+            (weight_map.centers[0].transpose(0, 1) + _shift(weight_map)) * cell
             for weight_map, cell in self._maps_and_cells(queries, size)
         )
 
@@ -66,9 +66,15 @@ class LayerRecord:
         """(K, L, H', h, w) weights exp(log-weight); row i and column j are at y = i and x = j."""
         x, y = (torch.arange(n, device=self.image_sizes.device) for n in size[::-1])
         return self._stack(
-            weight_map.log_weights(x / cell[0], y / cell[1])[0].transpose(0, 1).exp()
+            self._map_at(weight_map, x / cell[0], y / cell[1])
             for weight_map, cell in self._maps_and_cells(queries, size)
         )
+
+    @staticmethod
+    def _map_at(weight_map: WeightMap, x: Tensor, y: Tensor) -> Tensor:
+        """(K, H', h, w) of the first image, at positions in cells from the corner of the first."""
+        shift = _shift(weight_map)
+        return weight_map.log_weights(x - shift, y - shift)[0].transpose(0, 1).exp()
 
     def _maps_and_cells(
         self, queries: Tensor, size: Tuple[int, int]
@@ -76,10 +82,7 @@ class LayerRecord:
         """Each scale's map of these queries alone, B = 1, and its cells' (width, height)."""
         scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
         for weight_map, stride in zip(self.weight_maps, self.strides):
-            centers, spreads = (
-                x[:1, :, queries].float() for x in (weight_map.centers, weight_map.spreads)
-            )
-            yield replace(weight_map, centers=centers, spreads=spreads), stride * scaling
+            yield _converted(weight_map.of_queries(queries), torch.float32), stride * scaling
 
     @staticmethod
     def _stack(scales: Iterable[Tensor]) -> Tensor:
@@ -99,7 +102,7 @@ class Recorder:
         model: an `SMCA`.
 
     Attributes:
-        decoded: what the decoder returned in the last call.
+        output: what the decoder returned in the last call.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -109,10 +112,10 @@ class Recorder:
         decoder: Any = getattr(model, "decoder", None)
         if not getattr(decoder, "modulated", False):
             raise NoModulationError(
-                "This model has no spatial modulation (model.decoder.modulation=none, as in DETR), "
+                "This model has no spatial modulation (model.decoder.modulation=null, as in DETR), "
                 "so there are no weight maps to draw."
             )
-        self.decoded: DecoderOutput
+        self.output: DecoderOutput
         self._decoder = decoder
         self._handles: List[RemovableHandle] = []
         self._uncompiled = contextlib.ExitStack()
@@ -161,12 +164,12 @@ class Recorder:
     def _keep_output(
         self, module: nn.Module, inputs: Tuple[Any, ...], output: DecoderOutput
     ) -> None:
-        self.decoded = output
+        self.output = output
 
     def _keep_weight_maps(
         self, index: int, inputs: Tuple[Any, ...], output: List[WeightMap]
     ) -> None:
-        _, center, scales = inputs
+        _, center, scales, *_ = inputs
         strides = [scale.stride for scale in scales]
         place = (index, len(self._decoder.layers))
         self._layers[index] = LayerRecord(*place, output, center, strides, self._image_sizes)
@@ -180,13 +183,16 @@ def _with_index(keep: Callable[..., None], index: int) -> Callable[..., None]:
     return lambda module, inputs, output: keep(index, inputs, output)
 
 
+def _shift(weight_map: WeightMap) -> float:
+    """Where a map has its cells, in cells from their corners."""
+    return 0.0 if weight_map.unit is None else HALF_CELL
+
+
 def radii(weight_map: WeightMap) -> Tensor:
     """(B, H', Q, 2) distances from the heads' centers along x and y, in cells, where log-weights
     are -1/2; infinite where they never are. Found by bisection, so that any shape has them."""
     zero = torch.zeros_like(weight_map.centers[..., :1, None], dtype=torch.float64)
-    exact = replace(
-        weight_map, centers=weight_map.centers.double(), spreads=weight_map.spreads.double()
-    )
+    exact = _converted(weight_map, torch.float64)
     found = []
     for axis in (0, 1):
         low, high = torch.full_like(zero, 1e-9), torch.full_like(zero, 1e9)
@@ -196,4 +202,14 @@ def radii(weight_map: WeightMap) -> Tensor:
             inside = exact.log_weights_at(*distances) > -0.5
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
         found.append(torch.where(high < 1e9, high, torch.inf)[..., 0, 0])
-    return torch.stack(found, dim=-1).to(weight_map.centers.dtype)
+    result = torch.stack(found, dim=-1).to(weight_map.centers.dtype)
+    return result if weight_map.unit is None else result * weight_map.unit[:, :1]
+
+
+def _converted(weight_map: WeightMap, dtype: torch.dtype) -> WeightMap:
+    """The maps of a batch's first image in another type."""
+    fields: Dict[str, Any] = {}
+    for name in ("centers", "spreads", "unit"):
+        value = getattr(weight_map, name)
+        fields[name] = None if value is None else value[:1].to(dtype)
+    return replace(weight_map, **fields)

@@ -211,7 +211,7 @@ def _match(
     with Recorder(model) as recorder:
         predictor(image, threshold=0)
     record = recorder.layer(layer)
-    logits, boxes_cxcywh = model.predict(recorder.decoded)
+    logits, boxes_cxcywh = model.forward_head(recorder.output)
     if truth.gt_classes.max() >= logits.shape[-1]:
         raise UserError(
             f"The data have a class {truth.gt_classes.max()}, the model has {logits.shape[-1]}: "

@@ -23,7 +23,7 @@ from smca.checkpoint.files import (
     read_tag,
     write_atomically,
 )
-from smca.checkpoint.fine_tuning import CLASS_ROWS, QUERY_ROWS, adapt
+from smca.checkpoint.fine_tuning import adapt, has_class_rows, has_query_rows
 from smca.checkpoint.renames import rename_parameters
 from smca.errors import CheckpointError
 from smca.version import __version__
@@ -332,10 +332,10 @@ class SMCACheckpointer(DetectionCheckpointer):
     ) -> None:
         wrong_shape = incompatible.incorrect_shapes
         # Else all but the rows of classes and queries would fit.
-        has_other_rows = {k for k, _, _ in wrong_shape} <= {*CLASS_ROWS, *QUERY_ROWS}
+        has_other_rows = all(has_class_rows(k) or has_query_rows(k) for k, _, _ in wrong_shape)
         if self.need_detector and has_other_rows and not missing:
             counts = {
-                "classes" if key in CLASS_ROWS else "queries": (old[0], new[0])
+                "classes" if has_class_rows(key) else "queries": (old[0], new[0])
                 for key, old, new in wrong_shape
                 if old[1:] == new[1:]
             }

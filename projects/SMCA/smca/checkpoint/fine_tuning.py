@@ -1,14 +1,23 @@
 """A detector's weights for other classes and another number of queries."""
 
+import re
 from typing import Dict, List, Mapping, Sequence
 
 from torch import Tensor
 
-__all__ = ["CLASS_ROWS", "QUERY_ROWS", "adapt"]
+__all__ = ["adapt", "has_class_rows", "has_query_rows"]
 
-# Weights with a row for each class, and for each query.
-CLASS_ROWS = ("class_embed.weight", "class_embed.bias")
-QUERY_ROWS = ("query_embed.weight",)
+_CLASS_ROWS = re.compile(r"(.*\.)?(class_embed(\.\d+)?\.(weight|bias)|label_embed\.weight)")
+
+
+def has_class_rows(name: str) -> bool:
+    """Whether a weight of that name has a row for each class."""
+    return bool(_CLASS_ROWS.fullmatch(name))
+
+
+def has_query_rows(name: str) -> bool:
+    """Whether a weight of that name has a row for each query."""
+    return name == "query_embed.weight"
 
 
 def adapt(
@@ -33,7 +42,8 @@ def adapt(
         What is not kept, in words; empty if everything is.
     """
     notes = []
-    class_rows = [key for key in CLASS_ROWS if _have_rows_of_one_kind(weights, initial, key)]
+    known_rows = [key for key in initial if _have_rows_of_one_kind(weights, initial, key)]
+    class_rows = [key for key in known_rows if has_class_rows(key)]
     if class_rows:
         num_old, num_new = (len(rows[class_rows[0]]) for rows in (weights, initial))
         has_names = len(old_names) == num_old and len(new_names) == num_new
@@ -44,8 +54,8 @@ def adapt(
             for key in class_rows:
                 weights[key] = _with_rows(initial[key], weights[key], kept)
             notes += _note_of_classes(names, kept, num_old)
-    for key in QUERY_ROWS:
-        if _have_rows_of_one_kind(weights, initial, key):
+    for key in known_rows:
+        if has_query_rows(key):
             num_old, num_new = len(weights[key]), len(initial[key])
             kept = {row: row for row in range(min(num_old, num_new))}
             weights[key] = _with_rows(initial[key], weights[key], kept)

@@ -6,7 +6,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from .fine_tuning import CLASS_ROWS
+from .fine_tuning import has_class_rows
 
 __all__ = ["read_provenance"]
 
@@ -31,7 +31,8 @@ def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
         path = PathManager.get_local_path(weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         provenance = dict(checkpoint.get("smca") or {})
-        rows = checkpoint.get("model", {}).get(CLASS_ROWS[0])
+        state = checkpoint.get("model", {})
+        rows = next((state[name] for name in state if has_class_rows(name)), None)
     except Exception:
         return {}
     # A stranger's file may hold anything under these names.

@@ -23,6 +23,13 @@ __all__ = ["load_config", "quoted", "require_values"]
 
 # Of configs/fine_tune.py: another config, of the model to start from.
 _BASE = "base.config"
+# Overrides of the last release and what they are now. They go with the next release.
+_MODULATION = "model.decoder.modulation"
+_RENAMED = {
+    f"{_MODULATION}=none": f"{_MODULATION}=null",
+    f"{_MODULATION}=head_shared": f"{_MODULATION}.per_head=False",
+    f"{_MODULATION}=multi_head": f"{_MODULATION}.per_head=True",
+}
 _SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
@@ -183,6 +190,7 @@ def _is_section(cfg: Any, name: str) -> bool:
 
 
 def _apply_override(cfg: DictConfig, text: str) -> None:
+    text = _RENAMED.get(text, text)
     if text.startswith("-"):
         raise ConfigError(f"Option {text} has to stand before the first key=value.")
     try:

@@ -24,10 +24,10 @@ _SETTINGS = (
     "encoder.kernel_size",
     "encoder.share_cross_scale",
     "decoder.num_layers",
-    "decoder.modulation",
-    "decoder.spread",
-    "decoder.beta",
-    "decoder.offset_gain",
+    "decoder.modulation.map",
+    "decoder.modulation.per_head",
+    "decoder.modulation.beta",
+    "decoder.modulation.offset_gain",
     "decoder.scale_selection",
 )
 

@@ -75,8 +75,8 @@ class ExportableDetector(nn.Module):
         size = images.shape[-2], images.shape[-1]
         padding = padding_mask(image_sizes, size, size)[:, None]
         images = ((images - model.pixel_mean) / model.pixel_std).masked_fill(padding, 0)
-        decoded = model.decode(ImageList(images, image_sizes))
-        boxes, scores, labels, _ = model.best(model.predict(decoded))
+        output = model.forward_features(ImageList(images, image_sizes))
+        boxes, scores, labels, _ = model.top_detections(model.forward_head(output))
         return boxes * image_sizes.flip(1).repeat(1, 2)[:, None], scores, labels
 
 

@@ -1,21 +1,51 @@
 """The model, one concept a file."""
 
-from .backbone import build_resnet
+from .backbone import build_resnet, fold_frozen_norms
+from .class_loss import FocalLoss, VarifocalLoss
 from .conv_encoder import ConvEncoder
 from .criterion import SetCriterion
 from .decoder import Decoder
+from .denoising import Denoising
+from .dense_head import DenseHead
 from .detector import SMCA
 from .encoder import TransformerEncoder
 from .matcher import HungarianMatcher
 from .neck import ScaleProjection
+from .queries import LearnedQueries, ProposedQueries, Queries
+from .weight_map import (
+    CovarianceGaussian,
+    FixedGaussian,
+    Gaussian,
+    Laplacian,
+    Modulation,
+    RotatedGaussian,
+    SingleGaussian,
+    WeightMap,
+)
 
 __all__ = [
-    "SMCA",
     "ConvEncoder",
+    "CovarianceGaussian",
     "Decoder",
+    "Denoising",
+    "DenseHead",
+    "FixedGaussian",
+    "FocalLoss",
+    "Gaussian",
     "HungarianMatcher",
+    "Laplacian",
+    "LearnedQueries",
+    "Modulation",
+    "ProposedQueries",
+    "Queries",
+    "RotatedGaussian",
+    "SMCA",
     "ScaleProjection",
     "SetCriterion",
+    "SingleGaussian",
     "TransformerEncoder",
+    "VarifocalLoss",
+    "WeightMap",
     "build_resnet",
+    "fold_frozen_norms",
 ]

@@ -25,7 +25,7 @@ def build_resnet(
     """A ResNet as torchvision's weights want it: the stride is in the 3x3 convolution.
 
     Detectron2's `ResNet.make_default_stages` can neither dilate the last stage alone nor make
-    smaller networks; its `build_resnet_backbone` wants a yacs config.
+    smaller networks, and its `build_resnet_backbone` needs a yacs config.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -75,7 +75,9 @@ def build_resnet(
         )
         in_channels = out_channels
     stem = BasicStem(in_channels=3, out_channels=width, norm=norm)
-    return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
+    resnet = ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
+    fold_frozen_norms(resnet)
+    return resnet
 
 
 class FrozenNormConv2d(Conv2d):
@@ -88,6 +90,17 @@ class FrozenNormConv2d(Conv2d):
     """
 
     norm: Optional[nn.Module]
+
+    @classmethod
+    def like(cls, convolution: Conv2d) -> "FrozenNormConv2d":
+        """A convolution that shares the parameters, norm and settings of another."""
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+        names += ["groups", "padding_mode", "norm", "activation"]
+        arguments = {name: getattr(convolution, name) for name in names}
+        with torch.device("meta"):  # which draws no random numbers
+            folded = cls(bias=convolution.bias is not None, **arguments)
+        folded.weight, folded.bias = convolution.weight, convolution.bias
+        return folded.train(convolution.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, c', h', w')"""
@@ -116,9 +129,16 @@ class FrozenNormConv2d(Conv2d):
 
 
 def fold_frozen_norms(module: nn.Module) -> nn.Module:
-    """Make every Detectron2 convolution in `module` that a `FrozenBatchNorm2d` follows a
-    `FrozenNormConv2d`, in place."""
-    for convolution in module.modules():
-        if type(convolution) is Conv2d and isinstance(convolution.norm, FrozenBatchNorm2d):
-            convolution.__class__ = FrozenNormConv2d
+    """Replace every Detectron2 convolution in `module` that a `FrozenBatchNorm2d` follows by a
+    `FrozenNormConv2d` with the same parameters, buffers and names.
+
+    For a backbone of your own: ``L(fold_frozen_norms)(module=L(MyBackbone)(...))``.
+
+    Returns:
+        The module, or what replaces it if it is such a convolution itself.
+    """
+    if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
+        return FrozenNormConv2d.like(module)
+    for name, child in module.named_children():
+        setattr(module, name, fold_frozen_norms(child))
     return module

@@ -1,32 +1,39 @@
-"""The training objective: focal, L1 and GIoU loss of every decoder layer."""
+"""The training objective: class, L1 and GIoU loss of matched predictions and objects."""
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import detectron2.utils.comm as comm
 import torch
 import torch.nn.functional as F
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .box_ops import generalized_iou
-from .matcher import HungarianMatcher, Matching, Targets
+from .box_ops import iou_and_giou
+from .class_loss import FocalLoss
+from .matcher import HungarianMatcher, Matching, Predictions, Targets
+
+# A matched query's class has at least this truth, where the truth is the IoU.
+_LEAST_TRUTH = 0.01
 
 
 class SetCriterion(nn.Module):
-    """Losses on matched pairs, each summed and divided by the number of objects.
+    """Losses of matched pairs, each summed and divided by the number of objects.
 
-    That number is averaged over the processes and at least 1, so that the gradient averaged by
-    data parallelism is the one of the whole batch. Predictions that are not finite, matched or not,
-    make the losses of their layer so too.
+    That number is averaged over the processes and at least 1, so that the gradient that data
+    parallelism averages is the gradient of the whole batch. If any prediction of a layer is not
+    finite, matched or not, the losses of that layer are not finite either.
 
     Args:
-        class_weight: of the focal loss and of the class cost of matching.
-        box_weight: of the L1 loss and the L1 cost.
-        giou_weight: of the GIoU loss and the GIoU cost.
-        alpha: of the sigmoid focal loss.
-        gamma: of the sigmoid focal loss.
-        matcher: in place of the Hungarian matcher with these same weights.
+        class_weight: factor of the class loss, and of the class cost in matching.
+        box_weight: factor of the L1 loss and of the L1 cost.
+        giou_weight: factor of the GIoU loss and of the GIoU cost.
+        alpha: as in `FocalLoss`, for the loss and the cost.
+        gamma: as in `FocalLoss`, for the loss and the cost.
+        class_loss: a loss from `class_loss.py` or one of your own; None: `FocalLoss`.
+        matcher: replaces the Hungarian matcher with these same weights.
+
+    Raises:
+        ValueError: the matcher is not a module.
     """
 
     def __init__(
@@ -37,6 +44,7 @@ class SetCriterion(nn.Module):
         giou_weight: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        class_loss: Optional[nn.Module] = None,
         matcher: Optional[nn.Module] = None,
     ):
         super().__init__()
@@ -54,70 +62,101 @@ class SetCriterion(nn.Module):
                 "class_weight, box_weight, giou_weight, alpha and gamma."
             )
         self.matcher = matcher
+        self.class_loss = FocalLoss(alpha, gamma) if class_loss is None else class_loss
         self.class_weight = class_weight
         self.box_weight = box_weight
         self.giou_weight = giou_weight
-        self.alpha = alpha
-        self.gamma = gamma
 
     def forward(
-        self, logits: Tensor, boxes_cxcywh: Tensor, targets: List[Targets]
+        self, predictions: Predictions, targets: List[Targets], matching: Optional[Matching] = None
     ) -> Dict[str, Tensor]:
         """
         Args:
-            logits: (N, B, Q, C) of N decoder layers.
-            boxes_cxcywh: (N, B, Q, 4) relative to the image.
-            targets: of the B images.
+            predictions: logits and boxes of N decoder layers.
+            targets: the objects of the B images.
+            matching: which prediction belongs to which object; None: what the matcher finds.
 
         Returns:
-            Weighted scalar losses, their sum is the objective: ``loss_ce``, ``loss_bbox`` and
+            Weighted scalar losses, whose sum is the objective: ``loss_ce``, ``loss_bbox`` and
             ``loss_giou`` of the last layer, ``loss_ce_0`` and so on of the layers before it.
         """
-        logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
-        matching = self.matcher(logits, boxes_cxcywh, targets)
-        num_objects = self._num_objects(targets, logits.device)
-        losses = {
-            "loss_ce": self.class_weight * self._class_loss(logits, matching, targets),
-            **self._box_losses(boxes_cxcywh, matching, targets),
-        }
-        last = len(logits) - 1
+        losses = self.by_layer(predictions, targets, matching)
+        last = len(predictions.logits) - 1
         return {
-            name if layer == last else f"{name}_{layer}": loss[layer] / num_objects
-            for layer in range(len(logits))
+            name if layer == last else f"{name}_{layer}": loss[layer]
+            for layer in range(last + 1)
             for name, loss in losses.items()
         }
 
+    def by_layer(
+        self,
+        predictions: Predictions,
+        targets: List[Targets],
+        matching: Optional[Matching] = None,
+        groups: int = 1,
+    ) -> Dict[str, Tensor]:
+        """The losses as (N,) tensors ``loss_ce``, ``loss_bbox`` and ``loss_giou``.
+
+        Args:
+            predictions, targets, matching: as in `forward`.
+            groups: how often the matching has each object in a layer.
+        """
+        logits, boxes = (x.float() for x in predictions)
+        if matching is None:
+            matching = self.matcher(logits, boxes, targets)
+        count = self._count(targets, matching, logits.device) * groups
+        l1, giou, iou = self._compare_boxes(boxes, matching, targets)
+        truth = self._truth(logits, matching, targets, iou.detach())
+        # 0, or NaN in a layer that has a box that is not finite, whether it is matched or not.
+        zeros = 0 * boxes.sum(dim=(1, 2, 3))
+        sums = {
+            "loss_ce": self.class_weight * self.class_loss(logits, truth).sum(dim=(1, 2, 3)),
+            "loss_bbox": self.box_weight * zeros.index_add(0, matching.layers, l1),
+            "loss_giou": self.giou_weight * zeros.index_add(0, matching.layers, 1 - giou),
+        }
+        return {name: loss / count for name, loss in sums.items()}
+
     @staticmethod
-    def _num_objects(targets: List[Targets], device: torch.device) -> Tensor:
-        # Made on the device, it would wait for all that a GPU still has to do.
-        count = torch.tensor(float(sum(len(t.labels) for t in targets)))
-        count = count.to(device, non_blocking=True)
+    def _count(targets: List[Targets], matching: Matching, device: torch.device) -> Tensor:
+        """The number of objects, or the sum of the pairs' weights: the processes' mean."""
+        if matching.weights is None:
+            # A tensor made on the GPU itself would make the host wait for the GPU.
+            count = torch.tensor(float(sum(len(t.labels) for t in targets)))
+            count = count.to(device, non_blocking=True)
+        else:
+            count = matching.weights.sum()
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(count)
         return (count / comm.get_world_size()).clamp(min=1)
 
-    def _class_loss(self, logits: Tensor, matching: Matching, targets: List[Targets]) -> Tensor:
-        """(N,) sum of each layer."""
-        labels = torch.cat([t.labels for t in targets])
-        truth = torch.zeros_like(logits)
-        where = (matching.layers, matching.images, matching.queries, labels[matching.targets])
-        truth[where] = 1.0
-        loss = sigmoid_focal_loss(logits, truth, alpha=self.alpha, gamma=self.gamma)
-        return loss.sum(dim=(1, 2, 3))
-
-    def _box_losses(
-        self, boxes: Tensor, matching: Matching, targets: List[Targets]
-    ) -> Dict[str, Tensor]:
-        """(N,) sums of each layer."""
+    @staticmethod
+    def _compare_boxes(
+        boxes: Tensor, matching: Matching, targets: List[Targets]
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """(M,) L1 distance, generalized IoU and IoU of each pair. Weights, if pairs have any, are
+        factors of the distance and of 1 - GIoU."""
         truth = torch.cat([t.boxes_cxcywh for t in targets])[matching.targets]
         matched = boxes[matching.layers, matching.images, matching.queries]
         l1 = F.l1_loss(matched, truth, reduction="none").sum(dim=-1)
-        giou = generalized_iou(
+        iou, giou = iou_and_giou(
             box_convert(matched, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")
         )
-        # 0, but NaN where a box is not finite, which no pair need contain.
-        zeros = 0 * boxes.sum(dim=(1, 2, 3))
-        return {
-            "loss_bbox": self.box_weight * zeros.index_add(0, matching.layers, l1),
-            "loss_giou": self.giou_weight * zeros.index_add(0, matching.layers, 1 - giou),
-        }
+        if matching.weights is not None:
+            l1, giou = l1 * matching.weights, 1 - (1 - giou) * matching.weights
+        return l1, giou, iou
+
+    def _truth(
+        self, logits: Tensor, matching: Matching, targets: List[Targets], iou: Tensor
+    ) -> Tensor:
+        """(N, B, Q, C): 0, and at the classes of matched queries 1, the IoU or the pair's weight,
+        as class loss and matching say."""
+        labels = torch.cat([t.labels for t in targets])[matching.targets]
+        where = (matching.layers, matching.images, matching.queries, labels)
+        truth = torch.zeros_like(logits)
+        if matching.weights is not None:
+            # Of all pairs of a prediction and a class at most one has a weight.
+            truth.index_put_(where, matching.weights, accumulate=True)
+            truth.clamp_(max=1)
+            return truth if self.class_loss.uses_iou else (truth > 0).to(truth)
+        truth[where] = iou.clamp(min=_LEAST_TRUTH) if self.class_loss.uses_iou else 1.0
+        return truth

@@ -1,43 +1,65 @@
 """The SMCA decoder (section 3): each query says where to look, then reads from there."""
 
-from typing import List, NamedTuple, Optional, Tuple
+from dataclasses import replace
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention
 from .layers import FeedForward, mlp, xavier_uniform
+from .position_encoding import encode_boxes
+from .queries import Queries
 from .scales import Scale
-from .weight_map import PUBLISHED_BETA, WeightMapPredictor, check_settings, float32_region
+from .weight_map import Modulation, WeightMapPredictor, float32_region
+
+# The paper's.
+_DEFAULT = Modulation()
+# Predicts in layer i the change of boxes before their sigmoid: (i, (B, Q, d)) -> (B, Q, 4).
+BoxHead = Callable[[int, Tensor], Tensor]
 
 
 class Memory(NamedTuple):
-    """What all decoder layers read: the encoded scales, joined."""
+    """What all decoder layers read: the encoded scales, joined.
+
+    Attributes:
+        scales: the L encoded scales.
+        num_cells: the number of cells of each scale.
+        key: (B, S, d) tokens with their positions.
+        value: (B, S, d) tokens.
+    """
 
     scales: List[Scale]
-    num_cells: List[int]  # of each scale
-    key: Tensor  # (B, S, d) tokens with their positions
-    value: Tensor  # (B, S, d) tokens
+    num_cells: List[int]
+    key: Tensor
+    value: Tensor
 
 
 class DecoderOutput(NamedTuple):
     """
     Attributes:
         hidden: (N, B, Q, d) normalized output of each of the N layers.
-        reference: (B, Q, 2) predicted center (x, y) before its sigmoid; None without modulation.
+        references: (N, B, Q, 2 or 4) what each layer's boxes start from, before the sigmoid: the
+            center (x, y) that the first layer predicts, or boxes cxcywh, in a decoder that refines
+            them. None without either (DETR).
     """
 
     hidden: Tensor
-    reference: Optional[Tensor]
+    references: Optional[Tensor]
 
 
 class DecoderLayer(nn.Module):
     """Query self-attention, (modulated) co-attention, FFN; post-norm.
 
+    A part that the settings do not need is not built, since an unused parameter breaks distributed
+    training.
+
     Args:
-        modulation: "multi_head", "head_shared" or "none" (DETR's layer).
-        predicts_center: the first layer of a modulated decoder predicts the center for all.
-        The others as in `Decoder`.
+        predicts_center: this is the first layer of a modulated decoder, which predicts the centers
+            for all layers.
+        refine: queries have boxes, see `Decoder`.
+        embed_dim, num_heads, ffn_dim, dropout, num_scales, modulation, scale_selection: as in
+            `Decoder`.
     """
 
     def __init__(
@@ -48,12 +70,10 @@ class DecoderLayer(nn.Module):
         ffn_dim: int,
         dropout: float,
         num_scales: int,
-        modulation: str,
-        spread: str,
-        beta: float,
-        offset_gain: Optional[float],
+        modulation: Optional[Modulation],
         scale_selection: bool,
         predicts_center: bool,
+        refine: bool,
     ):
         super().__init__()
         self.self_attention = MultiheadAttention(embed_dim, num_heads, dropout)
@@ -64,20 +84,17 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 
-        # What a setting does not use does not exist.
         self.input_norm: Optional[nn.LayerNorm] = None
         self.center: Optional[nn.Module] = None
         self.modulation: Optional[WeightMapPredictor] = None
         self.scale_weight: Optional[nn.Linear] = None
-        if modulation != "none":
+        if modulation is not None:
             self.modulation = WeightMapPredictor(
+                modulation,
                 embed_dim=embed_dim,
                 num_heads=num_heads,
                 num_scales=num_scales,
-                modulation=modulation,
-                spread=spread,
-                beta=beta,
-                offset_gain=offset_gain,
+                in_boxes=refine,
             )
             self.center = mlp(embed_dim, 2) if predicts_center else None
         if scale_selection and num_scales > 1:
@@ -93,15 +110,21 @@ class DecoderLayer(nn.Module):
         memory: Memory,
         image_sizes: Tensor,
         reference: Optional[Tensor] = None,
+        num_groups: int = 0,
+        group_size: int = 0,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """
         Args:
-            queries: (B, Q, d). query_position: (Q, d).
+            queries: (B, Q, d).
+            query_position: (Q, d) or (B, Q, d).
+            memory: the encoded scales.
             image_sizes: (B, 1, 2) each image's own (width, height) in pixels.
-            reference: (B, Q, 2) from the first layer; None in the first layer.
+            reference: (B, Q, 2) center from the first layer, or (B, Q, 4) boxes, before the
+                sigmoid; None in a first layer that predicts the center.
+            num_groups, group_size: as in `Queries`.
 
         Returns:
-            (B, Q, d) queries and (B, Q, 2) reference (None without modulation).
+            (B, Q, d) queries, and the reference (None without modulation and boxes).
         """
         located = queries + query_position
         weight_maps = scale_weights = None
@@ -110,14 +133,17 @@ class DecoderLayer(nn.Module):
             with float32_region(layer_input):
                 if self.center is not None:
                     reference = self.center(layer_input)
-                assert reference is not None  # the first layer predicts it
-                center = reference.sigmoid() * image_sizes
-            weight_maps = self.modulation(layer_input, center, memory.scales)
+                assert reference is not None
+                boxes = reference.sigmoid()
+                center = boxes[..., :2] * image_sizes
+                half_sizes = boxes[..., 2:] * image_sizes / 2 if boxes.shape[-1] == 4 else None
+            arguments = (layer_input, center, memory.scales, half_sizes)
+            weight_maps = self.modulation(*arguments)
         if self.scale_weight is not None:
             with float32_region(layer_input):
                 scale_weights = self.scale_weight(layer_input).softmax(dim=-1)
 
-        attended = self.self_attention(located, located, queries)
+        attended = self._attend_to_queries(located, queries, num_groups, group_size)
         queries = self.norm1(queries + self.dropout1(attended))
 
         attended = self.co_attention(
@@ -132,43 +158,69 @@ class DecoderLayer(nn.Module):
         queries = self.norm2(queries + self.dropout2(attended))
         return self.ffn(queries), reference
 
+    def _attend_to_queries(
+        self, located: Tensor, queries: Tensor, num_groups: int, group_size: int
+    ) -> Tensor:
+        """Self-attention, in which groups do not see one another: they become images of a batch."""
+        if not num_groups:
+            return self.self_attention(located, located, queries)
+        sizes = [queries.shape[1] - num_groups * group_size, num_groups * group_size]
+        (located, groups_located), (queries, groups) = (
+            located.split(sizes, 1),
+            queries.split(sizes, 1),
+        )
+        groups_located, groups = (
+            x.unflatten(1, (num_groups, group_size)).flatten(0, 1) for x in (groups_located, groups)
+        )
+        attended = self.self_attention(groups_located, groups_located, groups)
+        attended = attended.unflatten(0, (-1, num_groups)).flatten(1, 2)
+        return torch.cat([self.self_attention(located, located, queries), attended], dim=1)
+
 
 class Decoder(nn.Module):
     """Decoder layers, and one LayerNorm for the output of each.
 
     Args:
-        num_layers: 6 in the paper. embed_dim: d. num_heads: H. ffn_dim: width of the feed-forward
-            block. dropout: of attention weights and of each block's result.
+        num_layers: 6 in the paper.
+        modulation: the settings of the weight maps; None: no weight maps (DETR).
+        refine: queries come with boxes. Positions and weight maps follow from the boxes, in units
+            of these, and each layer's boxes are what the next one starts from (without a gradient).
+        scale_selection: each query weighs the scales; without it, their results are added.
         num_scales: L, how many scales the encoder gives.
-        modulation: "multi_head" (SMCA), "head_shared" (the paper's first step) or "none" (DETR).
-        spread: the maps' shape, one of `weight_map.SPREADS`.
-        beta: divides the squared distances.
-        offset_gain: of the initial weights that predict the heads' offsets; None: sqrt(beta / 8),
-            for heads to start as many radii of a map from the center as published.
-        scale_selection: each query weighs the scales; without, their results are simply added.
+        embed_dim: d.
+        num_heads: H.
+        ffn_dim: width of the feed-forward block.
+        dropout: rate of dropout on attention weights and on each block's result.
+        spread, beta, offset_gain: the last release's names of the settings in `modulation`
+            ("multi_head", "head_shared" and "none" are its kinds). They go with the next release.
+
+    Raises:
+        ValueError: there is no layer, or no such modulation.
     """
 
     def __init__(
         self,
         *,
         num_layers: int = 6,
-        modulation: str = "multi_head",
-        spread: str = "independent",
-        beta: float = PUBLISHED_BETA,
-        offset_gain: Optional[float] = None,
+        modulation: Union[Modulation, str, None] = _DEFAULT,
+        refine: bool = False,
         scale_selection: bool = True,
         num_scales: int = 3,
         embed_dim: int = 256,
         num_heads: int = 8,
         ffn_dim: int = 1024,
         dropout: float = 0.1,
+        spread: Optional[str] = None,
+        beta: Optional[float] = None,
+        offset_gain: Optional[float] = None,
     ):
         super().__init__()
-        check_settings(modulation, spread, beta, offset_gain)
+        modulation = _modulation(modulation, map=spread, beta=beta, offset_gain=offset_gain)
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales
-        self.modulated = modulation != "none"
+        self.refine = refine
+        self.modulated = modulation is not None
         self.layers = nn.ModuleList(
             DecoderLayer(
                 embed_dim=embed_dim,
@@ -177,38 +229,84 @@ class Decoder(nn.Module):
                 dropout=dropout,
                 num_scales=num_scales,
                 modulation=modulation,
-                spread=spread,
-                beta=beta,
-                offset_gain=offset_gain,
                 scale_selection=scale_selection,
-                predicts_center=index == 0,
+                predicts_center=index == 0 and not refine,
+                refine=refine,
             )
             for index in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim)
+        self.embed_dim = embed_dim
+        self.box_position: Optional[nn.Module] = None
+        if refine:
+            self.box_position = nn.Sequential(
+                nn.Linear(2 * embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)
+            )
         xavier_uniform(self)
         for module in self.modules():
             if isinstance(module, WeightMapPredictor):
                 module.reset_parameters()
 
     def forward(
-        self, scales: List[Scale], query_position: Tensor, image_sizes: Tensor
+        self,
+        scales: List[Scale],
+        queries: Queries,
+        image_sizes: Tensor,
+        box_head: Optional[BoxHead] = None,
     ) -> DecoderOutput:
         """
         Args:
             scales: the L encoded scales.
-            query_position: (Q, d), learned.
+            queries: what the first layer starts from.
             image_sizes: (B, 2) each image's own (width, height) in pixels, before padding.
+            box_head: predicts each layer's change of the boxes, in a decoder that refines them.
         """
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         num_cells = [scale.tokens.shape[1] for scale in scales]
         memory = Memory(scales, num_cells, tokens + position, tokens)
-        queries = torch.zeros_like(query_position).expand(tokens.shape[0], -1, -1)
-        reference, hidden = None, []
-        for layer in self.layers:
-            queries, reference = layer(
-                queries, query_position, memory, image_sizes[:, None], reference
+        content, reference = queries.content, queries.reference
+        hidden: List[Tensor] = []
+        references: List[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            if self.refine and index > 0:
+                assert box_head is not None and reference is not None
+                with torch.no_grad():
+                    reference = reference + box_head(index - 1, hidden[-1])
+            content, reference = layer(
+                content,
+                self._position(queries, reference),
+                memory,
+                image_sizes[:, None],
+                reference,
+                queries.num_groups,
+                queries.group_size,
             )
-            hidden.append(self.norm(queries))
-        return DecoderOutput(torch.stack(hidden), reference)
+            hidden.append(self.norm(content))
+            if reference is not None:
+                references.append(reference)
+        return DecoderOutput(torch.stack(hidden), torch.stack(references) if references else None)
+
+    def _position(self, queries: Queries, reference: Optional[Tensor]) -> Tensor:
+        """(Q, d) learned, or (B, Q, d) of the boxes."""
+        if self.box_position is None:
+            assert queries.position is not None
+            return queries.position
+        assert reference is not None
+        with float32_region(reference):
+            encoded = encode_boxes(reference.sigmoid(), self.embed_dim)
+        return self.box_position(encoded)
+
+
+def _modulation(modulation: Union[Modulation, str, None], **old: Any) -> Optional[Modulation]:
+    """The settings, where some are given by the last release's names."""
+    if isinstance(modulation, str):
+        kinds = ("multi_head", "head_shared", "none")
+        if modulation not in kinds:
+            raise ValueError(f"modulation={modulation!r} must be one of {', '.join(kinds)}.")
+        modulation = (
+            None if modulation == "none" else Modulation(per_head=modulation == "multi_head")
+        )
+    if modulation is None:
+        return None
+    return replace(modulation, **{name: value for name, value in old.items() if value is not None})

@@ -1,7 +1,7 @@
 """The meta-architecture: ResNet features -> scales -> encoder -> decoder -> classes and boxes."""
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.modeling import Backbone
@@ -10,28 +10,18 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..errors import UserError
-from .backbone import fold_frozen_norms
+from .cell_head import IMPOSSIBLE, start_without_change
 from .decoder import DecoderOutput
 from .layers import mlp
-from .matcher import Targets
+from .matcher import Predictions, Targets
 from .neck import ScaleProjection
 from .position_encoding import SinePositionEncoding
+from .queries import LearnedQueries
 from .scales import Scale, Size, as_tokens, padding_masks
 from .weight_map import float32_region
 
 
-class Predictions(NamedTuple):
-    """
-    Attributes:
-        logits: (N, B, Q, C) class logits of the N decoder layers (in evaluation of the last only).
-        boxes_cxcywh: (N, B, Q, 4) in [0, 1], relative to each image's own size.
-    """
-
-    logits: Tensor
-    boxes_cxcywh: Tensor
-
-
-class Detections(NamedTuple):
+class TopDetections(NamedTuple):
     """The K best pairs of a query and a class, best first.
 
     Attributes:
@@ -50,27 +40,34 @@ class Detections(NamedTuple):
 class SMCA(nn.Module):
     """DETR with spatially modulated co-attention (SMCA, ICCV 2021), single- or multi-scale.
 
-    Without modulation and with one scale it is DETR (with focal loss).
+    Without modulation and with one scale it is DETR (with focal loss). With queries that the
+    encoder proposes and a decoder that refines boxes it learns faster, and from less data.
 
     Args:
         backbone: a Detectron2 backbone.
         in_features: names of the backbone's features to take as scales, from fine to coarse.
-        num_extra_scales: coarser scales to add, see `ScaleProjection`.
+        num_extra_scales: number of coarser scales to add, see `ScaleProjection`.
         encoder: a `TransformerEncoder` or `ConvEncoder`.
         decoder: a `Decoder`.
-        criterion: gives the losses in training; None for inference only.
+        queries: where queries come from, see `queries.py`; None: `LearnedQueries`.
+        denoising: adds noisy objects to the queries in training, see `Denoising`; None: does not.
+        dense_head: has losses of its own on the encoder's cells in training, see `DenseHead`; None:
+            there are none.
+        share_heads: all decoder layers have the same class head and the same box head.
+        criterion: computes the losses in training; None for inference only.
         num_classes: C.
         num_queries: Q.
         embed_dim: d, the same in all parts.
-        dropout: the one rate that encoder and decoder were built with (their configs refer to it).
-        max_detections: detections returned for each image; None: as many as queries (DETR).
-        pixel_mean: of the channels of the input image, RGB, 0 to 255.
-        pixel_std: likewise.
+        dropout: the rate that encoder and decoder were built with (their configs refer to it).
+        max_detections: number of detections returned for each image; None: as many as queries
+            (DETR).
+        pixel_mean: mean of the input image's channels (RGB, 0 to 255).
+        pixel_std: standard deviation of the input image's channels.
 
     Raises:
-        ValueError: for a number that is too small, a width that is no multiple of 4, features that
-            the backbone does not give, or parts that are missing or made for another number of
-            scales.
+        ValueError: a number is too small, the width is no multiple of 4, the backbone does not give
+            the features, or a part is missing, made for another number of scales or does not fit
+            the others.
     """
 
     def __init__(
@@ -81,6 +78,10 @@ class SMCA(nn.Module):
         num_extra_scales: int,
         encoder: nn.Module,
         decoder: nn.Module,
+        queries: Optional[nn.Module] = None,
+        denoising: Optional[nn.Module] = None,
+        dense_head: Optional[nn.Module] = None,
+        share_heads: bool = True,
         criterion: Optional[nn.Module] = None,
         num_classes: int,
         num_queries: int,
@@ -111,30 +112,39 @@ class SMCA(nn.Module):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        self.backbone = fold_frozen_norms(backbone)
+        self.refine = getattr(decoder, "refine", False)
+        if self.refine != getattr(queries, "has_boxes", False):
+            raise ValueError(
+                "decoder.refine=True needs queries with boxes, such as ProposedQueries, and these "
+                "need decoder.refine=True."
+            )
+        if denoising is not None and not self.refine:
+            raise ValueError("denoising needs decoder.refine=True and queries with boxes.")
+        self.backbone = backbone
         self.neck = ScaleProjection(
             backbone.output_shape(), in_features, num_extra_scales, embed_dim
         )
         self.encoder = encoder
         self.decoder = decoder
-        self.criterion = criterion
+        self.criterion: Any = criterion
         self.num_classes = num_classes
         self.dropout = dropout
         self.max_detections = num_queries if max_detections is None else max_detections
 
         self.position_encoding = SinePositionEncoding(embed_dim)
         self.scale_embed = nn.Embedding(num_scales, embed_dim) if num_scales > 1 else None
-        self.query_embed = nn.Embedding(num_queries, embed_dim)
-        self.class_embed = nn.Linear(embed_dim, num_classes)
-        self.box_embed = mlp(embed_dim, 4)
-        # Every query starts at a foreground probability of 0.01 (focal loss, section 4.1).
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
+        self.query_embed = LearnedQueries(num_queries, embed_dim) if queries is None else queries
+        self.denoising: Any = denoising
+        self.dense_head: Any = dense_head
+        num_heads = None if share_heads else len(decoder.layers)  # type: ignore[arg-type]
+        self.class_embed = _repeat(num_heads, lambda: _class_head(embed_dim, num_classes))
+        self.box_embed = _repeat(num_heads, lambda: _box_head(embed_dim, self.refine))
 
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
-        # Convolutions are faster so, and their results are tokens without a copy.
+        # Convolutions are faster in this format, and their results are tokens without a copy.
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -144,11 +154,11 @@ class SMCA(nn.Module):
     def compile_parts(self, **kwargs: Any) -> None:
         """Compile backbone, encoder and decoder in place, for images of any size.
 
-        What is left works on lists of images and on the host: `compile`, which takes all of it, is
-        slower.
+        The rest of the model works on lists of images and on the host. `compile` takes all of it,
+        and is slower.
 
         Args:
-            kwargs: of ``torch.compile``.
+            kwargs: arguments of ``torch.compile``.
         """
         for part in (self.backbone, self.encoder, self.decoder):
             part.compile(**{"dynamic": True, **kwargs})
@@ -173,16 +183,14 @@ class SMCA(nn.Module):
         """
         images = self.preprocess(batched_inputs)
         if not self.training:
-            predictions = self.predict(self.decode(images))
-            return self.inference(predictions, batched_inputs, images.image_sizes)
+            predictions = self.forward_head(self.forward_features(images))
+            return self.postprocess(predictions, batched_inputs, images.image_sizes)
         if self.criterion is None:
             raise UserError(
                 "The model has criterion=None and cannot be trained: build it with a SetCriterion, "
                 "or call eval() for detections."
             )
-        predictions = self.predict(self.decode(images))
-        targets = [self._targets(x) for x in batched_inputs]
-        return self.criterion(*predictions, targets)
+        return self._losses(images, [self._targets(x) for x in batched_inputs])
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         """Images normalized, then padded at the right and bottom with zeros: (B, 3, H, W)."""
@@ -215,40 +223,50 @@ class SMCA(nn.Module):
             scales.append(Scale(tokens, position, mask, size, self.neck.strides[index]))
         return scales
 
-    def decode(self, images: ImageList) -> DecoderOutput:
-        """Everything but the heads."""
-        scales = self.encoder(self.scales(images))
-        sizes = images.image_sizes
-        if not isinstance(sizes, Tensor):
-            sizes = torch.tensor([(h, w) for h, w in sizes])
-        sizes = sizes.float().flip(1)
-        sizes = sizes.to(self.device, non_blocking=True)
-        return self.decoder(scales, self.query_embed.weight, sizes)
+    def forward_features(self, images: ImageList) -> DecoderOutput:
+        """Everything up to the decoder's output.
 
-    def predict(self, decoded: DecoderOutput) -> Predictions:
-        """Class logits and boxes; the predicted center is the boxes' starting point."""
-        hidden = decoded.hidden if self.training else decoded.hidden[-1:]
+        Args:
+            images: as `preprocess` returns them.
+        """
+        scales, image_sizes = self._encode(images)
+        queries = self.query_embed(scales, image_sizes)
+        return self.decoder(scales, queries, image_sizes, self._change_boxes)
+
+    def forward_head(self, output: DecoderOutput) -> Predictions:
+        """Class logits and boxes of all decoder layers, in evaluation of the last layer only.
+
+        A box is what the box head predicts, added to the layer's reference.
+        """
+        hidden, references = output
+        if not self.training:
+            hidden = hidden[-1:]
+            references = None if references is None else references[-1:]
+        first = len(output.hidden) - len(hidden)
         with float32_region(hidden):
-            logits = self.class_embed(hidden)
-            boxes = self.box_embed(hidden)
-            if decoded.reference is not None:
-                center, size = boxes.split(2, dim=-1)
-                boxes = torch.cat([center + decoded.reference, size], dim=-1)
+            logits = _apply(self.class_embed, hidden, first)
+            boxes = _apply(self.box_embed, hidden, first)
+            if references is not None:
+                if references.shape[-1] == 2:  # a center alone
+                    center, size = boxes.split(2, dim=-1)
+                    boxes = torch.cat([center + references, size], dim=-1)
+                else:
+                    boxes = boxes + references
             return Predictions(logits, boxes.sigmoid())
 
-    def best(self, predictions: Predictions) -> Detections:
+    def top_detections(self, predictions: Predictions) -> TopDetections:
         """The best of all Q * C pairs of query and class, of the last layer.
 
-        Several detections may come from one query; there is no non-maximum suppression (DETR).
+        One query may give several detections. There is no non-maximum suppression (DETR).
         """
         scores = predictions.logits[-1].sigmoid().flatten(1)
         scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         queries, classes = indices // self.num_classes, indices % self.num_classes
         boxes = box_convert(predictions.boxes_cxcywh[-1], "cxcywh", "xyxy")
         boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        return Detections(boxes, scores, classes, queries)
+        return TopDetections(boxes, scores, classes, queries)
 
-    def inference(
+    def postprocess(
         self,
         predictions: Predictions,
         batched_inputs: List[Dict[str, Any]],
@@ -257,18 +275,19 @@ class SMCA(nn.Module):
         """The best detections, boxes scaled to the original image.
 
         Args:
-            predictions: of the last layer at least.
+            predictions: those of the last layer at least.
             batched_inputs: as in `forward`.
-            image_sizes: (height, width) of each image, where the item does not say another.
+            image_sizes: (height, width) of each image, unless its dict has ``height`` and
+                ``width``.
 
         Returns:
-            As `forward` in evaluation.
+            What `forward` returns in evaluation.
         """
         image_sizes = [
             (item.get("height", height), item.get("width", width))
             for item, (height, width) in zip(batched_inputs, image_sizes)
         ]
-        best = self.best(predictions)
+        best = self.top_detections(predictions)
         all_boxes = best.boxes_xyxy * _corner_sizes(image_sizes, best.boxes_xyxy)[:, None]
         results = []
         for boxes, scores, classes, queries, image_size in zip(all_boxes, *best[1:], image_sizes):
@@ -280,6 +299,54 @@ class SMCA(nn.Module):
             results.append({"instances": instances})
         return results
 
+    def _encode(self, images: ImageList) -> Tuple[List[Scale], Tensor]:
+        """The encoded scales, and (B, 2) each image's own (width, height) in pixels."""
+        scales = self.encoder(self.scales(images))
+        sizes = images.image_sizes
+        if not isinstance(sizes, Tensor):
+            sizes = torch.tensor([(h, w) for h, w in sizes])
+        sizes = sizes.float().flip(1)
+        return scales, sizes.to(self.device, non_blocking=True)
+
+    def _change_boxes(self, layer: int, hidden: Tensor) -> Tensor:
+        """(B, Q, d) of a decoder layer to (B, Q, 4) changes of boxes before their sigmoid."""
+        with float32_region(hidden):
+            return _apply(self.box_embed, hidden[None], layer)[0]
+
+    def _losses(self, images: ImageList, targets: List[Targets]) -> Dict[str, Tensor]:
+        """The losses of the decoder layers, and with the suffixes ``enc``, ``dn`` and ``dense`` of
+        the proposals, the noisy objects (all layers together) and the dense head."""
+        scales, image_sizes = self._encode(images)
+        queries = self.query_embed(scales, image_sizes)
+        noisy = None if self.denoising is None else self.denoising(targets)
+        joined = queries if noisy is None else noisy.join(queries)
+        output = self.decoder(scales, joined, image_sizes, self._change_boxes)
+        num_queries = queries.content.shape[1]
+        logits, boxes = self.forward_head(output)
+        predictions = Predictions(logits[:, :, :num_queries], boxes[:, :, :num_queries])
+        if queries.proposals is not None:  # matched together, for the matcher makes a GPU wait
+            predictions = Predictions(
+                *(torch.cat(pair) for pair in zip(queries.proposals, predictions))
+            )
+        losses = self.criterion(predictions, targets)
+        if queries.proposals is not None:
+            losses = {_after_proposals(name): loss for name, loss in losses.items()}
+        if noisy is not None:
+            logits = logits[:, :, num_queries:].masked_fill(noisy.padding[..., None], IMPOSSIBLE)
+            parts = (
+                Predictions(logits, boxes[:, :, num_queries:]),
+                targets,
+                self.denoising.matching(targets, len(logits)),
+                self.denoising.groups,
+            )
+            for name, loss in self.criterion.by_layer(*parts).items():
+                losses[f"{name}_dn"] = self.denoising.weight * loss.sum()
+        if self.dense_head is not None:
+            dense, matching = self.dense_head(scales, image_sizes, targets)
+            for name, loss in self.criterion.by_layer(dense, targets, matching).items():
+                losses[f"{name}_dense"] = self.dense_head.weight * loss.sum()
+        return losses
+
     def _targets(self, item: Dict[str, Any]) -> Targets:
         """Labels, and boxes relative to the image."""
         instances = item["instances"]
@@ -289,7 +356,7 @@ class SMCA(nn.Module):
         return Targets(instances.gt_classes.to(self.device, non_blocking=True), boxes)
 
     def _check_classes(self, classes: Tensor, image: str) -> None:
-        # Where a GPU holds them, asking would wait for all that it still has to do.
+        # Only on the host: to read classes that are on a GPU would wait for the GPU.
         if classes.device.type == "cpu" and len(classes) and classes.max() >= self.num_classes:
             raise UserError(
                 f"Image {image} has an object of class index {int(classes.max())}, the model has "
@@ -298,7 +365,43 @@ class SMCA(nn.Module):
 
 
 def _corner_sizes(image_sizes: Sequence[Size], boxes: Tensor) -> Tensor:
-    """(B, 4) width, height, width, height of each (height, width), where the boxes are. Made by
-    `boxes.new_tensor`, they would wait for all that a GPU still has to do."""
+    """(B, 4) width, height, width, height of each (height, width), on the boxes' device.
+
+    `boxes.new_tensor` would wait for the GPU."""
     sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
     return sizes.to(boxes.device, non_blocking=True)
+
+
+def _class_head(embed_dim: int, num_classes: int) -> nn.Module:
+    head = nn.Linear(embed_dim, num_classes)
+    # Every query starts at a foreground probability of 0.01 (focal loss, section 4.1).
+    nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+    return head
+
+
+def _box_head(embed_dim: int, refine: bool) -> nn.Module:
+    head = mlp(embed_dim, 4)
+    if refine:
+        start_without_change(head)
+    return head
+
+
+def _repeat(count: Optional[int], make: Callable[[], nn.Module]) -> nn.Module:
+    """One head, or a list of `count`."""
+    return make() if count is None else nn.ModuleList(make() for _ in range(count))
+
+
+def _apply(head: nn.Module, hidden: Tensor, first: int) -> Tensor:
+    """(N, B, Q, d) of the decoder layers from `first` on, each through its head."""
+    if not isinstance(head, nn.ModuleList):
+        return head(hidden)
+    return torch.stack([head[first + index](x) for index, x in enumerate(hidden)])
+
+
+def _after_proposals(name: str) -> str:
+    """The name of a loss where the proposals count as the first layer: loss_ce_0 becomes
+    loss_ce_enc, loss_ce_1 becomes loss_ce_0, and so on."""
+    kind, _, layer = name.rpartition("_")
+    if not layer.isdigit():
+        return name
+    return f"{kind}_enc" if layer == "0" else f"{kind}_{int(layer) - 1}"

@@ -1,6 +1,6 @@
 """Hungarian matching of predictions and objects, for all decoder layers at once."""
 
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -10,22 +10,44 @@ from torchvision.ops import box_convert
 from .box_ops import generalized_iou
 
 
+class Predictions(NamedTuple):
+    """
+    Attributes:
+        logits: (N, B, Q, C) class logits of N decoder layers.
+        boxes_cxcywh: (N, B, Q, 4) in [0, 1], relative to each image's own size.
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+
+
 class Targets(NamedTuple):
-    """One image's objects: labels (T,) class indices, boxes_cxcywh (T, 4) relative to the image."""
+    """One image's objects.
+
+    Attributes:
+        labels: (T,) class indices.
+        boxes_cxcywh: (T, 4) relative to the image.
+    """
 
     labels: Tensor
     boxes_cxcywh: Tensor
 
 
 class Matching(NamedTuple):
-    """The M matched pairs, as indices (M,) on the predictions' device.
+    """The M pairs of a prediction and an object, on the predictions' device.
 
-    `targets` counts through the targets of all images joined in order."""
+    Attributes:
+        layers, images, queries: (M,) indices of the predictions.
+        targets: (M,) indices into the targets of all images, joined in order.
+        weights: (M,) how much each pair counts, and the truth of its class; None: all alike, as a
+            one-to-one matching has it.
+    """
 
     layers: Tensor
     images: Tensor
     queries: Tensor
     targets: Tensor
+    weights: Optional[Tensor] = None
 
 
 class HungarianMatcher(nn.Module):
@@ -39,21 +61,21 @@ class HungarianMatcher(nn.Module):
     queries, the objects of greatest cost stay unmatched.
 
     Args:
-        class_weight: of the class cost.
-        box_weight: of the L1 distance of the boxes.
-        giou_weight: of the generalized IoU.
-        alpha: of the focal loss, whose change by a match is the class cost.
-        gamma: of the focal loss.
+        class_weight: factor of the class cost.
+        box_weight: factor of the L1 distance of the boxes.
+        giou_weight: factor of the generalized IoU.
+        alpha: as in `FocalLoss`. The class cost is the change of the focal loss by a match.
+        gamma: as in `FocalLoss`.
     """
 
     def __init__(
         self,
         *,
-        class_weight: float,
-        box_weight: float,
-        giou_weight: float,
-        alpha: float,
-        gamma: float,
+        class_weight: float = 2.0,
+        box_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
     ):
         super().__init__()
         self.class_weight = class_weight
@@ -65,18 +87,18 @@ class HungarianMatcher(nn.Module):
     def forward(self, logits: Tensor, boxes_cxcywh: Tensor, targets: List[Targets]) -> Matching:
         """
         Args:
-            logits: (N, B, Q, C) of N decoder layers.
+            logits: (N, B, Q, C) class logits of N decoder layers.
             boxes_cxcywh: (N, B, Q, 4) relative to the image.
-            targets: of the B images.
+            targets: the objects of the B images.
 
         Returns:
-            For every layer the pairs of each image, as many as it has objects or queries,
-            whichever is less; also for predictions that are not finite, which come last.
+            For every layer the pairs of each image: as many as it has objects or queries, whichever
+            is less. Predictions that are not finite are matched last.
         """
-        # The only transfer from the device: every layer and image together.
+        # The only transfer from the device is that of all layers and images together.
         costs = self.cost(logits, boxes_cxcywh, targets).cpu()
-        # SciPy refuses NaN. To raise here would leave the other processes of a training waiting
-        # for this one: the losses say it to all of them.
+        # SciPy refuses NaN. An error here would leave the other processes of a training waiting for
+        # this one. The losses are NaN too, and all processes see that.
         cost = costs.nan_to_num(nan=torch.finfo(costs.dtype).max).numpy()
         pairs: List[Tuple[int, int, int, int]] = []
         first_target = 0
@@ -94,12 +116,11 @@ class HungarianMatcher(nn.Module):
 
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: List[Targets]) -> Tensor:
         """
-        Args:
-            As in `forward`.
+        Arguments as of `forward`.
 
         Returns:
-            (N, B, Q, T) with T the largest number of objects of an image; an image's columns
-            beyond its own objects mean nothing.
+            (N, B, Q, T), T being the largest number of objects of an image. Columns beyond an
+            image's own objects have no meaning.
         """
         labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
         target_boxes = nn.utils.rnn.pad_sequence(

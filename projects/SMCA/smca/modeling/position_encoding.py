@@ -49,3 +49,23 @@ class SinePositionEncoding(nn.Module):
         """(B, h, w) and (F,) -> (B, F, h, w), sine and cosine by turns."""
         phase = angle[:, None] / wave_length[:, None, None]
         return torch.stack([phase[:, 0::2].sin(), phase[:, 1::2].cos()], dim=2).flatten(1, 2)
+
+
+def encode_boxes(boxes: Tensor, embed_dim: int, temperature: float = 20.0) -> Tensor:
+    """Sine encoding of boxes (DAB-DETR, section 4.2).
+
+    Args:
+        boxes: (..., 4) cxcywh in [0, 1].
+        embed_dim: d, a multiple of 4.
+        temperature: base of the geometric series of wave lengths; lower than that of cells, since
+            half a box is a large distance.
+
+    Returns:
+        (..., 2 d): d / 2 sines and cosines of each of the four numbers.
+    """
+    num_features = embed_dim // 2
+    feature = torch.arange(num_features, dtype=torch.float32, device=boxes.device)
+    wave_length = temperature ** (2 * (feature // 2) / num_features)
+    phase = boxes[..., None] * (2 * math.pi) / wave_length
+    waves = torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1)
+    return waves.flatten(-3)

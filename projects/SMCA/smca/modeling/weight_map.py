@@ -7,8 +7,11 @@ cell at distance (dx, dy), in cells, from the head's center is
     -(a_x^2 dx^2 + a_y^2 dy^2) * factor,      factor = stride / 32 / beta,
 
 with the spread (a_x, a_y) multiplying the distance (the inverse of the paper's s); a model of one
-scale has the factor 1 / beta. Other shapes are further classes below: to add one, derive it from
-`WeightMap`, give it `log_weights_at` and enter it in `SPREADS`.
+scale has the factor 1 / beta. Other shapes are further classes below. To add one, derive it from
+`WeightMap`, give it `log_weights_at`, and name it in the config: `Modulation(map=MyMap)`.
+
+Where queries have boxes, distances are in units of the box: a head's center is the box's center
+plus an offset times half its sides, and the map falls to 1 / e at half a side / spread.
 
 This file needs PyTorch alone and can be copied into another project, see docs/plug_in.md.
 Shorthand: B images, Q queries, d channels, H heads, H' heads with a map of their own (H, or 1 if
@@ -16,6 +19,8 @@ they share it), L scales.
 """
 
 import contextlib
+import math
+import pydoc
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import (
@@ -30,19 +35,21 @@ from typing import (
     Sequence,
     Tuple,
     Type,
+    Union,
 )
 
 import torch
 from torch import Tensor, nn
 
-MODULATIONS = ("multi_head", "head_shared", "none")
 REFERENCE_STRIDE = 32
 PUBLISHED_BETA = 8.0
+# A cell's own center, in cells from its corner. The paper takes cells for points; boxes do not.
+HALF_CELL = 0.5
 
 
 def float32_region(tensor: Tensor) -> ContextManager[Any]:
-    """Context in which autocast is off: for coordinates, which half precision would round to
-    several pixels."""
+    """A context without autocast, for coordinates: half precision would round them to several
+    pixels."""
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
@@ -52,9 +59,9 @@ def float32_region(tensor: Tensor) -> ContextManager[Any]:
 
 
 class Channels(NamedTuple):
-    """Log-weights written as dot products of queries and cells, which any attention kernel adds to
-    its logits when the channels are appended to queries and keys. Up to a term that all cells of a
-    query share, which the softmax cancels.
+    """Log-weights written as dot products of queries and cells. Any attention kernel adds them to
+    its logits when the channels are appended to queries and keys. They may miss a term that all
+    cells of a query share, since the softmax cancels it.
 
     Attributes:
         query: (B, H', Q, k) float32.
@@ -71,20 +78,22 @@ class Channels(NamedTuple):
 class WeightMap(ABC):
     """The maps of all queries and heads on one scale.
 
-    A shape has to say what its log-weights are; with `channels`, where they are dot products, it
-    also takes the fast kernels.
+    A shape has to define `log_weights_at`. If its log-weights are dot products, it can define
+    `channels` too, and then runs in the fast kernels.
 
     Attributes:
         centers: (B, H', Q, 2) heads' centers (x, y) in cells.
         spreads: (B, H', Q, n), as many values as `initial_spreads` has, as the query predicts them.
         factor: multiplies squared distances.
         size: (h, w) in cells.
+        unit: (B, 1, Q, 2) the unit of distances along x and y, in cells; None: a cell.
     """
 
     centers: Tensor
     spreads: Tensor
     factor: float
     size: Tuple[int, int]
+    unit: Optional[Tensor] = None
 
     initial_spreads: ClassVar[Tuple[float, ...]]
 
@@ -93,14 +102,15 @@ class WeightMap(ABC):
         """Log-weights at distances from the heads' centers, at most 0.
 
         Args:
-            dx, dy: (B, H', Q, 1, w) and (B, H', Q, h, 1) in cells.
+            dx, dy: (B, H', Q, 1, w) and (B, H', Q, h, 1), in units.
 
         Returns:
             (B, H', Q, h, w)
         """
 
     def log_weights(self, x: Optional[Tensor] = None, y: Optional[Tensor] = None) -> Tensor:
-        """(B, H', Q, h, w) log-weights of all cells, or of places x (w,) and y (h,) in cells."""
+        """(B, H', Q, h, w) log-weights of all cells, or of the positions x (w,) and y (h,), which
+        are in cells."""
         centers = self.centers
         height, width = self.size
         if x is None:
@@ -108,12 +118,15 @@ class WeightMap(ABC):
         if y is None:
             y = torch.arange(height, dtype=centers.dtype, device=centers.device)
         dx, dy = x - centers[..., 0:1], y - centers[..., 1:2]
+        if self.unit is not None:
+            dx, dy = dx / self.unit[..., 0:1], dy / self.unit[..., 1:2]
         return self.log_weights_at(dx[..., None, :], dy[..., :, None])
 
     def of_queries(self, queries: Any) -> "WeightMap":
         """The maps of some queries, given as an index (a slice, or indices) into Q."""
         centers, spreads = self.centers[:, :, queries], self.spreads[:, :, queries]
-        return replace(self, centers=centers, spreads=spreads)
+        unit = None if self.unit is None else self.unit[:, :, queries]
+        return replace(self, centers=centers, spreads=spreads, unit=unit)
 
     def channels(self) -> Optional[Channels]:
         """The log-weights as dot products, or None."""
@@ -131,7 +144,7 @@ class Gaussian(WeightMap):
 
     @property
     def precisions(self) -> Tensor:
-        """(B, H', Q, 2): what multiplies dx^2 and dy^2."""
+        """(B, H', Q, 2) factors of dx^2 and dy^2, in units."""
         return (self.factor * self.spreads.square()).expand_as(self.centers)
 
     def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
@@ -142,7 +155,10 @@ class Gaussian(WeightMap):
         # -p (x - c)^2 = -p x^2 + 2 p c x - p c^2 for each axis. The last term is the same for all
         # cells, but it keeps the logits small, and with them the rounding of the gradients.
         c_x, c_y = self._centers_from_middle()
-        p_x, p_y = self.precisions.unbind(-1)
+        precisions = self.precisions
+        if self.unit is not None:
+            precisions = precisions / self.unit.square()
+        p_x, p_y = precisions.unbind(-1)
         shared = (p_x * c_x.square() + p_y * c_y.square()) / 64  # float16 ends at 65504
         query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared]
         x, y = self._cells_from_middle()
@@ -208,6 +224,9 @@ class RotatedGaussian(Gaussian):
 
     def channels(self) -> Channels:
         a_x, a_y, a_xy = self.spreads.unbind(-1)
+        if self.unit is not None:
+            unit_x, unit_y = self.unit.unbind(-1)
+            a_x, a_y, a_xy = a_x / unit_x, a_y / unit_y, a_xy / unit_y
         p_xx = self.factor * a_x.square()
         p_yy = self.factor * (a_xy.square() + a_y.square())
         p_xy = self.factor * a_x * a_xy
@@ -231,8 +250,8 @@ class Laplacian(WeightMap):
         return -(self.factor**0.5) * ((a_x * dx).abs() + (a_y * dy).abs())
 
 
-# What `model.decoder.spread` may be.
-SPREADS: Dict[str, Type[WeightMap]] = {
+# Short names, for `Modulation(map=...)`.
+MAPS: Dict[str, Type[WeightMap]] = {
     "fixed": FixedGaussian,
     "single": SingleGaussian,
     "independent": Gaussian,
@@ -242,11 +261,53 @@ SPREADS: Dict[str, Type[WeightMap]] = {
 }
 
 
+# ---- The settings
+
+
+@dataclass
+class Modulation:
+    """The settings of a decoder's weight maps.
+
+    Attributes:
+        map: the shape: a `WeightMap` class, its dotted path ("my_package.MyMap"), or one of the
+            short names in `MAPS`.
+        per_head: each head has an offset from the query's center and a spread of its own. False:
+            all heads look around the center with one spread.
+        beta: divides squared distances; a larger one makes wider maps. Not used for boxes.
+        offset_gain: gain of the offsets' initial weights. With 1 and beta = 8 (the paper) heads
+            start about 1.4 cells from the center, which is 0.7 radii of their maps. None keeps that
+            proportion for any beta: sqrt(beta / 8). Not used for boxes.
+
+    Raises:
+        ValueError: there is no such map, or beta or the gain is not a positive number.
+    """
+
+    map: Union[str, Type[WeightMap]] = Gaussian
+    per_head: bool = True
+    beta: float = PUBLISHED_BETA
+    offset_gain: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        found = self.map
+        if isinstance(found, str):
+            found = MAPS.get(found) or pydoc.locate(found)  # type: ignore[assignment]
+        if not (isinstance(found, type) and issubclass(found, WeightMap)):
+            raise ValueError(
+                f"map={self.map!r} must be a WeightMap class, its dotted path, or one of "
+                f"{', '.join(MAPS)}."
+            )
+        self.map = found
+        gain = 1.0 if self.offset_gain is None else self.offset_gain
+        for name, factor in (("beta", self.beta), ("offset_gain", gain)):
+            if not (isinstance(factor, (int, float)) and factor > 0):
+                raise ValueError(f"{name}={factor!r} must be a positive number.")
+
+
 # ---- What a query predicts
 
 
 class Grid(Protocol):
-    """One scale's cells, as `smca.modeling.scales.Scale` has them: (h, w) of `stride` pixels."""
+    """One scale's cells, as in `smca.modeling.scales.Scale`: (h, w) cells of `stride` pixels."""
 
     @property
     def size(self) -> Tuple[int, int]: ...
@@ -255,70 +316,38 @@ class Grid(Protocol):
     def stride(self) -> int: ...
 
 
-def check_settings(
-    modulation: str,
-    spread: str,
-    beta: float,
-    offset_gain: Optional[float],
-    modulations: Sequence[str] = MODULATIONS,
-) -> None:
-    """
-    Raises:
-        ValueError: there is no such modulation or spread, or beta or the gain is not a positive
-            number.
-    """
-    for name, value, known in (
-        ("modulation", modulation, modulations),
-        ("spread", spread, tuple(SPREADS)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-    gain = 1.0 if offset_gain is None else offset_gain
-    for name, factor in (("beta", beta), ("offset_gain", gain)):
-        if not (isinstance(factor, (int, float)) and factor > 0):
-            raise ValueError(f"{name}={factor!r} must be a positive number.")
-
-
 class WeightMapPredictor(nn.Module):
     """Predicts a decoder layer's weight maps from its queries.
 
-    Args:
-        embed_dim: d. num_heads: H. num_scales: L.
-        modulation: "multi_head": each head has an offset from the shared center and a spread of
-            its own; "head_shared": all heads look around the center with one spread.
-        spread: the shape, one of `SPREADS`.
-        beta: divides the squared distance; a larger one makes wider maps.
-        offset_gain: of the offsets' initial weights. With 1 heads start about 1.4 cells from the
-            center, 0.7 radii of maps with the published beta = 8. None: sqrt(beta / 8), which keeps
-            that proportion (and is 1 as published).
+    A layer of parameters that the settings do not need is not built, since an unused parameter
+    breaks distributed training.
 
-    Raises:
-        ValueError: there is no such modulation or spread, or beta or the gain is not positive.
+    Args:
+        modulation: the settings.
+        embed_dim: d.
+        num_heads: H.
+        num_scales: L.
+        in_boxes: queries have boxes, and distances are in units of these.
     """
 
     def __init__(
         self,
+        modulation: Optional[Modulation] = None,
         *,
         embed_dim: int,
         num_heads: int,
         num_scales: int = 1,
-        modulation: str = "multi_head",
-        spread: str = "independent",
-        beta: float = PUBLISHED_BETA,
-        offset_gain: Optional[float] = None,
+        in_boxes: bool = False,
     ):
         super().__init__()
-        kinds = [kind for kind in MODULATIONS if kind != "none"]
-        check_settings(modulation, spread, beta, offset_gain, kinds)
-        self.num_heads = num_heads if modulation == "multi_head" else 1
+        self.settings = settings = modulation or Modulation()
+        self.num_heads = num_heads if settings.per_head else 1
         self.num_scales = num_scales
-        self.shape = SPREADS[spread]
-        self.beta = beta
-        self.offset_gain = (beta / PUBLISHED_BETA) ** 0.5 if offset_gain is None else offset_gain
-        # What a setting does not use does not exist.
+        self.in_boxes = in_boxes
+        self.shape: Type[WeightMap] = settings.map  # type: ignore[assignment]
         self.offset: Optional[nn.Linear] = None
         self.spread: Optional[nn.Linear] = None
-        if modulation == "multi_head":
+        if settings.per_head:
             self.offset = nn.Linear(embed_dim, num_scales * num_heads * 2)
         num_spreads = len(self.shape.initial_spreads)
         if num_spreads:
@@ -326,22 +355,41 @@ class WeightMapPredictor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The spread starts the same for every query; the offsets start at random, so that heads
-        differ."""
+        """Spreads start the same for every query. Offsets start at random, so that heads differ;
+        in a box, heads also start in different directions, halfway between center and sides."""
         if self.offset is not None:
-            nn.init.xavier_uniform_(self.offset.weight, self.offset_gain)
+            nn.init.xavier_uniform_(self.offset.weight, self._offset_gain())
+            if self.in_boxes:
+                angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+                directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+                with torch.no_grad():
+                    self.offset.bias.copy_((0.5 * directions).flatten().repeat(self.num_scales))
         if self.spread is not None:
             initial = torch.tensor(self.shape.initial_spreads)
             nn.init.zeros_(self.spread.weight)
             with torch.no_grad():
                 self.spread.bias.copy_(initial.repeat(self.num_scales * self.num_heads))
 
-    def forward(self, queries: Tensor, center: Tensor, grids: Sequence[Grid]) -> List[WeightMap]:
+    def _offset_gain(self) -> float:
+        if self.in_boxes:
+            return 0.3
+        gain, beta = self.settings.offset_gain, self.settings.beta
+        return (beta / PUBLISHED_BETA) ** 0.5 if gain is None else gain
+
+    def forward(
+        self,
+        queries: Tensor,
+        center: Tensor,
+        grids: Sequence[Grid],
+        half_sizes: Optional[Tensor] = None,
+    ) -> List[WeightMap]:
         """
         Args:
             queries: (B, Q, d), the layer's normalized input.
             center: (B, Q, 2), (x, y) in pixels.
             grids: the L scales.
+            half_sizes: (B, Q, 2) half of the boxes' width and height in pixels; None unless
+                `in_boxes`.
 
         Returns:
             A map for each scale.
@@ -359,9 +407,19 @@ class WeightMapPredictor(nn.Module):
         maps = []
         for index, grid in enumerate(grids):
             centers = (center / grid.stride)[:, None]
-            if offsets is not None:
-                centers = centers + offsets[index]
+            offset = None if offsets is None else offsets[index]
+            factor, unit = self._factor(grid.stride), None
+            if half_sizes is not None:
+                half = (half_sizes / grid.stride)[:, None]
+                offset = None if offset is None else offset * half
+                # A map narrower than a cell would read nothing where it lies between two.
+                factor, unit = 1.0, half.clamp(min=0.5)
+                centers = centers - HALF_CELL
+            if offset is not None:
+                centers = centers + offset
             values = centers[..., :0] if spreads is None else spreads[index]
-            factor = (grid.stride / REFERENCE_STRIDE if len(grids) > 1 else 1.0) / self.beta
-            maps.append(self.shape(centers, values, factor, grid.size))
+            maps.append(self.shape(centers, values, factor, grid.size, unit))
         return maps
+
+    def _factor(self, stride: int) -> float:
+        return (stride / REFERENCE_STRIDE if self.num_scales > 1 else 1.0) / self.settings.beta

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smca.errors import CheckpointError
-from smca.modeling.weight_map import SPREADS
+from smca.modeling.weight_map import MAPS
 
 __all__ = ["find_detr", "find_smca", "has", "resnet_depth"]
 
@@ -38,8 +38,8 @@ def find_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, 
         notes.append(_assume_pattern(settings))
     has_offsets = has(state_dict, r".*\.point2\.")
     spread = _spread(state_dict, num_scales * (_NUM_HEADS if has_offsets else 1))
-    settings["model.decoder.modulation"] = "multi_head" if has_offsets else "head_shared"
-    settings["model.decoder.spread"] = spread
+    settings["model.decoder.modulation.per_head"] = has_offsets
+    settings["model.decoder.modulation.map"] = f"smca.modeling.{MAPS[spread].__name__}"
     if num_scales > 1:
         settings["model.decoder.scale_selection"] = has(state_dict, r".*\.point4\.")
     description = (
@@ -102,7 +102,7 @@ def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
     # The layers have to agree; one that does not is found later.
     key, num_outputs = min(outputs.items())
     for spread in _OFFICIAL_SPREADS:
-        if len(SPREADS[spread].initial_spreads) * num_gaussians == num_outputs:
+        if len(MAPS[spread].initial_spreads) * num_gaussians == num_outputs:
             return spread
     raise CheckpointError(f"has {num_outputs} outputs in {key}, which fits no kind of spread.")
 

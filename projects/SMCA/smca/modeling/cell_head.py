@@ -1,0 +1,105 @@
+"""A class and a box for every cell of the encoder, as in a dense detector."""
+
+import math
+from typing import List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import mlp
+from .scales import Scale
+from .weight_map import float32_region
+
+# A cell's box starts with sides of so many cells.
+_CELLS_OF_A_SIDE = 4.0
+# Class logit of cells that do not count: a probability of 2e-9, whose loss and gradient are 0.
+IMPOSSIBLE = -20.0
+
+
+class Cells(NamedTuple):
+    """The cells of all scales, before their boxes are predicted.
+
+    Attributes:
+        hidden: (B, S, d) normalized features.
+        logits: (B, S, C) class logits, `IMPOSSIBLE` where a cell is not valid.
+        boxes: (B, S, 4) initial boxes cxcywh, relative to each image's own size.
+        valid: (B, S) bool, True for cells whose center is inside the image.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    boxes: Tensor
+    valid: Tensor
+
+
+class CellHead(nn.Module):
+    """A linear layer and a LayerNorm, then a linear class head and an MLP for the change of the
+    cell's initial box.
+
+    Args:
+        embed_dim: d.
+        num_classes: C.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int):
+        super().__init__()
+        self.projection = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.class_embed = nn.Linear(embed_dim, num_classes)
+        self.box_embed = mlp(embed_dim, 4)
+        nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
+        start_without_change(self.box_embed)
+
+    def forward(self, scales: List[Scale], image_sizes: Tensor) -> Cells:
+        """
+        Args:
+            scales: the encoded scales.
+            image_sizes: (B, 2) each image's own (width, height) in pixels.
+        """
+        tokens = torch.cat([scale.tokens for scale in scales], dim=1)
+        cells = [cell_boxes(scale, image_sizes) for scale in scales]
+        boxes = torch.cat([box for box, _ in cells], dim=1)
+        valid = torch.cat([inside for _, inside in cells], dim=1)
+        hidden = self.norm(self.projection(tokens))
+        with float32_region(hidden):
+            logits = self.class_embed(hidden.float()).masked_fill(~valid[..., None], IMPOSSIBLE)
+        return Cells(hidden, logits, boxes, valid)
+
+    def predict_boxes(self, hidden: Tensor, initial: Tensor) -> Tensor:
+        """(B, K, d) features and (B, K, 4) initial boxes of some cells to (B, K, 4) predicted boxes
+        cxcywh before their sigmoid."""
+        with float32_region(hidden):
+            return self.box_embed(hidden.float()) + logit(initial)
+
+
+def cell_boxes(scale: Scale, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
+    """The initial boxes of a scale's cells.
+
+    Args:
+        scale: S cells.
+        image_sizes: (B, 2) each image's own (width, height) in pixels.
+
+    Returns:
+        (B, S, 4) cxcywh relative to the image's own size, and (B, S) bool, True where the cell's
+        center is inside the image.
+    """
+    height, width = scale.size
+    x, y = (torch.arange(n, device=image_sizes.device) + 0.5 for n in (width, height))
+    x, y = x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()
+    cell = (scale.stride / image_sizes)[:, None]  # (B, 1, 2)
+    centers = torch.stack([x, y], dim=-1) * cell
+    sides = (_CELLS_OF_A_SIDE * cell).expand_as(centers)
+    return torch.cat([centers, sides], dim=-1), (centers < 1).all(dim=-1)
+
+
+def logit(boxes: Tensor) -> Tensor:
+    """The inverse of the sigmoid, of numbers in [0, 1] that are kept away from its ends."""
+    boxes = boxes.clamp(1e-4, 1 - 1e-4)
+    return (boxes / (1 - boxes)).log()
+
+
+def start_without_change(box_embed: nn.Module) -> None:
+    """Let a box head start with a change of 0: boxes are then those that it starts from."""
+    last = [module for module in box_embed.modules() if isinstance(module, nn.Linear)][-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)

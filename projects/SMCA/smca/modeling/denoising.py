@@ -1,0 +1,147 @@
+"""Denoising queries (DN-DETR, DINO): groups of noisy objects that the decoder has to correct.
+
+They need no matching, since each knows its object, and exist in training only.
+"""
+
+from typing import List, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from .cell_head import logit
+from .matcher import Matching, Targets
+from .queries import Queries
+
+
+class NoisyObjects(NamedTuple):
+    """
+    Attributes:
+        content: (B, G * 2 T, d): in each of G groups a positive query for each of T places for
+            objects, then a negative one for each.
+        reference: (B, G * 2 T, 4) noisy boxes cxcywh before their sigmoid.
+        padding: (B, G * 2 T) bool, True for places that the image has no object for.
+        num_groups: G.
+    """
+
+    content: Tensor
+    reference: Tensor
+    padding: Tensor
+    num_groups: int
+
+    def join(self, queries: Queries) -> Queries:
+        """The queries with these behind them."""
+        assert queries.reference is not None
+        return queries._replace(
+            content=torch.cat([queries.content, self.content], dim=1),
+            reference=torch.cat([queries.reference, self.reference], dim=1),
+            num_groups=self.num_groups,
+            group_size=self.content.shape[1] // self.num_groups,
+        )
+
+
+class Denoising(nn.Module):
+    """Makes noisy objects. A positive query's box is moved by less than `box_noise` of its half
+    sides, a negative one's by more, up to twice as much: it has to find that nothing is there.
+
+    Args:
+        embed_dim: d.
+        num_classes: C.
+        groups: G, how many noisy copies of all objects.
+        box_noise: how far each side of a box is moved, relative to half the box.
+        label_noise: probability with which a class is replaced by a random one.
+        weight: factor of these queries' losses.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_classes: int,
+        groups: int = 3,
+        box_noise: float = 0.4,
+        label_noise: float = 0.25,
+        weight: float = 1.0,
+    ):
+        super().__init__()
+        self.label_embed = nn.Embedding(num_classes, embed_dim)
+        self.groups = groups
+        self.box_noise, self.label_noise = box_noise, label_noise
+        self.weight = weight
+
+    def forward(self, targets: List[Targets]) -> NoisyObjects:
+        """
+        Args:
+            targets: the objects of the B images.
+
+        Returns:
+            Groups for the largest number of objects of an image, at least 1.
+        """
+        labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
+        boxes = nn.utils.rnn.pad_sequence([t.boxes_cxcywh for t in targets], batch_first=True)
+        # At least one place, so that every parameter always has a gradient.
+        missing = max(0, 1 - labels.shape[1])
+        labels = nn.functional.pad(labels, (0, missing))
+        boxes = nn.functional.pad(boxes, (0, 0, 0, missing))
+        counts = torch.tensor([len(t.labels) for t in targets])
+        place = torch.arange(labels.shape[1])
+        padding = (place >= counts[:, None]).to(labels.device, non_blocking=True)
+        # Places without an object repeat the image's objects, for the others to see nothing odd.
+        repeated = (place % counts.clamp(min=1)[:, None]).to(labels.device, non_blocking=True)
+        labels = labels.gather(1, repeated)
+        boxes = boxes.gather(1, repeated[..., None].expand(-1, -1, 4))
+
+        shape = (len(targets), self.groups, 2, labels.shape[1])
+        labels, boxes = labels[:, None, None].expand(shape), boxes[:, None, None].expand(*shape, 4)
+        with torch.no_grad():
+            reference = logit(self._move(boxes.float()))
+        content = self.label_embed(self._replace(labels))
+        padding = padding[:, None, None].expand(shape)
+        return NoisyObjects(
+            content.flatten(1, 3), reference.flatten(1, 3), padding.flatten(1), self.groups
+        )
+
+    def _replace(self, labels: Tensor) -> Tensor:
+        """Labels, some of them replaced by random ones."""
+        replaced = torch.rand(labels.shape, device=labels.device) < self.label_noise
+        return torch.where(replaced, torch.randint_like(labels, self.num_classes), labels)
+
+    @property
+    def num_classes(self) -> int:
+        return self.label_embed.num_embeddings
+
+    def _move(self, boxes: Tensor) -> Tensor:
+        """(B, G, 2, T, 4) boxes cxcywh with each side moved, the positives' less than the
+        negatives'."""
+        corners = box_convert(boxes, "cxcywh", "xyxy")
+        distance = torch.rand_like(boxes)
+        distance[:, :, 1] += 1
+        sign = torch.randint_like(boxes, 2) * 2 - 1
+        half_sides = (boxes[..., 2:] / 2).repeat(1, 1, 1, 1, 2)
+        corners = (corners + sign * distance * half_sides * self.box_noise).clamp(0, 1)
+        low = torch.minimum(corners[..., :2], corners[..., 2:])
+        high = torch.maximum(corners[..., :2], corners[..., 2:])
+        return box_convert(torch.cat([low, high], dim=-1), "xyxy", "cxcywh").clamp(1e-3, 1)
+
+    def matching(self, targets: List[Targets], num_layers: int) -> Matching:
+        """Which of the noisy objects are which objects: the positive query of each, in each group
+        and decoder layer.
+
+        Args:
+            targets: as in `forward`.
+            num_layers: N.
+        """
+        counts = [len(t.labels) for t in targets]
+        num_places = max(1, *counts)
+        layer, group = torch.arange(num_layers)[:, None, None], torch.arange(self.groups)[:, None]
+        image = torch.cat([torch.full((n,), index) for index, n in enumerate(counts)])
+        place = torch.cat([torch.arange(n) for n in counts])
+        shape = (num_layers, self.groups, len(image))
+        fields = torch.stack(
+            [
+                layer.expand(shape),
+                image.expand(shape),
+                (group * 2 * num_places + place).expand(shape),
+                torch.arange(len(image)).expand(shape),
+            ]
+        )
+        return Matching(*fields.flatten(1).to(targets[0].labels.device, non_blocking=True))

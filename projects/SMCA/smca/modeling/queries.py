@@ -1,0 +1,97 @@
+"""Where queries come from: learned (DETR, SMCA) or proposed by the encoder (DINO).
+
+A source of queries is a module that is called with the encoded scales and the sizes of the images
+and returns `Queries`. `has_boxes` says whether these come with boxes, which decoders that refine
+boxes need.
+"""
+
+from typing import List, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cell_head import CellHead
+from .matcher import Predictions
+from .scales import Scale
+
+
+class Queries(NamedTuple):
+    """What a decoder starts from.
+
+    Attributes:
+        content: (B, Q, d) the first layer's input.
+        position: (Q, d) added to queries and keys of attention; None where it follows from the
+            reference.
+        reference: (B, Q, 4) boxes cxcywh before their sigmoid, without a gradient; None where the
+            decoder predicts a center itself.
+        proposals: in training, the predictions that the queries were chosen by, (1, B, Q, ...).
+        num_groups, group_size: the last num_groups * group_size queries are groups that neither see
+            one another nor are seen by the queries before them.
+    """
+
+    content: Tensor
+    position: Optional[Tensor] = None
+    reference: Optional[Tensor] = None
+    proposals: Optional[Predictions] = None
+    num_groups: int = 0
+    group_size: int = 0
+
+
+class LearnedQueries(nn.Module):
+    """The same queries for every image: a learned position, and zeros as content (DETR).
+
+    Args:
+        num_queries: Q.
+        embed_dim: d.
+    """
+
+    has_boxes = False
+
+    def __init__(self, num_queries: int, embed_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_queries, embed_dim))
+        nn.init.normal_(self.weight)
+
+    def forward(self, scales: List[Scale], image_sizes: Tensor) -> Queries:
+        """
+        Args:
+            scales: the encoded scales.
+            image_sizes: (B, 2) each image's own (width, height) in pixels.
+        """
+        content = torch.zeros_like(self.weight).expand(len(image_sizes), -1, -1)
+        return Queries(content, position=self.weight)
+
+
+class ProposedQueries(nn.Module):
+    """The encoder's best cells: their boxes are the queries' references, the content is learned
+    ("mixed query selection" in DINO).
+
+    Args:
+        num_queries: Q.
+        embed_dim: d.
+        num_classes: C.
+    """
+
+    has_boxes = True
+
+    def __init__(self, num_queries: int, embed_dim: int, num_classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_queries, embed_dim))
+        nn.init.normal_(self.weight)
+        self.cells = CellHead(embed_dim, num_classes)
+
+    def forward(self, scales: List[Scale], image_sizes: Tensor) -> Queries:
+        """Arguments as of `LearnedQueries`."""
+        cells = self.cells(scales, image_sizes)
+        num_queries = len(self.weight)
+        # Padded, since images may have fewer than Q cells. The last cell then counts repeatedly.
+        scores = F.pad(cells.logits.detach().amax(dim=-1), (0, num_queries), value=-torch.inf)
+        best = scores.topk(num_queries, dim=1).indices.clamp(max=cells.valid.shape[1] - 1)
+        hidden, logits, initial = (
+            x.gather(1, best[..., None].expand(-1, -1, x.shape[-1])) for x in cells[:3]
+        )
+        boxes = self.cells.predict_boxes(hidden, initial)
+        content = self.weight.expand(len(image_sizes), -1, -1)
+        proposals = Predictions(logits[None], boxes.sigmoid()[None]) if self.training else None
+        return Queries(content, reference=boxes.detach(), proposals=proposals)
