@@ -31,7 +31,7 @@ from smca.analysis.recommendation import recommend
 from smca.config import load_config
 from smca.data import DatasetError, DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError
-from smca.modeling.weight_map import WeightMapPredictor
+from smca.modeling.weight_map import Modulation, WeightMapPredictor
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +276,8 @@ def test_beta_starts_the_models_maps_at_a_third_of_a_small_object(size, num_scal
     small = size * advice["short_sides"] / 400
     # As the model is built, before its first step.
     beta = advice["model.decoder.modulation.beta"]
-    modulation = WeightMapPredictor(embed_dim=8, num_heads=1, num_scales=num_scales, beta=beta)
+    sizes = dict(embed_dim=8, num_heads=1, num_scales=num_scales)
+    modulation = WeightMapPredictor(Modulation(beta=beta), **sizes)
     scales = [SimpleNamespace(stride=stride << index, size=(9, 9)) for index in range(num_scales)]
     finest = modulation(torch.randn(1, 1, 8), torch.zeros(1, 1, 2), scales)[0]
     radius = stride / math.sqrt(2 * finest.precisions[0, 0, 0, 0].item())
