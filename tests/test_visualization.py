@@ -214,7 +214,7 @@ def test_the_shared_center_is_the_decoders_reference(predictor):
     (_, decoded), (detection,) = record_call(
         predictor.model.decoder, lambda: modulation_maps(predictor, image)
     )
-    x, y = decoded.reference[0, detection.query].sigmoid().tolist()
+    x, y = decoded.references[-1, 0, detection.query].sigmoid().tolist()
     assert detection.center == pytest.approx([384 * x, 288 * y], abs=1e-3)
 
 
