@@ -245,9 +245,10 @@ def write_tiny_config(folder, **changes):
 
 
 def build_model(config, *overrides):
-    """The model of one of the package's configs, by its name."""
-    config = LazyConfig.apply_overrides(model_zoo.get_config(config), list(overrides))
-    return instantiate(config.model)
+    """The model of one of the package's configs, or of configs/common/models, by its name."""
+    common = ROOT / "configs" / "common" / "models" / f"{config}.py"
+    config = LazyConfig.load(str(common)) if common.exists() else model_zoo.get_config(config)
+    return instantiate(LazyConfig.apply_overrides(config, list(overrides)).model)
 
 
 _SMCA_CONFIG = """

@@ -23,6 +23,7 @@ MODELS = {
     "multi-scale": ("smca_r50_50ep", [*ATTENTION, "model.encoder.pattern=IM"]),
     "conv": ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.ffn_dim=16"]),
     "DETR": ("detr_r50_50ep", [*ATTENTION, "model.encoder.pattern=I"]),
+    "plus": ("smca_plus", [*ATTENTION, "model.encoder.pattern=IM"]),
 }
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -147,8 +148,9 @@ def test_the_losses_wait_for_the_matcher_alone(gpu, name, dtype):
     model = model_on_gpu(gpu, name).train()
     with autocast(DTYPES[dtype]):
         losses = model(batch())
-    # Costs of 2 layers, 2 images, 6 queries and at most 2 objects.
-    assert gpu.waits == [("aten._to_copy.default", (2, 2, 6, 2))]
+    # Costs of 2 layers (and the proposals), 2 images, 6 queries and at most 2 objects.
+    num_layers = 3 if name == "plus" else 2
+    assert gpu.waits == [("aten._to_copy.default", (num_layers, 2, 6, 2))]
     assert all(loss.device == GPU and loss.dtype == torch.float32 for loss in losses.values())
 
 

@@ -14,7 +14,14 @@ from detectron2.config import LazyConfig
 import demo
 import draw
 import publish
-from helpers import CLASS_NAMES, make_image, make_smca, write_image, write_smca_config
+from helpers import (
+    CLASS_NAMES,
+    make_image,
+    make_smca,
+    write_image,
+    write_smca_config,
+    write_weights,
+)
 from smca import Predictor
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.inference import save_pretrained
@@ -82,6 +89,17 @@ def test_a_published_detector_gives_the_same_detections(checkpoint, published):
     assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert (predictor.weights, predictor.class_names) == ("ema", CLASS_NAMES)
     assert predictor.category_ids == {0: 7, 1: 9, 2: 2}
+
+
+def test_a_detector_with_proposed_queries_is_published(tmp_path):
+    config = write_smca_config(tmp_path, "smca_plus")
+    weights = write_weights(tmp_path, config)
+    expected = load_detector(weights, config)
+    save_pretrained(expected, str(tmp_path / "published"))
+    found = Predictor.from_pretrained(tmp_path / "published", device="cpu")
+    image = make_image(70, 110)
+    found, expected = (x(image, threshold=0) for x in (found, Predictor(weights, config_file=config)))
+    assert torch.equal(found.scores, expected.scores)
 
 
 def test_a_detector_published_by_yesterdays_names_gives_the_same_detections(published, copy):

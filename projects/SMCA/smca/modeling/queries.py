@@ -59,7 +59,7 @@ class LearnedQueries(nn.Module):
             scales: the encoded scales.
             image_sizes: (B, 2) each image's own (width, height) in pixels.
         """
-        content = torch.zeros_like(self.weight).expand(len(image_sizes), -1, -1)
+        content = torch.zeros_like(self.weight).expand(image_sizes.shape[0], -1, -1)
         return Queries(content, position=self.weight)
 
 
@@ -92,6 +92,6 @@ class ProposedQueries(nn.Module):
             x.gather(1, best[..., None].expand(-1, -1, x.shape[-1])) for x in cells[:3]
         )
         boxes = self.cells.predict_boxes(hidden, initial)
-        content = self.weight.expand(len(image_sizes), -1, -1)
+        content = self.weight.expand(image_sizes.shape[0], -1, -1)
         proposals = Predictions(logits[None], boxes.sigmoid()[None]) if self.training else None
         return Queries(content, reference=boxes.detach(), proposals=proposals)
