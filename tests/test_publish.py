@@ -98,7 +98,8 @@ def test_a_detector_with_proposed_queries_is_published(tmp_path):
     save_pretrained(expected, str(tmp_path / "published"))
     found = Predictor.from_pretrained(tmp_path / "published", device="cpu")
     image = make_image(70, 110)
-    found, expected = (x(image, threshold=0) for x in (found, Predictor(weights, config_file=config)))
+    predictor = Predictor(weights, config_file=config)
+    found, expected = found(image, threshold=0), predictor(image, threshold=0)
     assert torch.equal(found.scores, expected.scores)
 
 
