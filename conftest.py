@@ -36,7 +36,6 @@ from sybil.parsers.markdown import (  # noqa: E402
 from helpers import close_logs  # noqa: E402
 from smca.cli import train  # noqa: E402
 from smca.data import register_shapes  # noqa: E402
-from smca.modeling import weight_map  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 
@@ -135,8 +134,6 @@ def workspace(tmp_path_factory):
 @pytest.fixture
 def in_workspace(workspace, monkeypatch, loggers_of_one_test, data_sets_of_one_test):
     monkeypatch.chdir(workspace)
-    # A page adds a shape.
-    monkeypatch.setattr(weight_map, "SPREADS", dict(weight_map.SPREADS))
 
 
 pytest_collect_file = Sybil(

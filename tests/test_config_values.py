@@ -413,9 +413,9 @@ def read_model(model):
         "encoder": read_encoder(model.encoder),
         "decoder": read_decoder(model.decoder),
         "classes": common([model.num_classes, model.class_embed.out_features]),
-        "queries": model.query_embed.num_embeddings,
+        "queries": len(model.query_embed.weight),
         "detections": model.max_detections,
-        "width": model.query_embed.embedding_dim,
+        "width": model.query_embed.weight.shape[1],
         "dropout": common(dropout_rates(model)),
         "matching cost": read_weights(model.criterion.matcher),
         "loss": read_weights(model.criterion),
@@ -498,7 +498,7 @@ def read_decoder(decoder):
         if modulation is not None:
             kind = "head_shared" if modulation.offset is None else "multi_head"
             spread = SPREADS[len(modulation.shape.initial_spreads)]
-            beta, gain = modulation.beta, modulation.offset_gain
+            beta, gain = modulation.settings.beta, modulation._offset_gain()
         return {
             "heads": common([layer.self_attention.num_heads, layer.co_attention.num_heads]),
             "ffn": layer.ffn.linear1.out_features,
@@ -515,8 +515,9 @@ def read_decoder(decoder):
 
 def read_weights(part):
     names = {"class": "class_weight", "box": "box_weight", "giou": "giou_weight"}
-    names |= {"alpha": "alpha", "gamma": "gamma"}
-    return {name: getattr(part, attribute) for name, attribute in names.items()}
+    values = {name: getattr(part, attribute) for name, attribute in names.items()}
+    focal = getattr(part, "class_loss", part)
+    return values | {"alpha": focal.alpha, "gamma": focal.gamma}
 
 
 def read_data(config):
