@@ -10,6 +10,7 @@ import time
 import traceback
 
 import torch
+import torch.utils.tensorboard  # noqa: F401  once, and not in each process that is forked
 
 from smca.cli.train import main
 
@@ -73,7 +74,7 @@ class Job:
     def output(self):
         return self.output_file.read_text()
 
-    def wait_for(self, pattern, seconds=200):
+    def wait_for(self, pattern, seconds=600):
         """Wait until the output has this regular expression."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, self.output):
@@ -82,7 +83,7 @@ class Job:
             time.sleep(0.02)
 
     @staticmethod
-    def wait_until(condition, seconds=200):
+    def wait_until(condition, seconds=600):
         """Wait for what other processes do."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -99,7 +100,7 @@ class Job:
     def signal_group(self, number):
         os.killpg(self.pid, number)
 
-    def wait(self, seconds=200):
+    def wait(self, seconds=600):
         """The exit code; kills what takes longer."""
         deadline = time.monotonic() + seconds
         while self.is_alive():

@@ -174,7 +174,7 @@ def test_training_and_evaluation_work_with_a_small_dev_shm(tmp_path):
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
 

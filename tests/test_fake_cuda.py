@@ -26,6 +26,10 @@ MODELS = {
     "plus": ("smca_plus", [*ATTENTION, "model.encoder.pattern=IM"]),
 }
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+each_model_and_type = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "bf16") for name in MODELS), ("multi-scale", "float32"), ("multi-scale", "fp16")],
+)
 
 
 class FakeGpu(FakeTensorMode):
@@ -129,8 +133,7 @@ def test_a_model_is_built_on_a_gpu(gpu, name, monkeypatch):
     assert {tensor.device for tensor in tensors} == {GPU}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", MODELS)
+@each_model_and_type
 def test_inference_does_not_wait_for_the_gpu(gpu, name, dtype):
     model = model_on_gpu(gpu, name).eval()
     with torch.no_grad(), autocast(DTYPES[dtype]):
@@ -142,8 +145,7 @@ def test_inference_does_not_wait_for_the_gpu(gpu, name, dtype):
             assert value.device == GPU
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", MODELS)
+@each_model_and_type
 def test_the_losses_wait_for_the_matcher_alone(gpu, name, dtype):
     model = model_on_gpu(gpu, name).train()
     with autocast(DTYPES[dtype]):

@@ -436,7 +436,7 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
 
 
 def test_a_run_stops_early_and_resuming_leaves_it_at_that(tmp_path):
-    settings = {"max_iter": 8, "eval_period": 1, "early_stopping": 1, "num_pictures": 0}
+    settings = {"max_iter": 8, "eval_period": 1, "early_stopping": 1}
     config = write_tiny_config(tmp_path, **settings)
     overrides = ["optimizer.lr=0", "train.model_ema.enabled=False"]
     main(arguments("--config-file", config, *overrides))

@@ -32,7 +32,7 @@ class IterationEvaluator(DatasetEvaluator):
 def unbroken(tmp_path_factory):
     """A config and the folder of its run, beside which are the copies before_0, before_1, ..."""
     folder = tmp_path_factory.mktemp("kill")
-    config = write_tiny_config(folder, max_iter=4, num_pictures=0, early_stopping=3)
+    config = write_tiny_config(folder, max_iter=4, early_stopping=3)
     with open(config, "a") as file:
         file.write("from test_reliability_kill import IterationEvaluator\n")
         file.write("dataloader['evaluator'] = L(IterationEvaluator)()\n")

@@ -18,7 +18,7 @@ from smca.data.errors import DatasetError
 from smca.engine import Trainer, launch
 
 RARELY = {"period": 1000, "max_to_keep": 5}
-MANY = {"max_iter": 1000, "eval_period": 0, "num_pictures": 0}
+MANY = {"max_iter": 1000, "eval_period": 0}
 
 
 def at(action):
@@ -60,7 +60,7 @@ def test_processes_that_are_killed_are_started_again_and_end_with_the_same_bits(
         if (rank, iteration, restart) in [(1, 1, 0), (0, 3, 1)]:  # before there is a checkpoint
             kill()
 
-    settings = {"max_iter": 6, "eval_period": 0, "num_pictures": 0}
+    settings = {"max_iter": 6, "eval_period": 0}
     (tmp_path / "unbroken").mkdir()
     unbroken = launch_two(tmp_path / "unbroken", lambda *_: None, **settings)
     job = launch_two(tmp_path, kill_one_after_the_other, "--max-restarts", 2, **settings)
@@ -188,7 +188,7 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
         os.makedirs(f"{tmp_path}/machine_{rank}", exist_ok=True)
         os.chdir(f"{tmp_path}/machine_{rank}")
 
-    settings = dict(output_dir="run", seed=-1, eval_period=0, num_pictures=0)
+    settings = dict(output_dir="run", seed=-1, eval_period=0)
     config = write_tiny_config(tmp_path, max_iter=2, **settings)
     for job in jobs(tmp_path, "--config-file", config, prepare=prepare):
         assert job.wait() == 0, job.output
@@ -223,7 +223,7 @@ def test_several_machines_need_an_address(tmp_path, capsys):
 def test_torchrun_and_two_machines_train_like_one_process(tmp_path):
     plain = ["model.dropout=0", "model.batch_norm=False", "train.max_iter=3"]
     plain += ["train.accumulate=2"]
-    config = write_tiny_config(tmp_path, num_pictures=0)
+    config = write_tiny_config(tmp_path)
     train = [ROOT / "train_net.py", "--config-file", config]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     under_torchrun = subprocess.Popen(

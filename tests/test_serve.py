@@ -23,7 +23,7 @@ from smca import Predictor
 from smca.analysis import draw_gaussians, modulation_maps
 from smca.errors import UserError
 
-_TIMEOUT = 60  # seconds, of which a loaded machine may need many
+_TIMEOUT = 600  # seconds, of which a loaded machine may need many
 
 
 def make_viewer(folder, **decoder):

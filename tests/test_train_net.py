@@ -204,6 +204,7 @@ SMALL += ["dataloader.train.mapper.augmentations.short_sides=[32]", "train.devic
 SMALL += ["dataloader.train.mapper.augmentations_with_crop=null", "train.seed=0"]
 SMALL += ["dataloader.test.mapper.augmentations.short_sides=32", "train.max_iter=2"]
 SMALL += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+SMALL += ["train.num_pictures=0"]
 
 
 def two_datasets(folder, **changes):
