@@ -127,14 +127,6 @@ def test_a_norm_that_learns_put_in_later_is_the_one_that_runs():
     assert torch.equal(folded(image), plain(image))
 
 
-def test_half_precision_stays_half_precision():
-    model = fold_frozen_norms(resnet(num_blocks=[1, 1, 1, 1]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = model(torch.randn(1, 3, 64, 64))["res5"]
-    assert features.dtype == torch.bfloat16
-    assert features.isfinite().all()
-
-
 def test_each_extra_scale_is_made_from_the_one_before():
     shapes = {"res4": ShapeSpec(channels=6, stride=16), "res5": ShapeSpec(channels=10, stride=32)}
     projection = neck.ScaleProjection(shapes, ["res4", "res5"], num_extra_scales=2, embed_dim=4)

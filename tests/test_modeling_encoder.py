@@ -74,51 +74,6 @@ def test_attention_encoder_equals_the_reference(strides, pattern):
     assert_same_gradients(output, expected, {**inputs, **state_dict}, 3e-4)
 
 
-def test_pattern_decides_which_scales_meet():
-    scales = make_scales([16, 32])
-    changed = [scales[0], scales[1]._replace(tokens=scales[1].tokens + 1)]
-    for pattern, meets in (("II", False), ("M", True), ("IM", True)):
-        encoder = randomize(attention_encoder(pattern))
-        fine, fine_changed = encoder(scales)[0].tokens, encoder(changed)[0].tokens
-        assert torch.equal(fine, fine_changed) != meets
-
-
-def test_both_kinds_of_layer_are_the_same_at_one_scale():
-    intra = randomize(attention_encoder("II"))
-    multi = attention_encoder("MM")
-    multi.load_state_dict(intra.state_dict())
-    scales = make_scales([32])
-    assert_close(intra(scales)[0].tokens, multi(scales)[0].tokens, 1e-6)
-
-
-def test_scales_share_the_weights_of_a_layer():
-    encoder = randomize(attention_encoder("I"))
-    scale = make_scales([16])[0]
-    fine, coarse = encoder([scale, scale])
-    assert_close(fine.tokens, coarse.tokens, 1e-6)
-
-
-def test_no_mask_equals_a_mask_without_padding():
-    encoder = randomize(attention_encoder("IM"))
-    scales = make_scales([16, 32], [(96, 128)] * 2)
-    without = [scale._replace(padding_mask=None) for scale in scales]
-    for masked, unmasked in zip(encoder(scales), encoder(without), strict=True):
-        assert_close(unmasked.tokens, masked.tokens, 1e-5)
-
-
-@pytest.mark.parametrize("garbage", [0.0, -3.0, 1e4])
-def test_what_padding_holds_does_not_reach_the_attention_encoder(garbage):
-    encoder = randomize(attention_encoder("IMI"))
-    scales = make_scales([16, 32, 64])
-    dirty = [
-        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
-    ]
-    clean_output = valid_cells([scale.tokens for scale in encoder(scales)], scales)
-    dirty_output = valid_cells([scale.tokens for scale in encoder(dirty)], scales)
-    for clean, changed in zip(clean_output, dirty_output, strict=True):
-        assert_close(changed, clean)
-
-
 @pytest.mark.parametrize("pattern", ["IXI", "imi"])
 def test_unknown_letter_in_the_pattern_is_an_error(pattern):
     with pytest.raises(ValueError, match="pattern"):
@@ -137,22 +92,22 @@ def test_attention_encoder_builds_no_full_map():
 # ---------------------------------------------------------------------------------- conv encoder
 
 
-@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("share_cross_scale", [False, True])
 @pytest.mark.parametrize("pointwise", [False, True])
-def test_conv_encoder_equals_the_reference(kernel_size, share_cross_scale, pointwise):
-    encoder = randomize(
-        conv_encoder(
-            kernel_size=kernel_size, share_cross_scale=share_cross_scale, pointwise=pointwise
-        )
-    )
-    scales, inputs = with_leaves(make_scales([8, 16, 32, 64], [(96, 129), (60, 90)]))
+@pytest.mark.parametrize("strides", [[8, 16, 32, 64], [16, 32, 64]], ids=str)
+def test_conv_encoder_equals_the_reference(kernel_size, share_cross_scale, pointwise, strides):
+    settings = dict(share_cross_scale=share_cross_scale, pointwise=pointwise)
+    settings.update(num_scales=len(strides), reduce_finest=strides[0] == 8)
+    encoder = randomize(conv_encoder(kernel_size=kernel_size, **settings))
+    scales, inputs = with_leaves(make_scales(strides, [(96, 129), (60, 90)]))
     state_dict = official_state_dict(encoder, "encoder")
     maps = [scale.tokens.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
     positions = [scale.position.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
     expected = reference.conv_encoder(state_dict, maps, positions, num_layers=2)
-    reduced = reference.convolution(state_dict, "transformer.conv", expected[0], stride=2)
-    expected = [reference.to_tokens(x) for x in [reduced, *expected[1:]]]
+    if settings["reduce_finest"]:
+        expected[0] = reference.convolution(state_dict, "transformer.conv", expected[0], stride=2)
+    expected = [reference.to_tokens(x) for x in expected]
     output = [scale.tokens for scale in encoder(scales)]
     for got, wanted in zip(output, expected, strict=True):
         assert_close(got, wanted)
@@ -169,19 +124,6 @@ def test_reduced_scale_takes_over_all_else_from_the_second():
     assert not torch.equal(output[0].tokens, output[1].tokens)
 
 
-def test_conv_encoder_serves_other_numbers_of_scales():
-    encoder = randomize(conv_encoder(num_scales=3, reduce_finest=False))
-    scales = make_scales([16, 32, 64])
-    state_dict = official_state_dict(encoder, "encoder")
-    maps = [scale.tokens.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
-    positions = [scale.position.transpose(1, 2).unflatten(2, scale.size) for scale in scales]
-    expected = reference.conv_encoder(state_dict, maps, positions, num_layers=2)
-    output = encoder(scales)
-    assert [scale.stride for scale in output] == [16, 32, 64]
-    for scale, wanted in zip(output, expected, strict=True):
-        assert_close(scale.tokens, reference.to_tokens(wanted))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -195,28 +137,6 @@ def test_a_conv_encoder_that_cannot_be_is_an_error(settings, message):
 
 
 # ------------------------------------------------------------------------------------------ both
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_every_parameter_gets_a_gradient(name):
-    make, strides = ENCODERS[name]
-    encoder = make()
-    weighted_sum([scale.tokens for scale in encoder(make_scales(strides))]).backward()
-    for key, parameter in encoder.named_parameters():
-        assert parameter.grad is not None and parameter.grad.any(), key
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_dropout_is_on_in_training_and_off_in_eval(name):
-    make, strides = ENCODERS[name]
-    encoder, without = make(dropout=0.3), make(dropout=0.0)
-    without.load_state_dict(encoder.state_dict())
-    scales = make_scales(strides)
-    outputs = [encoder.train()(scales), encoder(scales), encoder.eval()(scales), without(scales)]
-    first, second, evaluated, expected = [[scale.tokens for scale in out] for out in outputs]
-    for i in range(len(scales)):
-        assert not torch.equal(first[i], second[i])
-        assert_close(evaluated[i], expected[i], 1e-6)
 
 
 def run_in_training(encoder, scales):
@@ -286,25 +206,6 @@ def test_checkpointing_keeps_the_random_state_of_a_gpu(name, monkeypatch):
         encoder.checkpointing = True
         encoder(scales)
     assert len(devices) >= len(encoder.layers) and set(devices) == {0}
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_output_keeps_positions_masks_and_order(name):
-    make, strides = ENCODERS[name]
-    scales = make_scales(strides)
-    for before, after in list(zip(scales, make()(scales)))[1:]:
-        assert (after.size, after.stride) == (before.size, before.stride)
-        assert torch.equal(after.position, before.position)
-        assert torch.equal(after.padding_mask, before.padding_mask)
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_input_is_left_as_it_was(name):
-    make, strides = ENCODERS[name]
-    scales = make_scales(strides)
-    copies = [scale.tokens.clone() for scale in scales]
-    make()(scales)
-    assert all(torch.equal(scale.tokens, copy) for scale, copy in zip(scales, copies, strict=True))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
