@@ -19,7 +19,7 @@ from helpers import (
 )
 from smca.analysis.recorder import Recorder
 from smca.modeling import Denoising, DenseHead, ProposedQueries
-from smca.modeling.cell_head import IMPOSSIBLE, Cells, logit
+from smca.modeling.cell_head import IMPOSSIBLE, Cells, change_boxes
 from smca.modeling.decoder import Decoder
 from smca.modeling.kernels import fit_channels
 from smca.modeling.queries import Queries
@@ -37,7 +37,24 @@ def random_boxes(*shape, seed=0):
 # Proposals
 
 
-def test_queries_are_the_cells_of_the_highest_class_scores():
+def best_cells(scores, valid, scales):
+    """Cells that are the highest of their 3 x 3 neighbors by their scores, the others after them from
+    the lowest on, and those outside the image last."""
+    peaks, others, first = [], [], 0
+    for height, width in (scale.size for scale in scales):
+        grid = scores[first : first + height * width].view(height, width)
+        for y in range(height):
+            for x in range(width):
+                index = first + y * width + x
+                around = grid[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+                kind = peaks if grid[y, x] == around.max() else others
+                if valid[index]:
+                    kind.append(index)
+        first += height * width
+    return sorted(peaks, key=lambda i: -scores[i]) + sorted(others, key=lambda i: scores[i])
+
+
+def test_queries_are_the_cells_that_score_higher_than_their_neighbors():
     module = randomize(ProposedQueries(Q, D, C)).train()
     scales = make_scales([16, 32])
     queries = module(scales, PIXELS)
@@ -45,7 +62,7 @@ def test_queries_are_the_cells_of_the_highest_class_scores():
     boxes = module.cells.predict_boxes(cells.hidden, cells.boxes)
     assert torch.equal(queries.content[0], module.weight) and queries.position is None
     for image in range(2):
-        best = cells.logits[image].amax(-1).argsort(descending=True)[:Q]
+        best = best_cells(cells.logits[image].amax(-1), cells.valid[image], scales)[:Q]
         assert_close(queries.reference[image], boxes[image, best], 1e-6)
         assert_close(queries.proposals.logits[0, image], cells.logits[image, best], 1e-6)
     assert not queries.reference.requires_grad and queries.proposals.boxes_cxcywh.requires_grad
@@ -61,12 +78,20 @@ def test_cells_start_with_boxes_around_their_centers():
     expected = torch.tensor([40 / 128, 24 / 96, 64 / 128, 64 / 96])
     assert_close(cells.boxes[0, index], expected, 1e-6)
     start = head.predict_boxes(cells.hidden, cells.boxes)
-    assert_close(start[0, index].sigmoid(), expected, 1e-4)
+    assert_close(start[0, index], expected, 1e-4)
     # Cells whose center is outside the image do not count.
     rows, columns = torch.arange(scale.size[0]), torch.arange(scale.size[1])
     inside = (16 * rows + 8 < 40)[:, None] & (16 * columns + 8 < 60)
     assert torch.equal(cells.valid[1], inside.flatten())
     assert (cells.logits[1, ~cells.valid[1]] == IMPOSSIBLE).all()
+
+
+def test_boxes_change_in_units_of_their_sides():
+    box = torch.tensor([0.4, 0.5, 0.2, 0.1])
+    assert torch.equal(change_boxes(box, torch.zeros(4)), box)
+    change = torch.tensor([0.5, -1.0, 0.0, 1.0])
+    assert_close(change_boxes(box, change), torch.tensor([0.5, 0.4, 0.2, 0.1 * 2.718282]), 1e-6)
+    assert change_boxes(box, torch.full((4,), 1e9)).isfinite().all()
 
 
 def test_an_image_may_have_fewer_cells_than_queries():
@@ -137,13 +162,13 @@ def make_decoder(**settings):
 
 
 def change(index, hidden):
-    return 0.3 * hidden[..., :4] + index
+    return 0.1 * hidden[..., :4] + 0.1 * index
 
 
 def random_queries(num_groups=0, group_size=0, seed=0):
     count = Q + num_groups * group_size
     content = torch.randn(2, count, D, generator=torch.Generator().manual_seed(seed))
-    reference = logit(random_boxes(2, count, seed=seed))
+    reference = random_boxes(2, count, seed=seed)
     return Queries(content, None, reference, None, num_groups, group_size)
 
 
@@ -153,7 +178,9 @@ def test_each_layer_starts_from_the_boxes_of_the_one_before(modulation):
     output = decoder(make_scales([16, 32]), queries, PIXELS, change)
     assert torch.equal(output.references[0], queries.reference)
     for index in (1, 2):
-        expected = output.references[index - 1] + change(index - 1, output.hidden[index - 1])
+        before, by = output.references[index - 1], change(index - 1, output.hidden[index - 1])
+        center = before[..., :2] + by[..., :2] * before[..., 2:]
+        expected = torch.cat([center, before[..., 2:] * by[..., 2:].exp()], -1)
         assert_close(output.references[index], expected, 1e-6)
     assert not output.references.requires_grad
     output.hidden.square().sum().backward()
@@ -186,7 +213,7 @@ def test_noisy_objects_are_near_their_objects_and_negatives_farther():
     padding = noisy.padding.view(3, 50, 2, 3)
     for image, count in enumerate((3, 0, 1)):
         assert torch.equal(padding[image, 0, 0], place >= count)
-    corners = box_convert(noisy.reference.sigmoid(), "cxcywh", "xyxy").view(3, 50, 2, 3, 4)
+    corners = box_convert(noisy.reference, "cxcywh", "xyxy").view(3, 50, 2, 3, 4)
     for index, (label, box) in enumerate(zip(targets[0].labels, targets[0].boxes_cxcywh)):
         truth = box_convert(box, "cxcywh", "xyxy")
         moved = (corners[0, :, :, index] - truth).abs() / (box[2:] / 2).repeat(2)
@@ -217,7 +244,7 @@ def test_the_matching_of_noisy_objects_names_the_positives(num_objects):
     assert not noisy.padding[matching.images, matching.queries].any()
     if sum(num_objects):
         truth = torch.cat([t.boxes_cxcywh for t in targets]).clamp(max=1)
-        found = noisy.reference[matching.images, matching.queries].sigmoid()
+        found = noisy.reference[matching.images, matching.queries]
         corners = [box_convert(b, "cxcywh", "xyxy") for b in (found, truth[matching.targets])]
         assert_close(corners[0], corners[1].clamp(0, 1), 1e-3)
         pairs = torch.stack([matching.layers, matching.images, matching.queries])
@@ -233,6 +260,8 @@ def dense_case(num_objects=(3, 0, 1)):
     scales = make_scales([8, 16], [(96, 128)] * len(num_objects))
     sizes = torch.tensor([[128.0, 96.0]]).expand(len(num_objects), -1)
     head = randomize(DenseHead(D, C, num_cells=6))
+    with torch.no_grad():  # boxes stay near their cells, so that objects and boxes overlap
+        head.cells.box_embed[-2].weight.mul_(0.2)
     return head, scales, sizes, random_targets(num_objects, C)
 
 
@@ -342,7 +371,7 @@ def test_a_record_has_heads_and_maps_in_pixels_of_the_image(config):
         model([item])
     record, size = recorder.layer(-1), (192, 256)
     queries = torch.arange(6)
-    boxes = recorder.output.references[-1, 0].sigmoid()
+    boxes = recorder.output.references[-1, 0]
     assert_close(record.centers_in_pixels(queries, size), boxes[:, :2] * torch.tensor([256, 192]))
     centers = record.head_centers_in_pixels(queries, size)
     modulation = model.decoder.layers[-1].modulation

@@ -12,6 +12,8 @@ from .weight_map import float32_region
 
 # A cell's box starts with sides of so many cells.
 _CELLS_OF_A_SIDE = 4.0
+# The logarithm of how much a box may grow at once, as in Detectron2.
+_LARGEST_GROWTH = math.log(1000 / 16)
 # Class logit of cells that do not count: a probability of 2e-9, whose loss and gradient are 0.
 IMPOSSIBLE = -20.0
 
@@ -67,9 +69,9 @@ class CellHead(nn.Module):
 
     def predict_boxes(self, hidden: Tensor, initial: Tensor) -> Tensor:
         """(B, K, d) features and (B, K, 4) initial boxes of some cells to (B, K, 4) predicted boxes
-        cxcywh before their sigmoid."""
+        cxcywh."""
         with float32_region(hidden):
-            return self.box_embed(hidden.float()) + logit(initial)
+            return change_boxes(initial, self.box_embed(hidden.float()))
 
 
 def cell_boxes(scale: Scale, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
@@ -92,10 +94,18 @@ def cell_boxes(scale: Scale, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
     return torch.cat([centers, sides], dim=-1), (centers < 1).all(dim=-1)
 
 
-def logit(boxes: Tensor) -> Tensor:
-    """The inverse of the sigmoid, of numbers in [0, 1] that are kept away from its ends."""
-    boxes = boxes.clamp(1e-4, 1 - 1e-4)
-    return (boxes / (1 - boxes)).log()
+def change_boxes(boxes: Tensor, change: Tensor) -> Tensor:
+    """Boxes changed in units of their own sides (Faster R-CNN, section 3.1.2), so that the same
+    change means the same for objects of all sizes.
+
+    Args:
+        boxes: (..., 4) cxcywh.
+        change: (..., 4) how many sides the center moves, and the logarithm of the sides' growth.
+    """
+    center, sides = boxes.split(2, dim=-1)
+    distance, growth = change.split(2, dim=-1)
+    grown = sides * growth.clamp(max=_LARGEST_GROWTH).exp()
+    return torch.cat([center + distance * sides, grown], dim=-1)
 
 
 def start_without_change(box_embed: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention
+from .cell_head import change_boxes
 from .layers import FeedForward, mlp, xavier_uniform
 from .position_encoding import encode_boxes
 from .queries import Queries
@@ -15,7 +16,7 @@ from .weight_map import Modulation, WeightMapPredictor, float32_region
 
 # The paper's.
 _DEFAULT = Modulation()
-# Predicts in layer i the change of boxes before their sigmoid: (i, (B, Q, d)) -> (B, Q, 4).
+# Predicts in layer i the change of boxes, see `change_boxes`: (i, (B, Q, d)) -> (B, Q, 4).
 BoxHead = Callable[[int, Tensor], Tensor]
 
 
@@ -39,8 +40,8 @@ class DecoderOutput(NamedTuple):
     """
     Attributes:
         hidden: (N, B, Q, d) normalized output of each of the N layers.
-        references: (N, B, Q, 2 or 4) what each layer's boxes start from, before the sigmoid: the
-            center (x, y) that the first layer predicts, or boxes cxcywh, in a decoder that refines
+        references: (N, B, Q, 2 or 4) what each layer's boxes start from: the center (x, y) that the
+            first layer predicts, before its sigmoid, or boxes cxcywh, in a decoder that refines
             them. None without either (DETR).
     """
 
@@ -119,8 +120,8 @@ class DecoderLayer(nn.Module):
             query_position: (Q, d) or (B, Q, d).
             memory: the encoded scales.
             image_sizes: (B, 1, 2) each image's own (width, height) in pixels.
-            reference: (B, Q, 2) center from the first layer, or (B, Q, 4) boxes, before the
-                sigmoid; None in a first layer that predicts the center.
+            reference: (B, Q, 2) center from the first layer, before its sigmoid, or (B, Q, 4) boxes
+                cxcywh; None in a first layer that predicts the center.
             num_groups, group_size: as in `Queries`.
 
         Returns:
@@ -134,9 +135,12 @@ class DecoderLayer(nn.Module):
                 if self.center is not None:
                     reference = self.center(layer_input)
                 assert reference is not None
-                boxes = reference.sigmoid()
-                center = boxes[..., :2] * image_sizes
-                half_sizes = boxes[..., 2:] * image_sizes / 2 if boxes.shape[-1] == 4 else None
+                half_sizes = None
+                if reference.shape[-1] == 4:
+                    center = reference[..., :2] * image_sizes
+                    half_sizes = reference[..., 2:] * image_sizes / 2
+                else:
+                    center = reference.sigmoid() * image_sizes
             arguments = (layer_input, center, memory.scales, half_sizes)
             weight_maps = self.modulation(*arguments)
         if self.scale_weight is not None:
@@ -272,7 +276,7 @@ class Decoder(nn.Module):
             if self.refine and index > 0:
                 assert box_head is not None and reference is not None
                 with torch.no_grad():
-                    reference = reference + box_head(index - 1, hidden[-1])
+                    reference = change_boxes(reference, box_head(index - 1, hidden[-1]))
             content, reference = layer(
                 content,
                 self._position(queries, reference),
@@ -294,7 +298,7 @@ class Decoder(nn.Module):
             return queries.position
         assert reference is not None
         with float32_region(reference):
-            encoded = encode_boxes(reference.sigmoid(), self.embed_dim)
+            encoded = encode_boxes(reference, self.embed_dim)
         return self.box_position(encoded)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .cell_head import logit
 from .matcher import Matching, Targets
 from .queries import Queries
 
@@ -19,7 +18,7 @@ class NoisyObjects(NamedTuple):
     Attributes:
         content: (B, G * 2 T, d): in each of G groups a positive query for each of T places for
             objects, then a negative one for each.
-        reference: (B, G * 2 T, 4) noisy boxes cxcywh before their sigmoid.
+        reference: (B, G * 2 T, 4) noisy boxes cxcywh.
         padding: (B, G * 2 T) bool, True for places that the image has no object for.
         num_groups: G.
     """
@@ -93,7 +92,7 @@ class Denoising(nn.Module):
         shape = (len(targets), self.groups, 2, labels.shape[1])
         labels, boxes = labels[:, None, None].expand(shape), boxes[:, None, None].expand(*shape, 4)
         with torch.no_grad():
-            reference = logit(self._move(boxes.float()))
+            reference = self._move(boxes.float())
         content = self.label_embed(self._replace(labels))
         padding = padding[:, None, None].expand(shape)
         return NoisyObjects(

@@ -63,7 +63,7 @@ class DenseHead(nn.Module):
             (1, B, S, ...) predictions, and the cells of each object with their weights.
         """
         cells = self.cells(scales, image_sizes)
-        boxes = self.cells.predict_boxes(cells.hidden, cells.boxes).sigmoid()
+        boxes = self.cells.predict_boxes(cells.hidden, cells.boxes)
         predictions = Predictions(cells.logits[None], boxes[None])
         return predictions, self.assign(cells, boxes, targets)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..errors import UserError
-from .cell_head import IMPOSSIBLE, start_without_change
+from .cell_head import IMPOSSIBLE, change_boxes, start_without_change
 from .decoder import DecoderOutput
 from .layers import mlp
 from .matcher import Predictions, Targets
@@ -236,7 +236,7 @@ class SMCA(nn.Module):
     def forward_head(self, output: DecoderOutput) -> Predictions:
         """Class logits and boxes of all decoder layers, in evaluation of the last layer only.
 
-        A box is what the box head predicts, added to the layer's reference.
+        The box head predicts a center in relation to the layer's reference, or how to change it.
         """
         hidden, references = output
         if not self.training:
@@ -247,11 +247,10 @@ class SMCA(nn.Module):
             logits = _apply(self.class_embed, hidden, first)
             boxes = _apply(self.box_embed, hidden, first)
             if references is not None:
-                if references.shape[-1] == 2:  # a center alone
-                    center, size = boxes.split(2, dim=-1)
-                    boxes = torch.cat([center + references, size], dim=-1)
-                else:
-                    boxes = boxes + references
+                if references.shape[-1] == 4:
+                    return Predictions(logits, change_boxes(references, boxes))
+                center, size = boxes.split(2, dim=-1)
+                boxes = torch.cat([center + references, size], dim=-1)
             return Predictions(logits, boxes.sigmoid())
 
     def top_detections(self, predictions: Predictions) -> TopDetections:
@@ -309,7 +308,7 @@ class SMCA(nn.Module):
         return scales, sizes.to(self.device, non_blocking=True)
 
     def _change_boxes(self, layer: int, hidden: Tensor) -> Tensor:
-        """(B, Q, d) of a decoder layer to (B, Q, 4) changes of boxes before their sigmoid."""
+        """(B, Q, d) of a decoder layer to (B, Q, 4) changes of boxes."""
         with float32_region(hidden):
             return _apply(self.box_embed, hidden[None], layer)[0]
 

@@ -1,5 +1,6 @@
-"""Learning rates and schedules, for configs."""
+"""Optimizer, learning rates and schedules, for configs."""
 
+from .muon import Muon
 from .recipe import (
     COCO_TRAIN_IMAGES,
     backbone_lr_factor,
@@ -10,6 +11,7 @@ from .recipe import (
 
 __all__ = [
     "COCO_TRAIN_IMAGES",
+    "Muon",
     "backbone_lr_factor",
     "layer_lr_factor",
     "step_schedule",
