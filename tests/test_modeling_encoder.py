@@ -1,10 +1,11 @@
-"""Attention encoder and convolutional encoder against the reference."""
+"""Attention encoder, convolutional encoder and pyramid encoder against the reference."""
 
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
@@ -25,6 +26,7 @@ from official_names import official_state_dict
 from smca.modeling import layers
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder
+from smca.modeling.pyramid_encoder import PyramidEncoder
 from smca.modeling.scales import Scale
 
 D, H, FFN = 32, 4, 48
@@ -40,6 +42,12 @@ def conv_encoder(dropout=0.0, **settings):
     defaults = dict(num_layers=2, kernel_size=3, share_cross_scale=False, pointwise=True)
     defaults.update(num_scales=4, reduce_finest=True, embed_dim=D, ffn_dim=FFN, dropout=dropout)
     return ConvEncoder(**{**defaults, **settings})
+
+
+def pyramid_encoder(dropout=0.0):
+    return PyramidEncoder(
+        num_scales=3, embed_dim=D, num_heads=H, ffn_dim=FFN, hidden_dim=16, dropout=dropout
+    )
 
 
 ENCODERS = {
@@ -112,6 +120,49 @@ def test_conv_encoder_equals_the_reference(kernel_size, share_cross_scale, point
     for got, wanted in zip(output, expected, strict=True):
         assert_close(got, wanted)
     assert_same_gradients(output, expected, {**inputs, **state_dict}, 3e-4)
+
+
+def pyramid_reference(encoder, scales):
+    """The encoder's formula, with its parameters by name."""
+    p = dict(encoder.named_parameters())
+
+    def norm(x, name):
+        return F.group_norm(x, 16, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def block(x, name):
+        y = F.relu(norm(F.conv2d(x, p[f"{name}.layers.0.weight"]), f"{name}.layers.1"))
+        y = F.conv2d(y, p[f"{name}.layers.3.weight"], padding=1)
+        y = F.relu(norm(y, f"{name}.layers.4"))
+        return F.relu(x + norm(F.conv2d(y, p[f"{name}.layers.6.weight"]), f"{name}.layers.7"))
+
+    fine, middle, coarse = (
+        norm(scale.tokens.mT.unflatten(2, scale.size), f"input_norms.{index}")
+        for index, scale in enumerate(scales)
+    )
+    tokens, position = coarse.flatten(2).mT, scales[2].position
+    tokens = encoder.attention(tokens, position, scales[2].padding_mask)
+    coarse = tokens.mT.unflatten(2, scales[2].size)
+
+    def larger(x, like):
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., : like[0], : like[1]]
+
+    def down(x, name):
+        weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+        return F.conv2d(x, weight, bias, stride=2, padding=1, groups=D)
+
+    middle = block(middle + larger(coarse, scales[1].size), "to_fine.1")
+    fine = block(fine + larger(middle, scales[0].size), "to_fine.0")
+    middle = block(middle + down(fine, "down.0"), "to_coarse.0")
+    coarse = block(coarse + down(middle, "down.1"), "to_coarse.1")
+    weight, bias = p["norm.weight"], p["norm.bias"]
+    return [F.layer_norm(x.flatten(2).mT, (D,), weight, bias) for x in (fine, middle, coarse)]
+
+
+def test_pyramid_encoder_equals_the_reference():
+    encoder = randomize(pyramid_encoder())
+    scales = make_scales([8, 16, 32])
+    for got, wanted in zip(encoder(scales), pyramid_reference(encoder, scales), strict=True):
+        assert_close(got.tokens, wanted)
 
 
 def test_reduced_scale_takes_over_all_else_from_the_second():

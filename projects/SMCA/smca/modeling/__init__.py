@@ -11,6 +11,7 @@ from .detector import SMCA
 from .encoder import TransformerEncoder
 from .matcher import HungarianMatcher
 from .neck import ScaleProjection
+from .pyramid_encoder import PyramidEncoder
 from .queries import LearnedQueries, ProposedQueries, Queries
 from .weight_map import (
     CovarianceGaussian,
@@ -37,6 +38,7 @@ __all__ = [
     "LearnedQueries",
     "Modulation",
     "ProposedQueries",
+    "PyramidEncoder",
     "Queries",
     "RotatedGaussian",
     "SMCA",
