@@ -1,0 +1,46 @@
+"""Your own data in COCO format on a CPU, from scratch, with a few hundred photographs or more:
+
+    python train_net.py --config-file configs/custom_small.py \
+        data.train_json=train.json data.train_images=images \
+        data.val_json=val.json data.val_images=images
+
+The number of queries, the size of images, and the number of iterations follow from the data; the
+log says which they are, and each can be set.
+"""
+
+from detectron2.config import LazyCall as L
+
+from smca.data import (
+    fit_max_size,
+    fit_num_iterations,
+    fit_num_queries,
+    fit_short_sides,
+    num_classes,
+)
+
+from .common.models.smca_plus_small import model
+from .common.muon import lr_multiplier, optimizer
+from .custom_coco import data, dataloader, train
+
+_stride = 4  # of the model's finest scale
+_names = "${dataloader.train.dataset.names}"
+
+model.num_classes = L(num_classes)(json_file="${data.train_json}")
+model.num_queries = L(fit_num_queries)(names=_names)
+
+for _split, _factors in (("train", [0.9, 1.0, 1.1]), ("test", [1.0])):
+    dataloader[_split].mapper.augmentations.update(
+        short_sides=L(fit_short_sides)(names=_names, stride=_stride, factors=_factors),
+        max_size=L(fit_max_size)(names=_names, stride=_stride),
+    )
+    dataloader[_split].num_workers = 0
+dataloader.train.mapper.augmentations_with_crop = None
+dataloader.train.total_batch_size = 8
+
+train.init_checkpoint = ""
+train.clip_grad_norm = None
+for _key, _share in (("max_iter", 1.0), ("eval_period", 0.1)):
+    train[_key] = L(fit_num_iterations)(
+        names=_names, batch_size="${dataloader.train.total_batch_size}", share=_share
+    )
+train.checkpointer.period = "${train.eval_period}"

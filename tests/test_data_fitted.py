@@ -1,0 +1,71 @@
+"""Settings that follow from the training data."""
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
+
+from smca.data import fit_max_size, fit_num_iterations, fit_num_queries, fit_short_sides
+
+
+@pytest.fixture
+def register():
+    """Register images with objects of given sides in pixels, each a list of (width, height)."""
+    names = []
+
+    def register(*images, size=(640, 480), crowds=0):
+        name = f"fitted_{len(names)}"
+        crowd = dict(bbox=[0, 0, 9, 9], bbox_mode=BoxMode.XYWH_ABS, category_id=0, iscrowd=1)
+        records = [
+            dict(
+                width=size[0],
+                height=size[1],
+                annotations=[
+                    dict(bbox=[1, 1, 1 + w, 1 + h], bbox_mode=BoxMode.XYXY_ABS, category_id=0)
+                    for w, h in objects
+                ]
+                + [crowd] * crowds,
+            )
+            for objects in images
+        ]
+        DatasetCatalog.register(name, lambda: records)
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+
+
+@pytest.mark.parametrize("objects, queries", [(0, 40), (26, 40), (27, 50), (100, 150), (999, 300)])
+def test_queries_are_half_as_many_again_as_the_objects_of_an_image(register, objects, queries):
+    name = register([(20, 20)] * objects, [(20, 20)] * 2, crowds=50)
+    assert fit_num_queries(name) == queries
+    assert fit_num_queries([register([(20, 20)]), name]) == queries
+
+
+@pytest.mark.parametrize(
+    "length, side",
+    # 3 cells of stride 4 are 12 pixels: an object of 30 of 480 pixels has them at a side of 192.
+    [(480, 160), (36, 160), (30, 192), (20, 288), (2, 320)],
+)
+def test_images_are_as_large_as_small_objects_need(register, length, side):
+    name = register([(2 * length, length / 2)] * 5)
+    assert fit_short_sides(name, 4) == [side] and fit_max_size(name, 4) == round(1.6 * side)
+    assert fit_short_sides(name, 4, [0.9, 1.1]) == [round(0.9 * side), round(1.1 * side)]
+
+
+def test_one_object_in_ten_may_be_smaller(register):
+    sizes = np.full((100, 2), 36.0)
+    sizes[:9] = 3
+    assert fit_short_sides(register(sizes.tolist()), 4) == [160]
+    sizes[:11] = 3
+    assert fit_short_sides(register(sizes.tolist()), 4) == [320]
+    assert fit_short_sides(register([]), 4) == [160]
+
+
+@pytest.mark.parametrize("images, iterations", [(3, 1000), (400, 1500), (9000, 5000)])
+def test_iterations_are_thirty_epochs(register, images, iterations):
+    name = register(*[[]] * images)
+    assert fit_num_iterations(name, 8) == iterations
+    assert fit_num_iterations(name, 8, share=0.1) == iterations // 10
