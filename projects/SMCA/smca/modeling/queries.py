@@ -15,7 +15,6 @@ from .cell_head import CellHead, Cells
 from .matcher import Predictions
 from .scales import Scale
 
-
 # Less than any logit of use.
 _BELOW_ALL = -100.0
 
