@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from smca import add_smca_config, model_zoo
+from smca.modeling import PyramidEncoder
+from smca.solver import Muon
 
 # ------------------------------------------------------------------------------------------- models
 
@@ -673,8 +675,17 @@ FASTER_RCNN = {
 }
 
 
+PLUS = {
+    "smca_plus_r50_12ep": ("smca_r50_50ep", 12),
+    "smca_plus_r50_50ep": ("smca_r50_50ep", 50),
+    "smca_plus_conv_r50_12ep": ("smca_conv_r50_50ep", 12),
+    "smca_plus_conv_r50_50ep": ("smca_conv_r50_50ep", 50),
+}
+SMALL_PLUS = {"smca_plus_shapes": "smca_shapes", "custom_small": "custom_coco"}
+
+
 def test_tables_have_every_config():
-    assert {*TABLE, *FASTER_RCNN} == set(model_zoo.list_configs())
+    assert {*TABLE, *FASTER_RCNN, *PLUS, *SMALL_PLUS} == set(model_zoo.list_configs())
     yacs = {path.stem for path in yacs_folder().glob("*.yaml")}
     assert yacs == {"Base-SMCA", *YACS}
 
@@ -723,6 +734,40 @@ def test_faster_rcnn_has_the_same_backbone_data_and_schedule(name, get_config):
     assert (config.model.pixel_mean, config.model.pixel_std) == (PIXEL_MEAN, PIXEL_STD)
     assert flat(read_optimizer(config, model)) == flat(optimizer)
     assert read_data(get_config(name)) == data
+
+
+@pytest.mark.parametrize("name", PLUS)
+def test_proposals_refinement_denoising_and_a_dense_head_join_the_papers_model(name, get_config):
+    """What they take from the paper's config is the same; theirs is named here."""
+    base, epochs = PLUS[name]
+    config, paper = get_config(name), get_config(base)
+    assert read_data(config) == read_data(paper)
+    assert config.train.max_iter == epochs * (118287 // 8)
+    ignored = {"eval_period": 0, "checkpointer": 0}
+    assert read_run(config) | ignored == read_run(paper) | ignored
+    model, plain = build_without_memory(config), build_without_memory(paper)
+    assert flat(read_optimizer(config, model)) == flat(read_optimizer(paper, plain))
+    names = {key for key, _ in model.named_parameters()}
+    shared = {key for key, _ in plain.named_parameters() if "head" in key or "coder.layers" in key}
+    assert {key for key in shared if ".center." not in key} <= names
+    assert model.refine and model.denoising.groups == 3 and model.dense_head.num_cells == 10
+    assert len(model.class_embed) == len(model.box_embed) == len(model.decoder.layers)
+    assert (len(model.query_embed.weight), model.criterion.class_loss.uses_iou) == (300, True)
+
+
+@pytest.mark.parametrize("name", SMALL_PLUS)
+def test_small_models_learn_from_scratch_with_muon(name, get_config):
+    config = get_config(name)
+    model = build_without_memory(config)
+    strides, read = ([4, 8, 16], [1, 2]) if name == "custom_small" else ([8, 16], [0, 1])
+    assert (model.neck.strides, model.decoder.read) == (strides, read)
+    assert isinstance(model.encoder, PyramidEncoder) and model.refine
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    assert isinstance(optimizer, Muon) and optimizer.param_groups[0]["lr"] == 4e-3
+    assert (config.train.clip_grad_norm, config.train.init_checkpoint) == (None, "")
+    multiplier = instantiate(config.lr_multiplier)
+    assert [round(multiplier(t), 3) for t in (0.0, 0.1, 1.0)] == [0.01, 0.976, 0.01]
 
 
 def test_demo_data_has_2000_images_to_train_and_200_to_evaluate_on():

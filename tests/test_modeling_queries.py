@@ -38,8 +38,8 @@ def random_boxes(*shape, seed=0):
 
 
 def best_cells(scores, valid, scales):
-    """Cells that are the highest of their 3 x 3 neighbors by their scores, the others after them from
-    the lowest on, and those outside the image last."""
+    """Cells that score highest of their 3 x 3 neighbors, by their scores, then the others from the
+    lowest on."""
     peaks, others, first = [], [], 0
     for height, width in (scale.size for scale in scales):
         grid = scores[first : first + height * width].view(height, width)
@@ -185,6 +185,17 @@ def test_each_layer_starts_from_the_boxes_of_the_one_before(modulation):
     assert not output.references.requires_grad
     output.hidden.square().sum().backward()
     assert all(p.grad is not None for p in decoder.parameters())
+
+
+def test_layers_read_the_scales_that_are_named():
+    scales, queries = make_scales([8, 16, 32]), random_queries()
+    decoder = make_decoder(num_scales=3, read=[1, 2])
+    alone = make_decoder(num_scales=2)
+    hidden = decoder(scales, queries, PIXELS, change).hidden
+    assert torch.equal(hidden, alone(scales[1:], queries, PIXELS, change).hidden)
+    for read in ([], [3]):
+        with pytest.raises(ValueError, match=r"^read=\[.*\] must name some of the scales 0 to 2"):
+            make_decoder(num_scales=3, read=read)
 
 
 def test_groups_do_not_see_one_another_nor_do_queries_see_groups():

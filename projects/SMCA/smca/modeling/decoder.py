@@ -1,7 +1,7 @@
 """The SMCA decoder (section 3): each query says where to look, then reads from there."""
 
 from dataclasses import replace
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Memory(NamedTuple):
     """What all decoder layers read: the encoded scales, joined.
 
     Attributes:
-        scales: the L encoded scales.
+        scales: the encoded scales that the layers read.
         num_cells: the number of cells of each scale.
         key: (B, S, d) tokens with their positions.
         value: (B, S, d) tokens.
@@ -195,6 +195,8 @@ class Decoder(nn.Module):
         num_heads: H.
         ffn_dim: width of the feed-forward block.
         dropout: rate of dropout on attention weights and on each block's result.
+        read: indices of the scales that the layers read, fine to coarse; None: all. Attention to
+            a fine scale costs most, and queries may come from scales that are not read.
         spread, beta, offset_gain: the last release's names of the settings in `modulation`
             ("multi_head", "head_shared" and "none" are its kinds). They go with the next release.
 
@@ -214,6 +216,7 @@ class Decoder(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 1024,
         dropout: float = 0.1,
+        read: Optional[Sequence[int]] = None,
         spread: Optional[str] = None,
         beta: Optional[float] = None,
         offset_gain: Optional[float] = None,
@@ -223,6 +226,12 @@ class Decoder(nn.Module):
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales
+        self.read = list(range(num_scales) if read is None else read)
+        if not self.read or not set(self.read) <= set(range(num_scales)):
+            raise ValueError(
+                f"read={self.read} must name some of the scales 0 to {num_scales - 1}."
+            )
+        num_scales = len(self.read)
         self.refine = refine
         self.modulated = modulation is not None
         self.layers = nn.ModuleList(
@@ -265,6 +274,7 @@ class Decoder(nn.Module):
             image_sizes: (B, 2) each image's own (width, height) in pixels, before padding.
             box_head: predicts each layer's change of the boxes, in a decoder that refines them.
         """
+        scales = [scales[index] for index in self.read]
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         num_cells = [scale.tokens.shape[1] for scale in scales]
