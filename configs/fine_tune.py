@@ -14,6 +14,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
+from smca.data import num_images
 from smca.solver import layer_lr_factor, steps_of_epochs
 
 from .custom_coco import data, dataloader, model, optimizer, train
@@ -44,7 +45,7 @@ def in_steps(epochs):
     """Iterations of so many epochs of the training data."""
     return L(steps_of_epochs)(
         epochs=epochs,
-        json_file="${data.train_json}",
+        num_images=L(num_images)(json_file="${data.train_json}"),
         batch_size="${dataloader.train.total_batch_size}",
         accumulate="${train.accumulate}",
     )

@@ -24,12 +24,12 @@ from smca.data import (
     class_names,
     file_problems,
     num_classes,
+    num_images,
     read_coco,
     record_problems,
     register_coco,
     require_dataset,
 )
-from smca.solver.recipe import steps_of_epochs
 
 
 @pytest.fixture(autouse=True)
@@ -338,7 +338,7 @@ def test_a_json_may_begin_with_a_byte_order_mark(tmp_path, encoding):
     json_file.write_text(json_file.read_text(), encoding=encoding)
     name = register_coco(json_file, image_root)
     assert _perfect_ap(name) == pytest.approx(100)
-    assert steps_of_epochs(3, str(json_file), 2) == 3
+    assert num_images(str(json_file)) == 2
 
 
 def test_a_file_without_objects_is_said_when_it_is_registered(tmp_path, caplog):

@@ -346,7 +346,7 @@ def test_weights_have_to_be_given():
         tool.run(tool.get_parser().parse_intermixed_args(command))
 
 
-def test_titles_are_short_and_different():
-    assert tool.titles(["a/x.pth", "b/y.pth"]) == ["x", "y"]
-    assert tool.titles(["run/a/x.pth", "run/b/x.pth"]) == ["a/x", "b/x"]
-    assert len(set(tool.titles(["x.pth", "x.pth"]))) == 2
+def test_column_names_are_short_and_different():
+    assert tool.column_names(["a/x.pth", "b/y.pth"]) == ["x", "y"]
+    assert tool.column_names(["run/a/x.pth", "run/b/x.pth"]) == ["a/x", "b/x"]
+    assert len(set(tool.column_names(["x.pth", "x.pth"]))) == 2

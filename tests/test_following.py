@@ -49,7 +49,7 @@ def test_a_model_with_modulation_has_weight_maps_too(tmp_path):
     cfg, model = load_config(config, ["train.num_pictures=1"]), make_smca(config).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with EventStorage() as storage:
-        EvaluationPictures(cfg, 1).put(model, storage)
+        EvaluationPictures(cfg).put(model, storage)
         names = [name for name, _, _ in storage._vis_data]
         image = storage._vis_data[1][1]
     assert names == ["pictures/detections", "pictures/weight_maps"]
@@ -60,7 +60,7 @@ def test_a_model_with_modulation_has_weight_maps_too(tmp_path):
 @pytest.mark.usefixtures("few_shapes")
 def test_a_picture_that_fails_ends_no_training(tmp_path, caplog):
     cfg = load_config(write_smca_config(tmp_path))
-    pictures = EvaluationPictures(cfg, 1)
+    pictures = EvaluationPictures(cfg)
     with EventStorage() as storage:
         for _ in range(2):
             pictures.put(torch.nn.Linear(1, 1), storage)

@@ -189,7 +189,7 @@ def test_the_card_of_the_last_weights_has_the_evaluation_after_the_training(chec
 def test_a_training_of_so_many_epochs_is_published(checkpoint, tmp_path, said, iterations, ap):
     # As of configs/fine_tune.py, whose config.yaml says how the iterations are computed.
     cfg = LazyConfig.load(str(checkpoint.with_name("config.yaml")))
-    cfg.train.max_iter = {"_target_": "smca.solver.steps_of_epochs", "json_file": "gone.json"}
+    cfg.train.max_iter = {"_target_": "smca.data.num_images", "json_file": "gone.json"}
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     (tmp_path / "metrics.json").write_text(checkpoint.with_name("metrics.json").read_text())
     contents = torch.load(checkpoint, weights_only=True)

@@ -30,15 +30,12 @@ def at(action):
         original, work = Trainer._forward_backward, launch._work
 
         def act(self, *args):
-            action(
-                int(os.environ["RANK"]),
-                self.iter,
-                int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-            )
+            action(int(os.environ["RANK"]), self.iter, int(os.environ["RESTART"]))
             return original(self, *args)
 
         def work_on_one_thread(args):
             torch.set_num_threads(1)  # the threads of the process before are gone
+            os.environ["RESTART"] = str(args.restart)
             work(args)
 
         Trainer._forward_backward, launch._work = act, work_on_one_thread
@@ -128,10 +125,11 @@ def test_a_signal_stops_all_processes_after_the_same_step(tmp_path, send, number
 @pytest.mark.parametrize("ranks", [[1], [0, 1]])
 def test_what_the_user_can_mend_is_one_sentence(tmp_path, ranks):
     def fail(rank, iteration, restart):
+        assert restart == 0  # it would fail again
         if iteration == 3 and rank in ranks:
             raise DatasetError("cat.png is truncated.")
 
-    job = launch_two(tmp_path, fail, checkpointer=RARELY, **MANY)
+    job = launch_two(tmp_path, fail, "--max-restarts", 1, checkpointer=RARELY, **MANY)
     assert job.wait() == 1
     assert [line for line in job.output.splitlines() if line.startswith("Error: ")] == [
         "Error: cat.png is truncated."

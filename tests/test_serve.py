@@ -40,7 +40,7 @@ def viewer(tmp_path_factory):
 
 
 def test_the_list_has_the_detections_from_the_score_on(viewer):
-    seen = viewer.look(make_image())
+    seen = viewer.detect(make_image())
     names = viewer.names(seen, 0)
     assert len(names) == 6 and len(viewer.names(seen, 1)) == 0
     first, score = seen.detections.names[0], float(seen.detections.scores[0])
@@ -53,7 +53,7 @@ def test_the_picture_is_that_of_the_chosen_detection_layer_and_scale(
     viewer, tmp_path, layer, scale
 ):
     image = make_image()
-    picture = np.asarray(viewer.draw_maps(viewer.look(image), 3, layer, scale))
+    picture = np.asarray(viewer.draw_maps(viewer.detect(image), 3, layer, scale))
     maps = modulation_maps(viewer.predictor, image, select=lambda found: [3], layer=layer)
     figure = draw_gaussians(maps, CLASS_NAMES, scale)
     figure.savefig(tmp_path / "a.png")
@@ -63,7 +63,7 @@ def test_the_picture_is_that_of_the_chosen_detection_layer_and_scale(
 
 def test_the_table_has_the_center_and_the_scale_weights_of_each_layer(viewer):
     image = make_image()
-    rows = viewer.layer_rows(viewer.look(image), 2)
+    rows = viewer.layer_rows(viewer.detect(image), 2)
     assert [row[0] for row in rows] == [1, 2]
     for layer, row in enumerate(rows):
         (maps,) = modulation_maps(viewer.predictor, image, select=lambda found: [2], layer=layer)
@@ -74,7 +74,7 @@ def test_the_table_has_the_center_and_the_scale_weights_of_each_layer(viewer):
 
 
 def test_a_click_takes_the_smallest_box_around_it(viewer):
-    seen = viewer.look(make_image())
+    seen = viewer.detect(make_image())
     assert viewer.draw(seen, 0).width == seen.drawn_width > seen.image.shape[1]
     boxes = [[0.0, 0, 100, 80], [10, 10, 40, 40], [5, 5, 60, 60], [90, 70, 99, 79]]
     for index in range(4, len(seen.detections)):
@@ -87,7 +87,7 @@ def test_a_click_takes_the_smallest_box_around_it(viewer):
 
 def test_detr_has_detections_and_no_maps(tmp_path):
     viewer = make_viewer(tmp_path, base="detr")
-    seen = viewer.look(make_image())
+    seen = viewer.detect(make_image())
     assert (viewer.num_layers, viewer.strides, seen.layers) == (0, [], [])
     assert len(viewer.names(seen, 0)) == 6 and viewer.layer_rows(seen, 0) == []
 
@@ -238,7 +238,7 @@ def test_in_a_browser_an_image_gets_boxes_and_the_slider_another_layer(viewer, t
         )
     image = make_image(90, 120)
     Image.fromarray(image).save(tmp_path / "a.png")
-    seen = viewer.look(image)
+    seen = viewer.detect(image)
     names = viewer.names(seen, 0.2)
     other, x, y = next(
         (index, x, y)

@@ -17,8 +17,8 @@ FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "
 ROWS = [
     {"errors", "version"},
     {"modeling", "data", "solver"},
-    {"configs"},
     {"config"},
+    {"configs"},
     {"checkpoint"},
     {"model_zoo", "analysis"},
     {"inference"},

@@ -21,7 +21,8 @@ from helpers import (
     write_dataset,
     write_tiny_config,
 )
-from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint import SMCACheckpointer, checkpointer
+from smca.checkpoint.files import load_tensors
 from smca.config import load_config
 from smca.data.errors import DatasetError
 from smca.engine import Trainer, main, run
@@ -130,10 +131,14 @@ def test_evaluation_with_resume_takes_the_newest_checkpoint(copied):
     assert again["ema/bbox"] == pytest.approx(results["ema/bbox"], nan_ok=True)
 
 
-def test_resume_of_a_finished_run_trains_no_further(copied):
+def test_resume_of_a_finished_run_trains_no_further(copied, monkeypatch):
     config, folder, results = copied
-    before = weights(folder / "model_final.pth")
+    before, read = weights(folder / "model_final.pth"), []
+    monkeypatch.setattr(
+        checkpointer, "load_tensors", lambda path: read.append(path) or load_tensors(path)
+    )
     again = main(arguments("--config-file", config, "--resume"))
+    assert read == [str(folder / "model_final.pth")]  # once
     after = weights(folder / "model_final.pth")
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -221,15 +226,22 @@ def two_datasets(folder, **changes):
 
 
 def test_two_files_train_together(tmp_path, monkeypatch):
-    original, seen = Trainer._forward_backward, []
+    original, seen, loads, parsed = Trainer._forward_backward, [], json.loads, []
 
     def record(self, data, micro_batch):
         seen.extend(x["file_name"] for x in data)
         return original(self, data, micro_batch)
 
+    def parse(content, **kwargs):
+        parsed.append(content)
+        return loads(content, **kwargs)
+
     monkeypatch.setattr(Trainer, "_forward_backward", record)
+    monkeypatch.setattr(json, "loads", parse)
     results = main(arguments("--config-file", CUSTOM_COCO, *two_datasets(tmp_path)))
     assert sorted(seen) == sorted(str(path) for path in tmp_path.glob("[ab]/*.png"))
+    # Each file is read once, also the first, on which the model is evaluated too.
+    assert len([content for content in parsed if isinstance(content, bytes)]) == 2
     assert "AP" in results["bbox"]
     checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert checkpoint["smca"]["class_names"] == ["round", "square"]
@@ -425,32 +437,39 @@ def test_a_right_override_has_its_value(trained, override, read, value):
     assert read(load_config(trained[0], [override])) == value
 
 
-def test_a_missing_config_is_named(capsys):
-    assert "nowhere.py does not exist" in error_of(capsys, train_net, "--config-file", "nowhere.py")
-    assert "--config-file" in error_of(capsys, train_net)
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "config.py does not exist"),
+        ("train = dict(\n", "config.py cannot be loaded"),
+        ("MODEL:\n  DEVICE: cpu\n", "config.yaml is no config for this script, it does not define"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys, text, words):
+    path = tmp_path / words.split()[0]
+    if text is not None:
+        path.write_text(text)
+    assert words in error_of(capsys, train_net, "--config-file", path)
 
 
-def test_a_config_with_a_syntax_error_is_named(tmp_path, capsys):
-    (tmp_path / "broken.py").write_text("train = dict(\n")
-    assert "broken.py cannot be loaded" in error_of(
-        capsys, train_net, "--config-file", tmp_path / "broken.py"
-    )
-
-
-def test_a_config_of_another_kind_is_named(tmp_path, capsys):
-    (tmp_path / "yacs.yaml").write_text("MODEL:\n  DEVICE: cpu\n")
-    text = error_of(capsys, train_net, "--config-file", tmp_path / "yacs.yaml")
-    assert "does not define model, dataloader" in text
-
-
-def test_no_processes_are_an_error(trained, capsys):
-    assert "--num-gpus" in error_of(capsys, train_net, "--config-file", trained[0], "--num-gpus", 0)
-
-
-def test_evaluation_without_weights_is_an_error(trained, tmp_path, capsys):
-    out = f"train.output_dir={tmp_path}"
-    text = error_of(capsys, train_net, "--config-file", trained[0], "--eval-only", out)
-    assert "train.init_checkpoint=FILE" in text
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--config-file"),
+        (["--config-file", "CONFIG", "--num-gpus", 0], "--num-gpus"),
+        (["--config-file", "CONFIG", "--eval-only", "OUT"], "train.init_checkpoint=FILE"),
+        (
+            ["--config-file", "CONFIG", "OUT", "train.init_checkpoint=RUN"],
+            "run is a folder: name a checkpoint in it, such as model_final.pth",
+        ),
+    ],
+)
+def test_what_a_command_lacks_is_named(trained, tmp_path, capsys, words, message):
+    config, folder, _ = trained
+    known = {"CONFIG": config, "OUT": f"train.output_dir={tmp_path}"}
+    known["train.init_checkpoint=RUN"] = f"train.init_checkpoint={folder}"
+    words = [known.get(word, word) for word in words]
+    assert message in error_of(capsys, train_net, *words)
 
 
 def test_a_model_of_more_classes_than_the_data_is_not_evaluated(trained, tmp_path, capsys):
@@ -506,50 +525,53 @@ def load(model, path, **kwargs):
     return model
 
 
-def test_another_number_of_classes_has_its_own_sentence(tmp_path):
-    path = save(tmp_path / "a.pth", TinyDetector(num_classes=80).state_dict())
-    with pytest.raises(CheckpointError, match="trained with 80 classes, the config says 3: set"):
-        load(TinyDetector(num_classes=3), path, need_detector=True)
+BACKBONE = {f"backbone.{key}": x for key, x in TinyDetector().backbone.state_dict().items()}
+UNKNOWN = {f"decoder.{n}": torch.zeros(1) for n in range(6)}
+LACKING = {key: x for key, x in TinyDetector().state_dict().items() if key != "bbox_embed.weight"}
 
 
-def test_a_folder_is_no_checkpoint(trained, tmp_path, capsys):
-    config, folder, _ = trained
-    words = ["--config-file", config, f"train.output_dir={tmp_path}"]
-    line = error_of(capsys, train_net, *words, f"train.init_checkpoint={folder}")
-    assert f"{folder} is a folder: name a checkpoint in it, such as model_final.pth" in line
-
-
-def test_weights_of_another_shape_are_named(tmp_path):
-    path = save(tmp_path / "a.pth", TinyDetector(width=16).state_dict())
-    with pytest.raises(CheckpointError) as error:
-        load(TinyDetector(), path)
-    assert "another architecture" in str(error.value)
-    assert "(16, 3, 3, 3) in the file, (8, 3, 3, 3) here" in str(error.value)
-
-
-def test_missing_and_unexpected_weights_are_counted_and_named(tmp_path):
-    state = TinyDetector().state_dict()
-    del state["bbox_embed.weight"]
-    state.update({f"decoder.{n}": torch.zeros(1) for n in range(6)})
+@pytest.mark.parametrize(
+    "state, need_detector, words",
+    [
+        (
+            TinyDetector(width=16).state_dict(),
+            False,
+            r"another architecture.*\(16, 3, 3, 3\) in the file, \(8, 3, 3, 3\) here",
+        ),
+        (
+            {**LACKING, **UNKNOWN},
+            False,
+            r"1 missing \(bbox_embed.weight\); "
+            r"6 unexpected \(decoder.0, decoder.1, decoder.2, decoder.3 and 2 more\)",
+        ),
+        (
+            {**TinyDetector().state_dict(), "decoder.0": torch.zeros(1)},
+            False,
+            r"config's: 1 unexpected \(decoder.0\)",
+        ),
+        (nn.Linear(2, 2).state_dict(), False, "No weight in .*a.pth"),
+        (
+            TinyDetector(num_classes=80).state_dict(),
+            True,
+            "trained with 80 classes, the config says 2: set model.num_classes=80",
+        ),
+        (BACKBONE, True, "a backbone only"),
+        (
+            {"backbone.stem.weight": BACKBONE["backbone.stem.weight"]},
+            False,
+            "Only 1 of the backbone's 6 weights",
+        ),
+        (
+            {**BACKBONE, "backbone.res6.weight": torch.zeros(1)},
+            False,
+            "1 weights too many: backbone.res6.weight",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, state, need_detector, words):
     path = save(tmp_path / "a.pth", state)
-    with pytest.raises(CheckpointError) as error:
-        load(TinyDetector(), path)
-    assert "1 missing (bbox_embed.weight)" in str(error.value)
-    assert "6 unexpected (decoder.0, decoder.1, decoder.2, decoder.3 and 2 more)" in str(
-        error.value
-    )
-
-
-def test_one_weight_too_many_is_named(tmp_path):
-    state = {**TinyDetector().state_dict(), "decoder.0": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"config's: 1 unexpected \(decoder.0\)"):
-        load(TinyDetector(), save(tmp_path / "a.pth", state))
-
-
-def test_weights_of_something_else_are_an_error(tmp_path):
-    path = save(tmp_path / "a.pth", nn.Linear(2, 2).state_dict())
-    with pytest.raises(CheckpointError, match="No weight in .*a.pth"):
-        load(TinyDetector(), path)
+    with pytest.raises(CheckpointError, match=words):
+        load(TinyDetector(), path, need_detector=need_detector)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short"])
@@ -557,22 +579,22 @@ def test_weights_of_something_else_are_an_error(tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, suffix):
     path = tmp_path / ("a" + suffix)
     path.write_bytes(content)
-    checkpointer = SMCACheckpointer(TinyDetector())
+    loader = SMCACheckpointer(TinyDetector())
     with pytest.raises(CheckpointError, match=f"a{suffix} cannot be read"):
-        checkpointer.load(str(path))
+        loader.load(str(path))
     with pytest.raises(CheckpointError):  # and not an assertion of a half finished load
-        checkpointer.load(str(path))
+        loader.load(str(path))
 
 
 def test_a_checkpoint_that_cannot_be_downloaded_is_named(monkeypatch):
     def refuse(path, *args, **kwargs):
         raise OSError("no route")
 
-    checkpointer = SMCACheckpointer(TinyDetector())
-    monkeypatch.setattr(checkpointer.path_manager, "get_local_path", refuse)
+    loader = SMCACheckpointer(TinyDetector())
+    monkeypatch.setattr(loader.path_manager, "get_local_path", refuse)
     name = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
     with pytest.raises(CheckpointError, match="R-50.pkl cannot be downloaded: give a local copy"):
-        checkpointer.load(name)
+        loader.load(name)
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "backbone.bottom_up."])
@@ -607,28 +629,6 @@ def test_the_optimizers_momentum_in_a_caffe2_file_is_not_taken_for_weights(tmp_p
     load(model, path)
     for key, value in state.items():
         assert torch.equal(model.backbone.state_dict()[key], value)
-
-
-def test_weights_of_a_backbone_are_not_enough_to_evaluate(tmp_path):
-    state = {f"backbone.{k}": v for k, v in TinyDetector().backbone.state_dict().items()}
-    path = save(tmp_path / "a.pth", state)
-    with pytest.raises(CheckpointError, match="a backbone only"):
-        load(TinyDetector(), path, need_detector=True)
-
-
-def test_weights_of_another_backbone_are_an_error(tmp_path):
-    state = {"backbone.stem.weight": TinyDetector().backbone["stem"].weight}
-    path = save(tmp_path / "a.pth", state)
-    with pytest.raises(CheckpointError, match="Only 1 of the backbone's 6 weights"):
-        load(TinyDetector(), path)
-
-
-def test_weights_of_a_deeper_backbone_are_an_error(tmp_path):
-    state = {f"backbone.{k}": v for k, v in TinyDetector().backbone.state_dict().items()}
-    state["backbone.res6.weight"] = torch.zeros(1)
-    path = save(tmp_path / "a.pth", state)
-    with pytest.raises(CheckpointError, match="1 weights too many: backbone.res6.weight"):
-        load(TinyDetector(), path)
 
 
 @pytest.mark.parametrize("flags", [["--eval-only", "--resume"], ["--resume"]])

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> List[str]:
         check_classes(weights, predictor, name)
     make_folder(args.output)
     evaluations = []
-    for title, predictor in zip(titles(args.weights, args.dtype), predictors):
+    for title, predictor in zip(column_names(args.weights, args.dtype), predictors):
         detections, seconds = detect(
             predictor,
             dataset_dicts,
@@ -171,9 +171,9 @@ def category_ids_of(predictor: Predictor, dataset: str, truth: COCO) -> List[int
     return [ids[names.index(name)] for name in predictor.class_names] or ids
 
 
-def titles(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -> List[str]:
-    """Short and different names of files: their own, with as many folders as that takes; of each
-    with every one of the types, if they are named."""
+def column_names(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -> List[str]:
+    """Short and different names of files: the file's own, with as many of its folders as are needed
+    to tell them apart. With `dtypes`, each name is given once for each type."""
     short = [f"{path} ({number})" for number, path in enumerate(paths, 1)]
     for count in range(1, max(len(Path(path).parts) for path in paths) + 1):
         names = [os.path.join(*Path(path).with_suffix("").parts[-count:]) for path in paths]

@@ -48,13 +48,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 @dataclass
-class Seen:
-    """What the detector said about an image.
+class DetectedImage:
+    """An image with its detections.
 
     Attributes:
         image: (height, width, 3) uint8 RGB.
         detections: all of them, best first.
-        layers: of each decoder layer; none where the model has no modulation.
+        layers: a record of each decoder layer; empty for a model without modulation.
         drawn_width: of the picture with the detections, once it is drawn; a small image is enlarged
             for it.
     """
@@ -78,55 +78,57 @@ class Viewer:
         self.num_layers = 0
         # A recorder keeps the last call of the model, which must not be another visitor's.
         self._lock = threading.Lock()
-        blank = self.look(np.zeros((64, 64, 3), np.uint8))
+        blank = self.detect(np.zeros((64, 64, 3), np.uint8))
         if blank.layers:
             self.strides, self.num_layers = blank.layers[0].strides, len(blank.layers)
 
-    def look(self, image: np.ndarray) -> Seen:
+    def detect(self, image: np.ndarray) -> DetectedImage:
         """Detect objects in a (height, width, 3) uint8 RGB image."""
         with self._lock:
             try:
                 recorder = Recorder(self.predictor.model)
             except NoModulationError:
-                return Seen(image, self.predictor(image, threshold=0), [])
+                return DetectedImage(image, self.predictor(image, threshold=0), [])
             with recorder:
                 detections = self.predictor(image, threshold=0)
             num_layers = recorder.layer(-1).num_layers
-            return Seen(image, detections, [recorder.layer(i) for i in range(num_layers)])
+            return DetectedImage(image, detections, [recorder.layer(i) for i in range(num_layers)])
 
-    def names(self, seen: Seen, threshold: float) -> List[str]:
+    def names(self, detected: DetectedImage, threshold: float) -> List[str]:
         """The detections from that score on, best first, in words."""
-        found = seen.detections[seen.detections.scores >= threshold]
+        found = detected.detections[detected.detections.scores >= threshold]
         pairs = zip(found.names, found.scores.tolist())
         return [f"{i + 1}: {name} {100 * score:.0f}%" for i, (name, score) in enumerate(pairs)]
 
-    def draw(self, seen: Seen, threshold: float) -> Image.Image:
+    def draw(self, detected: DetectedImage, threshold: float) -> Image.Image:
         """The image with the detections from that score on."""
-        drawn = seen.detections[seen.detections.scores >= threshold].draw()
-        seen.drawn_width = drawn.width
+        drawn = detected.detections[detected.detections.scores >= threshold].draw()
+        detected.drawn_width = drawn.width
         return drawn
 
-    def draw_maps(self, seen: Seen, index: int, layer: int, scale: Optional[int]) -> Image.Image:
+    def draw_maps(
+        self, detected: DetectedImage, index: int, layer: int, scale: Optional[int]
+    ) -> Image.Image:
         """Where the query of a detection looks, see `smca.analysis.draw_gaussians`."""
-        (maps,) = maps_of(seen.detections[[index]], seen.layers[layer], seen.image)
+        (maps,) = maps_of(detected.detections[[index]], detected.layers[layer], detected.image)
         file = io.BytesIO()
         draw_gaussians([maps], self.predictor.class_names, scale).savefig(file, format="png")
         return Image.open(file)
 
-    def layer_rows(self, seen: Seen, index: int) -> List[List[Any]]:
+    def layer_rows(self, detected: DetectedImage, index: int) -> List[List[Any]]:
         """For each decoder layer its number, the query's center (x, y in pixels of the image) and
         its scale weights in %."""
         rows: List[List[Any]] = []
-        query, size = seen.detections.query_indices[[index]], seen.image.shape[:2]
-        for number, record in enumerate(seen.layers):
+        query, size = detected.detections.query_indices[[index]], detected.image.shape[:2]
+        for number, record in enumerate(detected.layers):
             center = record.centers_in_pixels(query, size)
             shares = [f"{100 * share:.0f}" for share in record.scale_shares(query)[0].tolist()]
             rows.append([number + 1, *(f"{value:.0f}" for value in center[0].tolist()), *shares])
         return rows
 
-    def at(self, seen: Seen, threshold: float, x: float, y: float) -> Optional[int]:
+    def at(self, detected: DetectedImage, threshold: float, x: float, y: float) -> Optional[int]:
         """The smallest detected box around a point of the image, None if there is none."""
-        detections = seen.detections[seen.detections.scores >= threshold]
+        detections = detected.detections[detected.detections.scores >= threshold]
         x0, y0, x1, y1 = detections.pred_boxes.tensor.unbind(1)
         inside = (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
         if not inside.any():
@@ -139,7 +141,7 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
     gr = import_gradio()
     scales = [f"stride {stride}" for stride in viewer.strides]
     with gr.Blocks(title="SMCA", analytics_enabled=False) as page:
-        seen = gr.State(None)
+        detected = gr.State(None)
         gr.Markdown("# SMCA: what it detects, and where it looks")
         # Without the button that shows a picture to others.
         quiet: Dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"]}
@@ -191,12 +193,12 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
             if path is None:
                 return None, None, gr.Radio([], value=None)
             try:
-                result = viewer.look(rgb_array(path))
+                result = viewer.detect(rgb_array(path))
             except UserError as error:
                 raise gr.Error(str(error)) from error
             return result, *show(result, least)
 
-        def show(result: Optional[Seen], least: float) -> Tuple[Any, Any]:
+        def show(result: Optional[DetectedImage], least: float) -> Tuple[Any, Any]:
             if result is None:
                 return None, gr.Radio([], value=None)
             names = viewer.names(result, least)
@@ -207,19 +209,19 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
             )
 
         def show_maps(
-            result: Optional[Seen], index: Optional[int], number: float, name: str
+            result: Optional[DetectedImage], index: Optional[int], number: float, name: str
         ) -> Any:
             if result is None or index is None or not result.layers:
                 return None
             which = scales.index(name) if name in scales else None
             return viewer.draw_maps(result, index, int(number) - 1, which)
 
-        def show_table(result: Optional[Seen], index: Optional[int]) -> List[List[Any]]:
+        def show_table(result: Optional[DetectedImage], index: Optional[int]) -> List[List[Any]]:
             return [] if result is None or index is None else viewer.layer_rows(result, index)
 
         # Gradio gives the click to the argument of this type.
         def choose(
-            result: Optional[Seen],
+            result: Optional[DetectedImage],
             least: float,
             event: gr.SelectData,  # type: ignore[name-defined]
         ) -> Any:
@@ -230,15 +232,15 @@ def build_page(viewer: Viewer, confidence_threshold: float = 0.5) -> Any:
             index = viewer.at(result, least, factor * x, factor * y)
             return gr.skip() if index is None else index
 
-        arguments = [seen, chosen, layer, scale]
-        image.change(look, [image, threshold], [seen, drawn, chosen]).then(
+        arguments = [detected, chosen, layer, scale]
+        image.change(look, [image, threshold], [detected, drawn, chosen]).then(
             show_maps, arguments, maps
-        ).then(show_table, [seen, chosen], table)
-        threshold.release(show, [seen, threshold], [drawn, chosen])
-        drawn.select(choose, [seen, threshold], chosen)
+        ).then(show_table, [detected, chosen], table)
+        threshold.release(show, [detected, threshold], [drawn, chosen])
+        drawn.select(choose, [detected, threshold], chosen)
         for control in (chosen, layer, scale):
             control.change(show_maps, arguments, maps)
-        chosen.change(show_table, [seen, chosen], table)
+        chosen.change(show_table, [detected, chosen], table)
     return page
 
 

@@ -9,6 +9,7 @@ from smca.modeling import (
     SetCriterion,
     TransformerEncoder,
     build_resnet,
+    count_scales,
 )
 
 model = L(SMCA)(
@@ -36,7 +37,9 @@ model = L(SMCA)(
         ),
         refine=False,
         scale_selection=True,
-        num_scales="${smca.num_scales:${..in_features},${..num_extra_scales}}",
+        num_scales=L(count_scales)(
+            in_features="${...in_features}", num_extra_scales="${...num_extra_scales}"
+        ),
         embed_dim="${..embed_dim}",
         num_heads=8,
         ffn_dim=1024,

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from smca.modeling import ConvEncoder
+from smca.modeling import ConvEncoder, count_scales
 
 from .smca import model
 
@@ -13,7 +13,9 @@ model.encoder = L(ConvEncoder)(
     kernel_size=7,
     share_cross_scale=True,
     pointwise=True,
-    num_scales="${smca.num_scales:${..in_features},${..num_extra_scales}}",
+    num_scales=L(count_scales)(
+        in_features="${...in_features}", num_extra_scales="${...num_extra_scales}"
+    ),
     reduce_finest=True,
     embed_dim="${..embed_dim}",
     ffn_dim=1024,

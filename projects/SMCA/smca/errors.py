@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import difflib
 import sys
-from typing import Any, Callable, Collection, Iterator, Optional
+from typing import Any, Callable, Collection, Iterator, Mapping, Optional
 
 _MAX_LISTED = 40  # names in a message
 
@@ -57,6 +57,23 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     if nearest:
         return f", did you mean {nearest[0]}?"
     return f": there are {', '.join(known)}." if len(known) <= _MAX_LISTED else "."
+
+
+def some(names: Collection[str], count: int = 4) -> str:
+    """The first few of many names, as in "a, b and 7 more"."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(list(names)[:count]) + more
+
+
+def differing(names: Mapping[str, Collection[str]]) -> str:
+    """The number and the first few of each kind of names, as in "1 missing (a); 2 unknown (b, c)".
+
+    Args:
+        names: by what is wrong with them.
+    """
+    return "; ".join(
+        f"{len(group)} {what} ({some(group)})" for what, group in names.items() if group
+    )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 import logging
 import os
-import tempfile
-from pathlib import Path
-from typing import IO, Any, Callable, Collection, Dict, Iterable, List, Optional, Sequence, Set
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,7 @@ from smca.checkpoint.files import (
 )
 from smca.checkpoint.fine_tuning import adapt, has_class_rows, has_query_rows
 from smca.checkpoint.renames import rename_parameters
-from smca.errors import CheckpointError
+from smca.errors import CheckpointError, differing, some
 from smca.version import __version__
 
 __all__ = ["SMCACheckpointer"]
@@ -105,12 +103,12 @@ class SMCACheckpointer(DetectionCheckpointer):
         self._remove_old()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        text = last_filename_basename.encode()
-        self._write(os.path.join(self.save_dir, "last_checkpoint"), lambda file: file.write(text))
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        self._write(path, last_filename_basename.encode())
 
-    def _write(self, path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    def _write(self, path: str, content: Any) -> None:
         try:
-            write_atomically(path, write)
+            write_atomically(path, content)
         except OSError as error:
             raise CheckpointError(
                 f"The checkpoint file {path} cannot be written ({error}): make room or correct "
@@ -124,18 +122,8 @@ class SMCACheckpointer(DetectionCheckpointer):
             if os.path.basename(path) != read_tag(self.save_dir):
                 os.remove(path)
 
-    def has_checkpoint(self) -> bool:
-        return bool(self.get_checkpoint_file())
-
     def get_checkpoint_file(self) -> str:
-        """
-        Returns:
-            Path of the file that ``last_checkpoint`` names (which may be gone), where there is no
-            such name of the newest in `save_dir`, or "".
-        """
-        tagged = read_tag(self.save_dir)
-        if tagged:
-            return os.path.join(self.save_dir, tagged)
+        """Path of the checkpoint to go on from (which may be gone), or ""."""
         return next(iter(find_checkpoints(self.save_dir)), "")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
@@ -168,15 +156,15 @@ class SMCACheckpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
 
-    def find_resumable(self, need_trainer: bool = True) -> str:
-        """The newest checkpoint in `save_dir` that can be read. Others before it are named in a
-        warning.
+    def find_resumable(self, need_trainer: bool = True) -> Optional[Tuple[str, Dict[str, Any]]]:
+        """The newest checkpoint in `save_dir` that can be read. Newer ones that cannot are named in
+        a warning.
 
         Args:
             need_trainer: weights alone are not enough.
 
         Returns:
-            Its path, or "" where there is no checkpoint.
+            Its path and what it holds; None where there is no checkpoint.
 
         Raises:
             CheckpointError: there are checkpoints, none of which can be read.
@@ -185,66 +173,61 @@ class SMCACheckpointer(DetectionCheckpointer):
         for path in find_checkpoints(self.save_dir):
             try:
                 checkpoint = load_tensors(path)
-                if "model" in checkpoint and ("trainer" in checkpoint or not need_trainer):
-                    return self._said(path, problems)
-                problems.append(f"The checkpoint {path} is none of a training.")
+                if "model" not in checkpoint or (need_trainer and "trainer" not in checkpoint):
+                    problems.append(f"The checkpoint {path} is none of a training.")
+                    continue
             except FileNotFoundError:
                 problems.append(f"The checkpoint {path} does not exist.")
             except Exception as error:  # a broken file can raise anything
                 problems.append(f"The checkpoint {path} cannot be read: {_first_line(error)}.")
+            else:
+                for problem in problems:
+                    logger.warning("%s Resuming from %s in its place.", problem, path)
+                return path, checkpoint
         if problems:
             raise CheckpointError(
                 f"{' '.join(problems)} There is no other in {self.save_dir} to resume from."
             )
-        return ""
+        return None
 
-    @staticmethod
-    def _said(path: str, problems: Sequence[str]) -> str:
-        for problem in problems:
-            logger.warning("%s Resuming from %s in its place.", problem, path)
-        return path
-
-    def resume(self, path: Optional[str] = None) -> Dict[str, Any]:
+    def resume(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Load a training's checkpoint with everything in it; it must be a detector's. All
         processes call this together: those that cannot read the file get it from the first.
 
         Args:
-            path: None takes :meth:`find_resumable`'s of the first process.
+            path: of the file.
+            content: what it holds, where that has been read already: in the first process at
+                least, unless all have the file.
 
         Returns:
             What no checkpointable object took.
         """
-        self.need_detector = True
-        path = path or self.find_resumable()
-        if all(comm.all_gather(os.path.isfile(path))):
+        self.need_detector, self._path = True, path
+        if not all(comm.all_gather(os.path.isfile(path))):
+            contents = [content]
+            dist.broadcast_object_list(contents)
+            content = contents[0]
+        if content is None:
             return self.load(path)
-        content = [Path(path).read_bytes() if comm.is_main_process() else b""]
-        dist.broadcast_object_list(content)
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, os.path.basename(path))
-            copy.write_bytes(content[0])
-            return self.load(str(copy))
-
-    def _load_file(self, filename: str) -> Dict[str, Any]:
-        checkpoint = self._read(filename)
-        for key in ("model", "model_ema"):
-            if isinstance(checkpoint.get(key), dict):
-                checkpoint[key] = rename_parameters(checkpoint[key])
+        checkpoint = _with_current_names(content)
+        self._load_model(checkpoint)
+        for key, checkpointable in self.checkpointables.items():
+            if key in checkpoint:
+                checkpointable.load_state_dict(checkpoint.pop(key))
         return checkpoint
 
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        return _with_current_names(self._read(filename))
+
     def _read(self, filename: str) -> Dict[str, Any]:
-        if filename.endswith(".pkl") and not self._path.startswith(_MODEL_ZOO):
-            data = load_arrays(filename)
-            if "model" not in data or "__author__" not in data:
-                data = data.get("blobs", data)
-                data = {k: v for k, v in data.items() if not k.endswith("_momentum")}
-                return {"model": data, "__author__": "Caffe2", "matching_heuristics": True}
+        if not filename.endswith(".pkl") or self._path.startswith(_MODEL_ZOO):
+            return super()._load_file(filename)
+        data = load_arrays(filename)
+        if "model" in data and "__author__" in data:
             return data
-        if filename.endswith(".pyth"):
-            weights = load_tensors(filename)["model_state"]
-            weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-        return super()._load_file(filename)
+        data = data.get("blobs", data)
+        data = {k: v for k, v in data.items() if not k.endswith("_momentum")}
+        return {"model": data, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _torch_load(self, f: str) -> Any:
         return load_tensors(f)
@@ -284,9 +267,13 @@ class SMCACheckpointer(DetectionCheckpointer):
         return adapt(weights, own, old_names, self.provenance.get("class_names") or [])
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
-        """Said in `_check`, for the keys that matter."""
+        """`_check` has logged those that matter."""
 
-    def _check(self, incompatible: _IncompatibleKeys, left_over: List[str]) -> None:
+    def _check(self, incompatible: _IncompatibleKeys, left_over: Sequence[str]) -> None:
+        """
+        Raises:
+            CheckpointError: these are neither the detector's weights nor its backbone's.
+        """
         # Batch norm's counter is absent from some files, and PyTorch then calls it loaded.
         model_keys = {
             key for key in self.model.state_dict() if not key.endswith(".num_batches_tracked")
@@ -297,13 +284,29 @@ class SMCACheckpointer(DetectionCheckpointer):
         if not found:
             raise CheckpointError(
                 f"No weight in {self._path} has the name of one of this model's: it is the "
-                f"checkpoint of another architecture ({_some(incompatible.unexpected_keys)})."
+                f"checkpoint of another architecture ({some(incompatible.unexpected_keys)})."
             )
         backbone = {key for key in model_keys if key.startswith(_BACKBONE)}
         if found <= backbone:
             self._check_backbone(backbone, found - wrong_shape, left_over)
         elif missing or wrong_shape or incompatible.unexpected_keys:
-            self._raise_does_not_fit(incompatible, sorted(missing))
+            if self.need_detector and not missing:
+                self._check_counts(incompatible.incorrect_shapes)
+            shapes = [
+                f"{key}: {old} in the file, {new} here"
+                for key, old, new in incompatible.incorrect_shapes
+            ]
+            differences = differing(
+                {
+                    "missing": sorted(missing),
+                    "unexpected": incompatible.unexpected_keys,
+                    "of another shape": shapes,
+                }
+            )
+            raise CheckpointError(
+                f"{self._path} is the checkpoint of another architecture than the config's: "
+                f"{differences}."
+            )
 
     def _check_backbone(
         self, backbone: Set[str], loaded: Set[str], left_over: Sequence[str]
@@ -316,53 +319,42 @@ class SMCACheckpointer(DetectionCheckpointer):
         text = f"{len(loaded)} of the backbone's {len(backbone)} weights are in {self._path}"
         if len(loaded) < _SAME_BACKBONE * len(backbone):
             raise CheckpointError(
-                f"Only {text}, it is another backbone's: these do not fit: {_some(lacking)}."
+                f"Only {text}, it is another backbone's: these do not fit: {some(lacking)}."
             )
         if len(left_over) > (1 - _SAME_BACKBONE) * len(backbone):
             raise CheckpointError(
                 f"{self._path} is another backbone's, it has {len(left_over)} weights too many: "
-                f"{_some(left_over)}."
+                f"{some(left_over)}."
             )
         logger.info("%s; all others start from scratch.", text)
         if lacking:
-            logger.warning("Weights of the backbone that start from scratch: %s", _some(lacking))
+            logger.warning("Weights of the backbone that start from scratch: %s", some(lacking))
 
-    def _raise_does_not_fit(
-        self, incompatible: _IncompatibleKeys, missing: Collection[str]
-    ) -> None:
-        wrong_shape = incompatible.incorrect_shapes
-        # Else all but the rows of classes and queries would fit.
-        has_other_rows = all(has_class_rows(k) or has_query_rows(k) for k, _, _ in wrong_shape)
-        if self.need_detector and has_other_rows and not missing:
-            counts = {
-                "classes" if has_class_rows(key) else "queries": (old[0], new[0])
-                for key, old, new in wrong_shape
-                if old[1:] == new[1:]
-            }
-            if counts:
-                old = " and ".join(f"{old} {what}" for what, (old, _) in counts.items())
-                new = " and ".join(str(new) for _, new in counts.values())
-                keys = " ".join(f"model.num_{k}={old}" for k, (old, _) in counts.items())
-                raise CheckpointError(
-                    f"{self._path} was trained with {old}, the config says {new}: set {keys}; to "
-                    "train for others from these weights, give them as train.init_checkpoint."
-                )
-        parts = [
-            f"{len(keys)} {what} ({_some(keys)})"
-            for what, keys in (
-                ("missing", missing),
-                ("unexpected", incompatible.unexpected_keys),
-                (
-                    "of another shape",
-                    [f"{k}: {old} in the file, {new} here" for k, old, new in wrong_shape],
-                ),
+    def _check_counts(self, wrong_shape: Sequence[Tuple[str, Any, Any]]) -> None:
+        """
+        Raises:
+            CheckpointError: all would fit but for the number of classes or of queries.
+        """
+        counts = {}
+        for key, old, new in wrong_shape:
+            if not (has_class_rows(key) or has_query_rows(key)) or old[1:] != new[1:]:
+                return
+            counts["classes" if has_class_rows(key) else "queries"] = (old[0], new[0])
+        if counts:
+            old = " and ".join(f"{old} {what}" for what, (old, _) in counts.items())
+            new = " and ".join(str(new) for _, new in counts.values())
+            keys = " ".join(f"model.num_{what}={old}" for what, (old, _) in counts.items())
+            raise CheckpointError(
+                f"{self._path} was trained with {old}, the config says {new}: set {keys}; to "
+                "train for others from these weights, give them as train.init_checkpoint."
             )
-            if keys
-        ]
-        raise CheckpointError(
-            f"{self._path} is the checkpoint of another architecture than the config's: "
-            f"{'; '.join(parts)}."
-        )
+
+
+def _with_current_names(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    for key in ("model", "model_ema"):
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint[key] = rename_parameters(checkpoint[key])
+    return checkpoint
 
 
 def _strip_backbone_prefix(weights: Dict[str, Any]) -> Dict[str, Any]:
@@ -386,9 +378,3 @@ def _unreachable_message(path: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _some(keys: Iterable[str], num: int = 4) -> str:
-    """The first few keys, in words."""
-    keys = list(keys)
-    return ", ".join(keys[:num]) + (f" and {len(keys) - num} more" if len(keys) > num else "")

@@ -1,12 +1,13 @@
 """Files that appear whole or not at all, and checkpoints that are read without running code."""
 
+import contextlib
 import os
 import pickle
 import re
 import tempfile
 import zipfile
 from collections import OrderedDict
-from typing import IO, Any, Callable, Dict, List, Mapping, Optional
+from typing import IO, Any, Callable, Dict, List, Mapping, Optional, Union
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "load_arrays",
     "load_tensors",
     "numbered_checkpoints",
+    "peek",
     "read_tag",
     "remove_temporary_files",
     "steps_of",
@@ -32,13 +34,13 @@ class RefusedCode(Exception):
     """The file would run code when it is opened; the message is what it would call."""
 
 
-def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: str, content: Union[bytes, Callable[[IO[bytes]], Any]]) -> None:
     """Create or replace a file such that it is there whole or as it was before, whenever the
     process is killed or the machine loses power.
 
     Args:
         path: of the file; its folder is created if need be.
-        write: writes the content into the binary file that it is given.
+        content: what to write, or a function that writes it into the binary file that it is given.
 
     Raises:
         OSError: the file cannot be written. Nothing is left of it then.
@@ -50,49 +52,35 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     os.close(descriptor)
     try:
         with open(temporary, "wb") as file:  # by name, for a writer that wants that
-            try:
-                write(file)
-            except RuntimeError as error:
-                # PyTorch's writer hides the system's reason; another attempt shows it.
-                raise OSError(_reason(file) or str(error).splitlines()[0]) from error
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                _call(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    _sync_folder(folder)
+    with contextlib.suppress(OSError):  # without this a power cut can undo the renaming
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _reason(file: IO[bytes]) -> Optional[str]:
-    """Why the file cannot grow, if it cannot."""
+def _call(write: Callable[[IO[bytes]], Any], file: IO[bytes]) -> None:
+    """PyTorch's writer hides why a file cannot grow; another attempt shows it."""
     try:
+        write(file)
+    except RuntimeError as error:
         file.write(bytes(1 << 16))
         file.flush()
-    except OSError as error:
-        return error.strerror
-    return None
-
-
-def _sync_folder(folder: str) -> None:
-    """Without this a power cut can undo the renaming. Not every system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def remove_temporary_files(folder: str) -> None:
@@ -143,10 +131,18 @@ def _names(folder: str) -> List[str]:
 
 def _iteration(path: str) -> int:
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return int(checkpoint["trainer"]["iteration"])
-    except Exception:  # a broken file can raise anything; it is tried, and named, later
+        return int(peek(path)["trainer"]["iteration"])
+    except (KeyError, TypeError, ValueError):  # it is tried, and named, later
         return -1
+
+
+def peek(path: str) -> Dict[str, Any]:
+    """What a checkpoint holds; its tensors are not read before they are used. Empty for a file that
+    cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # a broken file can raise anything
+        return {}
 
 
 def load_tensors(path: str) -> Any:

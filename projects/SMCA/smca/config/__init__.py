@@ -1,15 +1,14 @@
 """Configs: loading LazyConfigs with overrides, what they build, and the yacs way to them."""
 
-from . import resolvers  # noqa: F401
 from .build import build, build_model, dataset_names, use_classes
 from .lazy import load_config, quoted, require_values
 from .names import find_config_file, get_config, get_config_file, list_configs
-from .train import AMP_DTYPES, WRITERS, check_early_stopping, check_train, resolve_device
+from .train import AMP_DTYPES, TrainConfig, check_early_stopping, check_train, resolve_device
 from .yacs import add_smca_config
 
 __all__ = [
     "AMP_DTYPES",
-    "WRITERS",
+    "TrainConfig",
     "add_smca_config",
     "build",
     "build_model",

@@ -10,12 +10,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError
 
 from smca.config.build import origin
-from smca.config.names import find_config_file, get_config_file, list_configs, load_file
-from smca.config.schema import NUMBER, TRUE_OR_FALSE, Kind, check_value
+from smca.config.names import find_config_file, load_file
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
 
@@ -82,12 +85,7 @@ def require_values(
     Raises:
         ConfigError: a value is missing or refers to one that is, or cannot be computed; names it.
     """
-    missing = [
-        key
-        for key in _missing_keys(cfg)
-        if keys is None or any(_is_below(key, part) or _is_below(part, key) for part in keys)
-    ]
-    missing = list(dict.fromkeys([*missing, *_missing_references(cfg, keys)]))
+    missing = list(dict.fromkeys(_missing(cfg, keys)))
     if missing:
         raise ConfigError(
             f"{config_file} needs values for {', '.join(missing)}: add "
@@ -96,12 +94,9 @@ def require_values(
 
 
 def _take_from_base(cfg: DictConfig, name: str) -> None:
-    """The model (but for its number of classes) and what happens to an image before it become those
-    of another config, which is given by name or path."""
-    is_path = PathManager.isfile(name) or name.endswith((".py", ".yaml", ".yml"))
-    if name.removesuffix(".py") in list_configs() or not is_path:
-        name = get_config_file(name)
-    base = _load_file(name)
+    """Take the model (but for its number of classes) and the mappers of images from another config,
+    which is given by its name or path."""
+    base = _load_file(find_config_file(name))
     base.model.num_classes = cfg.model.num_classes
     cfg.model = base.model
     for split in ("train", "test"):
@@ -113,46 +108,35 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.double).with_quotes()
 
 
-def _missing_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Keys whose value is "???". (OmegaConf's own search fails on references to such keys.)"""
-    for name in map(str, node.keys()):
-        if OmegaConf.is_missing(node, name):
-            yield prefix + name
-        elif not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
-            yield from _missing_keys(node[name], f"{prefix}{name}.")
-
-
 def _is_below(key: str, other: str) -> bool:
     """Whether a key is `other`, or in the section `other`."""
     return f"{key}.".startswith(f"{other}.")
 
 
-def _missing_references(
-    node: DictConfig, keys: Optional[Sequence[str]], prefix: str = ""
-) -> Iterator[str]:
-    """Keys without a value that others, of `keys` or below them, refer to.
+def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") -> Iterator[str]:
+    """Keys without a value, among `keys` or below them, and those that they refer to.
 
     Raises:
-        ConfigError: another refers to what is not there, or computes from it what cannot be.
+        ConfigError: a value refers to what is not there, or cannot be computed.
     """
     for name in map(str, node.keys()):
         key = f"{prefix}{name}"
         is_needed = keys is None or any(_is_below(key, part) for part in keys)
         if not is_needed and not any(_is_below(part, key) for part in keys or ()):
             continue
-        if OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
-            continue
         try:
             value = node[name]
+        except MissingMandatoryValue:
+            yield key
         except InterpolationToMissingValueError as error:
             yield str(error).splitlines()[0].rpartition(" ")[2]
-            continue
         except OmegaConfBaseException as error:
             raise ConfigError(
                 f"{key} cannot be computed from what it refers to: {str(error).splitlines()[0]}"
             ) from error
-        if isinstance(value, DictConfig) and not OmegaConf.is_interpolation(node, name):
-            yield from _missing_references(value, None if is_needed else keys, f"{key}.")
+        else:
+            if isinstance(value, DictConfig) and not OmegaConf.is_interpolation(node, name):
+                yield from _missing(value, None if is_needed else keys, f"{key}.")
 
 
 def _load_file(config_file: str) -> DictConfig:
@@ -266,13 +250,6 @@ def _names(node: Any) -> List[str]:
     return names
 
 
-def _gives_number(node: DictConfig) -> bool:
-    """Whether it is a call, such as of :func:`smca.data.num_classes`, that computes a number."""
-    target = node.get("_target_")
-    target = locate(target) if isinstance(target, str) else target
-    return callable(target) and inspect.signature(target).return_annotation in (int, float)
-
-
 def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:
     for name in _names(node):
         yield prefix + name
@@ -286,14 +263,10 @@ def _unknown_key(cfg: DictConfig, key: str) -> ConfigError:
 
 
 def _check_kind(key: str, old: Any, new: Any) -> None:
-    if new is None or old is None or (isinstance(new, str) and "${" in new):
-        return
+    """Raise where a number or a truth value is replaced by something else."""
+    is_text = isinstance(new, str) and "${" not in new
     if isinstance(old, bool):
-        check_value(key, new, TRUE_OR_FALSE)
-    elif isinstance(old, (int, float)) and isinstance(new, (str, bool)):
-        check_value(key, new, NUMBER)
-    elif isinstance(old, DictConfig) and _gives_number(old):
-        check_value(key, new, NUMBER)
-    elif isinstance(old, DictConfig):
-        keys = ", ".join(map(str, old.keys()))
-        check_value(key, new, Kind(f"a section with keys of its own ({keys})", lambda _: False))
+        if is_text or (isinstance(new, (int, float)) and not isinstance(new, bool)):
+            raise ConfigError(f"{key} has to be true or false, it cannot be {new!r}.")
+    elif isinstance(old, (int, float)) and (is_text or isinstance(new, bool)):
+        raise ConfigError(f"{key} has to be a number, it cannot be {new!r}.")

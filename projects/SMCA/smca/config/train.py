@@ -1,107 +1,154 @@
-"""The ``train`` section of a config: which values its keys may have, and the device it names."""
+"""The ``train`` section of a config: its keys with their types and defaults, and the device."""
 
-from typing import Any, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Callable, Dict, List, Optional, cast
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, ValidationError
 
-from smca.config.schema import (
-    SECTION,
-    TRUE_OR_FALSE,
-    Kind,
-    check_value,
-    number,
-    or_null,
-    text,
-    whole_number,
-)
 from smca.errors import ConfigError
 
-__all__ = ["AMP_DTYPES", "WRITERS", "check_early_stopping", "check_train", "resolve_device"]
+__all__ = ["AMP_DTYPES", "TrainConfig", "check_early_stopping", "check_train", "resolve_device"]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WRITERS = ("wandb", "mlflow")
 
 
-def _are_writers(value: Any) -> bool:
-    return isinstance(value, ListConfig) and all(x in WRITERS or _is_call(x) for x in value)
+def _limited(default: Any, words: str, accepts: Callable[[Any], bool]) -> Any:
+    """A key of which not every value of its type is possible; `words` say which are."""
+    return field(default=default, metadata={"words": words, "accepts": accepts})
 
 
-# Of each key what its value may be; there may be other keys.
-_TRAIN = {
-    "output_dir": Kind("the path of a folder", lambda v: isinstance(v, str) and v != ""),
-    "init_checkpoint": Kind("a path, a URL or ''", lambda v: v is None or isinstance(v, str)),
-    "max_iter": whole_number(least=1),
-    "device": text("auto, cpu, cuda or another device of PyTorch"),
-    # The number of the process is added to it.
-    "seed": whole_number(below=2**31, words="a whole number below 2 ** 31"),
-    "amp": {
-        "enabled": TRUE_OR_FALSE,
-        "dtype": Kind(" or ".join(AMP_DTYPES), lambda v: v in list(AMP_DTYPES)),
-    },
-    "accumulate": whole_number(least=1),
-    "clip_grad_norm": or_null(number("a number of at least 0", least=0)),
-    "skip_nonfinite": whole_number(least=0),
-    "early_stopping": whole_number(least=0),
-    "model_ema": {
-        "enabled": TRUE_OR_FALSE,
-        "decay": number("a number in [0, 1)", least=0, below=1),
-    },
-    "compile": TRUE_OR_FALSE,
-    "checkpointer": {
-        "period": whole_number(least=1),
-        "max_to_keep": or_null(whole_number(least=1)),
-    },
-    "best_metric": text("the name of a metric, such as bbox/AP"),
-    "eval_period": whole_number(least=0),
-    "log_period": whole_number(least=1),
-    "num_pictures": whole_number(least=0),
-    "writers": Kind(f"a list of {' and '.join(WRITERS)}, or of calls", _are_writers),
-    "hooks": Kind("a list of calls", lambda v: isinstance(v, ListConfig) and all(map(_is_call, v))),
-    "fast_dev_run": TRUE_OR_FALSE,
-}
+def _at_least(least: int, default: int) -> Any:
+    return _limited(default, f"a whole number of at least {least}", lambda value: value >= least)
+
+
+def _list_of_calls(words: str, *others: str) -> Any:
+    def accepts(items: ListConfig) -> bool:
+        return all(item in others or _is_call(item) for item in items)
+
+    return field(default_factory=list, metadata={"words": words, "accepts": accepts})
+
+
+@dataclass
+class Amp:
+    enabled: bool = False
+    dtype: str = _limited("bf16", " or ".join(AMP_DTYPES), AMP_DTYPES.__contains__)
+
+
+@dataclass
+class Average:
+    enabled: bool = False
+    decay: float = _limited(0.9997, "a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+@dataclass
+class Checkpoints:
+    period: int = _at_least(1, default=5000)
+    max_to_keep: Optional[int] = _limited(
+        5, "null or a whole number of at least 1", lambda value: value is None or value >= 1
+    )
+
+
+def _ddp() -> Dict[str, Any]:
+    return dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False)
+
+
+@dataclass
+class TrainConfig:
+    """What the training script reads from a config, beside model, data, optimizer and schedule.
+    Periods are in iterations (optimizer steps)."""
+
+    # None: it becomes output/NAME after the config's file, such as output/smca_r50_50ep.
+    output_dir: Optional[str] = _limited(None, "the path of a folder", bool)
+    # Weights to start from: a detector, or a backbone (a path, URL or "detectron2://...").
+    # "" starts from scratch.
+    init_checkpoint: Optional[str] = ""
+    max_iter: int = _at_least(1, default=90000)
+    device: str = "auto"  # "auto": a GPU if there is one, else the CPU
+    # Of everything random; a process adds its number. Negative: drawn once, and kept by --resume.
+    seed: int = _limited(0, "a whole number below 2 ** 31", lambda value: value < 2**31)
+    amp: Amp = field(default_factory=Amp)  # mixed precision
+    accumulate: int = _at_least(1, default=1)  # batches whose gradients are averaged for a step
+    clip_grad_norm: Optional[float] = _limited(  # None: off
+        0.1, "null or a number of at least 0", lambda value: value is None or value >= 0
+    )
+    # Iterations in a row that are skipped where the loss or the gradient is nan or infinite;
+    # each leaves a file nonfinite_<iteration>.json. 0: the first ends the training.
+    skip_nonfinite: int = _at_least(0, default=0)
+    model_ema: Average = field(default_factory=Average)
+    ddp: Dict[str, Any] = field(default_factory=_ddp)  # arguments of DistributedDataParallel
+    compile: bool = False
+    checkpointer: Checkpoints = field(default_factory=Checkpoints)
+    best_metric: str = "bbox/AP"  # the checkpoint with the highest one is kept as model_best.pth
+    eval_period: int = _at_least(0, default=5000)  # 0: only after the training
+    # Evaluations in a row without a better best_metric that end the training. 0: off.
+    early_stopping: int = _at_least(0, default=0)
+    log_period: int = _at_least(1, default=20)
+    # Beside TensorBoard, metrics.json and log.txt: services (the extra "tracking"), or calls of
+    # writers, L(MyWriter)(...).
+    writers: List[Any] = _list_of_calls(
+        "a list of wandb and mlflow, or of calls", "wandb", "mlflow"
+    )
+    hooks: List[Any] = _list_of_calls(
+        "a list of calls"
+    )  # L(MyHook)(...), which come before the writers
+    # Of detections and weight maps, for the writers at each evaluation. 0: none.
+    num_pictures: int = _at_least(0, default=4)
+    cudnn_benchmark: bool = False
+    # A few steps, an evaluation on a few images and a checkpoint, in output_dir/fast_dev_run.
+    fast_dev_run: bool = False
+
+
+_WORDS = {bool: "true or false", str: "a text", Optional[str]: "a text or null"}
 
 
 def check_train(train: DictConfig) -> None:
-    """
-    Check the values of the config's ``train`` section.
+    """Check the values of the config's ``train`` section, and add the defaults of absent keys.
+
+    In place of any value there may be a call, which is checked once it is computed. Other keys
+    may hold anything.
 
     Raises:
-        ConfigError: a key is absent, or its value is not possible.
+        ConfigError: a value is not possible.
     """
-    _check(train, _TRAIN, "train")
+    _check(train, OmegaConf.structured(TrainConfig, flags={"allow_objects": True}), "train")
+
+
+def _check(section: DictConfig, schema: DictConfig, section_name: str) -> None:
+    for setting in fields(cast(Any, OmegaConf.get_type(schema))):
+        name = setting.name
+        if name not in section.keys():
+            section[name] = cast(Dict[str, Any], OmegaConf.to_container(schema))[name]
+        if OmegaConf.is_missing(section, name) or _is_call(section[name]):
+            continue
+        value, key = section[name], f"{section_name}.{name}"
+        if is_dataclass(setting.type) and isinstance(value, DictConfig):
+            _check(value, schema[name], key)
+            continue
+        try:
+            schema[name] = value  # converts a number that is given as a text
+            is_possible = setting.metadata.get("accepts", lambda _: True)(schema[name])
+        except ValidationError:
+            is_possible = False
+        if not is_possible:
+            words = setting.metadata.get("words", _WORDS.get(setting.type, "a section"))
+            raise ConfigError(f"{key} has to be {words}, it cannot be {value!r}.")
+        if value != schema[name]:
+            section[name] = schema[name]
 
 
 def check_early_stopping(train: DictConfig) -> None:
-    """
-    Make sure that a training has the evaluations that end it early.
+    """Make sure that a training has the evaluations that end it early.
 
     Raises:
         ConfigError: it has none.
     """
-    patience = train.early_stopping
-    if patience and train.eval_period == 0:
+    if train.early_stopping and train.eval_period == 0:
         raise ConfigError(
-            f"train.early_stopping={patience} counts evaluations, of which train.eval_period=0 "
-            "makes none: set train.eval_period to the iterations from one to the next, or "
-            "train.early_stopping=0."
+            f"train.early_stopping={train.early_stopping} counts evaluations, of which "
+            "train.eval_period=0 makes none: set train.eval_period to the iterations from one to "
+            "the next, or train.early_stopping=0."
         )
-
-
-def _check(section: DictConfig, kinds: Mapping[str, Any], name: str) -> None:
-    for key, kind in kinds.items():
-        full_name = f"{name}.{key}"
-        if OmegaConf.is_missing(section, key):  # which a training is told before
-            continue
-        if key not in section:
-            raise ConfigError(f"The config lacks {full_name}: start from configs/common/train.py.")
-        if _is_call(section[key]):  # computed from the data, and checked then
-            continue
-        if isinstance(kind, Kind):
-            check_value(full_name, section[key], kind)
-        else:
-            check_value(full_name, section[key], SECTION)
-            _check(section[key], kind, full_name)
 
 
 def _is_call(value: Any) -> bool:

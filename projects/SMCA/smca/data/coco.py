@@ -36,6 +36,7 @@ __all__ = [
     "dataset_dicts",
     "image_ids",
     "num_classes",
+    "num_images",
     "register_coco",
     "require_dataset",
 ]
@@ -270,6 +271,15 @@ def num_classes(json_file: Paths) -> int:
         DatasetError: see :func:`class_names`.
     """
     return len(class_names(json_file))
+
+
+def num_images(json_file: Paths) -> int:
+    """Number of images in a COCO JSON, or in several together.
+
+    Raises:
+        DatasetError: see :func:`read_coco`.
+    """
+    return sum(len(read_coco(file)["images"]) for file in _as_list(json_file))
 
 
 def require_dataset(names: Union[str, Sequence[str]]) -> None:

@@ -1,5 +1,6 @@
 """What makes a data set in COCO's format unusable: every rule, with the sentence that says it."""
 
+import functools
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ __all__ = [
     "decode_all",
     "existing",
     "file_problems",
+    "forget_files",
     "raise_problems",
     "read_coco",
     "record_problems",
@@ -89,20 +91,32 @@ def existing(path: Optional[PathLike], exists: Callable[[str], bool], kind: str)
     return path
 
 
+@functools.lru_cache(maxsize=4)
+def _parse(json_file: str, mtime_ns: int, size: int) -> Any:
+    """`mtime_ns` and `size` make a changed file another key of the cache."""
+    with open(json_file, "rb") as file:
+        return json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
+
+
+def forget_files() -> None:
+    """Free the memory of the files that :func:`read_coco` has read."""
+    _parse.cache_clear()
+
+
 def read_coco(json_file: PathLike) -> Dict[str, Any]:
-    """A COCO JSON.
+    """A COCO JSON, read once as long as it does not change (until :func:`forget_files`).
 
     Returns:
-        Its content, with the lists ``images``, ``annotations`` and ``categories``,
-        whose records :func:`record_problems` checks.
+        Its content, which callers do not change, with the lists ``images``, ``annotations`` and
+        ``categories``, whose records :func:`record_problems` checks.
 
     Raises:
         DatasetError: it is missing, not JSON or lacks one of the lists.
     """
     json_file = existing(json_file, os.path.isfile, "annotation file")
     try:
-        with open(json_file, "rb") as file:
-            data = json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
+        status = os.stat(json_file)
+        data = _parse(json_file, status.st_mtime_ns, status.st_size)
     except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"{json_file} is not a JSON file ({error}): write it again in UTF-8, it may be cut off."

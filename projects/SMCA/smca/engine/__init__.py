@@ -1,5 +1,4 @@
 from .build import build_run
-from .evaluate import do_test
 from .hooks import (
     BestCheckpointer,
     EarlyStopping,
@@ -9,7 +8,7 @@ from .hooks import (
     PeriodicCheckpointer,
 )
 from .launch import run
-from .train import do_eval, do_train, main
+from .train import do_eval, do_test, do_train, main
 from .trainer import Trainer
 from .writers import ProgressPrinter
 

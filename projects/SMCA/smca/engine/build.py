@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from smca.config import build, build_model, check_train, dataset_names
 from smca.data import require_dataset, spare_shared_memory
+from smca.engine.run_folder import SavedRun
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["Run", "build_run", "build_test_data", "build_test_loader"]
+__all__ = ["Run", "build_evaluation", "build_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Run(NamedTuple):
         model: on the config's device.
         train_loader: endless batches.
         test_loader: batches to evaluate on.
+        evaluator: one of Detectron2's evaluators or a list of them; None: nothing is evaluated.
         optimizer: of the model's parameters.
         schedule: an fvcore `ParamScheduler`, which gives factors of the learning rate.
     """
@@ -34,74 +36,60 @@ class Run(NamedTuple):
     model: nn.Module
     train_loader: Iterable[Any]
     test_loader: Iterable[Any]
+    evaluator: Any
     optimizer: torch.optim.Optimizer
     schedule: Any
 
 
-def build_run(cfg: DictConfig, checkpoint: str = "", provenance: Mapping[str, Any] = {}) -> Run:
+def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     """Build what a config trains, and check that its parts fit one another.
 
     Args:
         cfg: a LazyConfig. What it computes from the data is replaced by its value.
-        checkpoint: from which the training is resumed, or "".
-        provenance: what this checkpoint says about itself.
+        saved: the checkpoint of this training to go on from.
 
     Raises:
         ConfigError, DatasetError: see the messages.
     """
-    _resolve_data_settings(cfg, "train", "test")
     # Data first: what is wrong with them should not take the time to build a model.
-    check_datasets(cfg, "train", "test")
-    train_loader = build(cfg.dataloader.train, "dataloader.train")
-    test_loader = build_test_loader(cfg)
-    check_class_counts(cfg, "train", "test")
-    check_class_names(cfg, checkpoint, provenance, "train", "test")
+    train_loader, test_loader = _build_loaders(cfg, ["train", "test"], saved)
+    evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
-    check_model(cfg, model)
+    _check_model(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     schedule = build(cfg.lr_multiplier, "lr_multiplier")
-    return Run(model, train_loader, test_loader, optimizer, schedule)
+    return Run(model, train_loader, test_loader, evaluator, optimizer, schedule)
 
 
-def build_test_data(
-    cfg: DictConfig, checkpoint: str, provenance: Mapping[str, Any]
-) -> Iterable[Any]:
-    """Build the batches that a checkpoint is evaluated on, and check that they fit it.
-
-    Args:
-        cfg: see :func:`build_run`.
-        checkpoint: its path.
-        provenance: what it says about itself.
-    """
-    _resolve_data_settings(cfg, "test")
-    check_datasets(cfg, "test")
-    test_loader = build_test_loader(cfg)
-    check_class_counts(cfg, "test")
-    check_class_names(cfg, checkpoint, provenance, "test")
-    return test_loader
+def build_evaluation(cfg: DictConfig, saved: SavedRun) -> Tuple[nn.Module, Iterable[Any], Any]:
+    """As :func:`build_run`, but the model, the test loader and the evaluator only."""
+    (test_loader,) = _build_loaders(cfg, ["test"], saved)
+    evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
+    return build_model(cfg), test_loader, evaluator
 
 
-def build_test_loader(cfg: DictConfig) -> Iterable[Any]:
-    """Batches to evaluate on: those of the config, or a few of them in a fast_dev_run."""
-    loader = build(cfg.dataloader.test, "dataloader.test")
-    if isinstance(loader, DataLoader):
-        spare_shared_memory(loader)
+def _build_loaders(
+    cfg: DictConfig, splits: Sequence[str], saved: Optional[SavedRun]
+) -> List[Iterable[Any]]:
+    _resolve_data_settings(cfg, splits)
+    for split in splits:
+        require_dataset(dataset_names(cfg, split))
+    loaders = [build(cfg.dataloader[split], f"dataloader.{split}") for split in splits]
+    for split in splits:  # Detectron2 knows a data set's classes once it is loaded
+        _check_classes(cfg, split, saved)
+    if isinstance(loaders[-1], DataLoader):
+        spare_shared_memory(loaders[-1])
     if cfg.train.fast_dev_run:
-        return list(itertools.islice(loader, _DEV_RUN_IMAGES))
-    return loader
+        loaders[-1] = list(itertools.islice(loaders[-1], _DEV_RUN_IMAGES))
+    return loaders
 
 
-def _resolve_data_settings(cfg: DictConfig, *splits: str) -> None:
+def _resolve_data_settings(cfg: DictConfig, splits: Sequence[str]) -> None:
     """Replace what a config computes from the data by its value: names of data sets that it
     registers, the number of classes (``configs/custom_coco.py``), and iterations of so many
-    epochs (``configs/fine_tune.py``). config.yaml keeps how they are computed.
-
-    Args:
-        cfg: a LazyConfig.
-        splits: "train" and "test"; what belongs to another stays.
-    """
+    epochs (``configs/fine_tune.py``). config.yaml keeps how they are computed."""
     keys = [f"dataloader.{split}.dataset.names" for split in splits] + ["model.num_classes"]
     if "train" in splits:
         keys += ["train.max_iter", "train.eval_period", "train.checkpointer.period"]
@@ -119,64 +107,37 @@ def _resolve_data_settings(cfg: DictConfig, *splits: str) -> None:
         )
 
 
-def check_datasets(cfg: DictConfig, *splits: str) -> None:
-    """Find, or make, the data sets of the splits "train" and "test", and check their files."""
-    for split in splits:
-        require_dataset(dataset_names(cfg, split))
-
-
-def check_class_counts(cfg: DictConfig, *splits: str) -> None:
-    """Compare the data sets' classes with the model's, once the data are loaded and known.
-
+def _check_classes(cfg: DictConfig, split: str, saved: Optional[SavedRun]) -> None:
+    """
     Raises:
-        ConfigError: the model has fewer; or it has more than the data that it is evaluated on,
-            where Detectron2's evaluator fails at the first detection of one of them.
+        ConfigError: a data set has other classes than the checkpoint, or more than the model; or
+            fewer, where Detectron2's evaluator fails at the first detection of another class.
     """
     num_classes = OmegaConf.select(cfg, "model.num_classes")
-    if num_classes is None:
-        return
-    for split in splits:
-        is_evaluated = split == "test" and cfg.dataloader.get("evaluator") is not None
-        for name in dataset_names(cfg, split):
-            count = len(MetadataCatalog.get(name).get("thing_classes", []))
-            if count > num_classes or (is_evaluated and 0 < count < num_classes):
-                raise ConfigError(
-                    f"Data set '{name}' has {count} classes, the model {num_classes}: set "
-                    f"model.num_classes={count}, or dataloader.{split}.dataset.names to data with "
-                    "the model's classes."
-                )
+    trained = saved and saved.provenance.get("class_names")
+    is_evaluated = split == "test" and cfg.dataloader.get("evaluator") is not None
+    for name in dataset_names(cfg, split):
+        names = list(MetadataCatalog.get(name).get("thing_classes", []))
+        if saved and trained and names and names != trained:
+            raise ConfigError(
+                f"{saved.path} has the classes {trained}, data set '{name}' has {names}: set "
+                f"dataloader.{split}.dataset.names to data with the checkpoint's classes "
+                "(smca.data.register_coco with classes=[...] puts them in that order)."
+            )
+        if num_classes is None or not names:
+            continue
+        if len(names) > num_classes or (is_evaluated and len(names) < num_classes):
+            raise ConfigError(
+                f"Data set '{name}' has {len(names)} classes, the model {num_classes}: set "
+                f"model.num_classes={len(names)}, or dataloader.{split}.dataset.names to data with "
+                "the model's classes."
+            )
 
 
-def check_class_names(
-    cfg: DictConfig, checkpoint: str, provenance: Mapping[str, Any], *splits: str
-) -> None:
-    """Compare the data sets' classes with a checkpoint's, once the data are loaded and known.
-
-    Args:
-        cfg: a LazyConfig.
-        checkpoint: path, for the message.
-        provenance: what the checkpoint says about itself; without names all is accepted.
-        splits: "train" and "test".
-
-    Raises:
-        ConfigError: a data set has others, or in another order.
-    """
-    expected = provenance.get("class_names")
-    for split in splits if expected else ():
-        for name in dataset_names(cfg, split):
-            found = list(MetadataCatalog.get(name).get("thing_classes", []))
-            if found and found != expected:
-                raise ConfigError(
-                    f"{checkpoint} has the classes {expected}, data set '{name}' has {found}: set "
-                    f"dataloader.{split}.dataset.names to data with the checkpoint's classes "
-                    "(smca.data.register_coco with classes=[...] puts them in that order)."
-                )
-
-
-def check_model(cfg: DictConfig, model: nn.Module) -> None:
+def _check_model(cfg: DictConfig, model: nn.Module) -> None:
     """
     Raises:
-        ConfigError: ``train.compile`` is set for a model that has no such method, or
+        ConfigError: ``train.compile`` is set for a model without a method `compile_parts`, or
             :func:`smca.solver.layer_lr_factor` gives a rate to a part that the model lacks.
     """
     if cfg.train.compile and not hasattr(model, "compile_parts"):
@@ -184,15 +145,12 @@ def check_model(cfg: DictConfig, model: nn.Module) -> None:
             f"train.compile=True needs a model with a method compile_parts, as SMCA has, which "
             f"{type(model).__name__} has not: set train.compile=False."
         )
-    key = "optimizer.params.lr_factor_func"
-    section = OmegaConf.select(cfg, key)
-    if not isinstance(section, DictConfig) or "factors" not in section:
-        return
+    key = "optimizer.params.lr_factor_func.factors"
     names = [name.split(".") for name, _ in model.named_parameters()]
     known = {".".join(words[:count]) for words in names for count in range(1, len(words) + 1)}
-    for prefix, factor in section.factors.items():
+    for prefix, factor in (OmegaConf.select(cfg, key) or {}).items():
         if factor != 1 and prefix not in known:
             raise ConfigError(
-                f"{key}.factors names {prefix}, but no parameter of the model begins so"
+                f"{key} names {prefix}, but no parameter of the model begins so"
                 f"{did_you_mean(str(prefix), known)}"
             )

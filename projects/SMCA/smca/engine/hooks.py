@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping
 
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from smca.checkpoint.files import load_tensors
+from smca.checkpoint.files import peek
 from smca.engine.signals import React, stop_error
 
 __all__ = [
@@ -141,28 +141,25 @@ class EmergencyCheckpointer(HookBase):
             comm.synchronize()
 
     def _save(self, error: BaseException) -> None:
-        iteration = self._last_complete
+        trainer, iteration = self.trainer, self._last_complete
         name = f"model_{iteration:07d}"
-        last = self._checkpointer.get_checkpoint_file()
-        is_saved = os.path.basename(last) == name + ".pth" and os.path.isfile(last)
+        is_saved = os.path.isfile(os.path.join(self._checkpointer.save_dir, name + ".pth"))
         # An update of the weights that has begun is not undone.
-        is_lost = isinstance(error, FloatingPointError) or self.trainer.is_updating
-        has_trained = iteration >= self.trainer.start_iter
-        if has_trained:
+        is_lost = isinstance(error, FloatingPointError) or trainer.is_updating
+        if iteration >= trainer.start_iter:
             # What is saved here, and the last line of the metrics, stand at this iteration.
-            self.trainer.iter = self.trainer.storage.iter = iteration
-        if has_trained and not (is_saved or is_lost):
-            self.trainer.restore_statistics()
-            try:
-                self._checkpointer.save(name, iteration=iteration)
-                last = self._checkpointer.get_checkpoint_file()
-            except Exception as save_error:  # which must not hide the first error
-                logger.error("The state could not be saved: %s", save_error)
-        reason = type(error).__name__
-        if last:
-            logger.error("The training ended early (%s); --resume continues from %s.", reason, last)
-        else:
-            logger.error("The training ended early (%s) before there was anything to save.", reason)
+            trainer.iter = trainer.storage.iter = iteration
+            if not (is_saved or is_lost):
+                trainer.restore_statistics()
+                try:
+                    self._checkpointer.save(name, iteration=iteration)
+                except Exception as save_error:  # which must not hide the first error
+                    logger.error("The state could not be saved: %s", save_error)
+        last = self._checkpointer.get_checkpoint_file()
+        where = (
+            f"; --resume continues from {last}" if last else " before there was anything to save"
+        )
+        logger.error("The training ended early (%s)%s.", type(error).__name__, where)
 
 
 class EvalHook(hooks.EvalHook):
@@ -198,36 +195,32 @@ class BestCheckpointer(hooks.BestCheckpointer):
     _is_warned = False
 
     def before_train(self) -> None:
-        path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
-        if self.trainer.start_iter > 0 and os.path.isfile(path):
-            self._load_best(path)
-        self._best_checking()  # where the training began with an evaluation
-
-    def _load_best(self, path: str) -> None:
-        try:
-            best = load_tensors(path).get("best", {})
-        except Exception as error:  # a broken file can raise anything
-            logger.warning(
-                "%s cannot be read (%s): the best checkpoint is looked for anew.", path, error
-            )
-            return
-        if best.get("metric") == self._val_metric:
-            self.best_metric, self.best_iter = best["value"], best["iteration"]
+        if self.trainer.start_iter > 0:
+            path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
+            content = peek(path)
+            if not content and os.path.isfile(path):
+                logger.warning("%s cannot be read: the best checkpoint is looked for anew.", path)
+            best = content.get("best", {})
+            if best.get("metric") == self._val_metric:
+                self.best_metric, self.best_iter = best["value"], best["iteration"]
+        self._best_checking()  # where the training begins with an evaluation
 
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest()
         value, iteration = latest.get(self._val_metric, (None, None))
         if value is None:
             self._warn_of_missing([name for name in latest if "/" in name])
-        if value is None or iteration == self.best_iter:
-            return
-        if self.best_metric is not None and not self._compare(value, self.best_metric):
-            return
-        if not self._update_best(value, iteration):
-            return
-        best = {"metric": self._val_metric, "value": float(value), "iteration": int(iteration)}
-        self._checkpointer.save(self._file_prefix, tag=False, best=best)
-        logger.info("Best %s so far: %.3f at iteration %d.", self._val_metric, value, iteration)
+        elif self.best_metric is None or self._compare(value, self.best_metric):
+            if self._update_best(value, iteration):
+                best = {
+                    "metric": self._val_metric,
+                    "value": float(value),
+                    "iteration": int(iteration),
+                }
+                self._checkpointer.save(self._file_prefix, tag=False, best=best)
+                logger.info(
+                    "Best %s so far: %.3f at iteration %d.", self._val_metric, value, iteration
+                )
 
     def _warn_of_missing(self, metrics: List[str]) -> None:
         if metrics and not self._is_warned:
@@ -255,9 +248,7 @@ class EarlyStopping(HookBase):
     def __init__(self, patience: int, metric: str):
         self._patience = patience
         self._metric = metric
-        self._best: Optional[float] = None
-        self._num_worse = 0  # evaluations since the best one
-        self._last_iter = -1  # of the last evaluation that was counted
+        self._state: Dict[str, Any] = {"best": None, "num_worse": 0, "last_iter": -1}
 
     def before_train(self) -> None:
         self._count()
@@ -269,32 +260,33 @@ class EarlyStopping(HookBase):
 
     def _count(self) -> bool:
         """Count the last evaluation, unless that was done before."""
+        state = self._state
         value, iteration = self.trainer.storage.latest().get(self._metric, (None, -1))
-        if value is None or iteration <= self._last_iter:
+        if value is None or iteration <= state["last_iter"]:
             return False
-        self._last_iter = iteration
-        if math.isfinite(value) and (self._best is None or value > self._best):
-            self._best, self._num_worse = float(value), 0
+        state["last_iter"] = iteration
+        if math.isfinite(value) and (state["best"] is None or value > state["best"]):
+            state["best"], state["num_worse"] = float(value), 0
         else:
-            self._num_worse += 1
+            state["num_worse"] += 1
         return True
 
     def _stop_if_due(self) -> None:
-        if self._num_worse < self._patience:
+        best, num_worse = self._state["best"], self._state["num_worse"]
+        if num_worse < self._patience:
             return
         logger.info(
             "The training ends early: %s did not become better than %s in %d evaluations "
             "(train.early_stopping=%d).",
             self._metric,
-            "nan" if self._best is None else f"{self._best:.3f}",
-            self._num_worse,
+            "nan" if best is None else f"{best:.3f}",
+            num_worse,
             self._patience,
         )
         self.trainer.stopped_early = True
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best": self._best, "num_worse": self._num_worse, "last_iter": self._last_iter}
+        return dict(self._state)
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self._best, self._num_worse = state_dict["best"], state_dict["num_worse"]
-        self._last_iter = state_dict["last_iter"]
+        self._state = dict(state_dict)

@@ -1,6 +1,7 @@
 """Running a training in one or several processes, which PyTorch's elastic launcher supervises."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, Iterator, Optional, Set, Type
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Set
 from urllib.parse import urlparse
 
 import torch
@@ -101,8 +102,26 @@ def _device(args: argparse.Namespace) -> torch.device:
 # The launcher
 
 
+class _Outcome(NamedTuple):
+    """
+    Attributes:
+        code: the exit code.
+        text: the first error of the processes, since others fail because of it; "" if there is
+            none, or after a signal.
+        traceback: of an error in the code.
+        is_final: starting again would not help.
+    """
+
+    code: int
+    text: str = ""
+    traceback: str = ""
+    is_final: bool = False
+
+
 def _launch(args: argparse.Namespace) -> int:
-    """Start this machine's processes, hand signals on to them, and wait for them all."""
+    """Start this machine's processes, hand signals on to them, and wait for them all. If one fails,
+    all are started again, `args.max_restarts` times, to go on from the newest checkpoint."""
+    max_restarts = getattr(args, "max_restarts", 0)
     if args.num_machines == 1:
         place: Dict[str, Any] = {
             "rdzv_backend": "c10d",
@@ -113,6 +132,11 @@ def _launch(args: argparse.Namespace) -> int:
         url = urlparse(args.dist_url)
         if url.scheme != "tcp" or url.port is None:
             raise ConfigError("--dist-url has to be tcp://HOST:PORT where there are machines.")
+        if max_restarts:
+            raise ConfigError(
+                "--max-restarts is for the processes of one machine: of several, let torchrun "
+                "--max-restarts start them."
+            )
         place = {"rdzv_backend": "static", "rdzv_endpoint": url.netloc}
     # Until the processes are started, Ctrl-C has to end even a wait for another machine in C++.
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
@@ -120,28 +144,42 @@ def _launch(args: argparse.Namespace) -> int:
         signal.signal(signal.SIGUSR1, _raise_signal)
     _silence_launcher()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            config = LaunchConfig(
-                min_nodes=args.num_machines,
-                max_nodes=args.num_machines,
-                nproc_per_node=args.num_gpus,
-                run_id="smca",
-                max_restarts=getattr(args, "max_restarts", 0),
-                start_method=_START_METHOD,
-                logs_specs=DefaultLogsSpecs(log_dir=folder),
-                rdzv_configs={"rank": args.machine_rank},
-                **place,
-            )
-            try:
-                elastic_launch(config, _work)(args)
-            except ChildFailedError as error:
-                return _report_failure(error, Path(folder))
-            except SignalException as error:
-                return 128 + error.sigval
+        for args.restart in range(max_restarts + 1):
+            outcome = _run_group(args, place)
+            if outcome.is_final or args.restart == max_restarts:
+                break
+            print(f"{outcome.text} All processes start again.", file=sys.stderr, flush=True)
+    except SignalException as error:
+        return 128 + error.sigval
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return 0
+    if outcome.traceback:
+        print(outcome.traceback, file=sys.stderr)
+    if outcome.text:
+        _report(outcome.text)
+    return outcome.code
+
+
+def _run_group(args: argparse.Namespace, place: Mapping[str, Any]) -> _Outcome:
+    """Start the processes, wait for them, and say what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=args.num_machines,
+            max_nodes=args.num_machines,
+            nproc_per_node=args.num_gpus,
+            run_id="smca",
+            max_restarts=0,
+            start_method=_START_METHOD,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            rdzv_configs={"rank": args.machine_rank},
+            **place,
+        )
+        try:
+            elastic_launch(config, _work)(args)
+        except ChildFailedError as error:
+            return _failure(error, Path(folder))
+    return _Outcome(0, is_final=True)
 
 
 def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
@@ -155,37 +193,30 @@ def _silence_launcher() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _report_failure(error: ChildFailedError, folder: Path) -> int:
-    """Print the first error of the processes, since others fail because of it.
-
-    Args:
-        folder: where each process that failed by an exception has left a file error.json.
-
-    Returns:
-        The exit code.
+def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
     """
-    rank, failure = error.get_first_failure()
-    if failure.exitcode in [128 + number for number in STOP_SIGNALS]:
-        return failure.exitcode
-    attempts = sorted(folder.glob("*/attempt_*"), key=lambda path: int(path.name[8:]))
-    files = sorted(attempts[-1].rglob("error.json"), key=lambda path: path.stat().st_mtime_ns)
-    if failure.exitcode < 0 or not files:
-        code = failure.exitcode
+    Args:
+        error: as the launcher raises it.
+        folder: where each process that failed by an exception has left a file error.json.
+    """
+    rank, first = error.get_first_failure()
+    code = first.exitcode
+    if code in [128 + number for number in STOP_SIGNALS]:
+        return _Outcome(code, is_final=True)
+    errors = []
+    for file in sorted(folder.rglob("error.json"), key=lambda path: path.stat().st_mtime_ns):
+        with contextlib.suppress(ValueError):  # of a process that was killed while it wrote
+            errors.append((file.parent.name, json.loads(file.read_text())["message"]))
+    for _, details in errors:
+        kind, _, text = details["message"].partition(": ")
+        if kind == UserError.__name__:
+            return _Outcome(1, text, is_final=True)
+    if code < 0 or not errors:
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        _report(f"Process {rank} was ended {ended}.")
-        return 128 - code if code < 0 else code
-    details = json.loads(files[0].read_text())["message"]
-    kind, _, text = details["message"].partition(": ")
-    if kind in {cls.__name__ for cls in _all_user_errors()}:
-        return _report(text)
-    print(details["extraInfo"]["py_callstack"], file=sys.stderr)
-    return _report(f"Process {files[0].parent.name} failed: {details['message']}")
-
-
-def _all_user_errors(cls: Type[UserError] = UserError) -> Iterator[Type[UserError]]:
-    yield cls
-    for subclass in cls.__subclasses__():
-        yield from _all_user_errors(subclass)
+        return _Outcome(128 - code if code < 0 else code, f"Process {rank} was ended {ended}.")
+    name, details = errors[0]
+    text = f"Process {name} failed: {details['message']}"
+    return _Outcome(1, text, details["extraInfo"]["py_callstack"])
 
 
 # Each process
@@ -245,6 +276,8 @@ def _work(args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
     try:
         main(args)
+    except UserError as error:
+        raise UserError(str(error)) from error  # whose name the launcher knows
     except KeyboardInterrupt as error:
         raise SystemExit(128 + signal.SIGINT) from error
     dist.destroy_process_group()

@@ -2,23 +2,22 @@
 
 import errno
 import fnmatch
-import functools
 import logging
 import os
 import re
 import tempfile
 from pathlib import Path
-from typing import IO, Dict, List, Optional, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
-import torch
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
+from torch import nn
 
-from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint import SMCACheckpointer, provenance_of
 from smca.checkpoint.files import remove_temporary_files, write_atomically
-from smca.errors import CheckpointError, ConfigError, writing
+from smca.errors import CheckpointError, ConfigError, UserError, writing
 
 try:
     import fcntl
@@ -26,9 +25,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "SavedRun",
     "claim",
-    "find_checkpoint",
+    "from_main_process",
     "log_to",
+    "open_run",
     "release",
     "save_config",
     "set_previous_run_aside",
@@ -36,7 +37,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".lock"
+_T = TypeVar("_T")
+
 _LOCKED: Dict[str, IO[str]] = {}  # by folder; closing one gives up its lock
 
 _TRAINED = ("last_checkpoint", "model_*.pth", "metrics.json")
@@ -58,6 +60,21 @@ _FILES = (
 )
 
 
+def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
+    """What a function returns in the main process, or the UserError that it raises there. All
+    processes call this together."""
+    result = error = None
+    if comm.is_main_process():
+        try:
+            result = function(*args)
+        except UserError as raised:
+            error = raised
+    result, error = comm.all_gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
 def claim(folder: str) -> None:
     """Make the output folder this process's own until it ends or calls `release`: a second training
     would move the first one's files away and both write on.
@@ -65,10 +82,10 @@ def claim(folder: str) -> None:
     Raises:
         UserError: it cannot be written, or another process trains there.
     """
-    path = os.path.join(folder, _LOCK)
     with writing(f"train.output_dir={folder}"):
         os.makedirs(folder, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115, open as long as the lock is held
+        # Open as long as the lock is held.
+        file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
     try:
         if fcntl is not None:
             # Not flock's kind, which a killed training's workers would go on holding.
@@ -94,7 +111,7 @@ def release(folder: str) -> None:
 
 
 def log_to(folder: str, name: str = "log.txt") -> None:
-    """Log into that file, and this package's words to stdout too.
+    """Log into that file, and this package's messages to stdout too.
 
     Raises:
         UserError: it cannot be written.
@@ -117,13 +134,8 @@ def save_config(cfg: DictConfig, folder: str) -> None:
     with writing(f"train.output_dir={folder}"), tempfile.TemporaryDirectory() as scratch:
         LazyConfig.save(cfg, os.path.join(scratch, "config.yaml"))
         for path in Path(scratch).iterdir():
-            write = functools.partial(_write, path.read_bytes())
-            write_atomically(os.path.join(folder, path.name), write)
+            write_atomically(os.path.join(folder, path.name), path.read_bytes())
     logger.info("Full config saved to %s", os.path.join(folder, "config.yaml"))
-
-
-def _write(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
 
 
 def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
@@ -142,14 +154,15 @@ def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
     """
     folder, weights = train.output_dir, train.init_checkpoint
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    if not _matching(names, _TRAINED):
+    trained = _matching(names, _TRAINED)
+    if not trained:
         return None, weights
     remove_temporary_files(folder)
     if train.fast_dev_run:  # whose checkpoints nobody misses
-        for name in _matching(names, _TRAINED):
+        for name in trained:
             os.remove(os.path.join(folder, name))
         return None, weights
-    number = max(_numbers(names), default=0) + 1
+    number = max(_numbers_of_previous_runs(folder), default=0) + 1
     previous = os.path.join(folder, f"previous_{number}")
     try:
         os.mkdir(previous)
@@ -166,45 +179,73 @@ def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
     return previous, weights
 
 
-def find_checkpoint(folder: str) -> str:
+class SavedRun(NamedTuple):
+    """A checkpoint of a training.
+
+    Attributes:
+        path: of its file.
+        provenance: what it says about itself.
+        seed: of the training.
+        content: all that the file holds, where it has been read: in the main process.
     """
+
+    path: str
+    provenance: Dict[str, Any]
+    seed: int = 0
+    content: Optional[Dict[str, Any]] = None
+
+
+def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
+    """Read the newest checkpoint in a folder. All processes call this together.
+
+    Args:
+        folder: of the run.
+        need_trainer: the training is to go on, for which weights alone are not enough.
+
     Returns:
-        Path of the checkpoint to resume from, "" to start anew.
+        The checkpoint; None if there is none.
 
     Raises:
         CheckpointError: none can be read, or they are those of the run before.
     """
-    remove_temporary_files(folder)
-    last = SMCACheckpointer(torch.nn.Module(), folder).find_resumable()
-    if last:
-        return last
-    previous = _newest_previous_run(folder)
-    if previous:
-        raise CheckpointError(
-            f"There is no checkpoint in {folder}, but {previous} has those of the run "
-            f"before: resume with train.output_dir={previous}, or start anew without --resume."
-        )
-    logger.warning("There is no checkpoint in %s: starting anew.", folder)
-    return ""
+    contents: List[Dict[str, Any]] = []
+
+    def read() -> Optional[SavedRun]:
+        if need_trainer:
+            remove_temporary_files(folder)
+        found = SMCACheckpointer(nn.Module(), folder).find_resumable(need_trainer)
+        if found is None:
+            if need_trainer:
+                _check_previous_runs(folder)
+            return None
+        path, content = found
+        contents.append(content)
+        return SavedRun(path, provenance_of(content), content.get("trainer", {}).get("seed", 0))
+
+    saved = from_main_process(read)
+    return saved._replace(content=contents[0]) if saved and contents else saved
 
 
-def _newest_previous_run(folder: str) -> Optional[str]:
+def _check_previous_runs(folder: str) -> None:
     """
-    Returns:
-        The folder of the last run with checkpoints that was set aside.
+    Raises:
+        CheckpointError: there are checkpoints of a run that was set aside.
     """
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    for number in sorted(_numbers(names), reverse=True):
+    for number in sorted(_numbers_of_previous_runs(folder), reverse=True):
         previous = os.path.join(folder, f"previous_{number}")
         if _matching(os.listdir(previous), _TRAINED[:2]):
-            return previous
-    return None
+            raise CheckpointError(
+                f"There is no checkpoint in {folder}, but {previous} has those of the run "
+                f"before: resume with train.output_dir={previous}, or start anew without --resume."
+            )
+    logger.warning("There is no checkpoint in %s: starting anew.", folder)
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> List[str]:
     return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
 
 
-def _numbers(names: Sequence[str]) -> List[int]:
+def _numbers_of_previous_runs(folder: str) -> List[int]:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     matches = [re.fullmatch(r"previous_(\d+)", name) for name in names]
     return [int(match[1]) for match in matches if match]

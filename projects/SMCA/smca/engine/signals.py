@@ -46,7 +46,7 @@ class StopSignals:
         self._previous: Dict[int, Any] = {}
 
     def install(self) -> None:
-        """From now on; a process's main thread alone can do this, others do nothing."""
+        """Handle the signals from now on, if this is the process's main thread."""
         self.received = None
         self._pid = os.getpid()
         if threading.current_thread() is threading.main_thread():

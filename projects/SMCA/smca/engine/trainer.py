@@ -6,7 +6,7 @@ import math
 import os
 import random
 import time
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _MODEL = 2
 # Gradients that overflow at such a scale of the loss are broken, float16 or not.
 _LEAST_SCALE = 2.0**-14
+# What a config says of an optimizer, and a checkpoint as well.
+_OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
 
 
 def _seed_random_states(*entropy: int) -> None:
@@ -45,7 +47,7 @@ def _seed_random_states(*entropy: int) -> None:
 
 class BoundedStorage(EventStorage):
     """Detectron2's, with the last thousand values of each metric, the most that any writer looks
-    at. A million, as there, would be gigabytes in a training on COCO."""
+    at. Detectron2 keeps a million, gigabytes in a training on COCO."""
 
     def __init__(self, start_iter: int = 0) -> None:
         super().__init__(start_iter)
@@ -211,10 +213,7 @@ class Trainer(SimpleTrainer):
         self.last_iter = self.iter
 
     def _compute_gradients(self) -> bool:
-        """
-        Returns:
-            Whether they are fit for a step, else it is to be skipped.
-        """
+        """Returns whether they are fit for a step; else the step is to be skipped."""
         sums: Dict[str, Any] = {}
         own_losses: List[Dict[str, Tensor]] = []
         file_names: List[str] = []
@@ -239,14 +238,21 @@ class Trainer(SimpleTrainer):
         losses, grad_norm, scale = self._to_host(sums, total_norm)
         problem = self._nonfinite(losses, grad_norm, scale)
         if problem is not None:
-            self._report(problem, losses, grad_norm, own_losses, file_names)
+            by_batch = [{k: v.item() for k, v in each.items()} for each in own_losses]
+            own = {"images": file_names, "losses_by_batch": by_batch}
+            self._skip(problem, losses, grad_norm, own)
             return False
         self._num_skipped = 0
-        self._put_metrics(losses, grad_norm, scale, data_time)
+        metrics = {"data_time": data_time, "total_loss": sum(losses.values()), **losses}
+        if math.isfinite(grad_norm):
+            metrics["grad_norm"] = grad_norm
+        if self.grad_scaler.is_enabled():
+            metrics["grad_scale"] = scale
+        self.storage.put_scalars(**metrics)
         return True
 
     def _next_batch(self) -> Any:
-        # Of several processes, none stops in an iteration that others go through with.
+        # One of several processes must not stop in an iteration that the others complete.
         is_alone = comm.get_world_size() == 1
         with self.signals.reacting(React.AT_ONCE if is_alone else React.AFTER_STEP):
             return next(self._data_loader_iter)
@@ -277,10 +283,11 @@ class Trainer(SimpleTrainer):
     def _to_host(
         self, losses: Dict[str, Tensor], grad_norm: Tensor
     ) -> Tuple[Dict[str, float], float, float]:
-        """Losses, averaged over the processes, the gradient norm and the loss's scale as Python
-        numbers; and whether to stop. This is the step's only wait for the device. It has to be
-        before the optimizer steps: later, a nan would be in the weights already, and perhaps in a
-        checkpoint.
+        """The losses, averaged over the processes, the gradient's norm and the loss's scale as
+        numbers of Python. It also tells all processes of a signal that one of them was sent.
+
+        The step waits for the device here only, before the optimizer steps: later, a nan would be
+        in the weights already, and perhaps in a checkpoint.
         """
         values = torch.cat([torch.stack(list(losses.values())), grad_norm.float().view(1)])
         stop = values.new_zeros(len(STOP_SIGNALS))
@@ -311,23 +318,35 @@ class Trainer(SimpleTrainer):
             return f"The norm of the gradient is {grad_norm} even with a loss scale of {scale:.2g}"
         return None  # the scaler skips the step and lowers its scale, as is normal
 
-    def _report(
-        self,
-        problem: str,
-        losses: Dict[str, float],
-        grad_norm: float,
-        own_losses: List[Dict[str, Tensor]],
-        file_names: List[str],
-    ) -> None:
-        """Say that the iteration is skipped; raise, after too many in a row."""
+    def _skip(self, problem: str, losses: Dict[str, float], norm: float, own: Any) -> None:
+        """Say that the iteration is skipped; raise, after too many in a row.
+
+        Args:
+            problem: what is not finite, in words.
+            losses: averaged over the processes.
+            norm: of the gradient.
+            own: what the report says of this process's batches.
+        """
         self._num_skipped += 1
-        report = self._write_report(losses, grad_norm, own_losses, file_names)
+        path = ""
+        if self.report_dir is not None:
+            path = os.path.join(self.report_dir, f"nonfinite_{self.iter:07d}.json")
+            processes = comm.gather(own)
+            report = {
+                "iteration": self.iter,
+                "losses": losses,
+                "grad_norm": norm,
+                "last_checkpoint": read_tag(self.report_dir) or None,
+                "processes": processes,
+            }
+            if comm.is_main_process():
+                write_atomically(path, json.dumps(report, indent=1).encode())
         if self._num_skipped > self.skip_nonfinite:
             skipped = f", after {self.skip_nonfinite} skipped ones" if self.skip_nonfinite else ""
             raise NonFiniteError(
                 f"{problem} at iteration {self.iter}{skipped}: lower the learning rate, or use "
                 "train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data"
-                f"{report and f' ({report} names the images)'}."
+                f"{path and f' ({path} names the images)'}."
             )
         logger.warning(
             "%s at iteration %d, which is skipped (%d in a row of at most %d)%s.",
@@ -335,51 +354,8 @@ class Trainer(SimpleTrainer):
             self.iter,
             self._num_skipped,
             self.skip_nonfinite,
-            report and f"; see {report}",
+            path and f"; see {path}",
         )
-
-    def _write_report(
-        self,
-        losses: Dict[str, float],
-        grad_norm: float,
-        own_losses: List[Dict[str, Tensor]],
-        file_names: List[str],
-    ) -> str:
-        """
-        Returns:
-            Path of the report, "" if there is none.
-        """
-        if self.report_dir is None:
-            return ""
-        path = os.path.join(self.report_dir, f"nonfinite_{self.iter:07d}.json")
-        own = {
-            "images": file_names,
-            "losses_by_batch": [{k: v.item() for k, v in each.items()} for each in own_losses],
-        }
-        processes = comm.gather(own)
-        if comm.is_main_process():
-            report = {
-                "iteration": self.iter,
-                "losses": losses,
-                "grad_norm": grad_norm,
-                "last_checkpoint": read_tag(self.report_dir) or None,
-                "processes": processes,
-            }
-            content = json.dumps(report, indent=1).encode()
-            write_atomically(path, lambda file: file.write(content))
-        return path
-
-    def _put_metrics(
-        self, losses: Dict[str, float], grad_norm: float, scale: float, data_time: float
-    ) -> None:
-        self.storage.put_scalar("data_time", data_time)
-        self.storage.put_scalar("total_loss", sum(losses.values()))
-        if len(losses) > 1:
-            self.storage.put_scalars(**losses)
-        if math.isfinite(grad_norm):
-            self.storage.put_scalar("grad_norm", grad_norm)
-        if self.grad_scaler.is_enabled():
-            self.storage.put_scalar("grad_scale", scale)
 
     def _stream(self) -> Dict[str, Any]:
         """What decides which data and random numbers belong to an iteration."""
@@ -412,75 +388,43 @@ class Trainer(SimpleTrainer):
         Raises:
             CheckpointError: the optimizer has other groups of parameters.
         """
-        _check_groups(self.optimizer, state_dict["optimizer"])
         configured = [dict(group) for group in self.optimizer.param_groups]
+        sizes = [
+            " and ".join(str(len(group["params"])) for group in groups)
+            for groups in (state_dict["optimizer"]["param_groups"], configured)
+        ]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                "The optimizer's groups of parameters (optimizer.params) are not those of the run, "
+                f"they were {sizes[0]} parameters and are now {sizes[1]}: resume with the settings "
+                "of its config.yaml, or start another run from its weights, with "
+                "train.init_checkpoint."
+            )
         super().load_state_dict(state_dict)
-        _keep_settings(self.optimizer, configured)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.total_batch_size is not None:
             self._start_sample = state_dict.get("sample")
-        for name, value in self._stream().items():
-            if name in state_dict and state_dict[name] != value:
-                _warn_of_change(name, state_dict[name], value)
-
-
-# What a resumed training takes from its checkpoint, and what from its config
-
-# What a config says of an optimizer, and a checkpoint as well.
-_OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Make sure that an optimizer has the groups of parameters that a checkpoint has.
-
-    Args:
-        optimizer: whose state is to be loaded.
-        saved: the state in the checkpoint.
-
-    Raises:
-        CheckpointError: it has others.
-    """
-    sizes = [
-        " and ".join(str(len(group["params"])) for group in groups)
-        for groups in (saved["param_groups"], optimizer.param_groups)
-    ]
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            "The optimizer's groups of parameters (optimizer.params) are not those of the run, "
-            f"they were {sizes[0]} parameters and are now {sizes[1]}: resume with the settings of "
-            "its config.yaml, or start another run from its weights, with train.init_checkpoint."
-        )
-
-
-def _keep_settings(
-    optimizer: torch.optim.Optimizer, configured: Sequence[Mapping[str, Any]]
-) -> None:
-    """Undo that PyTorch's optimizers take their settings from a checkpoint, too.
-
-    Args:
-        optimizer: whose state was loaded.
-        configured: its parameter groups as they were before.
-    """
-    changed: Dict[str, Tuple[Any, Any]] = {}
-    for group, settings in zip(optimizer.param_groups, configured):
-        for name in _OPTIMIZER_SETTINGS & settings.keys():
-            key = "initial_lr" if name == "lr" else name  # which the schedule multiplies
-            former, value = group.get(key, settings[name]), settings[name]
-            # Pairs such as Adam's betas become lists in a config.
-            if list(np.ravel(former)) != list(np.ravel(value)):
-                group[key] = value
-                changed.setdefault(f"the optimizer's {name}", (former, value))
-    for name, (former, value) in sorted(changed.items()):
-        _warn_of_change(name, former, value)
-
-
-def _warn_of_change(name: str, former: Any, value: Any) -> None:
-    """Say that a setting is not what it was."""
-    logger.warning(
-        "The run goes on, but not exactly: %s was %s when the checkpoint was written and is %s "
-        "now.",
-        name,
-        former,
-        value,
-    )
+        values = {
+            name: (state_dict[name], value)
+            for name, value in self._stream().items()
+            if name in state_dict
+        }
+        # PyTorch's optimizers take their settings from a checkpoint, too.
+        for group, settings in zip(self.optimizer.param_groups, configured):
+            for name in sorted(_OPTIMIZER_SETTINGS & settings.keys()):
+                key = "initial_lr" if name == "lr" else name  # which the schedule multiplies
+                former, value = group.get(key, settings[name]), settings[name]
+                # Pairs such as Adam's betas become lists in a config.
+                if list(np.ravel(former)) != list(np.ravel(value)):
+                    group[key] = value
+                    values.setdefault(f"the optimizer's {name}", (former, value))
+        for name, (former, value) in values.items():
+            if former != value:
+                logger.warning(
+                    "The run goes on, but not exactly: %s was %s when the checkpoint was written "
+                    "and is %s now.",
+                    name,
+                    former,
+                    value,
+                )

@@ -33,28 +33,24 @@ __all__ = ["MLflowWriter", "ProgressPrinter", "WandbWriter", "build_writers"]
 
 logger = logging.getLogger(__name__)
 
-# In the output folder, from a service to the id of the run there, for --resume.
-_RUNS = "tracking.json"
-
 
 class _TrackingWriter(EventWriter):
     """Sends what is new in the storage, as TensorBoard's writer does. A service that fails ends
-    the sending, with a warning, and not the training."""
+    the sending, with a warning, and not the training.
+
+    Args:
+        output_dir: holds the service's files, and the run's id for ``--resume``.
+        window_size: iterations whose median is sent.
+
+    Raises:
+        ConfigError: the service's package is not installed, or a run cannot be started.
+    """
 
     name = ""
 
     def __init__(self, output_dir: str, window_size: int = 20):
-        """
-        Args:
-            output_dir: holds the service's files, and the run's id for ``--resume``.
-            window_size: iterations whose median is sent.
-
-        Raises:
-            ConfigError: the service's package is not installed, or a run cannot be started.
-        """
         self._window_size = window_size
         self._last_write = -1
-        self._is_on = False
         try:
             self._service: Any = importlib.import_module(self.name)
         except ImportError as error:
@@ -62,16 +58,16 @@ class _TrackingWriter(EventWriter):
                 f"train.writers has {self.name}, which is not installed: pip install "
                 f"'smca[tracking]', or leave it out."
             ) from error
-        runs = _read_runs(output_dir)
+        path = Path(output_dir, "tracking.json")
+        runs = json.loads(path.read_text()) if path.is_file() else {}
         try:
-            run_id = self._start(output_dir, runs.get(self.name))
+            runs[self.name] = self._start(output_dir, runs.get(self.name))
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(
                 f"train.writers has {self.name}, which cannot start a run: {reason[0]}"
             ) from error
-        content = json.dumps({**runs, self.name: run_id}).encode()
-        write_atomically(os.path.join(output_dir, _RUNS), lambda file: file.write(content))
+        write_atomically(str(path), json.dumps(runs).encode())
         self._is_on = True
 
     def _start(self, output_dir: str, run_id: Optional[str]) -> str:
@@ -82,7 +78,7 @@ class _TrackingWriter(EventWriter):
         raise NotImplementedError
 
     def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
-        """(height, width, 3) uint8, RGB"""
+        """Send a picture, (height, width, 3) uint8, RGB."""
         raise NotImplementedError
 
     def _end(self) -> None:
@@ -92,27 +88,25 @@ class _TrackingWriter(EventWriter):
         if not self._is_on:
             return
         storage = get_event_storage()
-        by_iteration: Dict[int, Dict[str, float]] = {}
-        for name, (value, iteration) in storage.latest_with_smoothing_hint(
-            self._window_size
-        ).items():
+        values: Dict[int, Dict[str, float]] = {}
+        latest = storage.latest_with_smoothing_hint(self._window_size)
+        for name, (value, iteration) in latest.items():
             if iteration > self._last_write:
-                by_iteration.setdefault(iteration, {})[name] = value
-        images: Dict[int, List[Tuple[str, np.ndarray]]] = {}
-        # Detectron2's storage shows them to writers in this list; TensorBoard's clears it.
-        for name, image, iteration in storage._vis_data:
-            images.setdefault(iteration, []).append((name, np.asarray(image).transpose(1, 2, 0)))
+                values.setdefault(iteration, {})[name] = value
+        # Detectron2's storage shows pictures to writers in this list; TensorBoard's clears it.
+        pictures = storage._vis_data
         try:
             # In order: Weights & Biases drops what is of a step before the last that it got.
-            for iteration in sorted({*by_iteration, *images}):
-                if iteration in by_iteration:
-                    self._send_values(by_iteration[iteration], iteration)
-                for name, image in images.get(iteration, ()):
-                    self._send_image(name, image, iteration)
+            for iteration in sorted({*values, *(at for _, _, at in pictures)}):
+                if iteration in values:
+                    self._send_values(values[iteration], iteration)
+                for name, picture, at in pictures:
+                    if at == iteration:
+                        self._send_image(name, np.asarray(picture).transpose(1, 2, 0), iteration)
         except Exception as error:
             self._is_on = False
             logger.warning("Nothing more is sent to %s: %s", self.name, error)
-        self._last_write = max(by_iteration, default=self._last_write)
+        self._last_write = max(values, default=self._last_write)
 
     def close(self) -> None:
         if self._is_on:
@@ -186,12 +180,6 @@ class MLflowWriter(_TrackingWriter):
         self._service.end_run()
 
 
-def _peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
 class _LineEnd(logging.LoggerAdapter):
     """Appends what Detectron2's progress line lacks."""
 
@@ -202,7 +190,9 @@ class _LineEnd(logging.LoggerAdapter):
         if grad_norm is not None:
             msg += f"  grad_norm: {grad_norm:.4g}"
         if resource is not None and not torch.cuda.is_available():
-            msg += f"  max_mem: {_peak_memory_mb():.0f}M"
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            msg += f"  max_mem: {peak / 2**20:.0f}M"
         return msg, kwargs
 
 
@@ -245,15 +235,8 @@ def build_writers(train: DictConfig) -> List[EventWriter]:
     return [ProgressPrinter(train.max_iter), *own, *defaults]
 
 
-def _read_runs(output_dir: str) -> Dict[str, str]:
-    try:
-        return json.loads(Path(output_dir, _RUNS).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def _saved_config(output_dir: str) -> Any:
-    """Of config.yaml, in plain types; empty if there is none."""
+    """What is in config.yaml, in plain types; empty if there is none."""
     try:
         config = OmegaConf.load(os.path.join(output_dir, "config.yaml"))
     except Exception:  # Detectron2 pickles what is no YAML

@@ -13,6 +13,7 @@ from .matcher import HungarianMatcher
 from .neck import ScaleProjection
 from .pyramid_encoder import PyramidEncoder
 from .queries import LearnedQueries, ProposedQueries, Queries
+from .scales import count_scales
 from .weight_map import (
     CovarianceGaussian,
     FixedGaussian,
@@ -49,5 +50,6 @@ __all__ = [
     "VarifocalLoss",
     "WeightMap",
     "build_resnet",
+    "count_scales",
     "fold_frozen_norms",
 ]

@@ -13,6 +13,12 @@ from torch import Tensor
 Size = Tuple[int, int]  # (height, width)
 
 
+def count_scales(in_features: Sequence[str], num_extra_scales: int) -> int:
+    """The number of scales of a model with these features of the backbone and so many coarser
+    scales, for configs."""
+    return len(in_features) + num_extra_scales
+
+
 class Scale(NamedTuple):
     """One scale of a batch, its cells as tokens in row-major order.
 

@@ -1,8 +1,6 @@
 """DETR's training recipe in Detectron2's terms: learning rates of the parts, and their schedule."""
 
-import json
-import os
-from typing import Any, Callable, Dict, Mapping, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Tuple
 
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import MultiStepParamScheduler
@@ -53,24 +51,14 @@ def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
     return lr_factor
 
 
-def steps_of_epochs(
-    epochs: float,
-    json_file: Union[str, Sequence[str]],
-    batch_size: int,
-    accumulate: int = 1,
-) -> int:
-    """Iterations of so many epochs of COCO-format data, at least 1.
+def steps_of_epochs(epochs: float, num_images: int, batch_size: int, accumulate: int = 1) -> int:
+    """Iterations of so many epochs, at least 1.
 
     Args:
-        json_file: one or several, that train together.
+        num_images: of an epoch.
         batch_size: images of a batch, in all processes together.
         accumulate: batches of an iteration.
     """
-    files = [json_file] if isinstance(json_file, str) else json_file
-    num_images = 0
-    for file in files:
-        with open(os.path.expanduser(file), "rb") as opened:  # in any of JSON's encodings
-            num_images += len(json.loads(opened.read())["images"])
     return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from smca.checkpoint.files import RefusedCode, load_tensors, write_atomically
 from smca.config import get_config
-from smca.errors import CheckpointError
+from smca.errors import CheckpointError, differing, some
 from smca.modeling import build_resnet
 from smca.version import __version__
 
 from .names import official_name
-from .recognition import find_detr, find_smca, has, resnet_depth
+from .recognition import has, recognize_detr, recognize_smca, resnet_depth
 
 __all__ = ["CLASS_CHOICES", "Conversion", "convert", "convert_file", "read_state_dict"]
 
@@ -111,7 +111,7 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
     if not has(state_dict, r"transformer\.decoder\.layers\."):
         raise CheckpointError(
             "is no checkpoint of an official SMCA or DETR model nor of a torchvision ResNet: its "
-            f"tensors are called {_some(sorted(state_dict))}."
+            f"tensors are called {some(sorted(state_dict))}."
         )
     return _convert_detector(state_dict, classes)
 
@@ -146,13 +146,13 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
         raise CheckpointError("holds no tensors by name.")
     wrong = [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise CheckpointError(f"holds other things than tensors: {_some(wrong)}.")
+        raise CheckpointError(f"holds other things than tensors: {some(wrong)}.")
     return dict(checkpoint)
 
 
 def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion:
     is_smca = has(state_dict, r".*\.point1\.")
-    find = find_smca if is_smca else find_detr
+    find = recognize_smca if is_smca else recognize_detr
     name, settings, description, notes = find(state_dict)
     model = _match(state_dict, _expected(name, settings))
     if not is_smca:
@@ -211,17 +211,15 @@ def _match(state_dict: Dict[str, Tensor], expected: Mapping[str, Tensor]) -> Dic
         for key, name in names.items()
         if key in state_dict and state_dict[key].shape != expected[name].shape
     ]
-    problems = [
-        f"{len(keys)} {what} ({_some(keys)})"
-        for what, keys in (
-            ("missing", [key for key in names if key not in state_dict]),
-            ("unknown", [key for key in state_dict if key not in names]),
-            ("of another shape", wrong_shapes),
-        )
-        if keys
-    ]
+    problems = differing(
+        {
+            "missing": [key for key in names if key not in state_dict],
+            "unknown": [key for key in state_dict if key not in names],
+            "of another shape": wrong_shapes,
+        }
+    )
     if problems:
-        raise CheckpointError(f"does not have the tensors of its model: {'; '.join(problems)}.")
+        raise CheckpointError(f"does not have the tensors of its model: {problems}.")
     return {name: state_dict[key].detach().clone() for key, name in names.items()}
 
 
@@ -275,8 +273,3 @@ def _save(checkpoint: Dict[str, Any], path: str) -> None:
         write_atomically(path, lambda file: torch.save(checkpoint, file))
     except OSError as error:
         raise CheckpointError(f"The output {path} cannot be written: {error}") from error
-
-
-def _some(keys: List[str], num: int = 4) -> str:
-    """The first few, in words."""
-    return ", ".join(keys[:num]) + (f" and {len(keys) - num} more" if len(keys) > num else "")

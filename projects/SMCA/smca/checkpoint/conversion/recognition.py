@@ -9,7 +9,7 @@ from torch import Tensor
 from smca.errors import CheckpointError
 from smca.modeling.weight_map import MAPS
 
-__all__ = ["find_detr", "find_smca", "has", "resnet_depth"]
+__all__ = ["recognize_detr", "recognize_smca", "has", "resnet_depth"]
 
 _NUM_HEADS = 8
 _OFFICIAL_SPREADS = {
@@ -23,7 +23,7 @@ _STRIDES_OF_SCALES = {1: "stride 32", 3: "strides 16, 32, 64", 4: "strides 8, 16
 _RESNET_DEPTHS = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}
 
 
-def find_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
+def recognize_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
     """Config, settings (keys of the config), description and notes."""
     depth = resnet_depth(state_dict)
     settings, notes = _common_settings(state_dict, depth), []
@@ -49,7 +49,7 @@ def find_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, 
     return name, settings, description, notes
 
 
-def find_detr(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
+def recognize_detr(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
     settings = _common_settings(state_dict, resnet_depth(state_dict))
     notes = [
         "Weights do not show whether the last stage is dilated: for DC5 add "
