@@ -152,11 +152,6 @@ def test_a_distance_is_less_than_one_inside_the_box():
     assert distances == pytest.approx([0, 0.5, 0.95, 0.99, 1.5, 1.5])
 
 
-def test_the_shared_center_is_measured_like_the_heads():
-    statistics = make_statistics([BOX], [[[0, 0]]], centers=np.array([[17.0, 44.0]]))
-    assert statistics.center_distances == pytest.approx([0.3])
-
-
 def test_heads_lie_apart_in_boxes():
     # Two heads half a width to the left and to the right of their mean, wherever that is.
     assert make_statistics([BOX], [[[80, 0], [100, 0]]]).head_deviations == pytest.approx([0.5])
@@ -211,10 +206,6 @@ def test_the_summary_has_quartiles_and_the_share_inside():
     assert summary["center_distance"] == [0.2, 0.4, 0.6]
     assert summary["head_centers_inside"] == 0.4
     assert summary["head_deviation"] == [0.25, 0.25, 0.25]
-
-
-def test_heads_that_share_their_map_have_no_deviation():
-    assert "head_deviation" not in summarize(make_statistics([BOX], [[[20, 40]]]))
 
 
 def test_what_is_infinite_is_none():
@@ -309,13 +300,6 @@ def test_examples_are_the_largest_objects_of_an_image_that_has_enough(predictor,
     ]
     sides = [e.box[2] * 120 / 384 for e in collect_examples(predictor, items, num_objects=3)]
     assert sides == pytest.approx([60, 40, 20])
-
-
-def test_nothing_that_recorded_stays_in_the_model(predictor, tmp_path):
-    collect(predictor, [make_item(tmp_path, [BOX], [0])[0]])
-    assert not any(
-        module._forward_hooks or module._forward_pre_hooks for module in predictor.model.modules()
-    )
 
 
 def test_errors_say_what_is_missing(predictor, tmp_path):
@@ -441,14 +425,6 @@ def test_a_trainings_checkpoints_are_drawn_by_their_iteration(tmp_path, data):
         )  # as in the config
         assert numbers[step] == summarize(collect(predictor, items, layer=0))
     assert numbers["10"] != numbers["20"]
-
-
-def test_checkpoints_can_be_named(tmp_path, data):
-    run, out = write_training(tmp_path), tmp_path / "pictures"
-    files = [run / "model_final.pth", run / "model_0000009.pth"]
-    command(*files, data, "--output", out, "--num-images", 1)
-    numbers = json.loads((out / "modulation.json").read_text())
-    assert list(numbers) == ["10", "20"] and numbers["10"]["num_objects"] == 3
 
 
 @pytest.mark.parametrize("iteration, steps", [(4, "5"), (20, "20")])

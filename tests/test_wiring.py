@@ -418,19 +418,3 @@ def test_there_is_no_average_of_the_weights_unless_the_config_says_so(tmp_path):
     done = drive(tmp_path, max_iter=1, model_ema=dict(enabled=False, decay=0.9))
     assert "model_ema" not in done.checkpoint("model_final.pth")
     assert list(done.results) == ["bbox"]
-
-
-def test_the_parts_of_the_model_learn_at_the_rates_of_the_config(tmp_path):
-    factor = "smca.solver.backbone_lr_factor"
-    trainer = built(
-        tmp_path,
-        "optimizer.lr=0.2",
-        f"+optimizer.params.lr_factor_func._target_={factor}",
-        "+optimizer.params.lr_factor_func.factor=0.1",
-    )
-    rates = {
-        id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]
-    }
-    for name, parameter in trainer.model.named_parameters():
-        expected = 0.02 if name.startswith("backbone.") else 0.2
-        assert rates[id(parameter)] == pytest.approx(expected), name
