@@ -1,4 +1,4 @@
-"""Your own data in COCO format, with no code:
+"""Your own data in COCO format on a GPU, with no code (on a CPU, see `custom_small.py`):
 
     python train_net.py --config-file configs/custom_coco.py \
         data.train_json=train.json data.train_images=images \
@@ -7,18 +7,19 @@
 Several files train together, ``'data.train_json=[a.json,b.json]'`` with one folder of images or
 a list of as many; they must have the same categories.
 
-The number of classes and their names come from the training file. Everything can be overridden,
-for instance ``model.backbone.depth=101``, ``train.max_iter=20000`` or ``optimizer.lr=5e-5``.
+The numbers of classes and of queries and the names follow from the training file. Everything can be
+overridden, for instance ``model.backbone.depth=101``, ``train.max_iter=20000`` or
+``optimizer.lr=5e-5``.
 """
 
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from smca.data import num_classes, register_coco
+from smca.data import fit_num_queries, num_classes, register_coco
 
 from .common.coco import dataloader
-from .common.models.smca import model
+from .common.models.smca_plus import model
 from .common.optimizer import optimizer
 from .common.train import train
 
@@ -31,6 +32,7 @@ data = dict(
 )
 
 model.num_classes = L(num_classes)(json_file="${data.train_json}")
+model.num_queries = L(fit_num_queries)(names="${dataloader.train.dataset.names}")
 
 dataloader.train.dataset.names = L(register_coco)(
     json_file="${data.train_json}",

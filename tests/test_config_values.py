@@ -199,8 +199,10 @@ OWN_FILES = {  # which are read when a training starts
     "dataloader.train.dataset.names": "register_coco",
     "dataloader.test.dataset.names": "register_coco",
 }
-CUSTOM = OWN_FILES | {"train.eval_period": 1000, "train.checkpointer.period": 1000}
-FINE_TUNE = OWN_FILES | {
+CUSTOM = OWN_FILES | PLUS
+CUSTOM |= {"train.eval_period": 1000, "train.checkpointer.period": 1000}
+CUSTOM["model.num_queries"] = "fit_num_queries"
+FINE_TUNE = CUSTOM | {
     "optimizer.lr": 5e-5,
     "optimizer.params.lr_factor_func.factor": None,  # one for each part
     "train.init_checkpoint": None,  # has to be given
@@ -292,13 +294,17 @@ SMALL_PLUS = {
     "train.clip_grad_norm": None,
     "train.init_checkpoint": "",
 }
+CUSTOM_SMALL = {
+    "model.in_features": ["res2", "res3", "res4"],
+    "model.decoder.read": [1, 2],
+    "model.num_queries": "fit_num_queries",
+    "train.max_iter": "fit_num_iterations",
+}
 FROM_SCRATCH = {
     "smca_plus_shapes": {"model.in_features": ["res3", "res4"], "model.decoder.read": None},
-    "custom_small": {
-        "model.in_features": ["res2", "res3", "res4"],
-        "model.decoder.read": [1, 2],
-        "model.num_queries": "fit_num_queries",
-    },
+    "custom_small": CUSTOM_SMALL,
+    "custom_small_yolo": CUSTOM_SMALL,
+    "custom_small_voc": CUSTOM_SMALL,
 }
 
 

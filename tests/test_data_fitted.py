@@ -1,10 +1,16 @@
 """Settings that follow from the training data."""
 
+import copy
+
 import numpy as np
 import pytest
+from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
+from omegaconf import OmegaConf
 
+from smca.checkpoint import provenance_of
+from smca.config import fit_to_data, use_classes
 from smca.data import fit_max_size, fit_num_iterations, fit_num_queries, fit_short_sides
 
 
@@ -69,3 +75,26 @@ def test_iterations_are_thirty_epochs(register, images, iterations):
     name = register(*[[]] * images)
     assert fit_num_iterations(name, 8) == iterations
     assert fit_num_iterations(name, 8, share=0.1) == iterations // 10
+
+
+def test_a_training_puts_values_in_the_config_and_a_checkpoint_brings_them_back(register, caplog):
+    cfg = OmegaConf.create(
+        {
+            "data": {"names": register([(30, 30)] * 40)},
+            "model": {"num_queries": L(fit_num_queries)(names="${data.names}"), "num_classes": 3},
+            "mapper": {"sides": L(fit_short_sides)(names="${data.names}", stride=4)},
+            "train": {"max_iter": 7},
+        },
+        flags={"allow_objects": True},
+    )
+    anew = copy.deepcopy(cfg)
+    with caplog.at_level("INFO"):
+        fitted = fit_to_data(cfg)
+    assert fitted == {"model.num_queries": 60, "mapper.sides": [192]}
+    assert (cfg.model.num_queries, cfg.mapper.sides, cfg.train.max_iter) == (60, [192], 7)
+    assert "model.num_queries=60 follows from the training data." in caplog.text
+    assert fit_to_data(cfg) == {}
+
+    anew.data.names = "gone"
+    use_classes(anew, provenance_of({"smca": {"fitted": fitted}, "model": {}}))
+    assert (anew.model.num_queries, anew.mapper.sides) == (60, [192])

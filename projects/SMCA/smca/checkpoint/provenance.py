@@ -35,7 +35,8 @@ def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         checkpoint: what its file holds.
 
     Returns:
-        Those that it says of ``config``, its name; ``overrides``; ``class_names``, and
+        Those that it says of ``config``, its name; ``overrides``; ``fitted``, the settings that
+        followed from the training data, by their keys; ``class_names``, and
         ``category_ids``, the ids that they have in the training data's JSON; ``num_classes``. It
         is empty for a file of another origin.
     """
@@ -49,6 +50,8 @@ def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         for name, type_ in _VALUES.items()
         if isinstance(provenance.get(name), type_)
     }
+    if isinstance(provenance.get("fitted"), Mapping):
+        result["fitted"] = dict(provenance["fitted"])
     for name, type_ in _LISTS.items():
         value = provenance.get(name)
         if isinstance(value, list) and all(isinstance(item, type_) for item in value):

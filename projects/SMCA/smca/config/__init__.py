@@ -1,6 +1,6 @@
 """Configs: loading LazyConfigs with overrides, what they build, and the yacs way to them."""
 
-from .build import build, build_model, dataset_names, use_classes
+from .build import build, build_model, dataset_names, fit_to_data, use_classes
 from .lazy import load_config, quoted, require_values
 from .names import find_config_file, get_config, get_config_file, list_configs
 from .train import AMP_DTYPES, TrainConfig, check_early_stopping, check_train, resolve_device
@@ -16,6 +16,7 @@ __all__ = [
     "check_train",
     "dataset_names",
     "find_config_file",
+    "fit_to_data",
     "get_config",
     "get_config_file",
     "list_configs",

@@ -3,17 +3,17 @@
 import logging
 import re
 import traceback
-from typing import Any, List, Mapping, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from smca.data import class_names, num_classes, register_coco
+from smca.data import class_names, fitted, num_classes, register_coco
 from smca.errors import ConfigError, UserError
 
-__all__ = ["build", "build_model", "dataset_names", "origin", "use_classes"]
+__all__ = ["build", "build_model", "dataset_names", "fit_to_data", "origin", "use_classes"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
 def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
     """Put a checkpoint's classes in place of what a config computes from the training data, which
     need not be here: the number and the names of the classes, and their order in data sets of
-    `smca.data.register_coco`.
+    `smca.data.register_coco`. So with the values that :func:`fit_to_data` found.
 
     Args:
         cfg: a LazyConfig.
@@ -113,8 +113,48 @@ def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
     """
     if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
         cfg.model.num_classes = provenance["num_classes"]
+    for key in _fitted_keys(cfg):
+        if key in provenance.get("fitted", {}):
+            OmegaConf.update(cfg, key, provenance["fitted"][key], merge=False)
     if provenance.get("class_names"):
         _use_classes(cfg, list(provenance["class_names"]))
+
+
+def fit_to_data(cfg: DictConfig) -> Dict[str, Any]:
+    """Replace what a config computes from the training data with the functions of
+    ``smca.data.fitted`` by the values, and log each.
+
+    Args:
+        cfg: a LazyConfig.
+
+    Returns:
+        The values by their keys. Checkpoints keep them, since the data need not be there later.
+
+    Raises:
+        DatasetError: there is a problem with the data.
+    """
+    values: Dict[str, Any] = {}
+    for key in _fitted_keys(cfg):
+        values[key] = build(OmegaConf.select(cfg, key), key)
+        logger.info("%s=%s follows from the training data.", key, values[key])
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    return values
+
+
+def _fitted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Keys whose values are calls of ``smca.data.fitted``."""
+    for name in map(str, node if isinstance(node, DictConfig) else ()):
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        child, key = node[name], f"{prefix}{name}"
+        target = child.get("_target_") if isinstance(child, DictConfig) else None
+        if isinstance(target, str) and target.startswith("smca.data."):
+            target = locate(target)
+        if getattr(target, "__module__", None) == fitted.__name__:
+            yield key
+        else:
+            yield from _fitted_keys(child, f"{key}.")
 
 
 def _use_classes(cfg: DictConfig, names: Sequence[str]) -> None:

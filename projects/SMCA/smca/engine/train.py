@@ -22,6 +22,7 @@ from smca.config import (
     check_early_stopping,
     dataset_names,
     find_config_file,
+    fit_to_data,
     load_config,
     require_values,
     resolve_device,
@@ -140,6 +141,7 @@ def do_train(
     Returns:
         Results of the last evaluation, see :func:`main`.
     """
+    fitted = fit_to_data(cfg)
     train, to_save, results = cfg.train, copy.deepcopy(cfg), {}
     if saved:
         use_classes(cfg, saved.provenance)
@@ -147,7 +149,7 @@ def do_train(
     checkpointer = SMCACheckpointer(
         run.model,
         train.output_dir,
-        provenance=_provenance(cfg, args),
+        provenance={**_provenance(cfg, args), "fitted": fitted},
         max_to_keep=train.checkpointer.max_to_keep,
     )
     if not saved:
