@@ -139,6 +139,9 @@ def test_a_file_that_is_no_json_is_an_error(tmp_path):
     (tmp_path / "data.json").write_text("{")
     with pytest.raises(DatasetError, match="data.json is not a JSON file"):
         examine(str(tmp_path / "data.json"), str(tmp_path))
+    json_file, image_root = write_data(tmp_path, *GOOD)
+    with pytest.raises(DatasetError, match="image folder .*data.json is a file"):
+        examine(json_file, json_file)
 
 
 # Statistics
@@ -201,11 +204,13 @@ def test_images_of_more_than_8_bits_are_remarked_with_how_they_are_read(tmp_path
         levels = np.full((item["height"], item["width"]), 2**bits - 1, dtype=np.uint16)
         Image.fromarray(levels).save(item["file_name"])
     remarks = [line for line in find_remarks({"train": split}) if "8 bits" in line]
-    assert remarks == [
+    *counts, mixed = remarks
+    assert counts == [
         f"train: 1 image of more than 8 bits, levels from 0 to {2**bits - 1} ({bits} bits) are "
         "read as 0 to 255."
         for bits in (12, 16)
     ]
+    assert mixed.startswith("train: images of more than 8 bits are read by different levels: scale")
 
 
 def test_files_that_train_together_are_counted_together(tmp_path):

@@ -1,5 +1,6 @@
 import collections
 import copy
+import gzip
 import json
 import logging
 import math
@@ -304,6 +305,10 @@ def test_ids_may_be_any_numbers(tmp_path, first, second):
     results = json.loads((tmp_path / "coco_instances_results.json").read_text())
     found = {(result["image_id"], result["category_id"]) for result in results}
     assert found == {(first, 30), (second, 10)}
+    predictions = torch.load(tmp_path / "instances_predictions.pth", weights_only=True)
+    for item in predictions:
+        assert {each["image_id"] for each in item["instances"]} == {item["image_id"]}
+    assert {item["image_id"] for item in predictions} == {first, second}
 
 
 def test_annotations_with_and_without_ids_are_numbered(tmp_path):
@@ -311,6 +316,15 @@ def test_annotations_with_and_without_ids_are_numbered(tmp_path):
     coco["annotations"][0]["id"] = 2
     del coco["annotations"][1]["id"]
     assert _perfect_ap(register_coco(*_write(tmp_path, coco))) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("changes", [{"id": "a-1"}, {"id": [1]}, {"id": 1.5}, {"area": 0}])
+def test_odd_ids_and_areas_of_annotations_are_replaced(tmp_path, changes):
+    name = _register_with_first_annotation(tmp_path, **changes)
+    with open(MetadataCatalog.get(name).json_file) as file:
+        first, second = json.load(file)["annotations"]
+    assert (first["id"], first["area"], second["area"]) == (1, 120, 500)
+    assert _perfect_ap(name) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -368,11 +382,23 @@ def test_missing_image_folder_is_an_error(tmp_path):
         register_coco(json_file, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [b'{"images": [', b"", b"\xff\xfe\x00", b"\x89PNG"])
-def test_json_that_does_not_parse_is_an_error(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b'{"images": [', "is not a JSON file .*cut off"),
+        (b"", "is not a JSON file"),
+        (b"\xff\xfe\x00", "is not a JSON file"),
+        (b"\x89PNG", "is not a JSON file in UTF-8"),
+        (b'{"images": "h\xfcnd"}', "is not a JSON file in UTF-8"),
+        (gzip.compress(b"{}"), "is a compressed file: unpack it"),
+        (None, "is a folder: correct the path"),
+    ],
+)
+def test_a_file_that_is_no_json_is_an_error(tmp_path, content, words):
     json_file, image_root = _write(tmp_path, _coco())
-    json_file.write_bytes(content)
-    with pytest.raises(DatasetError, match=r"train\.json is not a JSON file"):
+    json_file.unlink()
+    json_file.mkdir() if content is None else json_file.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"train\.json {words}"):
         register_coco(json_file, image_root)
 
 
@@ -434,11 +460,27 @@ def test_a_repeated_name_of_a_category_is_an_error(tmp_path):
             function(json_file)
 
 
-@pytest.mark.parametrize("file_name", ["a\0.png", "a\ud800.png"])
-def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
+def test_a_name_of_a_category_that_is_no_text_is_an_error(tmp_path):
+    coco = _coco()
+    coco["categories"][1]["name"] = "d\ud800g"
+    with pytest.raises(DatasetError, match=r"category 10 has the name 'd\\ud800g', which is no"):
+        register_coco(*_write(tmp_path, coco))
+
+
+@pytest.mark.parametrize(
+    "file_name, words",
+    [
+        ("a\0.png", ""),
+        ("a\ud800.png", ""),
+        (r".\a.png", r"does not exist.*Write file_name with / in place of"),
+        ("https://host/a.png", "does not exist.*is a URL: download the images"),
+        ("file:///data/a.png", "does not exist.*is a URL"),
+    ],
+)
+def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
     coco = _coco()
     coco["images"][1]["file_name"] = file_name
-    with pytest.raises(DatasetError, match="1 problem in .*train.json:\\s+image 9: "):
+    with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+image 9: .*{words}"):
         register_coco(*_write(tmp_path, coco))
 
 
@@ -447,7 +489,6 @@ def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
     [
         ({"image_id": 77}, "annotation 1 .*image_id that no image has"),
         ({"category_id": 11}, "annotation 1 .*category_id 11, which no category has"),
-        ({"id": [1]}, ".* has an id that is not a whole number"),
         ({"ignore": 1}, "annotation 1 .*'ignore'"),
         ({"iscrowd": "0"}, "annotation 1 .*has iscrowd '0', which must be 0 or 1"),
         ({"iscrowd": 2}, "annotation 1 .*has iscrowd 2, which must be 0 or 1"),
@@ -459,6 +500,7 @@ def test_a_file_name_that_no_file_can_have_is_an_error(tmp_path, file_name):
         ({"area": math.inf}, "annotation 1 .*has area inf, which must be from 0"),
         ({"area": 10**400}, "annotation 1 .*which must be from 0"),
         ({"category_id": "30"}, "annotation 1 .*has category_id '30', which must be a whole"),
+        ({"category_id": True}, "annotation 1 .*has category_id True, which must be a whole"),
         ({"bbox": [1, 2, 10**400, 4.5]}, "annotation 1 .*not finite"),
         ({"bbox": [1, 2, 3, "nan"]}, "annotation 1 .*4 numbers"),
         ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "annotation 1 .*relative to its image; multiply x"),
@@ -587,7 +629,8 @@ def test_other_categories_than_in_training_are_an_error(tmp_path):
     for key, owner in (("categories_from", train), ("classes", ["dog", "cat"])):
         with pytest.raises(DatasetError, match=rf"val\.json and .* same categories, but {words}"):
             register_coco(val, image_root, **{key: owner})
-    with pytest.raises(DatasetError, match="gone.json, whose categories .*val.json has to have"):
+    words = "gone.json, whose categories .*val.json has to have.*test.dataset.names.categories_from"
+    with pytest.raises(DatasetError, match=words):
         register_coco(val, image_root, categories_from="gone.json")
 
 

@@ -117,10 +117,19 @@ def test_a_yolo_folder_is_read_by_its_config_with_names(tmp_path):
     assert list(train) == sorted(train)  # on every file system
 
 
-@pytest.mark.parametrize("names", ["[dog, cat]", "{1: cat, 0: dog}", "{'1': cat, '0': dog}"])
-def test_yolo_names_are_a_list_or_numbered(tmp_path, names):
-    path = coco_from_yolo(write_yolo(tmp_path / "data", names), "train")
-    assert class_names(path) == ["dog", "cat"]
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("[dog, cat]", ["dog", "cat"]),
+        ("{1: cat, 0: dog}", ["dog", "cat"]),
+        ("{'1': cat, '0': dog}", ["dog", "cat"]),
+        ("[no, null]\nnc: 2", ["no", "null"]),  # which YAML would read as other values
+        ("[01, 2]", ["01", "2"]),
+    ],
+)
+def test_yolo_names_are_a_list_or_numbered(tmp_path, text, names):
+    path = coco_from_yolo(write_yolo(tmp_path / "data", text), "train")
+    assert class_names(path) == names
 
 
 def test_a_yolo_path_one_folder_too_high_is_understood(tmp_path):
@@ -361,6 +370,39 @@ def test_xml_files_without_an_image_are_named(tmp_path, caplog):
     assert f"1 label file has no image that can be read, such as {folder}/b.xml:" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "image, xml, file_name",
+    [
+        ("photo.jpg", "1.xml", "photo.jpg"),
+        ("photo.jpg", "1.xml", "photo"),
+        ("sub/photo.jpg", "1.xml", r"C:\data\photo.jpg"),
+        ("sub/photo.jpg", "photo.xml", ""),
+        ("photo.jpg", "photo.jpg.xml", "photo.jpg"),
+        ("PHOTO.JPG", "photo.xml", "photo.jpg"),
+        ("photo.jpg", "photo.xml", "another.jpg"),
+    ],
+)
+def test_an_xml_file_may_name_its_image(tmp_path, image, xml, file_name):
+    folders = tmp_path / "images", tmp_path / "labels"
+    write_images(folders[0], "other.jpg")
+    (folders[0] / image).parent.mkdir(exist_ok=True)
+    (folders[0] / "other.jpg").rename(folders[0] / image)
+    write_images(folders[0] / "more", "other.jpg")
+    folders[1].mkdir()
+    head = f"<annotation><filename>{file_name}</filename><object><name>dog</name>"
+    (folders[1] / xml).write_text(f"{head}{BOX}</object></annotation>")
+    coco = json.loads(Path(coco_from_voc(*folders)).read_text())
+    names = {item["id"]: item["file_name"] for item in coco["images"]}
+    assert [names[item["image_id"]] for item in coco["annotations"]] == [image]
+
+
+def test_a_label_file_of_two_images_is_named(tmp_path, caplog):
+    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
+    Image.new("RGB", (80, 60)).save(folder / "a.png")
+    coco_from_voc(folder, folder)
+    assert f"1 label file has several images, such as {folder}/a.xml" in caplog.text
+
+
 def test_images_without_any_label_are_remarked(tmp_path, caplog):
     write_images(tmp_path / "data", "a.png")
     (tmp_path / "data.yaml").write_text("train: data\nnames: [dog]")
@@ -447,6 +489,10 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: {0: a, 2: b}\nval: .", "has no name of class 1: number"),
         ("names: {a: 0, b: 1}\nval: .", "has no name of class 0: number"),
         ("names: dog\nval: .", "has 'names' that are no list"),
+        ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),
+        ("names: [dog]\nnc: 2\nval: .", "has nc 2, but 1 'names'"),
+        ("names: [dog]\nval: 5", "image folder .*5 .*does not exist"),
+        ("names: [dog]\nval: {a: b}", "has no 'val'"),
     ],
 )
 def test_a_yolo_file_that_cannot_be_used_says_why(tmp_path, text, message):
@@ -515,11 +561,29 @@ def test_a_voc_class_that_training_does_not_know_is_named(tmp_path):
         coco_from_voc(folder, folder, names=["dog"])
 
 
+def test_voc_objects_that_say_no_class_are_an_error(tmp_path):
+    folder = write_voc(tmp_path / "voc", a=[])
+    with pytest.raises(DatasetError, match="voc has no objects that say their classes"):
+        coco_from_voc(folder, folder)
+    (folder / "a.xml").write_text("<object>")
+    with pytest.raises(DatasetError, match="no objects that say .*a.xml cannot be read"):
+        coco_from_voc(folder, folder)
+
+
 def test_folders_without_images_are_errors(tmp_path):
     with pytest.raises(DatasetError, match="gone does not exist"):
         coco_from_voc(tmp_path, tmp_path / "gone")
     with pytest.raises(DatasetError, match=f"{tmp_path} has no images"):
         coco_from_voc(tmp_path, tmp_path)
+
+
+def test_an_evaluation_names_the_values_that_it_lacks(tmp_path):
+    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
+    command = ["--config-file", ROOT / "configs" / "custom_voc.py", "--eval-only", *SMALL]
+    command += ["train.init_checkpoint=gone.pth", f"train.output_dir={tmp_path}"]
+    command += [f"data.train_{kind}={folder}" for kind in ("images", "annotations")]
+    with pytest.raises(UserError, match="custom_voc.py needs values for data.val_annotations: add"):
+        main(arguments(*command, f"data.val_images={folder}"))
 
 
 def test_a_yolo_data_set_trains_is_evaluated_and_reported(tmp_path, monkeypatch):

@@ -157,14 +157,41 @@ def test_color_of_16_bits_is_scaled_by_the_bits_that_it_has(tmp_path, levels, ex
     assert read_image(path).max() >= 240
 
 
-def test_that_levels_are_scaled_is_said_once(tmp_path, caplog):
-    mapper._say_once.cache_clear()
+@pytest.mark.parametrize(
+    "levels, expected",
+    [([0, 1000], [0, 62]), ([0, 4095], [0, 255]), ([0, 16000], [0, 62]), ([0, 65535], [0, 255])],
+)
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_png_may_say_its_bits(tmp_path, levels, expected, num_channels):
+    pixels = np.repeat(np.array([levels], dtype=np.uint16)[..., None], num_channels, axis=2)
+    bits = (b"sBIT", bytes([12] * num_channels))
+    path = write_png(tmp_path / "deep.png", pixels if num_channels == 3 else pixels[..., 0], bits)
+    np.testing.assert_allclose(read_image(path)[0, :, 1], expected, atol=16)
+
+
+def test_that_levels_are_scaled_is_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(mapper, "_rules_said", [])
     with caplog.at_level(logging.WARNING, "smca"):
-        for n in range(3):
-            levels = np.array([[0, 4000 + n]], dtype=np.uint16)
+        for n in (4000, 4001, 1000):
+            levels = np.array([[0, n]], dtype=np.uint16)
             read_image(_save(Image.fromarray(levels), tmp_path / f"{n}.png"))
+    first, second = caplog.messages
+    assert "levels from 0 to 4095 (12 bits) are read as 0 to 255" in first
+    assert "different levels (0 to 4095 (12 bits); 0 to 1023 (10 bits))" in second
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_of_several_frames_the_first_is_read_and_it_is_said(tmp_path, caplog, suffix):
+    mapper._say_frames.cache_clear()
+    frames = [Image.new("RGB", (20, 12), color) for color in ("red", "blue")]
+    options = {"save_all": True, "append_images": frames[1:]}
+    path = _save(frames[0], tmp_path / f"a.{suffix}", **options)
+    with caplog.at_level(logging.WARNING, "smca"):
+        red = [read_image(path)[0, 0].tolist() for _ in range(2)]
+    assert np.allclose(red, [255, 0, 0], atol=4)
     (message,) = caplog.messages
-    assert "levels from 0 to 4095 (12 bits) are read as 0 to 255" in message
+    assert "Only the first frame is read" in message
+    assert mapper.reading_remark(path) == "of several frames, only the first is read"
 
 
 @pytest.mark.parametrize("where", ["before", "after"])

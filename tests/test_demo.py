@@ -161,17 +161,35 @@ def test_images_of_one_name_get_a_drawing_each():
     assert demo.output_paths(paths, "out") == ["out/a.png", "out/a_2.png", "out/a_3.png"]
 
 
+NOT_UTF_8 = os.fsdecode(b"\xff.png")
+
+
+@pytest.mark.parametrize(
+    "name", ["a %20#?c.png", "q'\".png", "[1].png", "two\nlines.png", NOT_UTF_8]
+)
+def test_images_may_have_any_name(trained, tmp_path, name, capsys):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / name)
+    out = tmp_path / "out"
+    assert run(trained, "--input", tmp_path / name, "--output", out) == 0
+    assert sorted(os.listdir(out)) == sorted([name, demo.JSON_NAME])
+    assert name.encode("utf-8", "backslashreplace").decode() in capsys.readouterr().out
+
+
 def test_broken_images_are_skipped_and_told(trained, tmp_path, capsys):
     for name in ("a.png", "z.png"):
         write_image(tmp_path / name)
     (tmp_path / "m.png").write_bytes((tmp_path / "a.png").read_bytes()[:2000])
+    (tmp_path / "n.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "o.png").mkdir()
     out = tmp_path / "out"
     assert run(trained, "--input", tmp_path, "--output", out, "--confidence-threshold", 0) == 1
-    skipped, count = capsys.readouterr().err.splitlines()
-    assert skipped.startswith("Skipped: ") and "m.png" in skipped
-    assert count == "1 of 3 images could not be read."
+    *skipped, count = capsys.readouterr().err.splitlines()
+    for line, name in zip(skipped, ("m.png", "n.png"), strict=True):
+        assert line.startswith("Skipped: ") and name in line
+    assert count == "2 of 4 images could not be read."
     assert sorted(os.listdir(out)) == ["a.png", demo.JSON_NAME, "z.png"]
-    assert {result["image_id"] for result in read_json(out)} == {0, 2}
+    assert {result["image_id"] for result in read_json(out)} == {0, 3}
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
@@ -192,7 +210,7 @@ def test_12_bits_in_16_are_seen_as_8_bits_are_and_it_is_said(trained, tmp_path, 
     Image.fromarray(gray).save(tmp_path / "8.png")
     Image.fromarray(np.rint(gray * (4095 / 255)).astype(np.uint16)).save(tmp_path / "12.png")
     found = {}
-    mapper._say_once.cache_clear()
+    mapper._rules_said.clear()
     for name in ("8", "12"):
         args = ("--output", tmp_path / name, "--confidence-threshold", 0)
         assert run(trained, "--input", tmp_path / f"{name}.png", *args) == 0
@@ -453,6 +471,7 @@ def test_wrong_outputs_and_thresholds_are_errors(trained, tmp_path, capsys):
             "cannot be written",
         ),
         (["--input", tmp_path, "--output", "x.png"], "give a folder for 4 images"),
+        (["--input", tmp_path / "a.png", "--output", "x.tif"], "a folder or a .png or .jpg file"),
         (["--input", "model.max_detections=5"], "overrides go behind --opts, at the end"),
     ):
         assert words in error_of(capsys, demo.main, *model, *arguments)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import sys
 from typing import Any, Callable, Collection, Iterator, Mapping, Optional
 
@@ -109,6 +110,8 @@ def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
         What `command` returns (0 for None), 1 after a :class:`UserError`, which is printed, or 130
         after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(*args) or 0
     except UserError as error:

@@ -27,7 +27,8 @@ from smca.data import (
     remarks_on,
     source_of,
 )
-from smca.data.mapper import level_rule
+from smca.data.coco_checks import existing
+from smca.data.mapper import reading_remark
 
 __all__ = [
     "DataSplit",
@@ -43,6 +44,10 @@ __all__ = [
 SMALL, LARGE = 10, 90  # percentiles of the sizes of "small" and "large" objects
 _MAX_CLASSES_DRAWN = 40
 _FEW_OBJECTS = 20  # of a class
+_MIXED_LEVELS = (
+    "images of more than 8 bits are read by different levels: scale all files to 16 bits if their "
+    "brightness should be comparable."
+)
 
 
 @dataclass
@@ -86,8 +91,9 @@ def examine(
         progress: wraps the images, whose number is `total`, as `tqdm.tqdm` does.
 
     Raises:
-        DatasetError: the file is missing or no COCO JSON.
+        DatasetError: the file or the folder is missing, or the file is no COCO JSON.
     """
+    image_root = existing(image_root, os.path.isdir, "image folder")
     data = read_coco(json_file)
     problems = record_problems(data)
     order: Optional[List[str]] = None
@@ -239,13 +245,11 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
         empty = sum(all(a["iscrowd"] for a in item["annotations"]) for item in items)
         if empty:
             remarks.append(f"{name}: {_count(empty, 'image')} without objects.")
-        rules = collections.Counter(level_rule(item["file_name"]) for item in items)
-        remarks += [
-            f"{name}: {_count(count, 'image')} of more than 8 bits, levels from {rule} are read as "
-            "0 to 255."
-            for rule, count in rules.most_common()
-            if rule
-        ]
+        counts = collections.Counter(reading_remark(item["file_name"]) for item in items)
+        del counts[""]
+        remarks += [f"{name}: {_count(count, 'image')} {text}." for text, count in counts.items()]
+        if sum("8 bits" in text for text in counts) > 1:
+            remarks.append(f"{name}: {_MIXED_LEVELS}")
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))
             for item in items

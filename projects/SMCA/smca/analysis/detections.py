@@ -158,8 +158,9 @@ def class_name(class_names: Sequence[str], index: int) -> str:
 
 def plain_text(text: str) -> str:
     """What makes Matplotlib draw `text` as it is: between two dollar signs it would read a formula,
-    and a label that begins with an underscore is left out of a legend."""
-    text = text.replace("$", r"\$")
+    a label that begins with an underscore is left out of a legend, and a name of a file that is no
+    UTF-8 would be an error."""
+    text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

@@ -93,7 +93,7 @@ def write_report(
     )
     os.makedirs(output_dir, exist_ok=True)
     html_file, json_file = (Path(output_dir) / f"report.{kind}" for kind in ("html", "json"))
-    html_file.write_text(page, encoding="utf-8")
+    html_file.write_text(page, encoding="utf-8", errors="backslashreplace")
     content = {
         "dataset": dataset,
         "device": device,

@@ -36,6 +36,7 @@ names no data set that is known here, it is the class index.
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _VIDEO_SUFFIX = ".mp4"
+_VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".wmv")
 _MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is over
 
 
@@ -143,7 +144,8 @@ def find_images(patterns: Sequence[str]) -> List[str]:
         if is_url(pattern) or os.path.isfile(pattern):
             found = [pattern]
         elif os.path.isdir(pattern):
-            found = sorted(str(path) for path in Path(pattern).iterdir() if path.is_file())
+            # A broken link is named when it cannot be read.
+            found = sorted(str(path) for path in Path(pattern).iterdir() if not path.is_dir())
             found = [path for path in found if Path(path).suffix.lower() in image_suffixes]
             if not found:
                 raise UserError(f"There is no image in the folder {pattern}.")
@@ -169,7 +171,10 @@ def output_paths(paths: Sequence[str], output: str) -> List[str]:
     Raises:
         UserError: there are several images for one file, or an image would be overwritten.
     """
-    if Path(output).suffix.lower() in _WRITABLE and not os.path.isdir(output):
+    suffix = Path(output).suffix.lower()
+    if not os.path.isdir(output) and suffix in {*Image.registered_extensions(), *_VIDEO_SUFFIXES}:
+        if suffix not in _WRITABLE:
+            raise UserError(f"--output {output} has to be a folder or a .png or .jpg file.")
         if len(paths) > 1:
             raise UserError(f"--output {output} is a file: give a folder for {len(paths)} images.")
         outputs = [output]
@@ -288,8 +293,9 @@ def import_cv2() -> ModuleType:
 
 def video_output_path(path: str, output: str) -> str:
     """The drawn video's file: `output` itself, or one in that folder with the video's name."""
-    if Path(output).suffix.lower() != _VIDEO_SUFFIX:
-        if Path(output).suffix.lower() in _WRITABLE:
+    suffix = Path(output).suffix.lower()
+    if suffix != _VIDEO_SUFFIX:
+        if suffix in {*Image.registered_extensions(), *_VIDEO_SUFFIXES}:
             raise UserError(f"--output {output} has to be a folder or a {_VIDEO_SUFFIX} file.")
         output = os.path.join(output, Path(path).stem + _VIDEO_SUFFIX)
     if os.path.realpath(output) == os.path.realpath(path):

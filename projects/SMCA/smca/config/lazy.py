@@ -135,7 +135,7 @@ def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") 
                 f"{key} cannot be computed from what it refers to: {str(error).splitlines()[0]}"
             ) from error
         else:
-            if isinstance(value, DictConfig) and not OmegaConf.is_interpolation(node, name):
+            if isinstance(value, DictConfig):  # also of another part that this one refers to
                 yield from _missing(value, None if is_needed else keys, f"{key}.")
 
 

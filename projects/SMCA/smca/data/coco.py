@@ -108,7 +108,8 @@ def register_coco(
             raise DatasetError(
                 f"The annotation file {reference}, whose categories {files[0]} has to have, does "
                 "not exist: correct the path. (An evaluation needs it only for a checkpoint that "
-                "does not say its classes: categories_from=null takes them as they are.)"
+                "does not say its classes; dataloader.test.dataset.names.categories_from=null and "
+                "model.num_classes=N do without.)"
             )
         for file in files:
             check_same_categories(file, reference)
@@ -411,7 +412,7 @@ def _complete(data: Dict[str, Any], json_file: str, ids: _Ids) -> str:
             "image_id": ids.images[annotation["image_id"]],
             "category_id": ids.categories[annotation["category_id"]],
         }
-        if annotation.get("area") is None:
+        if not annotation.get("area"):
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if annotation.get("iscrowd") is None:
             annotation["iscrowd"] = 0
@@ -431,7 +432,7 @@ def _is_complete(annotation: Record) -> bool:
     return (
         _is_usable_id(annotation.get("id"))
         and annotation["id"] > 0
-        and annotation.get("area") is not None
+        and bool(annotation.get("area"))
         and annotation.get("iscrowd") is not None
     )
 

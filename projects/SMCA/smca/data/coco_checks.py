@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import (
     Any,
     Callable,
@@ -20,11 +19,10 @@ from typing import (
     Sequence,
     Set,
     Tuple,
-    Union,
 )
 
 from .errors import DatasetError
-from .mapper import check_image
+from .mapper import PathLike, check_image
 
 __all__ = [
     "FAULT",
@@ -45,7 +43,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PathLike = Union[str, Path]
 Record = Dict[str, Any]  # an image, category or annotation of the JSON
 Rule = Tuple[str, str]  # (kind, predicate of the sentence) of what is wrong
 
@@ -57,6 +54,7 @@ _NUM_PROBLEMS_SHOWN = 5
 # it comes from and what is wrong there; of "info", the folder of the labels and remarks on it.
 SOURCE, FAULT, REMARKS = "smca_source", "smca_fault", "smca_remarks"
 
+_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ")  # gzip, zip, bzip2, xz
 _HUGE = 1e15  # a number of pixels that is as good as infinite
 _MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
 
@@ -87,7 +85,9 @@ def existing(path: Optional[PathLike], exists: Callable[[str], bool], kind: str)
         raise DatasetError(f"The data set has no {kind}: give its path in the config.")
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not exists(path):
-        raise DatasetError(f"The {kind} {path} does not exist: correct the path.")
+        found = "is a folder" if os.path.isdir(path) else "is a file"
+        what = found if os.path.exists(path) else "does not exist"
+        raise DatasetError(f"The {kind} {path} {what}: correct the path.")
     return path
 
 
@@ -96,6 +96,17 @@ def _parse(json_file: str, mtime_ns: int, size: int) -> Any:
     """`mtime_ns` and `size` make a changed file another key of the cache."""
     with open(json_file, "rb") as file:
         return json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
+
+
+def _why_unreadable(error: Exception) -> str:
+    content = getattr(error, "object", b"") or getattr(error, "doc", "").encode()
+    if isinstance(error, OSError):
+        return f"cannot be opened ({error.strerror}): correct its permissions."
+    if content.startswith(_COMPRESSED):
+        return "is a compressed file: unpack it."
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not a JSON file in UTF-8 ({error}): write it again with this encoding."
+    return f"is not a JSON file ({error}): export it again, it may be cut off."
 
 
 def forget_files() -> None:
@@ -117,10 +128,8 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
     try:
         status = os.stat(json_file)
         data = _parse(json_file, status.st_mtime_ns, status.st_size)
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(
-            f"{json_file} is not a JSON file ({error}): write it again in UTF-8, it may be cut off."
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{json_file} {_why_unreadable(error)}") from error
     keys = ("images", "annotations", "categories")
     if not isinstance(data, dict):
         raise DatasetError(
@@ -195,7 +204,7 @@ def _record_problem(record: Any, keys: Mapping[str, type]) -> Optional[Rule]:
     for key, type_ in keys.items():
         if key not in record:
             return f"no '{key}'", f"has no '{key}'; add it."
-        if not isinstance(record[key], type_):
+        if not isinstance(record[key], type_) or isinstance(record[key], bool):
             name = _TYPE_NAMES[type_]
             text = f"has {key} {record[key]!r}, which must be {name}; correct it."
             return f"{key} is not {name}", text
@@ -221,14 +230,11 @@ def _list_problems(kind: str, records: Sequence[Any], keys: Mapping[str, type]) 
     problems, seen = [], set()
     for index, record in enumerate(records):
         problem = _record_problem(record, keys)
-        if problem is None and record.get("id") is not None:  # annotations can do without
-            if not isinstance(record["id"], int):
-                text = "has an id that is not a whole number; correct it."
-                problem = "id is not a whole number", text
-            elif record["id"] in seen:
+        # Annotations can do without an id, and one that is no number is not used.
+        if problem is None and isinstance(record.get("id"), int):
+            if record["id"] in seen:
                 problem = "repeated id", f"has the id of an earlier {kind}; make ids unique."
-            else:
-                seen.add(record["id"])
+            seen.add(record["id"])
         if problem is not None:
             problems.append(_problem(kind, index, record, *problem))
     return problems
@@ -246,10 +252,14 @@ def category_problems(categories: Sequence[Any]) -> List[Problem]:
     problems, seen = _list_problems("category", categories, _CATEGORY_KEYS), set()
     for index, category in enumerate(categories):
         if _record_problem(category, _CATEGORY_KEYS) is None:
-            if category["name"] in seen:  # results are listed by name
-                text = f"has the name '{category['name']}' of an earlier one; make names unique."
+            name = category["name"]
+            if name in seen:  # results are listed by name
+                text = f"has the name '{name}' of an earlier one; make names unique."
                 problems.append(_problem("category", index, category, "repeated name", text))
-            seen.add(category["name"])
+            if name != name.encode("utf-8", "replace").decode():
+                text = f"has the name {name!r}, which is no Unicode text; correct it."
+                problems.append(_problem("category", index, category, "name is no text", text))
+            seen.add(name)
     return problems
 
 
@@ -380,7 +390,7 @@ def _box_problem(bbox: Sequence[Any], size: Optional[Tuple[int, int]]) -> Option
     if not (within and overlaps):
         text = (
             f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; "
-            "correct or remove it."
+            "correct it ([x, y, width, height]) or remove it."
         )
         return "bbox outside the image", text
     return None
@@ -405,11 +415,18 @@ def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[
             is_there = os.path.isfile(path)
             rule = "file unreadable or of another size" if is_there else "file missing"
             name = image.get(SOURCE) or f"image {image['id']}"
-            return Problem(f"image: {rule}", f"{name}: {error}", image)
+            hint = "" if is_there else _path_hint(image["file_name"])
+            return Problem(f"image: {rule}", f"{name}: {error}{hint}", image)
         return None
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         yield from pool.map(problem, images)
+
+
+def _path_hint(file_name: str) -> str:
+    if "://" in file_name:
+        return " (file_name is a URL: download the images, and write their paths.)"
+    return " (Write file_name with / in place of \\.)" if "\\" in file_name else ""
 
 
 def decode_all(

@@ -6,6 +6,7 @@ folders changes. Their records name the label file that they come from, and what
 """
 
 import codecs
+import collections
 import hashlib
 import json
 import logging
@@ -25,11 +26,11 @@ from .mapper import PathLike, upright_size
 __all__ = [
     "files_below",
     "in_cache",
+    "label_remarks",
     "make_coco",
     "pair",
     "read_text",
     "size_record",
-    "unused_remarks",
 ]
 
 Coco = Dict[str, Any]
@@ -114,12 +115,19 @@ def _opens(path: str) -> bool:
         return False
 
 
-def unused_remarks(labels: Sequence[str]) -> List[str]:
-    if not labels:
-        return []
-    count = "1 label file has" if len(labels) == 1 else f"{len(labels)} label files have"
-    shown = ", ".join(labels[:_NUM_SHOWN])
-    return [f"{count} no image that can be read, such as {shown}: add the images."]
+def label_remarks(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
+    """Remarks on label files of several images or of none."""
+    counts = collections.Counter(label for label in pairs.values() if label is not None)
+    shared = [label for label, count in counts.items() if count > 1]
+    return [
+        f"{len(labels)} label file{' has' if len(labels) == 1 else 's have'} {what}, such as "
+        f"{', '.join(labels[:_NUM_SHOWN])}: {advice}."
+        for labels, what, advice in (
+            (unused, "no image that can be read", "add the images"),
+            (shared, "several images", "give the images different names"),
+        )
+        if labels
+    ]
 
 
 def size_record(path: str) -> Record:
@@ -157,6 +165,12 @@ def make_coco(
     found = {item["name"]: item[SOURCE] for _, objects in contents for item in objects[::-1]
              if "name" in item}  # fmt: skip
     names = sorted(found) if names is None else names
+    if not names:
+        faults = [f"{item[SOURCE]} {item[FAULT]}" for _, objects in contents for item in objects]
+        raise DatasetError(
+            f"{labels} has no objects that say their classes: correct the path, or give the names "
+            f"of the classes. {' '.join([*faults, *remarks][:1])}".strip()
+        )
     unknown = sorted(set(found).difference(names))
     if unknown:
         raise DatasetError(

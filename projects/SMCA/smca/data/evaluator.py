@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any, Dict, Optional
 
+import torch
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.file_io import PathManager
 
 from .coco import category_ids, image_ids
 
@@ -14,24 +15,28 @@ __all__ = ["CocoEvaluator"]
 
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's. Where `register_coco` had to make a JSON with other ids, this one evaluates
-    with those, but ``coco_instances_results.json`` (with `output_dir`) has those of the user."""
+    with those, but the files that it writes (with `output_dir`) have those of the user."""
 
     def evaluate(self, img_ids: Optional[Any] = None) -> Optional[Dict[str, Any]]:
         """Same as in Detectron2."""
         results = super().evaluate(img_ids)
-        path = os.path.join(self._output_dir or "", "coco_instances_results.json")
-        if results and self._output_dir and PathManager.isfile(path):
-            self._restore_ids(path)
+        if results and self._output_dir:
+            self._restore_ids()
         return results
 
-    def _restore_ids(self, path: str) -> None:
+    def _restore_ids(self) -> None:
         used = self._metadata.thing_dataset_id_to_contiguous_id
         categories = category_ids(self._metadata.name)
         images = image_ids(self._metadata.name)
-        with PathManager.open(path) as file:
-            detections = json.load(file)
+        path = os.path.join(self._output_dir, "coco_instances_results.json")
+        detections = json.loads(Path(path).read_text(encoding="utf-8"))
         for detection in detections:
             detection["image_id"] = images.get(detection["image_id"], detection["image_id"])
             detection["category_id"] = categories[used[detection["category_id"]]]
-        with PathManager.open(path, "w") as file:
-            json.dump(detections, file)
+        Path(path).write_text(json.dumps(detections), encoding="utf-8")
+        path = os.path.join(self._output_dir, "instances_predictions.pth")
+        predictions = torch.load(path, weights_only=True)  # with indices of classes
+        for prediction in predictions:
+            for item in (prediction, *prediction.get("instances", [])):
+                item["image_id"] = images.get(item["image_id"], item["image_id"])
+        torch.save(predictions, path)

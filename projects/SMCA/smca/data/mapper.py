@@ -32,8 +32,9 @@ __all__ = [
 ]
 
 _MAX_TEXT = 1000  # bytes of a PNG's text; compressed, they may be the million that Pillow reads
-_DEEP_COLOR = "color of 16 bits"
+_DEEP_COLOR, _BITS = "color of 16 bits", "significant bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
+_rules_said: List[str] = []  # of this process, by which images of more than 8 bits are read
 
 _EXIF_ORIENTATION = 274
 # What turns an image of the EXIF orientation upright.
@@ -58,8 +59,10 @@ def _open_image(source: Union[PathLike, BinaryIO]) -> Iterator[Image.Image]:
                 file: BinaryIO = source
             else:
                 file = stack.enter_context(PathManager.open(str(source), "rb"))
-            image = stack.enter_context(Image.open(_without_large_texts(file)))
+            file, bits = _without_large_texts(file)
+            image = stack.enter_context(Image.open(file))
             image.info[_DEEP_COLOR] = _has_deep_color(image)
+            image.info[_BITS] = bits
             yield image
     except DatasetError:
         raise
@@ -94,15 +97,19 @@ def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
     return f"Image {path} cannot be decoded, perhaps it was cut short ({error}){advice}"
 
 
-def _without_large_texts(file: BinaryIO) -> BinaryIO:
+def _without_large_texts(file: BinaryIO) -> Tuple[BinaryIO, int]:
     """A PNG file without color profiles and texts that could be larger than Pillow reads, which
-    then refuses the whole image; any other file as it is."""
+    then refuses the whole image; any other file as it is.
+
+    Returns:
+        The file, and how many bits of a level it says to be significant; 0 if it does not say it.
+    """
     signature = file.read(8)
     file.seek(0)
     if signature != b"\x89PNG\r\n\x1a\n":
-        return file
+        return file, 0
     content = file.read()
-    parts, start = [content[:8]], 8
+    parts, start, bits = [content[:8]], 8, 0
     while start < len(content):
         # A chunk is its length (4 bytes), its kind (4), so many bytes, and a checksum (4).
         length, kind = (
@@ -110,12 +117,14 @@ def _without_large_texts(file: BinaryIO) -> BinaryIO:
             content[start + 4 : start + 8],
         )
         is_text = kind in (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
+        if kind == b"sBIT" and length:
+            bits = content[start + 8]
         is_xmp = content[start + 8 : start + 25] == b"XML:com.adobe.xmp"  # says the orientation
         end = start + 12 + length
         if not is_text or is_xmp or length <= _MAX_TEXT:
             parts.append(content[start:end])
         start = end
-    return io.BytesIO(b"".join(parts))
+    return io.BytesIO(b"".join(parts)), bits
 
 
 def _exif_transposes(
@@ -150,8 +159,12 @@ def _matching_transpose(
     )
 
 
-def _to_8_bit(pixels: np.ndarray) -> Tuple[np.ndarray, str]:
+def _to_8_bit(pixels: np.ndarray, said_bits: int) -> Tuple[np.ndarray, str]:
     """Levels of more than 8 bits to uint8, without clipping.
+
+    Args:
+        pixels: of any shape and type of number.
+        said_bits: how many bits the file says its levels have, or 0.
 
     Returns:
         The levels, and in words which of the image's became black and white.
@@ -161,7 +174,8 @@ def _to_8_bit(pixels: np.ndarray) -> Tuple[np.ndarray, str]:
     if pixels.dtype.kind == "f" and 0 <= low and high <= 1:
         rule, low, high = "0 to 1", 0, 1
     elif pixels.dtype.kind in "iu" and 0 <= low and high < 65536:
-        bits = next(bits for bits in _GRAY_BITS if high < 2**bits)
+        candidates = (said_bits, 16) if said_bits else _GRAY_BITS
+        bits = next(bits for bits in candidates if high < 2**bits)
         rule, low, high = f"0 to {2**bits - 1} ({bits} bits)", 0, 2**bits - 1
     else:
         rule = "the image's own least and greatest"
@@ -173,22 +187,29 @@ def _has_deep_color(image: Image.Image) -> bool:
     return image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
 
 
-def level_rule(path: PathLike) -> str:
-    """By which levels of an image file of more than 8 bits become 8, in words; "" for any other
-    file."""
+def reading_remark(path: PathLike) -> str:
+    """What of an image file is not read as it is, as the end of a sentence; "" if nothing."""
     try:
-        with Image.open(path) as image:
-            return _in_8_bit(image)[1]
-    except Exception:  # what cannot be read is for `check_image` to say
+        with _open_image(path) as image:
+            rule = _in_8_bit(image)[1]
+            if rule:
+                return f"of more than 8 bits, levels from {rule} are read as 0 to 255"
+            return "of several frames, only the first is read" if _has_frames(image) else ""
+    except DatasetError:  # which `check_image` reports
         return ""
+
+
+def _has_frames(image: Image.Image) -> bool:
+    # The second image in the file of a phone's photo (MPO) is not meant to be seen.
+    return image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def _in_8_bit(image: Image.Image) -> Tuple[Image.Image, str]:
     """An image of more than 8 bits a level in 8 bits, and the rule by which; any other image as it
     is, and "".
 
-    Cameras of 10, 12 or 14 bits write these into 16 without a word: the image's greatest level says
-    how many there are.
+    Cameras of 10, 12 or 14 bits write these into 16. Unless a PNG file says how many there are
+    (sBIT), the image's greatest level does.
     """
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image)
@@ -196,12 +217,30 @@ def _in_8_bit(image: Image.Image) -> Tuple[Image.Image, str]:
         pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
     else:
         return image, ""
-    levels, rule = _to_8_bit(pixels)
+    levels, rule = _to_8_bit(pixels, image.info.get(_BITS, 0))
     return Image.fromarray(levels), rule
 
 
+def _say_rule(rule: str) -> None:
+    """Warn of each new way to read images of more than 8 bits, but not of 16 bits alone."""
+    if rule in _rules_said:
+        return
+    _rules_said.append(rule)
+    if len(_rules_said) > 1:
+        _warn(
+            f"Images of more than 8 bits are read by different levels ({'; '.join(_rules_said)}): "
+            "scale all files to 16 bits if their brightness should be comparable."
+        )
+    elif "16 bits" not in rule:
+        _warn(f"Images of more than 8 bits: levels from {rule} are read as 0 to 255.")
+
+
 @functools.lru_cache(maxsize=None)
-def _say_once(message: str) -> None:
+def _say_frames(image_format: str) -> None:
+    _warn(f"Only the first frame is read of {image_format} files with several frames or pages.")
+
+
+def _warn(message: str) -> None:
     worker = torch.utils.data.get_worker_info()
     if worker is None or worker.id == 0:
         logger.warning(message)
@@ -211,8 +250,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB; transparency is
     dropped, as Detectron2 does."""
     image, rule = _in_8_bit(image)
-    if rule and "16 bits" not in rule:
-        _say_once(f"Images of more than 8 bits: levels from {rule} are read as 0 to 255.")
+    if rule:
+        _say_rule(rule)
     if image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -223,7 +262,8 @@ def read_image(
 ) -> np.ndarray:
     """Read an image of any mode that Pillow knows (gray, palette, RGBA, CMYK, 1, 16 or 32 bits).
 
-    EXIF orientation is applied, unless only the stored orientation has the expected size:
+    Of an animation or a file of several pages, only the first is read. EXIF orientation is
+    applied, unless only the stored orientation has the expected size:
     annotation tools disagree on which of the two they mean.
 
     Args:
@@ -238,6 +278,8 @@ def read_image(
     """
     with _open_image(path) as image:
         transpose = _matching_transpose(image, path, height, width)
+        if _has_frames(image):
+            _say_frames(str(image.format))
         image = as_rgb(image)
         if transpose is not None:
             image = image.transpose(transpose)

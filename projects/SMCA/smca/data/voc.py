@@ -3,26 +3,29 @@
 import codecs
 import math
 import os
+import re
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence, Set
 from xml.etree import ElementTree
 
-from .coco_checks import FAULT, SOURCE, Record
+from .coco_checks import FAULT, SOURCE, Record, existing
 from .convert import (
     Coco,
     Content,
     files_below,
     in_cache,
+    label_remarks,
     make_coco,
     pair,
     read_text,
     size_record,
-    unused_remarks,
 )
 from .errors import DatasetError
 from .mapper import PathLike
 
 __all__ = ["coco_from_voc"]
+
+_UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
 
 
 def coco_from_voc(
@@ -36,9 +39,9 @@ def coco_from_voc(
     XML file says whether the boxes are meant upright or as it is stored.
 
     Args:
-        images: folder of the images; those in sub-folders have their XML files in sub-folders of
-            the same name.
-        annotations: folder of the XML files.
+        images: folder of the images, sub-folders included.
+        annotations: folder of the XML files. Each is named like its image, in a sub-folder of the
+            same name, or names it in its ``<filename>``.
         names: of the classes, in their order; None: those of the objects, by the alphabet. For
             validation give the training set's.
         image_list: file with the names of the images to use, without suffix, one a line, as in
@@ -50,7 +53,8 @@ def coco_from_voc(
     Raises:
         DatasetError: something is missing or cannot be read, or an object has another class.
     """
-    images, annotations = (_existing_folder(folder) for folder in (images, annotations))
+    images = existing(images, os.path.isdir, "image folder")
+    annotations = existing(annotations, os.path.isdir, "annotation folder")
     lines = None if image_list is None else _read_list(Path(image_list).expanduser().absolute())
     names = None if names is None else list(names)
     label_files = files_below(annotations, ".xml")
@@ -60,19 +64,42 @@ def coco_from_voc(
 
     def make() -> Coco:
         pairs, unused = pair(images, label_files, stems)
-        remarks = unused_remarks(unused)
+        unused = _pair_by_file_name(pairs, unused)
         if lines is not None:
-            pairs, remarks = _chosen(pairs, lines, images), []
+            pairs, unused = _chosen(pairs, lines, images), []
+        remarks = label_remarks(pairs, unused)
         return make_coco(images, pairs, _read_voc, names, annotations, remarks)
 
     return in_cache(images, annotations, (names, lines, sorted(label_files.items())), make)
 
 
-def _existing_folder(folder: PathLike) -> str:
-    path = os.path.abspath(os.path.expanduser(os.fspath(folder)))
-    if not os.path.isdir(path):
-        raise DatasetError(f"The folder {path} does not exist: correct the path.")
-    return path
+def _pair_by_file_name(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
+    """Give XML files that are not named like an image to the one that their ``<filename>`` names,
+    with or without its folder and suffix, in capitals or not.
+
+    Returns:
+        The XML files that are left.
+    """
+    images: Dict[str, Set[str]] = {}
+    for image in pairs:
+        for name in (image, os.path.basename(image)):
+            for key in (name, os.path.splitext(name)[0]):
+                images.setdefault(key.casefold(), set()).add(image)
+    left = []
+    for label in unused:
+        try:
+            file_name = (_parse(label).findtext("filename") or "").strip()
+        except _UNREADABLE:
+            file_name = ""
+        names = (file_name, re.split(r"[/\\]", file_name)[-1], Path(label).stem)
+        known = (images.get(name.casefold()) for name in names)
+        found = next(filter(None, known), set())
+        free = [image for image in found if pairs[image] is None]
+        if len(free) == 1:
+            pairs[free[0]] = label
+        else:
+            left.append(label)
+    return left
 
 
 def _read_list(file: Path) -> List[str]:
@@ -113,12 +140,10 @@ def _read_voc(image: str, label: Optional[str]) -> Content:
     if label is None:
         return size_record(image), []
     try:
-        # What stands before the XML declaration would be an error.
-        text = Path(label).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()
-        root = ElementTree.fromstring(text)
+        root = _parse(label)
         if root.tag != "annotation":
             raise ValueError(f"it is <{root.tag}>, not <annotation>")
-    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+    except _UNREADABLE as error:
         fault = f"cannot be read ({error}); correct or remove it."
         return size_record(image), [{SOURCE: label, FAULT: fault}]
     height, width = (_whole_number(root.findtext(f"size/{tag}")) for tag in ("height", "width"))
@@ -129,6 +154,11 @@ def _read_voc(image: str, label: Optional[str]) -> Content:
         for number, element in enumerate(root.findall("object"), 1)
     ]
     return {SOURCE: label, **size}, objects
+
+
+def _parse(file: str) -> ElementTree.Element:
+    # What stands before the XML declaration would be an error.
+    return ElementTree.fromstring(Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip())
 
 
 def _voc_object(element: ElementTree.Element) -> Record:

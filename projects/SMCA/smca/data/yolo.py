@@ -13,11 +13,11 @@ from .convert import (
     Content,
     files_below,
     in_cache,
+    label_remarks,
     make_coco,
     pair,
     read_text,
     size_record,
-    unused_remarks,
 )
 from .errors import DatasetError
 from .mapper import PathLike
@@ -43,8 +43,8 @@ def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
     folders = content.get(split)
-    if not folders:
-        raise DatasetError(f"{file} has no '{split}': add the folder of its images.")
+    if not folders or isinstance(folders, dict):
+        raise DatasetError(f"{file} has no '{split}': add the folder of its images, or a list.")
     root = file.parent / str(content.get("path") or "")
     if isinstance(folders, str):
         return _yolo_folder(file, root, folders)
@@ -53,7 +53,8 @@ def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
 
 def _read_yaml(file: Path) -> Dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_bytes())
+        # All values stay the texts that they are: a class may be called "no" or "null".
+        content = yaml.load(file.read_bytes(), Loader=yaml.BaseLoader)  # noqa: S506
     except FileNotFoundError:
         raise DatasetError(f"The file {file} does not exist: correct the path.") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -61,16 +62,20 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
     if not isinstance(content, dict) or not content.get("names"):
         raise DatasetError(f"{file} has no 'names': add the names of the classes.")
     names = content["names"]
-    if not isinstance(names, (list, dict)):
-        raise DatasetError(f"{file} has 'names' that are no list: write [dog, cat].")
     if isinstance(names, dict):
-        numbers = {str(key) for key in names}
         for number in map(str, range(len(names))):
-            if number not in numbers:
+            if number not in names:
                 raise DatasetError(
                     f"{file} has no name of class {number}: number 'names' from 0 without gaps."
                 )
-    return content
+        names = [names[key] for key in sorted(names, key=int)]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DatasetError(f"{file} has 'names' that are no list of names: write [dog, cat].")
+    if content.get("nc", str(len(names))) != str(len(names)):
+        raise DatasetError(
+            f"{file} has nc {content['nc']}, but {len(names)} 'names': make them agree."
+        )
+    return {**content, "names": names}
 
 
 def _yolo_folder(file: Path, root: Path, folder: str) -> str:
@@ -109,9 +114,6 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
     names = content["names"]
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=int)]
-    names = list(map(str, names))
     num_keypoint_values = _keypoint_values(file, content)
 
     def read(image: str, label: Optional[str]) -> Content:
@@ -131,7 +133,7 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
         def make() -> Coco:
             pairs, unused = pair(images, label_files, stems)
             unused = list(filter(_is_yolo_label, unused))
-            return make_coco(images, pairs, read, names, labels, unused_remarks(unused))
+            return make_coco(images, pairs, read, names, labels, label_remarks(pairs, unused))
 
         settings = names, num_keypoint_values, sorted(label_files.items())
         return in_cache(images, labels, settings, make)
@@ -142,13 +144,13 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
 
 def _keypoint_values(file: Path, content: Dict[str, Any]) -> int:
     """How many numbers of keypoints follow a box."""
-    shape = content.get("kpt_shape", [0, 0])
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+    shape = content.get("kpt_shape", ["0", "0"])
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(str.isdecimal, shape))):
         raise DatasetError(
             f"{file} has kpt_shape {shape}: write the number of keypoints and of their values, "
             "[17, 3], or remove it."
         )
-    return shape[0] * shape[1]
+    return int(shape[0]) * int(shape[1])
 
 
 def _read_yolo(
