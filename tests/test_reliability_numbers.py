@@ -215,22 +215,28 @@ def test_images_are_decoded_again_only_when_they_have_changed(tmp_path, register
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_long_message_of_a_worker_process_is_printed_whole(tmp_path, num_workers):
+def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path, num_workers):
     def prepare():
         from smca.data.errors import DatasetError
         from smca.data.loader import _SeededMapDataset
 
+        original = _SeededMapDataset.__getitem__
+
         def fail(self, key):
             try:
-                raise DatasetError("the first reason")
+                if key[0] >= 8:
+                    raise DatasetError("the first reason")
             except DatasetError as error:
                 raise DatasetError("2 problems in a.json:\n  image 1\n  image 2") from error
+            return original(self, key)
 
         _SeededMapDataset.__getitem__ = fail
 
-    config = write_tiny_config(tmp_path, eval_period=0)
+    config = write_tiny_config(tmp_path, eval_period=0, log_period=20)
+    # With worker processes, the loader is ahead of the training.
     workers = f"dataloader.train.num_workers={num_workers}"
     code, output = train(tmp_path, "--config-file", config, workers, prepare=prepare)
     assert code == 1
     assert output.endswith("Error: 2 problems in a.json:\n  image 1\n  image 2\n")
     assert "Traceback" not in output
+    assert iteration_of(tmp_path / "run" / "model_0000001.pth") == 1

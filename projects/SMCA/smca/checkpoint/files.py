@@ -47,7 +47,7 @@ def write_atomically(path: str, content: Union[bytes, Callable[[IO[bytes]], Any]
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    # In the same folder, so that it can be renamed in one step.
+    # The temporary file is in the same folder, so that it can be renamed in one step.
     descriptor, temporary = tempfile.mkstemp(_TEMPORARY, os.path.basename(path) + ".", folder)
     os.close(descriptor)
     try:

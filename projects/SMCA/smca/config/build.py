@@ -17,7 +17,7 @@ __all__ = ["build", "build_model", "dataset_names", "fit_to_data", "origin", "us
 
 logger = logging.getLogger(__name__)
 
-# Rather of code, such as a class of one's own, than of a value in the config.
+# These errors come from code, such as a user's class, rather than from a value in the config.
 _CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError)
 
 

@@ -24,9 +24,9 @@ from smca.errors import ConfigError, did_you_mean
 
 __all__ = ["load_config", "quoted", "require_values"]
 
-# Of configs/fine_tune.py: another config, of the model to start from.
+# The key of configs/fine_tune.py that names the config of the pretrained model.
 _BASE = "base.config"
-# Overrides of the last release and what they are now. They go with the next release.
+# Former overrides and what replaces them. The table goes with the next release.
 _MODULATION = "model.decoder.modulation"
 _RENAMED = {
     f"{_MODULATION}=none": f"{_MODULATION}=null",
@@ -45,12 +45,12 @@ def load_config(
     another config.
 
     Args:
-        config_file: path of a .py or .yaml LazyConfig, or the name of one of this package's. Where
-            a .py file leaves ``train.output_dir`` at its default, it becomes ``output/NAME``.
+        config_file: path of a .py or .yaml LazyConfig, or the name of one of this package's. Its
+            name also gives a ``train.output_dir`` that is not set: ``output/NAME``.
         overrides: ``key=value``, in hydra's syntax. The key has to be in the config, or be an
             argument of what the config calls there; ``+key=value`` adds any other.
-        needed: keys whose values, and those below them, have to be there ("???" is none); None:
-            all. A detector that is trained does not need its training's.
+        needed: keys that must have values, like all keys below them ("???" is no value). None: all
+            keys. (A trained detector does not need the keys of its training.)
 
     Raises:
         ConfigError: names the file or the key, and the nearest valid key.
@@ -104,7 +104,7 @@ def _take_from_base(cfg: DictConfig, name: str) -> None:
 
 
 def quoted(text: str) -> str:
-    """For the value of an override: the syntax takes it as it is, but for ``${...}``."""
+    """Quote a text for the value of an override. The text may not hold ``${...}``."""
     return QuotedString(text, Quote.double).with_quotes()
 
 

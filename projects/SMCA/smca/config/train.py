@@ -14,7 +14,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _limited(default: Any, words: str, accepts: Callable[[Any], bool]) -> Any:
-    """A key of which not every value of its type is possible; `words` say which are."""
+    """A key with a default, and a limit to its values that `words` describe."""
     return field(default=default, metadata={"words": words, "accepts": accepts})
 
 
@@ -55,8 +55,8 @@ def _ddp() -> Dict[str, Any]:
 
 @dataclass
 class TrainConfig:
-    """What the training script reads from a config, beside model, data, optimizer and schedule.
-    Periods are in iterations (optimizer steps)."""
+    """The settings of a training that are not part of the model, the data, the optimizer, or the
+    schedule. Periods are in iterations (optimizer steps)."""
 
     # None: it becomes output/NAME after the config's file, such as output/smca_r50_50ep.
     output_dir: Optional[str] = _limited(None, "the path of a folder", bool)
@@ -65,7 +65,7 @@ class TrainConfig:
     init_checkpoint: Optional[str] = ""
     max_iter: int = _at_least(1, default=90000)
     device: str = "auto"  # "auto": a GPU if there is one, else the CPU
-    # Of everything random; a process adds its number. Negative: drawn once, and kept by --resume.
+    # Decides everything random. A negative seed is drawn once, and --resume keeps it.
     seed: int = _limited(0, "a whole number below 2 ** 31", lambda value: value < 2**31)
     amp: Amp = field(default_factory=Amp)  # mixed precision
     accumulate: int = _at_least(1, default=1)  # batches whose gradients are averaged for a step
@@ -84,15 +84,15 @@ class TrainConfig:
     # Evaluations in a row without a better best_metric that end the training. 0: off.
     early_stopping: int = _at_least(0, default=0)
     log_period: int = _at_least(1, default=20)
-    # Beside TensorBoard, metrics.json and log.txt: services (the extra "tracking"), or calls of
-    # writers, L(MyWriter)(...).
+    # Services (the extra "tracking") or calls of writers, L(MyWriter)(...), beside TensorBoard,
+    # metrics.json, and log.txt, which are always written.
     writers: List[Any] = _list_of_calls(
         "a list of wandb and mlflow, or of calls", "wandb", "mlflow"
     )
     hooks: List[Any] = _list_of_calls(
         "a list of calls"
     )  # L(MyHook)(...), which come before the writers
-    # Of detections and weight maps, for the writers at each evaluation. 0: none.
+    # Pictures of detections and weight maps that the writers get at each evaluation.
     num_pictures: int = _at_least(0, default=4)
     cudnn_benchmark: bool = False
     # A few steps, an evaluation on a few images and a checkpoint, in output_dir/fast_dev_run.

@@ -51,7 +51,7 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     Raises:
         ConfigError, DatasetError: see the messages.
     """
-    # Data first: what is wrong with them should not take the time to build a model.
+    # The data come first: a fault in them is reported before the model is built, which takes time.
     train_loader, test_loader = _build_loaders(cfg, ["train", "test"], saved)
     evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     model = build_model(cfg)
@@ -64,7 +64,7 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
 
 
 def build_evaluation(cfg: DictConfig, saved: SavedRun) -> Tuple[nn.Module, Iterable[Any], Any]:
-    """As :func:`build_run`, but the model, the test loader and the evaluator only."""
+    """Build the model, the test loader, and the evaluator, as :func:`build_run` does."""
     (test_loader,) = _build_loaders(cfg, ["test"], saved)
     evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     return build_model(cfg), test_loader, evaluator
@@ -77,7 +77,7 @@ def _build_loaders(
     for split in splits:
         require_dataset(dataset_names(cfg, split))
     loaders = [build(cfg.dataloader[split], f"dataloader.{split}") for split in splits]
-    for split in splits:  # Detectron2 knows a data set's classes once it is loaded
+    for split in splits:  # the classes of a data set are known once it is loaded
         _check_classes(cfg, split, saved)
     if isinstance(loaders[-1], DataLoader):
         spare_shared_memory(loaders[-1])

@@ -101,14 +101,14 @@ class PeriodicCheckpointer(HookBase):
 
 
 class EmergencyCheckpointer(HookBase):
-    """When the training ends by an error, ctrl-C, SIGTERM or SIGUSR1, saves the state after the
-    last complete iteration as ``model_<iteration>.pth``, from where ``--resume`` continues.
+    """Saves the state after the last complete iteration as ``model_<iteration>.pth`` when the
+    training ends by an error, Ctrl-C, SIGTERM, or SIGUSR1. ``--resume`` continues from there.
 
-    Put it behind the hooks that change what is saved (schedule, average of the weights) and
-    before those that only report. A signal takes effect after the iteration, in all processes
-    after the same one; a second one at once, but for an update of the weights that has begun,
-    because half an update cannot be resumed. In an evaluation (:class:`EvalHook`), and while a
-    process alone waits for data, the first one takes effect at once.
+    Register this hook after those that change what is saved (schedule, average of the weights).
+    A signal takes effect after the iteration, which is the same one in all processes. A second
+    signal takes effect at once, unless the weights are being updated: half an update cannot be
+    resumed. The first signal takes effect at once in an evaluation (:class:`EvalHook`), and while
+    a single process waits for data.
 
     Args:
         checkpointer: saves the state.

@@ -138,7 +138,8 @@ def _launch(args: argparse.Namespace) -> int:
                 "--max-restarts start them."
             )
         place = {"rdzv_backend": "static", "rdzv_endpoint": url.netloc}
-    # Until the processes are started, Ctrl-C has to end even a wait for another machine in C++.
+    # Before the processes run, Ctrl-C has to end the launcher even while C++ code waits for another
+    # machine.
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     if hasattr(signal, "SIGUSR1"):  # the launcher handles others
         signal.signal(signal.SIGUSR1, _raise_signal)
@@ -187,7 +188,7 @@ def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
 
 
 def _silence_launcher() -> None:
-    """The launcher logs the traceback of each failure, what is to be read of it is reported."""
+    """Turn off the tracebacks that PyTorch logs; :func:`_launch` prints the first error."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)

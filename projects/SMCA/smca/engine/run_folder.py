@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 _LOCKED: Dict[str, IO[str]] = {}  # by folder; closing one gives up its lock
 
 _TRAINED = ("last_checkpoint", "model_*.pth", "metrics.json")
-# log.txt is not among them: Detectron2 goes on with it from run to run.
+# log.txt stays in the folder: Detectron2 appends to it.
 _FILES = (
     *_TRAINED,
     "config.yaml",
@@ -76,8 +76,8 @@ def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
 
 
 def claim(folder: str) -> None:
-    """Make the output folder this process's own until it ends or calls `release`: a second training
-    would move the first one's files away and both write on.
+    """Lock the output folder until this process ends or calls `release`. Without the lock, a second
+    training would move the files of the first one away.
 
     Raises:
         UserError: it cannot be written, or another process trains there.
@@ -88,7 +88,7 @@ def claim(folder: str) -> None:
         file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
     try:
         if fcntl is not None:
-            # Not flock's kind, which a killed training's workers would go on holding.
+            # With `flock`, the workers of a killed training would keep the lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -104,7 +104,7 @@ def claim(folder: str) -> None:
 
 
 def release(folder: str) -> None:
-    """Give up what this process has claimed."""
+    """Unlock a folder."""
     file = _LOCKED.pop(folder, None)
     if file is not None:
         file.close()

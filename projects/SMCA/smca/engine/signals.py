@@ -23,16 +23,16 @@ _SECOND_AFTER = 1.0  # seconds
 
 
 class React(enum.Enum):
-    """What a signal does while it lasts."""
+    """When a signal takes effect."""
 
-    AT_ONCE = enum.auto()  # raises where the process stands
-    AFTER_STEP = enum.auto()  # waits until the training asks; a second signal raises
-    LATER = enum.auto()  # waits, however many there are
+    AT_ONCE = enum.auto()  # the handler raises
+    AFTER_STEP = enum.auto()  # the training looks at it after the step; a second signal raises
+    LATER = enum.auto()  # no signal raises
 
 
 class StopSignals:
-    """Handlers of the stop signals, which raise what ends a Python program: KeyboardInterrupt for
-    SIGINT, else SystemExit with 128 + the signal's number.
+    """Handles the stop signals by raising KeyboardInterrupt for SIGINT, or SystemExit with 128 plus
+    the signal's number.
 
     Attributes:
         received: the first signal.

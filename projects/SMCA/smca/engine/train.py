@@ -120,8 +120,8 @@ def _start_or_resume(cfg: DictConfig, args: argparse.Namespace) -> Results:
 
 
 def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Detectron2's `default_setup`, but for its files: the log is open, and config.yaml waits until
-    what it says is accepted."""
+    """Call Detectron2's `default_setup` without an output folder: the log is open already, and
+    `do_train` writes config.yaml once the config is accepted."""
     without_output = copy.deepcopy(cfg)
     del without_output.train.output_dir
     default_setup(without_output, args)
@@ -130,8 +130,8 @@ def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
 def do_train(
     cfg: DictConfig, args: argparse.Namespace, saved: Optional[SavedRun] = None
 ) -> Results:
-    """Train as the config says, which becomes config.yaml once it is seen to fit data, model and
-    checkpoint.
+    """Train as the config says, and save it as config.yaml once it is known to fit the data, the
+    model, and the checkpoint.
 
     Args:
         cfg: the whole config.
@@ -154,7 +154,7 @@ def do_train(
     )
     if not saved:
         checkpointer.load(train.init_checkpoint, checkpointables=[])
-    # Before the model is wrapped or compiled, so that it is a plain copy.
+    # The average is copied from the model before that is wrapped or compiled.
     ema = ModelEMA(run.model, train.model_ema.decay) if train.model_ema.enabled else None
     trainer = _build_trainer(cfg, run)
     checkpointer.add_checkpointable("trainer", trainer)
@@ -174,7 +174,7 @@ def do_train(
 
     trainer.register_hooks(_build_hooks(train, run.schedule, checkpointer, ema, evaluate))
     start_iter = _resume(checkpointer, trainer, ema, saved) if saved else 0
-    # Not before all is accepted: the run's checkpoints would no longer fit.
+    # A config that is refused above must not replace the one that fits the run's checkpoints.
     from_main_process(save_config, to_save, train.output_dir)
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicWriter(build_writers(train), train.log_period)])

@@ -118,20 +118,20 @@ class Trainer(SimpleTrainer):
         # Once all processes know of one: stop after this iteration.
         self.stop_signal: Optional[int] = None
         self._num_skipped = 0  # in a row
-        # In the stream of data, as a checkpoint says.
+        # The position in the stream of data, from the checkpoint.
         self._start_sample: Optional[int] = None
         batch_norms = get_bn_modules(model)
         self._running = [buffer for module in batch_norms for buffer in module.buffers()]
         self._statistics: List[Tensor] = []
         self.device = next(model.parameters()).device
-        # float16 alone has too narrow a range for unscaled gradients.
+        # Gradients that are not scaled can underflow in float16.
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=amp_dtype == torch.float16
         )
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """As in Detectron2, but the training ends after an iteration in which a hook sets
-        `stopped_early`, in all processes."""
+        """Train as in Detectron2, but end after an iteration in which a hook sets `stopped_early`
+        in all processes."""
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
         self.last_iter = start_iter - 1
@@ -181,7 +181,7 @@ class Trainer(SimpleTrainer):
             self.signals.restore()
 
     def _end_loader(self) -> None:
-        """End the processes of the data loader, which the traceback of an error may keep alive."""
+        """End the workers of the data loader. The traceback of an error may keep them alive."""
         iterator: Any = self._data_loader_iter_obj
         self._data_loader_iter_obj: Any = None
         if hasattr(iterator, "_shutdown_workers"):

@@ -96,7 +96,7 @@ class _TrackingWriter(EventWriter):
         # Detectron2's storage shows pictures to writers in this list; TensorBoard's clears it.
         pictures = storage._vis_data
         try:
-            # In order: Weights & Biases drops what is of a step before the last that it got.
+            # Weights & Biases drops values of earlier steps than the last one that it has.
             for iteration in sorted({*values, *(at for _, _, at in pictures)}):
                 if iteration in values:
                     self._send_values(values[iteration], iteration)
