@@ -1,8 +1,8 @@
 """`smca_plus_r50_12ep.py` with the convolutional encoder."""
 
 from .common.models.smca_conv import model
-from .common.models.smca_plus import plus
+from .common.models.smca_plus import plus as _plus
 from .smca_plus_r50_12ep import dataloader, lr_multiplier, optimizer, train
 
-model.update(plus)
+model.update(_plus)
 model.decoder.refine = True
