@@ -1,6 +1,7 @@
 """The check of a GPU, in miniature on the CPU: what it runs, writes, and finds wrong."""
 
 import argparse
+import functools
 
 import pytest
 import torch
@@ -39,6 +40,9 @@ def test_the_report_has_every_check_and_the_speed_in_both_types(tmp_path, monkey
         return [job.name, CONFIG, "1 x 64 x 96", "0.5", "", "", "", ""]
 
     monkeypatch.setattr(tool, "row_of", row_of)
+    # A forked process has imported PyTorch already.
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(tool.multiprocessing, "spawn", start)
     words = ["--device", "cpu", "--quick", "--models", CONFIG, "--output", str(tmp_path / "new")]
     assert tool.main(words) == 1
     text = (tmp_path / "new" / "report.md").read_text()
