@@ -8,7 +8,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
-from detectron2.structures.boxes import pairwise_intersection
 from PIL import Image
 
 from smca.data import (
@@ -41,10 +40,6 @@ def registered(tmp_path, monkeypatch):
 
 def _contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def _scenes(count=40):
-    return [draw_scene(np.random.default_rng(i)) for i in range(count)]
 
 
 # The pictures
@@ -119,38 +114,6 @@ def test_images_are_the_drawn_scenes(folder):
         assert np.abs(image.astype(int) - scene.image).mean() < 4  # JPEG
 
 
-def test_scenes_have_one_to_six_objects_of_all_classes_and_very_different_sizes():
-    scenes = _scenes(80)
-    counts = {len(scene.masks) for scene in scenes}
-    assert counts == {1, 2, 3, 4, 5, 6}
-    assert {c for scene in scenes for c in scene.classes} == set(range(len(SHAPE_CLASSES)))
-    lengths = [max(np.ptp(np.nonzero(m), axis=1)) + 1 for s in scenes for m in s.masks]
-    assert 8 <= min(lengths) < 30 and 90 < max(lengths) < 125
-
-
-def test_images_have_128_to_160_pixels_a_side():
-    sides = [side for scene in _scenes() for side in scene.image.shape[:2]]
-    assert 128 <= min(sides) < 135 and 155 < max(sides) <= 160
-
-
-def test_visible_parts_do_not_overlap_although_objects_do():
-    num_overlaps = 0
-    for scene in _scenes():
-        assert np.sum(scene.masks, axis=0).max() == 1
-        boxes = Boxes(torch.tensor(_xyxy(scene.masks)))
-        num_overlaps += (pairwise_intersection(boxes, boxes) > 0).sum() - len(boxes)
-    assert num_overlaps > 10
-
-
-def test_an_object_has_to_show_60_percent_of_its_area_and_8_pixels_a_side():
-    mask = np.zeros((40, 40), dtype=bool)
-    mask[:8, :20] = True
-    assert shapes._is_visible_enough(mask, full_area=160 / 0.61, min_side=8)
-    assert not shapes._is_visible_enough(mask, full_area=160 / 0.59, min_side=8)
-    assert not shapes._is_visible_enough(mask[:7], full_area=140, min_side=8)
-    assert not shapes._is_visible_enough(mask & False, full_area=0, min_side=8)
-
-
 def test_objects_are_as_long_as_asked_for(tmp_path):
     write_shapes(tmp_path / "set", num_train=60, num_val=1, seed=3, lengths=(10, 100))
     annotations = json.loads((tmp_path / "set" / "train.json").read_text())["annotations"]
@@ -159,11 +122,6 @@ def test_objects_are_as_long_as_asked_for(tmp_path):
     assert 7 <= longest.min() <= 14
     assert 80 <= longest.max() <= 125
     assert (longest < 28 * 0.8).mean() > 0.2, "shorter than any of the usual set"
-
-
-def _xyxy(masks):
-    ranges = [(np.flatnonzero(m.any(0)), np.flatnonzero(m.any(1))) for m in masks]
-    return [[xs[0], ys[0], xs[-1] + 1, ys[-1] + 1] for xs, ys in ranges]
 
 
 # The files

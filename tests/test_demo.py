@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detectron2.data import transforms as T
 from PIL import Image
 
 import check_data
@@ -20,7 +19,6 @@ import run_demo
 import serve
 from helpers import (
     CLASS_NAMES,
-    ODD_NAMES,
     ROOT,
     error_of,
     make_image,
@@ -101,29 +99,6 @@ def test_results_are_the_models_own_on_the_resized_image(trained, tmp_path):
         assert result["category_name"] == CLASS_NAMES[label]
 
 
-def test_a_higher_threshold_leaves_only_surer_detections(trained, tmp_path):
-    write_image(tmp_path / "a.png")
-    scores = {}
-    for threshold in (0.0, 0.3, 1.0):
-        out = tmp_path / str(threshold)
-        args = ("--output", out, "--confidence-threshold", threshold)
-        assert run(trained, "--input", tmp_path / "a.png", *args) == 0
-        scores[threshold] = [result["score"] for result in read_json(out)]
-    assert len(scores[0.0]) == 6 and scores[1.0] == []
-    assert scores[0.3] == [score for score in scores[0.0] if score >= 0.3]
-
-
-def test_mixed_precision_can_be_asked_for(trained, tmp_path):
-    write_image(tmp_path / "a.png")
-    scores = []
-    for dtype in ("fp32", "bf16"):
-        args = ("--output", tmp_path / dtype, "--confidence-threshold", 0, "--dtype", dtype)
-        assert run(trained, "--input", tmp_path / "a.png", *args) == 0
-        scores.append([result["score"] for result in read_json(tmp_path / dtype)])
-    assert scores[0] != scores[1]
-    assert scores[0] == pytest.approx(scores[1], abs=0.1)
-
-
 def test_drawings_have_the_size_of_their_images(trained, tmp_path):
     for name, height, width in (("a.png", 500, 331), ("b.jpg", 200, 601)):
         write_image(tmp_path / name, height, width)
@@ -192,19 +167,6 @@ def test_broken_images_are_skipped_and_told(trained, tmp_path, capsys):
     assert {result["image_id"] for result in read_json(out)} == {0, 3}
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_images_of_any_mode_are_drawn(trained, tmp_path, mode):
-    image = Image.fromarray(make_image(480, 500))
-    path = tmp_path / "a.tif"
-    if mode == "I;16":
-        Image.fromarray(make_image(480, 500)[..., 0].astype(np.uint16) * 257).save(path)
-    else:
-        image.convert(mode).save(path)
-    out = tmp_path / "out"
-    assert run(trained, "--input", path, "--output", out) == 0
-    assert size_of(out / "a.png") == (500, 480)
-
-
 def test_12_bits_in_16_are_seen_as_8_bits_are_and_it_is_said(trained, tmp_path, caplog):
     gray = make_image()[..., 0]
     Image.fromarray(gray).save(tmp_path / "8.png")
@@ -218,15 +180,6 @@ def test_12_bits_in_16_are_seen_as_8_bits_are_and_it_is_said(trained, tmp_path, 
         found[name] = [[row["score"], *row["bbox"], row["category_id"]] for row in rows]
     assert found["8"] == found["12"]
     assert "(12 bits) are read as 0 to 255" in caplog.text
-
-
-def test_an_image_is_turned_as_its_exif_says(trained, tmp_path):
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.fromarray(make_image(500, 490)).save(tmp_path / "a.jpg", exif=exif)
-    out = tmp_path / "out"
-    assert run(trained, "--input", tmp_path / "a.jpg", "--output", out) == 0
-    assert size_of(out / "a.jpg") == (500, 490)
 
 
 # Models and names
@@ -270,49 +223,12 @@ def test_weights_find_the_config_of_their_name_in_the_package(tmp_path):
     assert predictor.category_ids == {i: i + 1 for i in range(len(SHAPE_CLASSES))}
 
 
-def test_the_average_of_the_weights_can_be_asked_for(trained, tmp_path):
-    average = {name: value + 0.01 for name, value in make_smca(trained[0]).state_dict().items()}
-    weights = write_weights(tmp_path, trained[0], model_ema=average)
-    write_image(tmp_path / "a.png")
-    results = {}
-    for kind in ("model", "ema"):
-        out = tmp_path / kind
-        args = ("--input", tmp_path / "a.png", "--output", out, "--confidence-threshold", 0)
-        assert run((trained[0], weights), *args, "--weights-kind", kind) == 0
-        predictor = Predictor(weights, config_file=trained[0], weights=kind)
-        results[kind] = [result["score"] for result in read_json(out)]
-        assert results[kind] == predictor(tmp_path / "a.png", threshold=0).scores.tolist()
-    assert results["model"] != results["ema"]
-
-
 def test_overrides_reach_the_model(trained, tmp_path):
     write_image(tmp_path / "a.png")
     args = ("--input", tmp_path / "a.png", "--output", tmp_path / "out")
     opts = ("--confidence-threshold", 0, "--opts", "model.max_detections=2")
     assert run(trained, *args, *opts) == 0
     assert len(read_json(tmp_path / "out")) == 2
-
-
-def test_classes_without_names_are_shown_by_their_index(tmp_path):
-    config = write_smca_config(tmp_path)
-    text = open(config).read().replace('"smca_shapes_val"', '"a_set_that_is_not_here"')
-    open(config, "w").write(text)
-    write_image(tmp_path / "a.png")
-    trained = config, write_weights(tmp_path, config)
-    args = ("--output", tmp_path / "out", "--confidence-threshold", 0)
-    assert run(trained, "--input", tmp_path / "a.png", *args) == 0
-    results = read_json(tmp_path / "out")
-    assert results and all(r["category_name"] == str(r["category_id"]) for r in results)
-
-
-def test_a_class_name_is_no_formula(tmp_path):
-    config = write_smca_config(tmp_path)
-    names = [f"{ODD_NAMES[0]}{index}" for index in range(3)]
-    weights = write_weights(tmp_path, config, smca={"class_names": names})
-    write_image(tmp_path / "a.png")
-    args = ("--output", tmp_path / "out", "--confidence-threshold", 0)
-    assert run((config, weights), "--input", tmp_path / "a.png", *args) == 0
-    assert {result["category_name"] for result in read_json(tmp_path / "out")} <= {*names}
 
 
 def test_a_config_that_counts_the_classes_takes_them_from_the_weights(trained, tmp_path):
@@ -361,26 +277,6 @@ def test_a_yacs_config_that_cannot_be_built_is_named(trained, tmp_path, capsys, 
     args = ["--config-file", config, "--weights", trained[1], "--input", tmp_path / "a.png"]
     args += ["--output", tmp_path / "out", "--opts", "MODEL.DEVICE", "cpu", *line.split(" ")]
     assert words in error_of(capsys, demo.main, *args)
-
-
-class _Recorder(torch.nn.Module):
-    """Keeps its input and detects nothing."""
-
-    def forward(self, batch):
-        from detectron2.structures import Instances
-
-        (self.seen,) = batch
-        size = (batch[0]["height"], batch[0]["width"])
-        return [{"instances": Instances(size, scores=torch.zeros(0))}]
-
-
-def test_the_predictor_resizes_and_orders_channels_as_told():
-    model, image = _Recorder(), make_image(20, 30)
-    Predictor.from_model(model, [T.Resize((40, 60))], image_format="BGR")(image)
-    assert model.seen["image"].shape == (3, 40, 60)
-    assert (model.seen["height"], model.seen["width"]) == (20, 30)
-    Predictor.from_model(model, image_format="BGR")(image)
-    assert (model.seen["image"].permute(1, 2, 0).numpy() == image[:, :, ::-1]).all()
 
 
 # What is missing or wrong

@@ -244,15 +244,6 @@ def test_the_command_writes_a_report_on_two_files(data, tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
 
 
-def test_an_output_that_cannot_be_written_is_said_before_the_evaluation(
-    data, tmp_path, monkeypatch
-):
-    (tmp_path / "out").touch()
-    monkeypatch.setattr(tool, "detect", None)
-    with pytest.raises(UserError, match="out cannot be written: File exists"):
-        run_tool(data, tmp_path)
-
-
 def test_types_stand_side_by_side(data, tmp_path):
     run_tool(data, tmp_path, "--dtype", "fp32", "--dtype", "bf16")
     report = json.loads((tmp_path / "out" / "report.json").read_text())

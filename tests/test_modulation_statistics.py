@@ -102,11 +102,6 @@ def test_along_the_axes_a_map_has_fallen_to_exp_minus_half_at_its_radius(
         assert float(log_weight) == pytest.approx(-0.5, rel=1e-5)
 
 
-def test_a_map_that_never_falls_has_an_infinite_radius():
-    radii = statistics_of(make_record([[[3.0, 2.0]]], [[[0.0, 0.5]]]), size=(40, 80)).head_radii
-    assert radii[0, 0].tolist() == [math.inf, 8]
-
-
 def test_scales_count_by_their_weights():
     heads, precisions = [[[4.0, 2.0]], [[1.0, 1.0]]], [[[0.5, 0.5]], [[0.5, 0.5]]]
     record = make_record(heads, precisions, strides=(8, 16), scale_weights=[0.75, 0.25])
@@ -438,14 +433,6 @@ def test_the_best_checkpoint_has_the_steps_of_its_evaluation(tmp_path, data, ite
     assert list(json.loads((out / "modulation.json").read_text())) == [steps]
 
 
-def test_an_output_that_is_a_file_is_found_before_the_work(tmp_path, data, capsys, monkeypatch):
-    run = write_training(tmp_path)
-    monkeypatch.delattr(tool, "collect")
-    (tmp_path / "out").write_text("mine")
-    assert command(run, data, "--output", tmp_path / "out") == 1
-    assert "out cannot be written: File exists." in capsys.readouterr().err
-
-
 def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys):
     def error(*args):
         assert command(*args, "--output", tmp_path / "out") == 1
@@ -465,9 +452,3 @@ def test_the_commands_errors_are_one_sentence(tmp_path, data, capsys):
     assert "lost.json, which does not exist" in error(
         run, "dataloader.test.dataset.names=lost_data"
     )
-
-
-def test_detr_has_nothing_to_draw(tmp_path, data, capsys):
-    run = write_training(tmp_path, "detr")
-    assert command(run, data) == 1
-    assert "model.decoder.modulation=null" in capsys.readouterr().err

@@ -151,13 +151,6 @@ def test_a_batch_of_several_sizes_is_the_models_own_batch(checkpoint, predictor)
         assert detections.image_size == image.shape[:2]
 
 
-def test_images_of_one_size_are_the_same_in_a_batch(predictor):
-    images = [make_image(60, 90, seed) for seed in range(3)]
-    found = predictor(images, threshold=0, batch_size=3)
-    for detections, image in zip(found, images):
-        assert_same(detections, predictor(image, threshold=0), atol=1e-4)
-
-
 def test_batches_have_the_size_asked_for(predictor):
     sizes = []
     handle = predictor.model.register_forward_pre_hook(

@@ -1,12 +1,17 @@
 """Pictures of detections: boxes with class and score, beside the truth, many on a sheet."""
 
+import functools
+import logging
 import math
-from typing import Any, Dict, List, Protocol, Sequence
+import warnings
+from typing import Any, Dict, FrozenSet, List, Protocol, Sequence, Set
 
+import matplotlib
 import numpy as np
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib import font_manager
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -25,6 +30,8 @@ __all__ = [
     "resize",
     "truth_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the objects
 DPI = 120
@@ -78,7 +85,7 @@ def draw_instances(
         crowds = instances.gt_crowd.tolist()
         labels = [f"{label} (crowd)" if crowd else label for label, crowd in zip(labels, crowds)]
     labels = [plain_text(label) for label in labels]
-    visualizer = Visualizer(image, font_size_scale=1.4)
+    visualizer = _Visualizer(image, font_size_scale=1.4)
     colors = [class_color(index) for index in classes.tolist()]
     return visualizer.overlay_instances(
         boxes=boxes.tensor.numpy(), labels=labels, assigned_colors=colors
@@ -159,9 +166,47 @@ def class_name(class_names: Sequence[str], index: int) -> str:
 def plain_text(text: str) -> str:
     """What makes Matplotlib draw `text` as it is: between two dollar signs it would read a formula,
     a label that begins with an underscore is left out of a legend, and a name of a file that is no
-    UTF-8 would be an error."""
+    UTF-8 would be an error. Where its usual font lacks letters, another one is added to
+    ``rcParams["font.family"]``."""
     text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    if not text.isascii():
+        _use_fonts_for(frozenset(text))
     return f" {text}" if text.startswith("_") else text
+
+
+class _Visualizer(Visualizer):
+    """Detectron2's, whose labels may have letters of any font in Matplotlib's settings."""
+
+    def draw_text(self, *args: Any, **kwargs: Any) -> VisImage:
+        """As in Detectron2."""
+        output = super().draw_text(*args, **kwargs)
+        output.ax.texts[-1].set_fontfamily(matplotlib.rcParams["font.family"])
+        return output
+
+
+@functools.lru_cache(maxsize=None)
+def _use_fonts_for(letters: FrozenSet[str]) -> None:
+    families = matplotlib.rcParams["font.family"]
+    missing = {ord(letter) for letter in letters if not letter.isspace()}
+    for family in families:
+        missing -= _letters_of(font_manager.findfont(font_manager.FontProperties(family=[family])))
+    for font in font_manager.fontManager.ttflist if missing else ():
+        is_usual = font.style == "normal" and font.weight in (400, "normal", "regular")
+        # Matplotlib's font of last resort has a box for every letter.
+        if is_usual and "Last Resort" not in font.name and missing & _letters_of(font.fname):
+            families = [*families, font.name]
+            missing -= _letters_of(font.fname)
+    matplotlib.rcParams["font.family"] = families
+    if missing:
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        logger.warning(
+            "No installed font has the letters %s: they are drawn as boxes.",
+            " ".join(map(chr, sorted(missing))),
+        )
+
+
+def _letters_of(font_file: str) -> Set[int]:
+    return set(font_manager.get_font(font_file).get_charmap())
 
 
 def class_color(index: int) -> np.ndarray:

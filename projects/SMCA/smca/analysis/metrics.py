@@ -377,13 +377,13 @@ def calibrate(matches: Matches, min_score: float = 0.05, num_bins: int = 10) -> 
     scores, correct = matches.scores[chosen], matches.correct[chosen]
     edges = np.linspace(0, 1, num_bins + 1)
     indices = np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, num_bins - 1)
-    bins, error = [], 0.0
-    for index in range(num_bins):
-        inside = indices == index
-        count = int(inside.sum())
-        score = float(scores[inside].mean()) if count else float("nan")
-        precision = float(correct[inside].mean()) if count else float("nan")
-        bins.append(ScoreBin(float(edges[index]), float(edges[index + 1]), count, score, precision))
-        if count:
-            error += count / len(scores) * abs(score - precision)
-    return Calibration(bins, error if len(scores) else float("nan"))
+    counts = np.bincount(indices, minlength=num_bins)
+    with np.errstate(invalid="ignore"):  # nan in empty bins
+        means, precisions = (
+            np.bincount(indices, weights=values, minlength=num_bins) / counts
+            for values in (scores, correct)
+        )
+        error = np.nansum(counts * np.abs(means - precisions)) / np.float64(len(scores))
+    columns = (edges[:-1], edges[1:], counts, means, precisions)
+    bins = [ScoreBin(*row) for row in zip(*(column.tolist() for column in columns))]
+    return Calibration(bins, float(error))

@@ -29,46 +29,23 @@ def write_pictures(
     dataset_dicts: Sequence[Dict[str, Any]],
     output_dir: str,
     metrics_file: Optional[str] = None,
-    *,
-    num_images: int = 8,
-    num_detections: int = 4,
-    confidence_threshold: float = 0.3,
-    layer: int = -1,
-    scale: Optional[int] = None,
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    **options: Any,
 ) -> List[str]:
-    """Write ``validation.png`` (truth and detections), ``gaussians.png`` (best detections of
-    different images; not for a model without modulation) and ``curves.png``.
+    """Write the pictures of `draw_pictures`, and ``curves.png``.
 
     Args:
-        predictor: detects what is drawn.
-        dataset_dicts: in Detectron2's format; images are taken evenly from it.
         output_dir: is made if need be.
-        metrics_file: without one, there are no curves.
-        num_images: in ``validation.png``, at least 1.
-        num_detections: in ``gaussians.png``; 0 leaves that picture out.
-        confidence_threshold: of the detections in ``validation.png``. A focal loss leaves scores
-            low after a short training.
-        layer, scale: of the Gaussian maps, see `modulation_maps`, `draw_gaussians`.
-        progress: wraps the images to go through, once for each picture, as `tqdm.tqdm` does.
+        metrics_file: a training's ``metrics.json``. None: there are no curves.
+        predictor, dataset_dicts, options: arguments of `draw_pictures`.
 
     Returns:
         Paths of the pictures.
 
     Raises:
-        UserError: see the functions above and `smca.data.read_image`.
+        UserError: see `draw_pictures`, `read_metrics` and `draw_curves`.
     """
     os.makedirs(output_dir, exist_ok=True)
-    figures = draw_pictures(
-        predictor,
-        dataset_dicts,
-        num_images=num_images,
-        num_detections=num_detections,
-        confidence_threshold=confidence_threshold,
-        layer=layer,
-        scale=scale,
-        progress=progress,
-    )
+    figures = draw_pictures(predictor, dataset_dicts, **options)
     if metrics_file is not None:
         figures["curves.png"] = draw_curves(read_metrics(metrics_file))
     paths = []
@@ -89,8 +66,24 @@ def draw_pictures(
     scale: Optional[int] = None,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Dict[str, Figure]:
-    """The pictures of `write_pictures` by their files' names, but for the curves; arguments are
-    those of that function."""
+    """Draw what a detector finds.
+
+    Args:
+        predictor: detects what is drawn.
+        dataset_dicts: in Detectron2's format; images are taken evenly from it.
+        num_images: in ``validation.png``, at least 1.
+        num_detections: in ``gaussians.png``; 0 leaves that picture out.
+        confidence_threshold: of the detections in ``validation.png``.
+        layer, scale: of the maps, see `modulation_maps` and `draw_gaussians`.
+        progress: wraps the images to go through, once for each picture, as `tqdm.tqdm` does.
+
+    Returns:
+        ``validation.png`` (truth and detections) and ``gaussians.png`` (maps of the best
+        detections of different images; not for a model without modulation).
+
+    Raises:
+        UserError: an image cannot be read, or the model has no such layer or scale.
+    """
     chosen = evenly(dataset_dicts, num_images)
     figures: Dict[str, Figure] = {}
     if chosen:

@@ -1,4 +1,4 @@
-"""Which settings suit a data set, and why, from the measured study (docs/convergence.md)."""
+"""Settings that suit a data set: rules of thumb from docs/convergence.md."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,14 +13,11 @@ __all__ = ["MAX_SIZE", "Advice", "recommend"]
 
 MAX_SIZE = 1333  # of the long side in COCO's recipe, in pixels
 
-# The study's best models see a small object as 3 cells of
-# their finest scale (25 and 27 pixels at stride 8), with maps that start at 8 pixels, a third of
-# it. Its objects are alike in size, and 40 queries were enough for 30 objects an image.
-_CELLS = 3
-_START_RADIUS = 1 / 3  # of a small object
-_ALIKE = 3  # large by small objects: 2.5 and 1.5 in the study
+_CELLS = 3  # of the finest scale, that a small object should span
+_START_RADIUS = 1 / 3  # of a map before training, by the size of a small object
+_ALIKE = 3  # up to this ratio of large and small objects, one scale is enough
 _QUERIES_BY_OBJECTS, _MIN_QUERIES = 1.4, 40
-_SHORT_SIDES = (128, 800)  # pixels: the study's least, and the published one
+_SHORT_SIDES = (128, 800)  # pixels
 
 
 @dataclass
@@ -30,7 +27,7 @@ class Advice:
     Attributes:
         setting: its key, or what it is about.
         value: for a key, what to set; else words.
-        reason: one sentence.
+        reason: one or two sentences.
         overrides: of a config with the augmentations of ``configs/common/coco.py``.
     """
 
@@ -47,148 +44,121 @@ def recommend(
     max_size: int = MAX_SIZE,
     map_stride: Optional[int] = None,
 ) -> List[Advice]:
-    """Settings for the data, by what the measured study (docs/convergence.md) found.
+    """Settings for the data.
 
     Args:
         statistics: of the training data.
         finest_stride: of the model's scales, in pixels.
         num_scales: of the model.
-        max_size: of the config's long sides, in pixels. Where it is less than COCO's, that is
-            advised as well.
+        max_size: of the config's long sides, in pixels. If it is less than COCO's, COCO's is
+            advised.
         map_stride: of the finest scale that the decoder reads, if it is another one.
 
     Returns:
-        One for queries, image size, beta and the model's scales; none without objects.
+        Advice on queries, image size, beta and scales; none without objects.
     """
     if not len(statistics.boxes):
         return []
-    is_capped, max_size = max_size < MAX_SIZE, max(max_size, MAX_SIZE)
+    sizes, short_side = _short_side(statistics, finest_stride, max(max_size, MAX_SIZE))
+    small, large = np.percentile(sizes, [SMALL, LARGE]).tolist()
+    cells = small / finest_stride
     map_stride = map_stride or finest_stride
-    short_side, cells = _short_side(statistics, finest_stride, max_size)
-    small, large = np.percentile(
-        statistics.scaled_sizes(short_side, max_size), [SMALL, LARGE]
-    ).tolist()
+    most = int(statistics.objects_per_image.max())
+    queries = max(_MIN_QUERIES, 10 * math.ceil(_QUERIES_BY_OBJECTS * most / 10))
+    beta = _beta(small, map_stride, num_scales)
     return [
-        _advise_queries(statistics),
+        Advice(
+            "model.num_queries",
+            queries,
+            f"an image has up to {most} objects; at least {_MIN_QUERIES} queries, and "
+            f"{_QUERIES_BY_OBJECTS} times as many as objects.",
+            [f"model.num_queries={queries}"],
+        ),
         Advice(
             "short_sides",
             short_side,
-            f"small objects (the {SMALL}th percentile) become {small:.0f} pixels, {cells:.1f} "
-            f"cells of stride {finest_stride}; the study's models saw them as {_CELLS}"
-            + ("." if cells >= _CELLS - 0.1 else ", which larger images would cost too much.")
-            + _smallest_class(statistics, short_side, max_size, small),
-            [
-                f"dataloader.train.mapper.augmentations.short_sides=[{short_side}]",
-                # Or half of the images keep the sizes of the augmentation with crops.
-                "dataloader.train.mapper.augmentations_with_crop=null",
-                f"dataloader.test.mapper.augmentations.short_sides={short_side}",
-                *(
-                    f"dataloader.{split}.mapper.augmentations.max_size={max_size}"
-                    for split in ("train", "test")
-                    if is_capped
-                ),
-            ],
+            f"small objects (percentile {SMALL}) become {small:.0f} pixels, {cells:.1f} cells of "
+            f"stride {finest_stride}; they should span {_CELLS}"
+            + ("." if _is_fine(cells) else ", but larger images cost too much.")
+            + _smallest_class(statistics, sizes, small),
+            _size_overrides(short_side, max_size),
         ),
-        _advise_beta(small, map_stride, num_scales),
-        _advise_scales(small, large, cells, finest_stride, num_scales, map_stride),
+        Advice(
+            "model.decoder.modulation.beta",
+            beta,
+            f"maps then start at stride {map_stride} with a third of a small object's size.",
+            [f"model.decoder.modulation.beta={beta}"],
+        ),
+        _advise_scales(large / small, cells, small, finest_stride, num_scales, map_stride),
     ]
 
 
-def _advise_queries(statistics: Statistics) -> Advice:
-    most = int(statistics.objects_per_image.max())
-    queries = max(_MIN_QUERIES, 10 * math.ceil(_QUERIES_BY_OBJECTS * most / 10))
-    reason = (
-        f"an image has up to {most} objects and a query finds one at most; in the study "
-        f"{_MIN_QUERIES} were enough for 30, and fewer are faster"
-    )
-    if most > 100:
-        reason += ". COCO's AP counts the best 100 detections of an image only"
-    return Advice("model.num_queries", queries, reason + ".", [f"model.num_queries={queries}"])
-
-
-def _short_side(statistics: Statistics, stride: int, max_size: int) -> Tuple[int, float]:
-    """The least multiple of 32 at which small objects span enough cells, and how many they do."""
-    sides = range(_SHORT_SIDES[0], _SHORT_SIDES[1] + 1, 32)
-    for side in sides:
-        small = np.percentile(statistics.scaled_sizes(side, max_size), SMALL)
-        if small >= _CELLS * stride:
+def _short_side(statistics: Statistics, stride: int, max_size: int) -> Tuple[np.ndarray, int]:
+    """The objects' sizes at the least short side (a multiple of 32) at which small objects span
+    enough cells, and that short side."""
+    for side in range(_SHORT_SIDES[0], _SHORT_SIDES[1] + 1, 32):
+        sizes = statistics.scaled_sizes(side, max_size)
+        if np.percentile(sizes, SMALL) >= _CELLS * stride:
             break
-    return side, float(small / stride)
+    return sizes, side
 
 
-def _smallest_class(statistics: Statistics, short_side: int, max_size: int, small: float) -> str:
+def _is_fine(cells: float) -> bool:
+    return cells >= _CELLS - 0.1
+
+
+def _size_overrides(short_side: int, max_size: int) -> List[str]:
+    overrides = [
+        f"dataloader.train.mapper.augmentations.short_sides=[{short_side}]",
+        # Or half of the images keep the sizes of the augmentation with crops.
+        "dataloader.train.mapper.augmentations_with_crop=null",
+        f"dataloader.test.mapper.augmentations.short_sides={short_side}",
+    ]
+    if max_size < MAX_SIZE:
+        overrides += [
+            f"dataloader.{split}.mapper.augmentations.max_size={MAX_SIZE}"
+            for split in ("train", "test")
+        ]
+    return overrides
+
+
+def _smallest_class(statistics: Statistics, sizes: np.ndarray, small: float) -> str:
     """A sentence on the class of the smallest objects, if it is smaller than "small" ones."""
-    sizes = statistics.scaled_sizes(short_side, max_size)
-    medians = {
-        name: float(np.median(sizes[statistics.classes == index]))
+    median, name = min(
+        (float(np.median(sizes[statistics.classes == index])), name)
         for index, name in enumerate(statistics.class_names)
         if (statistics.classes == index).any()
-    }
-    name = min(medians, key=lambda name: medians[name])
-    if medians[name] >= small:
+    )
+    if median >= small:
         return ""
     return (
-        f" Objects of the class '{name}' become only {medians[name]:.0f} pixels (median): take "
-        "larger images if that class matters."
+        f" Objects of the class '{name}' become only {median:.0f} pixels (median): take larger "
+        "images if that class matters."
     )
 
 
 def _beta(small: float, stride: int, num_scales: int) -> float:
-    """Inverts the radius at which a map starts at the finest scale, sqrt(beta / 2) cells, with
-    several scales sqrt(16 beta stride) pixels."""
+    """Inverts the radius at which a map starts at the finest scale: sqrt(beta / 2) cells with one
+    scale, sqrt(16 beta stride) pixels with several."""
     radius = _START_RADIUS * small
     beta = 2 * (radius / stride) ** 2 if num_scales == 1 else radius**2 / (16 * stride)
     return min(float(f"{beta:.1g}"), PUBLISHED_BETA)
 
 
-def _advise_beta(small: float, stride: int, num_scales: int) -> Advice:
-    beta = _beta(small, stride, num_scales)
-    start = stride * math.sqrt(beta / 2) if num_scales == 1 else math.sqrt(16 * beta * stride)
-    return Advice(
-        "model.decoder.modulation.beta",
-        beta,
-        f"with {_scales(num_scales)} maps start with a radius of {start:.0f} pixels at stride "
-        f"{stride}, about a third of a small object ({small:.0f} pixels); starting so, not twice "
-        "as wide, took the study's models from AP 28.9 to 33.2 with one scale and from 16.6 to "
-        "21.9 with three.",
-        [f"model.decoder.modulation.beta={beta}"],
-    )
-
-
-def _scales(number: int) -> str:
-    return "one scale" if number == 1 else f"{number} scales"
-
-
 def _advise_scales(
-    small: float, large: float, cells: float, stride: int, num_scales: int, map_stride: int
+    ratio: float, cells: float, small: float, stride: int, num_scales: int, map_stride: int
 ) -> Advice:
-    ratio = large / small
     alike = f"large objects are {ratio:.1f} times as long as small ones"
-    if ratio <= _ALIKE and cells >= _CELLS - 0.1:
-        return Advice(
-            "scales",
-            f"one of stride {stride} is enough",
-            f"{alike}; in the study (2.5 and 1.5 times) several scales gained nothing over one, "
-            "and took two to three times as long."
-            + (
-                ""
-                if num_scales == 1 or map_stride != stride  # the finest is needed with another
-                else " One is: the first of model.in_features alone, model.num_extra_scales=0 and "
+    if ratio <= _ALIKE and _is_fine(cells):
+        reason = f"{alike}; up to {_ALIKE} times, more scales only cost time."
+        if num_scales > 1 and map_stride == stride:  # else the decoder needs the finest and another
+            reason += (
+                " One is: the first of model.in_features alone, model.num_extra_scales=0 and "
                 f"model.decoder.modulation.beta={_beta(small, stride, 1)}."
-            ),
-        )
-    if cells < _CELLS - 0.1 and stride > 8:
-        return Advice(
-            "scales",
-            "several, from stride 8",
-            f"small objects are {cells:.1f} cells of stride {stride}: the convolutional encoder "
-            "(configs/common/models/smca_conv.py) has stride 8.",
-        )
-    return Advice(
-        "scales",
-        "several",
-        f"{alike}; on COCO several scales are ahead of one (43.7 over 41.0 AP), as in the study of "
-        "objects that differ ten times (19.8 over 11.6), where the convolutional encoder "
-        "(configs/common/models/smca_conv.py) took two thirds of the attention encoder's time for "
-        "as much or more (22.1).",
-    )
+            )
+        return Advice("scales", f"one of stride {stride} is enough", reason)
+    encoder = "the convolutional encoder (configs/common/models/smca_conv.py)"
+    if not _is_fine(cells) and stride > 8:
+        reason = f"small objects are {cells:.1f} cells of stride {stride}; {encoder} has stride 8."
+        return Advice("scales", "several, from stride 8", reason)
+    return Advice("scales", "several", f"{alike}; {encoder} is the fastest with several scales.")
