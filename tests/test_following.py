@@ -59,7 +59,7 @@ def test_a_model_with_modulation_has_weight_maps_too(tmp_path):
 
 @pytest.mark.usefixtures("few_shapes")
 def test_a_picture_that_fails_ends_no_training(tmp_path, caplog):
-    cfg = load_config(write_smca_config(tmp_path))
+    cfg = load_config(write_smca_config(tmp_path), ["train.num_pictures=1"])
     pictures = EvaluationPictures(cfg)
     with EventStorage() as storage:
         for _ in range(2):
