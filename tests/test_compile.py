@@ -4,11 +4,15 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.structures import Boxes, Instances
+from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_detections, build_model
 from smca.analysis.recorder import Recorder
+from smca.modeling import SMCA
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
@@ -77,6 +81,39 @@ def test_training_compiles_a_handful_of_graphs_for_many_sizes(graphs):
         assert model.encoder.layers[0].ffn.linear1.weight.grad.any()
     assert 3 <= graphs() <= 8
     assert not counters["graph_break"]
+
+
+class Parts(nn.Module):
+    """Stands for a model, with more parameters in each part than a bucket holds."""
+
+    compile_parts = SMCA.compile_parts
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.encoder, self.decoder = (
+            nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        return self.decoder(self.encoder(self.backbone(x)))
+
+
+def test_graphs_are_whole_in_distributed_training(graphs):
+    # Cut at the buckets of gradients, as PyTorch does, those of real models fail.
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    model = Parts()
+    model.compile_parts(backend=backend)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model, bucket_cap_mb=1)(torch.ones(2, 600)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(compiled) == graphs() > 0
 
 
 def test_checkpointed_layers_compile_and_have_the_same_gradients(graphs):

@@ -1,5 +1,7 @@
 """The models on a GPU that is not there: which tensors stay on the host, and how often it waits."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers import build_model, make_image, needs_fake_gpu
-from smca.engine import Trainer
+from smca.engine import ModelEMA, Trainer
 
 pytestmark = needs_fake_gpu
 aten = torch.ops.aten
@@ -95,6 +97,9 @@ def gpu(monkeypatch):
     # PyTorch's own takes a fake tensor's numbers one by one, and a real one's in a single copy.
     # There are no numbers, so these are zeros.
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: np.zeros(x.cpu().shape).tolist())
+    # Without a GPU autocast would disable itself.
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     with FakeGpu() as mode:
         yield mode
 
@@ -118,8 +123,11 @@ def batch(num_objects=(2, 1)):
     return items
 
 
+@contextlib.contextmanager
 def autocast(dtype):
-    return torch.autocast("cuda", dtype=dtype, enabled=dtype is not None)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+        assert torch.is_autocast_enabled("cuda") == (dtype is not None)
+        yield
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,6 +185,7 @@ def test_a_step_of_training_waits_twice(gpu, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: set_gradients(model))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     trainer = Trainer(model, [batch()] * 2, optimizer, amp_dtype=DTYPES[dtype], clip_grad_norm=0.1)
+    trainer.register_hooks([ModelEMA(model, 0.9)])
     trainer.train(0, 2)  # in the first step AdamW makes its state
     # The matcher's costs, and six losses with the norm of the gradient, the loss's scale and
     # whether one of three signals came.

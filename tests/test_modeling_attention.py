@@ -316,6 +316,7 @@ def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding
 @pytest.mark.parametrize("spread", [None, *MAPS])
 def test_no_full_map_is_kept_for_the_backward_pass(spread, dropout, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_CHUNK", 1 << 16)
+    monkeypatch.setattr(kernels, "_MAX_KEPT", 1 << 16)
     num_heads, num_queries, size = 8, 400, (20, 24)
     inputs = random_gaussians(size, spread or "fixed", num_queries, num_heads)
     attention = CoAttention(D, num_heads, dropout)
@@ -361,6 +362,8 @@ def test_dropout_keeps_the_same_weights_forward_and_backward(
 ):
     size, num_queries, p = (6, 8), 20, 0.4
     monkeypatch.setattr(kernels, "_MAX_CHUNK", B * H * num_queries * 48 // num_chunks)
+    if num_chunks == 7:  # computed again
+        monkeypatch.setattr(kernels, "_MAX_KEPT", 0)
     mask = make_scales([16])[0].padding_mask if padded else None
     # With the unit matrix as values, the result is the weights, and 0 where they were dropped.
     inputs = leaves(
@@ -387,6 +390,34 @@ def test_dropout_keeps_the_same_weights_forward_and_backward(
     expected = weights * kept / (1 - p) @ inputs["value"]
     assert_close(output, expected, 1e-5)
     assert_same_gradients(output, expected, inputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("spread", MAPS)
+def test_a_map_that_is_added_to_the_logits_as_on_a_gpu_gives_the_same(spread, padded, monkeypatch):
+    size, num_queries = (6, 8), 20
+    mask = make_scales([16])[0].padding_mask if padded else None
+    lengths = {"q": num_queries, "k": 48, "v": 48}
+    tokens = {name: random_tensor(B, H, n, 8, seed=ord(name)) for name, n in lengths.items()}
+    inputs = leaves({**tokens, **random_gaussians(size, spread, num_queries)})
+
+    def run():
+        weight_map = make_map(inputs["centers"], inputs["spreads"], spread, size)
+        return attend(inputs["q"], inputs["k"], inputs["v"], mask, 0.0, weight_map)
+
+    expected = run()
+    monkeypatch.setattr(kernels, "_can_add", lambda *args: True)
+    monkeypatch.setattr(kernels, "fit_channels", None)
+    output = run()
+    assert_close(output, expected, 1e-5)
+    assert_same_gradients(output, expected, used(inputs, spread))
+
+
+def test_a_map_far_from_all_cells_is_finite_in_float16(monkeypatch):
+    monkeypatch.setattr(kernels, "_can_add", lambda *args: True)
+    tokens = (torch.ones(1, 1, n, 8, dtype=torch.float16) for n in (3, 48, 48))
+    weight_map = MAPS["fixed"](torch.full((1, 1, 3, 2), 1e4), torch.empty(1, 1, 3, 0), 1.0, (6, 8))
+    assert attend(*tokens, weight_map=weight_map).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)

@@ -63,6 +63,27 @@ def test_a_folded_convolution_equals_convolution_norm_activation(bias, activatio
     assert_same(folded, plain, torch.randn(2, 6, 9, 11))
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_folded_convolution_follows_what_changes(with_gradients):
+    torch.manual_seed(0)
+    plain = randomize_norms(Conv2d(6, 8, 3, bias=False, norm=FrozenBatchNorm2d(8)))
+    folded, image = fold_frozen_norms(plain), torch.randn(2, 6, 9, 11)
+    unfolded = Conv2d(6, 8, 3, bias=False, norm=plain.norm)
+    unfolded.weight = plain.weight
+    with torch.set_grad_enabled(with_gradients):
+        for tensor in [None, *folded.state_dict().values()]:
+            if tensor is not None:
+                tensor.mul_(1.5)
+            torch.testing.assert_close(folded(image), unfolded(image), atol=1e-4, rtol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert folded(image).dtype == torch.bfloat16
+        torch.testing.assert_close(folded(image), unfolded(image), atol=1e-4, rtol=1e-4)
+    copied = copy.deepcopy(folded)
+    with torch.no_grad():
+        copied.norm.weight.zero_()
+        assert torch.equal(copied(image), folded.norm.bias.expand(2, 7, 9, 8).permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("depth, channels", [(18, [16, 32, 64, 128]), (50, [64, 128, 256, 512])])
 def test_width_scales_all_channels(depth, channels):
     model = resnet(depth, width=16)

@@ -140,7 +140,8 @@ def pyramid_reference(encoder, scales):
         for index, scale in enumerate(scales)
     )
     tokens, position = coarse.flatten(2).mT, scales[2].position
-    tokens = encoder.attention(tokens, position, scales[2].padding_mask)
+    num_cells, masks = [tokens.shape[1]], [scales[2].padding_mask]
+    tokens = encoder.attention(tokens, position, num_cells, masks)
     coarse = tokens.mT.unflatten(2, scales[2].size)
 
     def larger(x, like):

@@ -5,6 +5,7 @@ import math
 import os
 from typing import Any, Dict, List, Mapping
 
+import torch
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -31,6 +32,20 @@ class _AveragedWeights(AveragedModel):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]
         return self.module.state_dict(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        # PyTorch's own copies a number to the GPU in each step, and waits for it.
+        own, new = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs = list(zip(own, new))
+        floats = [(a, b) for a, b in pairs if self.n_averaged and a.is_floating_point()]
+        if floats:
+            averages, values = map(list, zip(*floats))
+            self.multi_avg_fn(averages, values, self.n_averaged)  # type: ignore[misc,arg-type]
+        for average, value in pairs:
+            if not (self.n_averaged and average.is_floating_point()):
+                average.copy_(value)
+        self.n_averaged += 1
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Zero would make the next update start over with a copy of the weights.

@@ -8,6 +8,8 @@ from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
+from .layers import autocast_dtype
+
 # Blocks in each stage, by depth.
 _NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -87,9 +89,14 @@ class FrozenNormConv2d(Conv2d):
     eps). Folding costs a pass over the weights and saves two over the much larger output, in
     training too. Parameters, buffers and their names stay as they are. With another norm in place
     of the frozen one it is Detectron2's convolution again.
+
+    What does not change from call to call is kept, in autocast's type: the norm's factor and shift,
+    and without gradients the weight.
     """
 
     norm: Optional[nn.Module]
+    # What of, with the tensors to hold on to them; factor or weight; shift.
+    _kept: Tuple[Any, ...] = (None,)
 
     @classmethod
     def like(cls, convolution: Conv2d) -> "FrozenNormConv2d":
@@ -107,15 +114,32 @@ class FrozenNormConv2d(Conv2d):
         norm = self.norm
         if not isinstance(norm, FrozenBatchNorm2d):
             return super().forward(x)
-        x = self._conv_forward(x, *self._folded(norm))
+        x = self._conv_forward(x, *self._fold(norm))
         return x if self.activation is None else self.activation(x)
 
-    def _folded(self, norm: FrozenBatchNorm2d) -> Tuple[Tensor, Tensor]:
+    def _fold(self, norm: FrozenBatchNorm2d) -> Tuple[Tensor, Tensor]:
         """Weight and bias of the convolution and its norm in one."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        cannot_keep = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+        if cannot_keep or (learns and self.bias is not None):
+            factor, shift = self._factor_and_shift(norm)
+            return self.weight * factor, shift
+        dtype = autocast_dtype(self.weight)
+        tensors = [*norm.buffers(), *(() if learns else self.parameters())]
+        made_of = dtype, learns, [(id(t), t._version, t.device, t.dtype) for t in tensors]
+        kept = self._kept
+        if kept[0] != made_of:
+            with torch.no_grad():
+                factor, shift = self._factor_and_shift(norm)
+                first = factor if learns else (self.weight * factor).to(dtype)
+            kept = self._kept = made_of, first, shift.to(dtype), tensors
+        return self.weight * kept[1] if learns else kept[1], kept[2]
+
+    def _factor_and_shift(self, norm: FrozenBatchNorm2d) -> Tuple[Tensor, Tensor]:
+        """What the norm makes of the weight, and of the bias."""
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = self.weight * factor[:, None, None, None]
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        return weight, norm.bias - mean * factor
+        return factor[:, None, None, None], norm.bias - mean * factor
 
     @torch.no_grad()
     def absorb_norm(self) -> None:
@@ -123,8 +147,9 @@ class FrozenNormConv2d(Conv2d):
         buffers, for graphs that are not trained further."""
         norm = self.norm
         if isinstance(norm, FrozenBatchNorm2d):
-            weight, bias = self._folded(norm)
+            weight, bias = self._fold(norm)
             self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self._kept = (None,)
             self.norm = None
 
 

@@ -80,7 +80,10 @@ class SetCriterion(nn.Module):
             Weighted scalar losses, whose sum is the objective: ``loss_ce``, ``loss_bbox`` and
             ``loss_giou`` of the last layer, ``loss_ce_0`` and so on of the layers before it.
         """
-        losses = self.by_layer(predictions, targets, matching)
+        losses = {
+            name: loss.unbind()
+            for name, loss in self.by_layer(predictions, targets, matching).items()
+        }
         last = len(predictions.logits) - 1
         return {
             name if layer == last else f"{name}_{layer}": loss[layer]

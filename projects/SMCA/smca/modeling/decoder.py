@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .attention import CoAttention, MultiheadAttention
 from .cell_head import change_boxes
-from .layers import FeedForward, mlp, xavier_uniform
+from .kernels import additive_mask
+from .layers import FeedForward, autocast_dtype, mlp, xavier_uniform
 from .position_encoding import encode_boxes
 from .queries import Queries
 from .scales import Scale
@@ -26,12 +27,14 @@ class Memory(NamedTuple):
     Attributes:
         scales: the encoded scales that the layers read.
         num_cells: the number of cells of each scale.
+        padding_masks: of each scale, as in `attend`.
         key: (B, S, d) tokens with their positions.
         value: (B, S, d) tokens.
     """
 
     scales: List[Scale]
     num_cells: List[int]
+    padding_masks: List[Optional[Tensor]]
     key: Tensor
     value: Tensor
 
@@ -155,7 +158,7 @@ class DecoderLayer(nn.Module):
             memory.key,
             memory.value,
             memory.num_cells,
-            [scale.padding_mask for scale in memory.scales],
+            memory.padding_masks,
             weight_maps,
             scale_weights,
         )
@@ -278,7 +281,9 @@ class Decoder(nn.Module):
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         num_cells = [scale.tokens.shape[1] for scale in scales]
-        memory = Memory(scales, num_cells, tokens + position, tokens)
+        dtype = autocast_dtype(tokens)
+        masks = [additive_mask(scale.padding_mask, dtype) for scale in scales]
+        memory = Memory(scales, num_cells, masks, tokens + position, tokens)
         content, reference = queries.content, queries.reference
         hidden: List[Tensor] = []
         references: List[Tensor] = []

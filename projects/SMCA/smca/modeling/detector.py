@@ -160,6 +160,8 @@ class SMCA(nn.Module):
         Args:
             kwargs: arguments of ``torch.compile``.
         """
+        # Graphs that DistributedDataParallel cuts at its buckets fail where sizes change.
+        torch._dynamo.config.optimize_ddp = False
         for part in (self.backbone, self.encoder, self.decoder):
             part.compile(**{"dynamic": True, **kwargs})
 

@@ -1,13 +1,13 @@
 """Intra-scale and multi-scale self-attention encoder (SMCA, section 3.4)."""
 
-from functools import partial
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention
-from .layers import FeedForward, run_layer, xavier_uniform
+from .kernels import additive_mask
+from .layers import FeedForward, autocast_dtype, run_layer, xavier_uniform
 from .scales import Scale, join_padding_masks
 
 
@@ -22,19 +22,24 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 
     def forward(
-        self, tokens: Tensor, position: Tensor, padding_mask: Optional[Tensor] = None
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        num_cells: Sequence[int],
+        padding_masks: Sequence[Optional[Tensor]],
     ) -> Tensor:
         """
         Args:
-            tokens: (B, S, d).
+            tokens: (B, S, d), joined parts that do not see one another.
             position: (B, S, d), added to queries and keys.
-            padding_mask: (B, S) bool, True on padding; None where nothing is.
+            num_cells: of each part.
+            padding_masks: of each part, as in `attend`.
 
         Returns:
             (B, S, d)
         """
         located = tokens + position
-        attended = self.self_attention(located, located, tokens, padding_mask)
+        attended = self.self_attention.within(located, located, tokens, num_cells, padding_masks)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
@@ -88,17 +93,15 @@ class TransformerEncoder(nn.Module):
         Returns:
             The scales with encoded tokens, in the same order.
         """
-        joined_position = torch.cat([scale.position for scale in scales], dim=1)
-        joined_mask = join_padding_masks(scales)
+        tokens = torch.cat([scale.tokens for scale in scales], dim=1)
+        position = torch.cat([scale.position for scale in scales], dim=1)
+        dtype = autocast_dtype(tokens)
         num_cells = [scale.tokens.shape[1] for scale in scales]
-        tokens = [scale.tokens for scale in scales]
+        parts = {
+            "I": (num_cells, [additive_mask(scale.padding_mask, dtype) for scale in scales]),
+            "M": ([tokens.shape[1]], [additive_mask(join_padding_masks(scales), dtype)]),
+        }
+        checkpointing = self.checkpointing and self.training
         for kind, layer in zip(self.pattern, self.layers):
-            run = partial(run_layer, layer, self.checkpointing and self.training)
-            if kind == "I":
-                tokens = [
-                    run(t, scale.position, scale.padding_mask) for t, scale in zip(tokens, scales)
-                ]
-            else:
-                joined = run(torch.cat(tokens, dim=1), joined_position, joined_mask)
-                tokens = list(joined.split(num_cells, dim=1))
-        return [scale.with_tokens(t) for scale, t in zip(scales, tokens)]
+            tokens = run_layer(layer, checkpointing, tokens, position, *parts[kind])
+        return [scale.with_tokens(t) for scale, t in zip(scales, tokens.split(num_cells, dim=1))]

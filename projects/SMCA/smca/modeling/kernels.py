@@ -1,5 +1,8 @@
-"""Attention through PyTorch's fused kernels: log-weights are channels of queries and keys, so that
-no (B, H, N, S) map is made. Nothing here is specific to the model.
+"""Attention through PyTorch's fused kernels. Nothing here is specific to the model.
+
+Log-weights are channels of queries and keys, so that no (B, H, N, S) map is made. On a GPU, maps
+that are not large are added to the logits instead: to start the operations that make channels takes
+longer than to compute the map, whose gradients are also rounded less.
 
 `attend_explicitly` serves the cases that the fused kernels do not: log-weights that are not dot
 products, and on the CPU dropout and very large logits.
@@ -17,13 +20,21 @@ from .weight_map import Channels, WeightMap, float32_region
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
+# cuDNN's attention takes most of a second to plan for each new shape, keeps all plans, and has
+# gradients that are nan with some masks (PyTorch's issue 196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # Size of a logit up to which the CPU's fused kernel gives right gradients.
 _MAX_LOGIT = 1e5
 # Size of the channels' products up to which float32 rounds their sum, a log-weight, and its
 # gradients by less than 1e-4.
 _MAX_PRODUCT = 4096.0
-# `attend_explicitly` computes so many logits at once (16 MiB).
+# `attend_explicitly` computes so many logits at once (16 MiB), and computes them again in the
+# backward pass where there are more than this of them: 64 MiB, for which 144 are kept.
 _MAX_CHUNK = 1 << 22
+_MAX_KEPT = 1 << 24
+# Size of a map that is added to the logits on a GPU: 64 MiB in the half types.
+_MAX_ADDED = 1 << 25
 # Largest channel of a query in the half types.
 _MAX_CHANNEL = torch.finfo(torch.float16).max
 
@@ -36,8 +47,8 @@ def attend(
     dropout_p: float = 0.0,
     weight_map: Optional[WeightMap] = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d_h) + log-weights) v, without ever holding a whole (B, H, N, S) map:
-    ``F.scaled_dot_product_attention`` with a bias.
+    """softmax(q k^T / sqrt(d_h) + log-weights) v, as ``F.scaled_dot_product_attention`` with a
+    bias, without holding a large (B, H, N, S) map.
 
     In float32 the log-weights of a batch are computed in one of two ways, both exact to 1e-4.
     Which one, depends on the largest: other images of a batch can change an image's result by that
@@ -45,7 +56,8 @@ def attend(
 
     Args:
         query: (B, H, N, d_h). key, value: (B, H, S, d_h).
-        padding_mask: (B, S) bool, True on cells to leave out, or None.
+        padding_mask: (B, S) bool, True on cells to leave out; what `additive_mask` makes of it, for
+            several calls; or None.
         dropout_p: probability with which an attention weight is dropped.
         weight_map: of S cells, with H heads or one; None: no log-weights.
 
@@ -60,53 +72,75 @@ def attend(
     if query.dtype not in HALF_TYPES:
         query, logit_factor = query * logit_factor, 1.0
     fused = _can_fuse(query, key, logit_factor, dropout_p)
-    if weight_map is not None:
+    mask = padding_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = additive_mask(mask, query.dtype)
+    if weight_map is not None and _can_add(query, key):
+        log_weights = weight_map.log_weights().flatten(3)
+        if query.dtype == torch.float16:  # of infinities alone there is no softmax
+            log_weights = log_weights.clamp(min=-_MAX_CHANNEL)
+        log_weights = log_weights.to(query.dtype)
+        mask = log_weights if mask is None else log_weights + mask
+    elif weight_map is not None:
         channels = weight_map.channels()
         if channels is None:
-            return attend_explicitly(
-                query, key, value, padding_mask, dropout_p, logit_factor, weight_map
-            )
+            return attend_explicitly(query, key, value, mask, dropout_p, logit_factor, weight_map)
         query, key, value = append_channels(query, key, value, channels, logit_factor)
     with float32_region(query):
         if fused:
-            mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
             out = F.scaled_dot_product_attention(
                 query, key, value, mask, dropout_p, scale=logit_factor
             )
         else:
-            out = attend_explicitly(query, key, value, padding_mask, dropout_p, logit_factor)
+            out = attend_explicitly(query, key, value, mask, dropout_p, logit_factor)
     return out[..., :head_dim]
+
+
+def additive_mask(padding_mask: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """(B, 1, 1, S) of a (B, S) padding mask: 0, and minus infinity on padding."""
+    if padding_mask is None:
+        return None
+    num_cells = padding_mask.shape[1]
+    if not torch.compiler.is_compiling():  # kernels copy rows that do not begin at a multiple of 8
+        padding_mask = F.pad(padding_mask, (0, -num_cells % 8))
+    mask = torch.zeros_like(padding_mask, dtype=dtype).masked_fill(padding_mask, -torch.inf)
+    return mask[:, None, None, :num_cells]
 
 
 def attend_explicitly(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    padding_mask: Optional[Tensor],
+    mask: Optional[Tensor],
     dropout_p: float,
     logit_factor: float,
     weight_map: Optional[WeightMap] = None,
 ) -> Tensor:
-    """The formula itself, in float32: dropout(softmax(q k^T logit_factor + log-weights)) v.
+    """The formula itself, in float32: dropout(softmax(q k^T logit_factor + log-weights + mask)) v.
 
-    A large map is computed in chunks of queries, each of which is computed again in the backward
-    pass. Arguments as of `attend`.
+    A large map is computed in chunks of queries, each of which, of a very large one, is computed
+    again in the backward pass. The mask is that of `additive_mask`, other arguments are those of
+    `attend`.
     """
     dtype, num_queries = query.dtype, query.shape[2]
     query, key, value = query.float() * logit_factor, key.float(), value.float()
+    num_logits = query.shape[:3].numel() * key.shape[2]
     num_chunks = 1
     if not torch.compiler.is_compiling():  # a graph takes one way for all sizes
-        num_chunks = math.ceil(query.shape[:3].numel() * key.shape[2] / _MAX_CHUNK)
+        num_chunks = math.ceil(num_logits / _MAX_CHUNK)
     with float32_region(query):
         if num_chunks <= 1:
-            return _formula(query, key, value, padding_mask, dropout_p, weight_map).to(dtype)
+            return _formula(query, key, value, mask, dropout_p, weight_map).to(dtype)
         length = math.ceil(num_queries / num_chunks)
         chunks = []
         for start in range(0, num_queries, length):
             rows = slice(start, start + length)
             part = None if weight_map is None else weight_map.of_queries(rows)
-            inputs = (query[:, :, rows], key, value, padding_mask, dropout_p, part)
-            chunks.append(checkpoint(_formula, *inputs, use_reentrant=False))
+            inputs = (query[:, :, rows], key, value, mask, dropout_p, part)
+            if num_logits <= _MAX_KEPT:
+                chunks.append(_formula(*inputs))
+            else:
+                chunks.append(checkpoint(_formula, *inputs, use_reentrant=False))
         return torch.cat(chunks, dim=2).to(dtype)
 
 
@@ -114,15 +148,15 @@ def _formula(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    padding_mask: Optional[Tensor],
+    mask: Optional[Tensor],
     dropout_p: float,
     weight_map: Optional[WeightMap],
 ) -> Tensor:
     logits = query @ key.mT
     if weight_map is not None:
         logits = logits + weight_map.log_weights().flatten(3)
-    if padding_mask is not None:
-        logits = logits.masked_fill(padding_mask[:, None, None, :], -torch.inf)
+    if mask is not None:
+        logits = logits + mask
     return F.dropout(logits.softmax(dim=-1), dropout_p) @ value
 
 
@@ -141,6 +175,13 @@ def _can_fuse(query: Tensor, key: Tensor, logit_factor: float, dropout_p: float)
         for tokens in (query, key)
     ]
     return bool(longest[0] * longest[1] * logit_factor <= _MAX_LOGIT)
+
+
+def _can_add(query: Tensor, key: Tensor) -> bool:
+    """Whether a weight map is added to the logits. A compiled graph fuses what makes channels."""
+    if query.device.type == "cpu" or torch.compiler.is_compiling():
+        return False
+    return query.shape[:3].numel() * key.shape[2] <= _MAX_ADDED
 
 
 def append_channels(
@@ -179,9 +220,8 @@ def fit_channels(
         # Each of the query's three pieces meets each of the cell's two; only the long numbers have
         # a second piece.
         pieces, (high, low) = _pieces(query, dtype, 3), _pieces(cells, dtype, 2)
-        columns = list(long)
-        query = torch.cat(pieces + [piece[..., columns] for piece in pieces], dim=-1)
-        return query, torch.cat([high] * 3 + [low[..., columns]] * 3, dim=-1)
+        query = torch.cat(pieces + [piece[..., long] for piece in pieces], dim=-1)
+        return query, torch.cat([high] * 3 + [low[..., long]] * 3, dim=-1)
     with torch.no_grad():
         largest = (query.abs() * cells.abs().amax(dim=0)).sum(dim=-1, keepdim=True)
     # Asking a GPU would wait for it, and a compiled graph takes one way for all inputs.

@@ -26,6 +26,12 @@ class FeedForward(nn.Module):
         return self.norm(tokens + self.dropout(self.linear2(hidden)))
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that linear layers and convolutions compute in: autocast's, else the tensor's."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def mlp(embed_dim: int, out_dim: int) -> MLP:
     """Three linear layers d, d, d -> out_dim with ReLU between."""
     return MLP(embed_dim, [embed_dim, embed_dim, out_dim])

@@ -87,10 +87,9 @@ class PyramidEncoder(nn.Module):
             The scales with encoded tokens, in the same order.
         """
         maps = [norm(scale.as_map(scale.tokens)) for norm, scale in zip(self.input_norms, scales)]
-        last = scales[-1]
-        maps[-1] = last.as_map(
-            self.attention(as_tokens(maps[-1]), last.position, last.padding_mask)
-        )
+        last, tokens = scales[-1], as_tokens(maps[-1])
+        tokens = self.attention(tokens, last.position, [tokens.shape[1]], [last.padding_mask])
+        maps[-1] = last.as_map(tokens)
         for fine in reversed(range(len(maps) - 1)):
             coarse = F.interpolate(maps[fine + 1], size=maps[fine].shape[-2:], mode="nearest")
             maps[fine] = self.to_fine[fine](maps[fine] + coarse)

@@ -66,12 +66,13 @@ class Channels(NamedTuple):
     Attributes:
         query: (B, H', Q, k) float32.
         cells: (h * w, k) float32, all whole numbers.
-        long: the channels whose whole numbers take more than 8 bits on large maps.
+        long: the channels whose whole numbers take more than 8 bits on large maps. A slice: a GPU
+            would have to wait for a list.
     """
 
     query: Tensor
     cells: Tensor
-    long: Tuple[int, ...]
+    long: slice
 
 
 @dataclass
@@ -117,7 +118,8 @@ class WeightMap(ABC):
             x = torch.arange(width, dtype=centers.dtype, device=centers.device)
         if y is None:
             y = torch.arange(height, dtype=centers.dtype, device=centers.device)
-        dx, dy = x - centers[..., 0:1], y - centers[..., 1:2]
+        center_x, center_y = centers.split(1, dim=-1)
+        dx, dy = x - center_x, y - center_y
         if self.unit is not None:
             dx, dy = dx / self.unit[..., 0:1], dy / self.unit[..., 1:2]
         return self.log_weights_at(dx[..., None, :], dy[..., :, None])
@@ -149,7 +151,7 @@ class Gaussian(WeightMap):
 
     def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
         p_x, p_y = self.precisions[..., None, None, :].unbind(-1)
-        return -(p_x * dx.square() + p_y * dy.square())
+        return -(p_x * dx.square()) - p_y * dy.square()
 
     def channels(self) -> Channels:
         # -p (x - c)^2 = -p x^2 + 2 p c x - p c^2 for each axis. The last term is the same for all
@@ -163,7 +165,7 @@ class Gaussian(WeightMap):
         query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared]
         x, y = self._cells_from_middle()
         cells = [x * x, x, y * y, y, torch.full_like(x, 64)]
-        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=(0, 2))
+        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=slice(0, 3, 2))
 
     # Counted from the middle cell, coordinates and their products are small whole numbers.
 
@@ -236,7 +238,7 @@ class RotatedGaussian(Gaussian):
         query = [-p_xx, 2 * slope_x, -p_yy, 2 * slope_y, -2 * p_xy, -shared]
         x, y = self._cells_from_middle()
         cells = [x * x, x, y * y, y, x * y, torch.full_like(x, 64)]
-        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=(0, 2, 4))
+        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=slice(0, 5, 2))
 
 
 class Laplacian(WeightMap):
@@ -396,12 +398,13 @@ class WeightMapPredictor(nn.Module):
         """
         with float32_region(queries):
             offsets, spreads = (
-                # (B, Q, L * H' * n) -> (L, B, H', Q, n)
+                # (B, Q, L * H' * n) -> L times (B, H', Q, n)
                 None
                 if linear is None
                 else linear(queries)
                 .unflatten(2, (self.num_scales, self.num_heads, -1))
                 .permute(2, 0, 3, 1, 4)
+                .unbind()
                 for linear in (self.offset, self.spread)
             )
         maps = []
