@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from PIL import Image
+from torch.export.passes import move_to_device_pass
 from torch.torch_version import TorchVersion
 
 import export as tool
@@ -300,6 +301,10 @@ def test_pt2_gives_the_models_detections(tiny, tmp_path):
         with torch.no_grad():
             outputs = program(torch.from_numpy(padded), torch.from_numpy(image_sizes))
         assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
+    # On a GPU it has to be moved: the graph makes tensors, too.
+    moved = move_to_device_pass(torch.export.load(path), "meta")
+    nodes = [node for node in moved.graph.nodes if "device" in node.kwargs]
+    assert nodes and {str(node.kwargs["device"]) for node in nodes} == {"meta"}
     metadata = json.loads(extra_files[METADATA_NAME])
     assert (metadata["short_side"], metadata["max_size"], metadata["threshold"]) == (96, 160, 0.5)
 

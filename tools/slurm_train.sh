@@ -7,10 +7,11 @@
 # Three minutes before the time limit, Slurm sends SIGUSR1. The training ends its step, saves and
 # exits with 138 (128 + SIGUSR1), after which this script puts the job back into the queue. What
 # Slurm preempts it requeues itself (SIGTERM; the training saves, and exits with 143). scancel ends
-# the job for good.
+# the job for good. A GPU has five cores: for the training process and its four data loaders.
 #
 #SBATCH --job-name=smca
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-gpu=5
 #SBATCH --signal=USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -30,7 +31,7 @@ launch="export RANK=\$SLURM_PROCID LOCAL_RANK=\$SLURM_LOCALID
   export MASTER_ADDR=$host MASTER_PORT=$port
   exec python train_net.py --resume \"\$@\""
 
-srun --ntasks-per-node="$tasks" --overcommit --kill-on-bad-exit=1 \
+srun --ntasks-per-node="$tasks" --overcommit --cpu-bind=none --kill-on-bad-exit=1 \
   bash -c "$launch" train_net.py "$@"
 code=$?
 if [ "$code" -eq 138 ]; then

@@ -1,5 +1,6 @@
 """The ``train`` section of a config: its keys with their types and defaults, and the device."""
 
+import logging
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Callable, Dict, List, Optional, cast
 
@@ -8,7 +9,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, ValidationError
 
 from smca.errors import ConfigError
 
-__all__ = ["AMP_DTYPES", "TrainConfig", "check_early_stopping", "check_train", "resolve_device"]
+__all__ = [
+    "AMP_DTYPES",
+    "TrainConfig",
+    "amp_dtype",
+    "check_early_stopping",
+    "check_train",
+    "resolve_device",
+]
+
+logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +60,12 @@ class Checkpoints:
 
 
 def _ddp() -> Dict[str, Any]:
-    return dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False)
+    return dict(
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+        fp16_compression=False,
+        gradient_as_bucket_view=True,  # without a copy of the gradients
+    )
 
 
 @dataclass
@@ -68,6 +83,10 @@ class TrainConfig:
     # Decides everything random. A negative seed is drawn once, and --resume keeps it.
     seed: int = _limited(0, "a whole number below 2 ** 31", lambda value: value < 2**31)
     amp: Amp = field(default_factory=Amp)  # mixed precision
+    # Of matrix products in float32: "high" lets GPUs round them to TF32.
+    float32_matmul_precision: str = _limited(
+        "highest", "highest, high or medium", ("highest", "high", "medium").__contains__
+    )
     accumulate: int = _at_least(1, default=1)  # batches whose gradients are averaged for a step
     clip_grad_norm: Optional[float] = _limited(  # None: off
         0.1, "null or a number of at least 0", lambda value: value is None or value >= 0
@@ -153,6 +172,25 @@ def check_early_stopping(train: DictConfig) -> None:
 
 def _is_call(value: Any) -> bool:
     return isinstance(value, DictConfig) and "_target_" in value
+
+
+def amp_dtype(name: str, device: torch.device) -> Optional[torch.dtype]:
+    """
+    Args:
+        name: a key of `AMP_DTYPES`, or "fp32".
+        device: of the model.
+
+    Returns:
+        The type of mixed precision, None for none. A GPU that only emulates it is warned of.
+    """
+    dtype = AMP_DTYPES.get(name)
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            logger.warning(
+                "%s has no bfloat16: attention would be slow and take much memory. Take fp16.",
+                torch.cuda.get_device_name(device),
+            )
+    return dtype
 
 
 def resolve_device(name: str, key: str = "train.device") -> torch.device:

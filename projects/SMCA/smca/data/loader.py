@@ -119,7 +119,8 @@ def build_train_loader(
         num_workers: worker processes; 0 loads in this one.
         seed: None or a negative number draws a new one, the same in all processes; such a run
             cannot be repeated or resumed exactly.
-        kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``pin_memory``.
+        kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``prefetch_factor``.
+            ``pin_memory`` is True where there is a GPU.
 
     Returns:
         A loader that yields lists of samples.
@@ -158,6 +159,8 @@ def build_train_loader(
         rank=comm.get_rank(),
         world_size=world_size,
     )
+    # From other memory, images would be copied to a GPU in two steps.
+    kwargs.setdefault("pin_memory", torch.cuda.is_available())
     loader = DataLoader(
         _SeededMapDataset(dataset, mapper, seed),
         batch_sampler=batches,

@@ -92,7 +92,13 @@ def _check_processes(args: argparse.Namespace) -> None:
 
 
 def _device(args: argparse.Namespace) -> torch.device:
+    """The device of a training in several processes."""
     device = resolve_device(load_config(args.config_file, args.opts).train.device)
+    if device.index is not None:
+        raise ConfigError(
+            f"train.device={device} is one GPU, and several processes take one each: set "
+            "train.device=cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES."
+        )
     if device.type == "cpu":
         # Detectron2 chooses NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -235,9 +241,8 @@ def _run_started(args: argparse.Namespace) -> int:
             "The processes were started already (torchrun --nproc-per-node, --nnodes): leave out "
             "--num-gpus and --num-machines."
         )
-    device = _device(args)
-    if device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        raise ConfigError("There are more processes on this machine than GPUs.")
+    if _device(args).type == "cuda":
+        _own_gpu()
     try:
         record(_work)(args)
     except UserError:
@@ -255,21 +260,37 @@ def _is_first_error() -> bool:
         return True
 
 
+def _own_gpu() -> torch.device:
+    """The GPU of this process: that of its number on the machine, or the only one that a scheduler
+    lets it see.
+
+    Raises:
+        ConfigError: there are more processes than GPUs.
+    """
+    index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        index = 0
+    if index >= count:
+        raise ConfigError("There are more processes on this machine than GPUs.")
+    return torch.device("cuda", index)
+
+
 def _work(args: argparse.Namespace) -> None:
     """Be one of the processes of a training, as the environment's variables say."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-    is_cuda = torch.cuda.is_available()
-    if is_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    gpu = _own_gpu() if torch.cuda.is_available() else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
     # The store may still have the addresses of processes that have ended.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        "nccl" if is_cuda else "gloo",
+        "gloo" if gpu is None else "nccl",
         store=dist.PrefixStore(f"attempt_{attempt}", store),
         rank=rank,
         world_size=world_size,
         timeout=_COLLECTIVE_TIMEOUT,
+        device_id=gpu,
     )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     comm.create_local_process_group(local_size)

@@ -17,7 +17,7 @@ from torch import nn
 from smca.checkpoint import SMCACheckpointer, read_provenance
 from smca.checkpoint.files import find_checkpoints
 from smca.config import (
-    AMP_DTYPES,
+    amp_dtype,
     build,
     check_early_stopping,
     dataset_names,
@@ -81,7 +81,10 @@ def main(args: argparse.Namespace) -> Results:
     # The data of an evaluation may follow from the checkpoint.
     cfg = load_config(args.config_file, args.opts, needed=() if args.eval_only else None)
     train = cfg.train
-    train.device = str(resolve_device(train.device))
+    device = resolve_device(train.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where memory is counted and waited for
+    train.device = str(device)
     if train.fast_dev_run:  # every path once, apart from the real run's files
         train.output_dir = os.path.join(train.output_dir, "fast_dev_run")
         train.max_iter, train.eval_period, train.log_period = _DEV_RUN_STEPS, 0, 1
@@ -251,16 +254,18 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
     train, model = cfg.train, run.model
     if train.compile:
         cast(SMCA, model).compile_parts()
+    torch.set_float32_matmul_precision(train.float32_matmul_precision)
     protect_workers(run.train_loader)
     ddp = cast(Dict[str, Any], OmegaConf.to_container(train.ddp, resolve=True))
-    is_cuda = torch.device(train.device).type == "cuda"
+    device = torch.device(train.device)
+    is_cuda = device.type == "cuda"
     return Trainer(
         create_ddp_model(
             model, device_ids=[torch.cuda.current_device()] if is_cuda else None, **ddp
         ),
         run.train_loader,
         run.optimizer,
-        amp_dtype=AMP_DTYPES[train.amp.dtype] if train.amp.enabled else None,
+        amp_dtype=amp_dtype(train.amp.dtype, device) if train.amp.enabled else None,
         accumulate=train.accumulate,
         clip_grad_norm=train.clip_grad_norm,
         seed=train.seed,

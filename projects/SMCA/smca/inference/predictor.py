@@ -10,7 +10,7 @@ from detectron2.data import transforms as T
 from torch import nn
 
 from smca.analysis.detections import class_name
-from smca.config import AMP_DTYPES
+from smca.config import AMP_DTYPES, amp_dtype
 from smca.errors import UserError
 from smca.inference.build import TrainedDetector, load_detector
 from smca.inference.detections import Detections
@@ -128,7 +128,8 @@ class Predictor:
         self.category_ids: Dict[int, int] = detector.category_ids
         self.cfg: Any = detector.cfg
         self.weights: str = detector.weights
-        self._amp_dtype = AMP_DTYPES.get(dtype)
+        device = next(self.model.parameters(), torch.empty(0)).device
+        self._amp_dtype = amp_dtype(dtype, device)
 
     @overload
     def __call__(
