@@ -31,6 +31,7 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -217,7 +218,9 @@ def measure_job(job: Job, options: Options) -> Dict[str, Any]:
     rate = matrix_product_rate(options) if job.cost else None
     found = measure(run, options)
     if options.profile:
-        with torch.profiler.profile() as profile:
+        # On a GPU its kernels alone: operators would have the same times once more.
+        activity = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}[options.device]
+        with torch.profiler.profile(activities=[activity]) as profile:
             run()
         order = f"self_{options.device}_time_total"
         table = profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)

@@ -46,10 +46,15 @@ Result = Tuple[Optional[bool], str]  # whether a check passed (None: it did not 
 
 
 class Step(NamedTuple):
-    """The losses of a training step by name, and the gradient of all parameters as one vector."""
+    """The losses of a training step by name, and the gradients, as a vector for each part."""
 
     losses: Dict[str, float]
-    gradient: Tensor
+    gradients: Dict[str, Tensor]
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to. Weight maps, whose gradients are small, are one."""
+    return "weight maps" if "modulation" in name else name.removeprefix("module.").split(".")[0]
 
 
 # ---- Models and steps
@@ -95,11 +100,14 @@ def take_step(
         with torch.autocast(device, amp_dtype, enabled=amp_dtype is not None):
             losses = model(batch)
         (scale * sum(losses.values())).backward()
-        gradients = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
-        gradient = torch.cat(gradients).float() / scale
-        if gradient.isfinite().all():
+        parts: Dict[str, List[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                parts.setdefault(part_of(name), []).append(parameter.grad.flatten().cpu())
+        gradients = {name: torch.cat(part).float() / scale for name, part in parts.items()}
+        if all(gradient.isfinite().all() for gradient in gradients.values()):
             break
-    return Step({name: loss.item() for name, loss in losses.items()}, gradient)
+    return Step({name: loss.item() for name, loss in losses.items()}, gradients)
 
 
 def compare(found: Step, expected: Step, dtype: str = "float32") -> Tuple[bool, str]:
@@ -111,29 +119,27 @@ def compare(found: Step, expected: Step, dtype: str = "float32") -> Tuple[bool, 
 
 
 def differences(found: Step, expected: Step) -> Tuple[float, float]:
-    """The greatest relative difference of a loss, and that of the gradient's norm. Infinity stands
-    for nan."""
+    """The greatest relative differences of a loss, and of a part's gradient. Infinity stands for
+    nan."""
     losses = [
         abs(found.losses[name] - value) / max(abs(value), 1e-6)
         for name, value in expected.losses.items()
     ]
     loss = torch.tensor(losses).nan_to_num(torch.inf, torch.inf).max()
-    distance = (found.gradient - expected.gradient).norm() / expected.gradient.norm()
-    return float(loss), float(distance.nan_to_num(torch.inf, torch.inf))
+    distances = [
+        (found.gradients[part] - gradient).norm() / gradient.norm()
+        for part, gradient in expected.gradients.items()
+    ]
+    return float(loss), float(torch.stack(distances).nan_to_num(torch.inf, torch.inf).max())
 
 
 # ---- Checks
 
 
 def check_equality(config: str, options: Options) -> Result:
-    """The device's step is the CPU's, in float32 without TF32."""
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        batch = make_batch(options)
-        devices = (options.device, "cpu")
-        steps = [take_step(make_model(config, options, device), batch) for device in devices]
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
+    """The device's step is the CPU's."""
+    batch, devices = make_batch(options), (options.device, "cpu")
+    steps = [take_step(make_model(config, options, device), batch) for device in devices]
     return compare(steps[0], steps[1])
 
 
@@ -177,19 +183,21 @@ def check_processes(config: str, options: Options) -> Result:
         results = manager.dict()
         arguments = (port, config, options, results)
         multiprocessing.spawn(share_a_step, arguments, nprocs=2)  # type: ignore[no-untyped-call]
-        found = [Step(results[rank][0], torch.from_numpy(results[rank][1])) for rank in range(2)]
+        (losses, arrays), (other_losses, other_arrays) = (results[rank] for rank in range(2))
     # Without padding: the convolutions see it, and an image alone has none.
     batch = make_batch(options, is_padded=False)
     expected = take_step(make_model(config, options, options.device), batch)
-    if not torch.equal(found[0].gradient, found[1].gradient):
+    if any((array != other_arrays[part]).any() for part, array in arrays.items()):
         return False, "the processes' gradients differ"
-    losses = {name: (found[0].losses[name] + found[1].losses[name]) / 2 for name in expected.losses}
-    return compare(Step(losses, found[0].gradient), expected)
+    losses = {name: (loss + other_losses[name]) / 2 for name, loss in losses.items()}
+    gradients = {part: torch.from_numpy(array) for part, array in arrays.items()}
+    return compare(Step(losses, gradients), expected)
 
 
 def share_a_step(rank: int, port: int, config: str, options: Options, results: Any) -> None:
     """A step on one image of the batch, in one of two processes."""
     on_gpu = options.device == "cuda"
+    torch.backends.cudnn.allow_tf32 = False
     if on_gpu:
         torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"
@@ -197,7 +205,8 @@ def share_a_step(rank: int, port: int, config: str, options: Options, results: A
     model = make_model(config, options, options.device)
     parallel = DistributedDataParallel(model, device_ids=[rank] if on_gpu else None)
     step = take_step(parallel, make_batch(options, is_padded=False)[rank : rank + 1])
-    results[rank] = (step.losses, step.gradient.numpy())
+    # As arrays: tensors would go with the process.
+    results[rank] = step.losses, {part: g.numpy() for part, g in step.gradients.items()}
     dist.destroy_process_group()
 
 
@@ -227,6 +236,7 @@ def measurements(options: Options) -> Iterator[Tuple[str, Callable[[], List[str]
 def run(options: Options) -> int:
     """Run all checks and measurements and write the report; gives the exit code."""
     options.threads = torch.get_num_threads()
+    torch.backends.cudnn.allow_tf32 = False  # measurements have processes of their own
     checks: List[List[str]] = []
     speeds: List[List[str]] = []
 
@@ -242,6 +252,8 @@ def run(options: Options) -> int:
                 add(name, config, check(config, options))
             except Exception as error:  # whatever a GPU brings up is a finding
                 add(name, config, failure(error))
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
     for name, measure in measurements(options):
         try:
             speeds.append(measure())

@@ -62,10 +62,13 @@ def test_the_report_has_every_check_and_the_speed_in_both_types(tmp_path, monkey
 
 
 def test_differences_are_relative_and_nan_is_infinite():
-    step = tool.Step({"a": 2.0, "b": 0.5}, torch.tensor([3.0, 4.0]))
-    other = tool.Step({"a": 2.0, "b": 0.6}, torch.tensor([3.0, 4.5]))
+    large = torch.tensor([300.0, 400.0])
+    step = tool.Step({"a": 2.0, "b": 0.5}, {"maps": torch.tensor([3.0, 4.0]), "rest": large})
+    other = tool.Step({"a": 2.0, "b": 0.6}, {"maps": torch.tensor([3.0, 4.5]), "rest": large})
     assert tool.differences(other, step) == pytest.approx((0.2, 0.1))
-    broken = tool.Step({"a": float("nan"), "b": 0.5}, torch.tensor([3.0, float("nan")]))
+    zero = tool.Step(step.losses, {"maps": torch.zeros(2), "rest": large})
+    assert not any(tool.compare(zero, step, dtype)[0] for dtype in tool.TOLERANCES)
+    broken = tool.Step({"a": float("nan"), "b": 0.5}, {"maps": large * torch.nan, "rest": large})
     assert tool.differences(broken, step) == (float("inf"), float("inf"))
     assert not tool.compare(broken, step)[0]
     assert tool.compare(step, step)[0]
@@ -119,4 +122,4 @@ def test_float16_finds_a_scale_whose_gradient_is_finite():
             return {"loss": half.sum()}
 
     step = tool.take_step(Loss(), [], "fp16")
-    assert step.gradient[0] == pytest.approx(600)
+    assert step.gradients["linear"][0] == pytest.approx(600)
