@@ -132,7 +132,7 @@ def save(number, frame):
 
 signal.signal(signal.SIGTERM, save)
 pathlib.Path("metrics.json").write_text('{"iteration": 2, "bbox/AP": 20.5, "bbox/AP50": 30.0}')
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -298,19 +298,23 @@ def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):
 # ---- The studies of this repository
 
 
-@pytest.mark.parametrize("path", sorted(CONVERGENCE.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_run_of_the_projects_studies_takes_a_step_and_detects(path, tmp_path):
+def test_every_run_of_the_projects_studies_takes_a_step_and_detects(tmp_path):
     write_dataset(tmp_path)
-    opts = []
-    if path.stem.endswith("blood_cells"):  # whose data the user gives
-        opts = [f"data.{split}_json={tmp_path}/truth.json" for split in ("train", "val")]
-        opts += [f"data.{split}_images={tmp_path}" for split in ("train", "val")]
-    study = tool.read_study(str(path))
-    trainings = tool.make_trainings(str(path), study, tmp_path / "out", opts)
-    for training in {training.name: training for training in trainings}.values():
-        model = instantiate(load_config(training.command[1], training.command[2:]).model)
+    own = [f"data.{split}_json={tmp_path}/truth.json" for split in ("train", "val")]
+    own += [f"data.{split}_images={tmp_path}" for split in ("train", "val")]
+    models = {}
+    for path in sorted(CONVERGENCE.glob("*.yaml")):
+        # The data of one are the user's.
+        opts = own if path.stem.endswith("blood_cells") else []
+        study = tool.read_study(str(path))
+        trainings = tool.make_trainings(str(path), study, tmp_path / "out", opts)
+        for training in {training.name: training for training in trainings}.values():
+            model = load_config(training.command[1], training.command[2:]).model
+            models[str(model)] = model
+    assert len(models) > 5
+    for model in map(instantiate, models.values()):
         batch = random_batch(1, (64, 96), num_classes=2)
         with EventStorage():  # which Faster R-CNN logs into
             sum(model.train()(batch).values()).backward()
         detections = model.eval()(batch)[0]["instances"]
-        assert len(detections.pred_boxes) == len(detections.scores), training.name
+        assert len(detections.pred_boxes) == len(detections.scores)
