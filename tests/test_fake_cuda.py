@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers import build_model, make_image, needs_fake_gpu
-from smca.engine import ModelEMA, Trainer
+from smca.engine import Trainer
 
 pytestmark = needs_fake_gpu
 aten = torch.ops.aten
@@ -185,7 +185,6 @@ def test_a_step_of_training_waits_twice(gpu, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: set_gradients(model))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     trainer = Trainer(model, [batch()] * 2, optimizer, amp_dtype=DTYPES[dtype], clip_grad_norm=0.1)
-    trainer.register_hooks([ModelEMA(model, 0.9)])
     trainer.train(0, 2)  # in the first step AdamW makes its state
     # The matcher's costs, and six losses with the norm of the gradient, the loss's scale and
     # whether one of three signals came.
