@@ -28,15 +28,18 @@ _names = "${dataloader.train.dataset.names}"
 model.num_classes = L(num_classes)(json_file="${data.train_json}")
 model.num_queries = L(fit_num_queries)(names=_names)
 
-for _split, _factors in (("train", [0.9, 1.0, 1.1]), ("test", [1.0])):
+for _split, _factors in (("train", [0.75, 0.85, 0.95, 1.05, 1.15, 1.25]), ("test", [1.0])):
     dataloader[_split].mapper.augmentations.update(
         short_sides=L(fit_short_sides)(names=_names, stride=_stride, factors=_factors),
-        max_size=L(fit_max_size)(names=_names, stride=_stride),
+        max_size=L(fit_max_size)(names=_names, stride=_stride, factor=_factors[-1]),
     )
     dataloader[_split].num_workers = 0
+dataloader.train.mapper.augmentations.color_jitter = 0.3
 dataloader.train.mapper.augmentations_with_crop = None
 dataloader.train.total_batch_size = 8
 
+# Some tens of epochs of a few hundred images overfit without it.
+optimizer.weight_decay = 0.05
 train.init_checkpoint = ""
 train.clip_grad_norm = None
 for _key, _share in (("max_iter", 1.0), ("eval_period", 0.1)):

@@ -51,9 +51,10 @@ def fit_short_sides(names: Names, stride: int, factors: Sequence[float] = (1.0,)
     return [round(factor * side) for factor in factors]
 
 
-def fit_max_size(names: Names, stride: int) -> int:
-    """The longest that the other side may become: 1.6 times what :func:`fit_short_sides` gives."""
-    return round(1.6 * fit_short_sides(names, stride)[0])
+def fit_max_size(names: Names, stride: int, factor: float = 1.0) -> int:
+    """The longest that the other side may become: 1.6 times what :func:`fit_short_sides` gives for
+    the factor."""
+    return round(1.6 * fit_short_sides(names, stride, [factor])[0])
 
 
 def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int:

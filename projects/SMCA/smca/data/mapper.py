@@ -338,6 +338,7 @@ def detr_augmentations(
     flip: bool = True,
     crop_range: Optional[Tuple[int, int]] = None,
     crop_short_sides: Union[int, Sequence[int]] = (400, 500, 600),
+    color_jitter: float = 0.0,
 ) -> List[T.Augmentation]:
     """One branch of DETR's augmentation: flip, [resize, crop,] resize. All sizes in pixels.
 
@@ -352,6 +353,8 @@ def detr_augmentations(
         crop_range: least and greatest side of the crop; of an image smaller than that, the whole
             side is kept. None: no crop.
         crop_short_sides: the short side before the crop becomes one of these.
+        color_jitter: brightness, contrast and saturation are multiplied by random factors that
+            differ from 1 by up to this much.
 
     Returns:
         The augmentations, in the order in which they are applied.
@@ -364,6 +367,12 @@ def detr_augmentations(
         augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
         augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
     augmentations.append(_ResizeShortSide(short_sides, max_size))
+    if color_jitter:  # of the resized image, which has fewer pixels
+        factors = (1 - color_jitter, 1 + color_jitter)
+        augmentations += [
+            change(*factors)
+            for change in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+        ]
     return augmentations
 
 
