@@ -12,3 +12,5 @@ model.decoder.read = None
 model.num_classes = len(SHAPE_CLASSES)
 
 train.clip_grad_norm = None
+train.max_iter = 1500
+train.eval_period = train.checkpointer.period = 300

@@ -36,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
     parser.add_argument(
-        "--config-file", default=str(ROOT / "configs" / "smca_shapes.py"), metavar="FILE"
+        "--config-file", default=str(ROOT / "configs" / "smca_plus_shapes.py"), metavar="FILE"
     )
     parser.add_argument(
         "--restart",
