@@ -2,10 +2,10 @@
 """Look at a data set before training on it.
 
 Counts every problem of its files, with examples; draws sizes, classes and aspect ratios, and
-training images with their boxes as the model gets them; and says which settings suit it:
+training images with their boxes as the model gets them; and says which settings follow from it:
 
     check_data.py --json train.json --images images --output check
-    check_data.py --config-file configs/custom_coco.py data.train_json=train.json \\
+    check_data.py --config-file configs/custom_small.py data.train_json=train.json \\
         data.train_images=images data.val_json=val.json data.val_images=images
 
 Writes check.json, statistics.png and training_images.jpg. Gives the exit code 1 if there are
@@ -14,10 +14,8 @@ problems, which training would stop at.
 
 import argparse
 import collections
-import copy
 import json
 import os
-import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -32,20 +30,18 @@ from smca.analysis.dataset import (
     find_remarks,
     training_splits,
 )
-from smca.analysis.recommendation import MAX_SIZE, Advice, recommend
-from smca.config import build, load_config
+from smca.config import fit_to_data, load_config
 from smca.data import require_dataset
 from smca.errors import UserError, at_least, exit_code
 from smca.inference import make_folder
 
-import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-_CUSTOM_COCO = str(ROOT / "configs" / "custom_coco.py")
+_CUSTOM_SMALL = str(ROOT / "configs" / "custom_small.py")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,7 +49,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", metavar="FILE", help="default: configs/custom_coco.py")
+    parser.add_argument("--config-file", metavar="FILE", help="default: configs/custom_small.py")
     parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
     parser.add_argument("--images", metavar="DIR", help="its images")
     parser.add_argument("--output", default="output/check_data", metavar="DIR")
@@ -89,17 +85,14 @@ def run(args: argparse.Namespace) -> int:
     statistics = {name: collect_statistics(split) for name, split in splits.items()}
     train_name = next(iter(splits))
     remarks = find_remarks(splits)
-    stride, num_scales, map_stride = scales_of(cfg.model)
-    max_size = OmegaConf.select(cfg, "dataloader.test.mapper.augmentations.max_size") or MAX_SIZE
-    together = collect_statistics(*training_splits(splits).values())
-    advice = recommend(together, stride, num_scales, max_size, map_stride)
+    fitted = settings(cfg, splits)
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
     print_list("Remarks", remarks)
-    print_list("Settings that suit the training data", map(advice_text, advice))
-    if advice:
-        overrides = [override for item in advice for override in item.overrides]
-        print("As overrides:\n    " + " \\\n    ".join(map(shlex.quote, overrides)))
+    print_list(
+        "Settings that follow from the training data",
+        (f"{key}={value}" for key, value in fitted.items()),
+    )
 
     paths = [os.path.join(args.output, "check.json")]
     content = {
@@ -112,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             for name, split in splits.items()
         },
         "remarks": remarks,
-        "advice": [vars(item) for item in advice],
+        "settings": fitted,
     }
     Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
     if len(statistics[train_name].boxes):
@@ -123,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 def config_and_overrides(args: argparse.Namespace) -> Tuple[str, List[str]]:
     """The config file and the overrides that the command line means."""
-    config_file = args.config_file or _CUSTOM_COCO
+    config_file = args.config_file or _CUSTOM_SMALL
     if not args.json and not args.images:
         return config_file, args.opts
     if args.config_file or not (args.json and args.images):
@@ -171,17 +164,16 @@ def _as_list(value: Any) -> List[Any]:
     return [value] if isinstance(value, (str, os.PathLike)) else list(value)
 
 
-def scales_of(model: DictConfig) -> Tuple[int, int, int]:
-    """The finest stride of a config's model, in pixels, its number of scales, and the finest stride
-    that its decoder reads."""
-    model = copy.deepcopy(model)
-    model.num_classes = 1  # which the data may have to say
-    with torch.device("meta"):  # nothing is allocated
-        built = build(model, "model")
-    strides = built.neck.strides
-    # The published convolutional encoder.
-    is_reduced = getattr(built.encoder, "reduce", None) is not None
-    return strides[0], len(strides), 2 * strides[0] if is_reduced else strides[0]
+def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
+    """What a training with this config would compute from the data, here from those without
+    problems; the config has it from here on."""
+    names = []
+    for name, split in training_splits(splits).items():
+        names.append(f"checked {name}")
+        DatasetCatalog.pop(names[-1], None)
+        DatasetCatalog.register(names[-1], lambda split=split: split.dataset_dicts)
+    OmegaConf.update(cfg, "dataloader.train.dataset.names", names, merge=False)
+    return fit_to_data(cfg)
 
 
 def draw(
@@ -222,11 +214,6 @@ def problems_text(name: str, split: DataSplit, num_examples: int) -> str:
         if count > num_examples:
             lines.append("      ...")
     return "\n".join(lines)
-
-
-def advice_text(advice: Advice) -> str:
-    """Setting, value and reason."""
-    return f"{advice.setting} = {advice.value}: {advice.reason}"
 
 
 def print_list(title: str, texts: Iterable[str]) -> None:

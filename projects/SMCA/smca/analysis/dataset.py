@@ -41,7 +41,6 @@ __all__ = [
     "training_splits",
 ]
 
-SMALL, LARGE = 10, 90  # percentiles of the sizes of "small" and "large" objects
 _MAX_CLASSES_DRAWN = 40
 _FEW_OBJECTS = 20  # of a class
 _MIXED_LEVELS = (
@@ -162,13 +161,6 @@ class Statistics:
     def objects_per_class(self) -> np.ndarray:
         """(C)."""
         return np.bincount(self.classes, minlength=len(self.class_names))
-
-    def scaled_sizes(self, short_side: int, max_size: float = math.inf) -> np.ndarray:
-        """(N) sizes where an image's short side becomes `short_side` pixels, but its long side no
-        longer than `max_size`."""
-        short, long = self.image_sizes.min(axis=1), self.image_sizes.max(axis=1)
-        factors = np.minimum(short_side / short, max_size / long)
-        return self.sizes * factors[self.images]
 
     def to_json(self) -> Dict[str, Any]:
         """A summary in plain types; quartiles are (5, 25, 50, 75, 95) percentiles."""
