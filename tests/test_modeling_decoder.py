@@ -179,8 +179,8 @@ def test_a_map_of_ones_own_is_a_setting(per_head, dropout):
 
 @pytest.mark.parametrize("spread", ["rotated", "laplacian"])
 def test_every_shape_compiles(spread):
-    decoder = randomize(make_decoder(2, 2, spread=spread))
-    scales = make_scales([16, 32])
+    decoder = randomize(make_decoder(1, 1, spread=spread)).requires_grad_(False)
+    scales = make_scales([32])
     expected = decode(decoder, scales).hidden
     torch._dynamo.reset()
     decoder.compile(backend="eager", dynamic=True)
