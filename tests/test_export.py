@@ -48,21 +48,23 @@ needs_export = pytest.mark.skipif(
     torch.__version__ < max(OLDEST_TORCH.values(), key=TorchVersion),
     reason="needs a PyTorch that writes every format",
 )
-BASES = ["smca_single_scale", "smca", "smca_conv", "detr"]
-
-# Of the tiny models: what they are about and no more, for an export takes seconds.
+# What the tiny models have and no more, for an export takes seconds.
 CHANGES = {
     "smca": """
     model.update(in_features=["res5"], num_extra_scales=1)
     model.encoder.pattern = "M"
     """,
     "smca_conv": """
+    model.backbone.norm = "FrozenBN"
     model.update(in_features=["res4", "res5"], num_extra_scales=0)
     model.encoder.pop("pattern"), model.encoder.pop("num_heads")
     model.encoder.update(num_layers=1, kernel_size=3)
     """,
+    "smca_single_scale": "",
+    "detr": """
+    model.backbone.norm = "FrozenBN"
+    """,
 }
-CHANGES = {base: textwrap.dedent(text) for base, text in CHANGES.items()}
 
 # Batches of (height, width); what is smaller than the largest is padded.
 BATCHES = [
@@ -76,23 +78,28 @@ BATCHES = [
 ]
 
 
-@pytest.fixture(scope="module", params=BASES)
+def write_detector(folder, base, **decoder):
+    """A tiny detector's config and weights, as arguments of the tool."""
+    torch.manual_seed(0)
+    config = write_smca_config(folder, base, **{"num_layers": 1, **decoder})
+    with open(config, "a") as file:
+        file.write(textwrap.dedent(CHANGES[base]))
+    provenance = {"class_names": CLASS_NAMES, "category_ids": [7, 9, 2]}
+    return ["--config-file", config, "--weights", write_weights(folder, config, smca=provenance)]
+
+
+def load_predictor(detector):
+    return Predictor(detector[3], config_file=detector[1])
+
+
+@pytest.fixture(scope="module", params=["smca", "smca_conv"])
 def exported(request, tmp_path_factory):
     """A tiny detector's predictor, the ONNX file that the tool writes and its folder."""
     folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    num_layers = 2 if request.param == "smca_single_scale" else 1
-    config = write_smca_config(folder, request.param, num_layers=num_layers)
-    with open(config, "a") as file:
-        file.write(CHANGES.get(request.param, ""))
-        if request.param != "detr":  # a norm that is absorbed has no nodes
-            file.write('model.backbone.norm = "FrozenBN"\n')
-    provenance = {"class_names": CLASS_NAMES, "category_ids": [7, 9, 2]}
-    weights = write_weights(folder, config, smca=provenance)
+    detector = write_detector(folder, request.param)
     output = folder / "new" / "model.onnx"
-    arguments = ["--config-file", config, "--weights", weights, "--output", str(output)]
-    assert tool.main([*arguments, "--confidence-threshold", "0.2"]) == 0
-    return Predictor(weights, config_file=config), str(output), folder
+    assert tool.main([*detector, "--output", str(output), "--confidence-threshold", "0.2"]) == 0
+    return load_predictor(detector), str(output), folder
 
 
 def make_batch(sizes, seed=0):
@@ -182,6 +189,7 @@ def test_graph_has_standard_operators_dynamic_sizes_and_metadata(exported):
 
 
 @needs_onnx
+@pytest.mark.parametrize("exported", ["smca"], indirect=True)
 def test_example_without_torch_prints_the_models_detections(exported):
     predictor, path, folder = exported
     items, names = [], [str(folder / "a.png"), str(folder / "b.png")]
@@ -258,9 +266,7 @@ def test_the_example_reads_deep_colors_as_the_predictor_does(tmp_path, monkeypat
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A tiny detector's config and weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = write_smca_config(folder, "smca_single_scale", num_layers=1)
-    return ["--config-file", config, "--weights", write_weights(folder, config)]
+    return write_detector(tmp_path_factory.mktemp("tiny"), "smca_single_scale")
 
 
 @needs_export
@@ -290,12 +296,16 @@ def test_the_average_of_the_weights_and_a_published_folder_can_be_exported(
 
 
 @needs_export
-def test_pt2_gives_the_models_detections(tiny, tmp_path):
-    path = str(tmp_path / "model.pt2")
-    assert tool.main([*tiny, "--format", "pt2", "--output", path]) == 0
+@pytest.mark.parametrize(
+    ("base", "decoder"),
+    [("smca_single_scale", {"num_layers": 2, "spread": "covariance"}), ("detr", {})],
+)
+def test_pt2_gives_the_models_detections(tmp_path, base, decoder):
+    detector, path = write_detector(tmp_path, base, **decoder), str(tmp_path / "model.pt2")
+    assert tool.main([*detector, "--format", "pt2", "--output", path]) == 0
     extra_files = {METADATA_NAME: ""}
     program = torch.export.load(path, extra_files=extra_files).module()
-    predictor = Predictor(tiny[3], config_file=tiny[1])
+    predictor = load_predictor(detector)
     for sizes in BATCHES[:-1]:  # it wants two cells a side
         images, padded, image_sizes = make_batch(sizes)
         with torch.no_grad():
@@ -313,7 +323,7 @@ def test_pt2_gives_the_models_detections(tiny, tmp_path):
 
 
 def test_what_lies_under_padding_does_not_matter(tiny):
-    detector = ExportableDetector(Predictor(tiny[3], config_file=tiny[1]).model)
+    detector = ExportableDetector(load_predictor(tiny).model)
     _, padded, image_sizes = make_batch([(101, 99), (40, 60)])
     images = torch.from_numpy(padded)
     other = images.clone()
@@ -323,33 +333,15 @@ def test_what_lies_under_padding_does_not_matter(tiny):
 
 
 def test_images_of_a_model_that_takes_bgr_are_rgb_too(tiny):
-    model = Predictor(tiny[3], config_file=tiny[1]).model
+    model = load_predictor(tiny).model
     _, padded, image_sizes = make_batch([(96, 128)])
     images, sizes = torch.from_numpy(padded), torch.from_numpy(image_sizes)
     boxes = ExportableDetector(model)(images, sizes)[0]
     assert torch.equal(ExportableDetector(model, "BGR")(images.flip(1), sizes)[0], boxes)
 
 
-@needs_export
-def test_a_map_without_channels_can_be_traced(tmp_path):
-    torch.manual_seed(0)
-    config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1, spread="covariance")
-    predictor = Predictor(write_weights(tmp_path, config), config_file=config)
-    path = str(tmp_path / "model.pt2")
-    export_detector(predictor, path, "pt2")
-    images, padded, image_sizes = make_batch([(129, 65), (65, 129)])
-    with torch.no_grad():
-        program = torch.export.load(path).module()
-        outputs = program(torch.from_numpy(padded), torch.from_numpy(image_sizes))
-    assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
-
-
 def test_frozen_norms_are_absorbed_without_a_change(tmp_path):
-    torch.manual_seed(0)
-    config = write_smca_config(tmp_path, "smca_single_scale", num_layers=1)
-    with open(config, "a") as file:
-        file.write('model.backbone.update(norm="FrozenBN")\n')
-    model = Predictor(write_weights(tmp_path, config), config_file=config).model
+    model = load_predictor(write_detector(tmp_path, "detr")).model
     before = set(model.state_dict())
     images, padded, image_sizes = make_batch([(101, 99), (40, 60)])
     detector = ExportableDetector(model)
@@ -425,7 +417,7 @@ def test_other_models_are_refused(tmp_path):
 
 @needs_export
 def test_other_preprocessing_than_a_resize_is_refused(tiny, tmp_path):
-    predictor = Predictor(tiny[3], config_file=tiny[1])
+    predictor = load_predictor(tiny)
     predictor.augmentations = T.AugmentationList([T.RandomFlip()])
     with pytest.raises(ValueError, match="keep T.ResizeShortestEdge of one size"):
         export_detector(predictor, str(tmp_path / "model.pt2"), "pt2")
