@@ -523,10 +523,10 @@ def test_without_opencv_a_video_needs_it(trained, tmp_path, capsys, monkeypatch)
 
 def test_demo_run_trains_evaluates_draws_and_tells_where(tmp_path, monkeypatch):
     monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-    register_shapes(num_train=4, num_val=4, prefix=str(tmp_path))
+    register_shapes(num_train=2, num_val=2, prefix=str(tmp_path))
     args = [
         *("--output-dir", str(tmp_path / "run"), "train.fast_dev_run=True", "train.device=cpu"),
-        *("model.embed_dim=32", "dataloader.train.total_batch_size=2"),
+        *("train.num_pictures=0", "model.embed_dim=32", "dataloader.train.total_batch_size=2"),
         f"dataloader.train.dataset.names='{tmp_path}_train'",
         f"dataloader.test.dataset.names='{tmp_path}_val'",
     ]
