@@ -282,7 +282,7 @@ FASTER_RCNN = {  # a model of Detectron2's in a config of the demo's
 }
 YACS = {
     path.stem: path
-    for path in Path(model_zoo.get_config_file("smca_r50_50ep")).parent.glob("yacs/*")
+    for path in sorted(Path(model_zoo.get_config_file("smca_r50_50ep")).parent.glob("yacs/*"))
 }
 
 
