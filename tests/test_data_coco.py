@@ -352,7 +352,7 @@ def test_missing_image_folder_is_an_error(tmp_path):
         (b"\xff\xfe\x00", "is not a JSON file"),
         (b"\x89PNG", "is not a JSON file in UTF-8"),
         (b'{"images": "h\xfcnd"}', "is not a JSON file in UTF-8"),
-        (gzip.compress(b"{}"), "is a compressed file: unpack it"),
+        (gzip.compress(b"{}", mtime=0), "is a compressed file: unpack it"),
         (b"[1, 2]", "is not in COCO's format: it must hold an object"),
         (None, "is a folder: correct the path"),
     ],
