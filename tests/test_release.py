@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import smca
+from smca.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
@@ -78,8 +79,9 @@ def test_an_installation_finds_configs_by_name():
     for name in ("smca_shapes", "ablations/head_shared.py"):
         found = Path(find_config_file(name)).resolve()
         assert found == ROOT / "configs" / f"{name.removesuffix('.py')}.py"
-    for path in (str(ROOT / "README.md"), "nothing"):
-        assert find_config_file(path) == path
+    assert find_config_file(str(ROOT / "README.md")) == str(ROOT / "README.md")
+    with pytest.raises(ConfigError, match="^There is no config nothing"):
+        find_config_file("nothing")
 
 
 def test_the_wheel_has_every_file_of_the_package(tmp_path):

@@ -124,9 +124,9 @@ def attend_explicitly(
     """
     dtype, num_queries = query.dtype, query.shape[2]
     query, key, value = query.float() * logit_factor, key.float(), value.float()
-    num_logits = query.shape[:3].numel() * key.shape[2]
-    num_chunks = 1
+    num_logits, num_chunks = 0, 1
     if not torch.compiler.is_compiling():  # a graph takes one way for all sizes
+        num_logits = query.shape[:3].numel() * key.shape[2]
         num_chunks = math.ceil(num_logits / _MAX_CHUNK)
     with float32_region(query):
         if num_chunks <= 1:
