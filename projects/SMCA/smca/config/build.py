@@ -1,5 +1,6 @@
 """What a LazyConfig's sections build, with errors that say which section it was."""
 
+import copy
 import logging
 import re
 import traceback
@@ -134,8 +135,13 @@ def fit_to_data(cfg: DictConfig) -> Dict[str, Any]:
         DatasetError: there is a problem with the data.
     """
     values: Dict[str, Any] = {}
-    for key in _fitted_keys(cfg):
-        values[key] = build(OmegaConf.select(cfg, key), key)
+    keys = list(_fitted_keys(cfg))
+    known, names = copy.deepcopy(cfg), "dataloader.train.dataset.names"
+    if keys and isinstance(OmegaConf.select(cfg, names), DictConfig):
+        # The data are registered once, not for each key.
+        OmegaConf.update(known, names, build(OmegaConf.select(cfg, names), names), merge=False)
+    for key in keys:
+        values[key] = build(OmegaConf.select(known, key), key)
         logger.info("%s=%s follows from the training data.", key, values[key])
     for key, value in values.items():
         OmegaConf.update(cfg, key, value, merge=False)

@@ -65,8 +65,8 @@ def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int
         batch_size: images of an iteration, in all processes together.
         share: of the whole training, for periods.
     """
-    epochs = round(_EPOCHS * len(_images(names)) / batch_size)
-    return round(share * _between(epochs, _NUM_ITERATIONS))
+    iterations = round(_EPOCHS * len(_images(names)) / batch_size)
+    return round(share * _between(iterations, _NUM_ITERATIONS))
 
 
 def _images(names: Names) -> List[Dict[str, Any]]:

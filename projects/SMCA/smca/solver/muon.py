@@ -19,8 +19,7 @@ class Muon(torch.optim.AdamW):
     """AdamW in which the update of a matrix is its momentum with equal singular values.
 
     Convolutions are matrices of output channels and all else. The stacked projections of an
-    attention, three times as many rows as columns, are three matrices. From scratch this learns
-    about twice as fast as AdamW with the same rate.
+    attention, three times as many rows as columns, are three matrices.
 
     Args:
         params: parameters or groups of them.
