@@ -252,10 +252,11 @@ def test_annotations_without_optional_keys_are_completed_in_a_copy(tmp_path, key
 # Hashes, time stamps and numbers of 128 bits, some of them next to one another in a float.
 LARGE = 2**53
 ODD_IDS = [(-1, 7), (0, -(2**31)), (LARGE, LARGE + 1), (2**63 - 1, 2**63), (3, 2**128)]
+ODD_IDS += [("007", "12"), ("b-7", "a"), (7.0, "7.0")]
 
 
 @pytest.mark.parametrize("first, second", ODD_IDS)
-def test_ids_may_be_any_numbers(tmp_path, first, second):
+def test_ids_may_be_any_numbers_or_texts(tmp_path, first, second):
     coco = _coco()
     for kind in ("images", "annotations"):
         coco[kind][0]["id"], coco[kind][1]["id"] = second, first
@@ -276,6 +277,22 @@ def test_ids_may_be_any_numbers(tmp_path, first, second):
     for item in predictions:
         assert {each["image_id"] for each in item["instances"]} == {item["image_id"]}
     assert {item["image_id"] for item in predictions} == {first, second}
+
+
+@pytest.mark.parametrize("image_id, category_id", [("005", 30.0), (5.0, "30")])
+def test_a_number_may_be_written_as_a_text_or_a_float(tmp_path, image_id, category_id):
+    coco = _coco()
+    coco["annotations"][0].update(image_id=image_id, category_id=category_id)
+    coco["images"][0].update(height="30", width=40.0)
+    coco["categories"][1]["id"] = "10"
+    name = register_coco(*_write(tmp_path, coco))
+    assert _perfect_ap(name, tmp_path) == pytest.approx(100)
+    results = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert {(r["image_id"], r["category_id"]) for r in results} == {(5, 30), (5, "10")}
+    assert category_ids(name) == ["10", 30]
+    coco["images"][1]["id"] = "05"
+    with pytest.raises(DatasetError, match="image 05 .*has the id of an earlier image"):
+        register_coco(*_write(tmp_path, coco, "repeated.json"))
 
 
 @pytest.mark.parametrize(
@@ -352,6 +369,7 @@ def test_missing_image_folder_is_an_error(tmp_path):
         (b"\xff\xfe\x00", "is not a JSON file"),
         (b"\x89PNG", "is not a JSON file in UTF-8"),
         (b'{"images": "h\xfcnd"}', "is not a JSON file in UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1", "is only a pointer of Git LFS"),
         (gzip.compress(b"{}", mtime=0), "is a compressed file: unpack it"),
         (b"[1, 2]", "is not in COCO's format: it must hold an object"),
         (None, "is a folder: correct the path"),
@@ -457,7 +475,8 @@ def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
         ({"area": math.nan}, "annotation 1 .*has area nan, which must be from 0"),
         ({"area": math.inf}, "annotation 1 .*has area inf, which must be from 0"),
         ({"area": 10**400}, "annotation 1 .*which must be from 0"),
-        ({"category_id": "30"}, "annotation 1 .*has category_id '30', which must be a whole"),
+        ({"category_id": "cat"}, "annotation 1 .*has category_id cat, which no category has"),
+        ({"image_id": 5.5}, "annotation 1 .*has image_id 5.5, which must be a whole number or a t"),
         ({"category_id": True}, "annotation 1 .*has category_id True, which must be a whole"),
         ({"bbox": [1, 2, 10**400, 4.5]}, "annotation 1 .*not finite"),
         ({"bbox": [1, 2, 3, "nan"]}, "annotation 1 .*4 numbers"),
@@ -472,7 +491,8 @@ def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
         ({"bbox": [1, 2, 3, -4]}, "annotation 1 .*not positive"),
         ({"bbox": [100, 2, 3, 4]}, "annotation 1 .*outside its image of 40 x 30"),
         ({"bbox": [-5, 2, 10, 4]}, "annotation 1 .*outside its image"),
-        ({"bbox": [1, 2, 3, 40]}, "annotation 1 .*outside its image"),
+        ({"bbox": [1, 2, 3, 40]}, r"annotation 1 .*outside its image.*height\]\) or remove"),
+        ({"bbox": [20, 15, 30, 25]}, r"annotation 1 .*outside.*height\], not \[x1, y1, x2, y2\]"),
         ({"bbox": [2, -5, 10, 10]}, "annotation 1 .*outside its image"),
         ({"bbox": [40, 2, 2, 4]}, "annotation 1 .*outside its image"),
         ({"bbox": [-2, 2, 2, 4]}, "annotation 1 .*outside its image"),
@@ -510,7 +530,7 @@ def test_crowds_alone_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     "kind, changes, words",
     [
-        ("images", {"height": "30"}, "image 5 .*has height '30'"),
+        ("images", {"height": "30 px"}, "image 5 .*has height '30 px'"),
         ("images", {"width": 0}, "image 5 .*has the size 0 x 30"),
         ("images", {"file_name": None}, "image 5 has file_name None"),
         ("images", {"id": [5]}, r"image \[5\] .*has id \[5\], which must be"),

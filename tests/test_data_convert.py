@@ -171,10 +171,18 @@ def test_a_yolo_path_is_relative_to_the_file(tmp_path):
     assert yolo_images(path, "train") == str(tmp_path / "yaml" / "data" / "images" / "train")
 
 
-def test_a_yolo_polygon_becomes_its_box(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0 0.25 0.25 0.75 0.25 0.75 0.75",
+        "0 0.5 0.5 0.5 0.5 0.93",  # with a score
+        "0 0.5 0.5 0.5 0.5 17",  # with a track
+    ],
+)
+def test_a_yolo_line_of_more_than_a_box_becomes_its_box(tmp_path, line):
     path = write_yolo(tmp_path / "data")
-    triangle = "0 0.25 0.25 0.75 0.25 0.75 0.75\n"
-    (tmp_path / "data" / "labels" / "val" / "c.txt").write_text(triangle)
+    path.write_text(path.read_text().replace("/", "\\"))
+    (tmp_path / "data" / "labels" / "val" / "c.txt").write_text(line)
     (annotation,) = json.loads(Path(coco_from_yolo(path, "val")).read_text())["annotations"]
     assert annotation["bbox"] == pytest.approx([20, 15, 40, 30], abs=1)
     assert annotation["area"] == pytest.approx(annotation["bbox"][2] * annotation["bbox"][3])
@@ -236,6 +244,7 @@ def test_other_names_are_another_json(tmp_path):
         ("2 0.5 0.5 0.1 0.1", "but the classes are numbered from 0 to 1"),
         ("0.5 0.5 0.5 0.1 0.1", "but the classes are numbered from 0 to 1"),
         ("0 0.5 nan 0.1 0.1", "which is not finite"),
+        ("0 0.5 0.5 0.1 0.1 0.93 17", "which ends with a number above 1, as trackers add"),
         ("0 40 30 20 10", "but boxes are relative to the image, from 0 to 1"),
         ("0 0.9 0.5 0.5 0.1", "lies outside its image of 80 x 60 pixels"),
         ("0 0.5 0.5 -0.1 0.1", "whose width or height is not positive"),
@@ -570,6 +579,8 @@ def test_voc_objects_that_say_no_class_are_an_error(tmp_path):
     (folder / "a.xml").write_text("<object>")
     with pytest.raises(DatasetError, match="no objects that say .*a.xml cannot be read"):
         coco_from_voc(folder, folder)
+    (folder / "a.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
+    assert class_names(coco_from_voc(folder, folder)) == ["dog"]  # its box is what is missing
 
 
 def test_folders_without_images_are_errors(tmp_path):

@@ -266,8 +266,14 @@ def test_truncated_image_is_an_error_that_names_the_file(tmp_path, read, suffix)
 @pytest.mark.parametrize(
     "prepare, words",
     [
-        (lambda path, patch: path.write_text("hello"), "is empty, no image, or of a kind that"),
-        (lambda path, patch: path.write_bytes(b""), "is empty, no image, or of a kind that"),
+        (
+            lambda path, patch: path.write_text("hello"),
+            "is empty, no image .perhaps a pointer of Git LFS., or of a kind that",
+        ),
+        (
+            lambda path, patch: path.write_bytes(b""),
+            "is empty, no image .perhaps a pointer of Git LFS., or of a kind that",
+        ),
         (
             lambda path, patch: patch.setattr(Image, "MAX_IMAGE_PIXELS", 100),
             "has more than 200 pixels, .*: cut it into tiles or make it smaller",

@@ -3,7 +3,9 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ from smca.data import SHAPE_CLASSES, mapper, register_shapes
 from smca.errors import exit_code
 from smca.inference import Predictor
 
-CATEGORY_IDS = [7, 2**70, 2]  # of the classes in the data set's JSON
+CATEGORY_IDS = [7, 2**70, "b-2"]  # of the classes in the data set's JSON
 
 
 @pytest.fixture(scope="module")
@@ -481,11 +483,12 @@ def test_a_video_goes_on_after_broken_frames_and_says_what_is_missing(
         """A video that does not say how many frames it has."""
 
         def __init__(self, path):
-            self.video = capture(path)
+            self.path, self.video = path, capture(path)
             self.read, self.release = self.video.read, self.video.release
 
         def get(self, key):
-            return 0.0 if key == cv2.CAP_PROP_FRAME_COUNT else self.video.get(key)
+            is_silent = key == cv2.CAP_PROP_FRAME_COUNT and self.path == str(video)
+            return 0.0 if is_silent else self.video.get(key)
 
     capture = cv2.VideoCapture
     break_frames(video, *broken)
@@ -503,12 +506,47 @@ def test_a_video_goes_on_after_broken_frames_and_says_what_is_missing(
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == len(kept)
 
 
-def test_what_is_no_video_is_named(trained, tmp_path, capsys):
-    pytest.importorskip("cv2")
+def test_videos_that_cannot_be_read_or_written_are_named(trained, tmp_path, video, capsys):
     (tmp_path / "notes.mp4").write_text("no video")
+    (tmp_path / "taken" / "film.mp4").mkdir(parents=True)
     model = ["--config-file", trained[0], "--weights", trained[1]]
-    for name, words in (("gone.mp4", "does not exist"), ("notes.mp4", "is no video")):
-        assert words in error_of(capsys, demo.main, *model, "--video-input", tmp_path / name)
+    for name, output, words in (
+        ("gone.mp4", "out", "gone.mp4 does not exist"),
+        ("notes.mp4", "out", "notes.mp4 is no video"),
+        ("film.avi", "film.mkv", "film.mkv has to be a folder or a .mp4 file"),
+        ("film.avi", "notes.mp4/out", "out cannot be written: Not a directory"),
+        ("film.avi", "taken", "OpenCV cannot write"),
+    ):
+        args = ["--video-input", tmp_path / name, "--output", tmp_path / output]
+        code = demo.main([str(arg) for arg in (*model, *args)])
+        assert code == 1 and words in capsys.readouterr().err
+
+
+def test_a_video_on_a_full_disk_is_an_error(trained, tmp_path, video, capsys, monkeypatch):
+    import cv2
+
+    writer = mock.Mock(wraps=cv2.VideoWriter(str(tmp_path / "cut.mp4"), 0, 10, (500, 480)))
+    monkeypatch.setattr(cv2, "VideoWriter", lambda *args: writer)
+    writer.isOpened.return_value = True  # OpenCV says nothing when it cannot write
+    args = ("--video-input", video, "--output", tmp_path / "out", "--confidence-threshold", 0)
+    assert run(trained, *args) == 1
+    assert "film.mp4 could not be written in full: is the disk" in capsys.readouterr().err
+    assert len(read_json(tmp_path / "out")) == 30
+
+
+def test_a_video_of_a_phone_held_upright_is_seen_upright(trained, tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "film.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (500, 480))
+    writer.write(np.zeros((480, 500, 3), dtype=np.uint8))
+    writer.release()
+    matrix = struct.pack(">5i", 2**16, 0, 0, 0, 2**16)
+    quarter_turn = struct.pack(">5i", 0, 2**16, 0, -(2**16), 0)
+    before, _, after = path.read_bytes().rpartition(matrix)  # the track's, not the file's
+    path.write_bytes(before + quarter_turn + after)
+    assert run(trained, "--video-input", path, "--output", tmp_path / "out") == 0
+    _, frame = cv2.VideoCapture(str(tmp_path / "out" / "film.mp4")).read()
+    assert frame.shape == (500, 480, 3)
 
 
 def test_without_opencv_a_video_needs_it(trained, tmp_path, capsys, monkeypatch):

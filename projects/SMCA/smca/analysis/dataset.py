@@ -27,6 +27,7 @@ from smca.data import (
     remarks_on,
     source_of,
 )
+from smca.data.coco import sorted_by_id
 from smca.data.coco_checks import existing
 from smca.data.mapper import reading_remark
 
@@ -120,7 +121,7 @@ def examine(
         if annotation["image_id"] in ids["images"]
         and annotation["category_id"] in ids["categories"]
     ]
-    categories = sorted(good["categories"], key=lambda category: category["id"])
+    categories = sorted_by_id(good["categories"])
     names = order or [category["name"] for category in categories]
     dicts = dataset_dicts(good, image_root, order)
     source = source_of(data, json_file)

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Evaluation:
     counts: Dict[int, Tuple[int, int, int]]
     confusion: np.ndarray
     calibration: Calibration
-    image_ids: Mapping[int, int] = field(default_factory=dict)
+    image_ids: Mapping[int, Union[int, str]] = field(default_factory=dict)
 
     @property
     def milliseconds(self) -> float:
@@ -160,7 +160,7 @@ def evaluate(
     detections: List[Detection],
     seconds: Sequence[float] = (),
     threshold: Optional[float] = None,
-    image_ids: Optional[Mapping[int, int]] = None,
+    image_ids: Optional[Mapping[int, Union[int, str]]] = None,
 ) -> Evaluation:
     """Compute all metrics of detections.
 

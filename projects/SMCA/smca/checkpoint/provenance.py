@@ -12,7 +12,7 @@ __all__ = ["provenance_of", "read_provenance"]
 
 # Keys of a checkpoint's entry "smca", with the type of a value, or of the items of a list.
 _VALUES = {"config": str}
-_LISTS = {"overrides": str, "class_names": str, "category_ids": int}
+_LISTS: Dict[str, Any] = {"overrides": str, "class_names": str, "category_ids": (int, str)}
 
 
 def read_provenance(weights: Optional[str]) -> Dict[str, Any]:

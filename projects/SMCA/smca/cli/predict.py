@@ -245,6 +245,9 @@ def run_on_video(args: argparse.Namespace) -> int:
             results += detections.to_coco(file_name=args.video_input, image_id=index)
             num_drawn += 1
             progress.update()
+    if int(cv2.VideoCapture(output).get(cv2.CAP_PROP_FRAME_COUNT)) != num_drawn:
+        # OpenCV does not say so when it writes.
+        raise UserError(f"{output} could not be written in full: is the disk full?")
     print(f"{args.video_input}: {num_drawn} frames, {len(results)} detections, drawn in {output}")
     num_broken = index + 1 - num_drawn
     if num_broken:

@@ -16,6 +16,7 @@ from detectron2.utils.logger import log_first_n
 
 from .cache import cache_dir, create_once, is_stamped, stamp
 from .coco_checks import (
+    WRITTEN,
     PathLike,
     Record,
     category_problems,
@@ -26,6 +27,7 @@ from .coco_checks import (
     record_problems,
     remarks_on,
     source_of,
+    written_id,
 )
 from .errors import DatasetError
 
@@ -39,11 +41,14 @@ __all__ = [
     "num_images",
     "register_coco",
     "require_dataset",
+    "sorted_by_id",
 ]
 
 logger = logging.getLogger(__name__)
 
 Paths = Union[PathLike, Sequence[PathLike]]
+
+_LISTS = ("images", "annotations", "categories")
 
 # Of the data sets registered here: name -> JSON file, image folder, and perhaps classes
 _registered: Dict[str, Tuple[Any, ...]] = {}
@@ -67,8 +72,8 @@ def register_coco(
 
     Annotations without ``area``, ``iscrowd`` or ``id`` are completed in a copy of the JSON in
     the cache folder; the file itself is never changed. In such a copy, ids that no evaluation
-    takes (negative ones, or those from 2^31 up) become 1, 2, ...: `image_ids` and `category_ids`
-    give the file's own.
+    takes (texts, negative numbers, or those from 2^31 up) become 1, 2, ...: `image_ids` and
+    `category_ids` give the file's own.
 
     Args:
         json_file: one or several; boxes are [x, y, width, height] in
@@ -154,8 +159,12 @@ def _register(
         thing_dataset_id_to_contiguous_id={
             ids.categories[category["id"]]: index for index, category in enumerate(categories)
         },
-        category_ids=list(ids.categories),
-        image_ids={used: given for given, used in ids.images.items() if used != given},
+        category_ids=[written_id(category) for category in categories],
+        image_ids={
+            ids.images[image["id"]]: written_id(image)
+            for image in data["images"]
+            if ids.images[image["id"]] != written_id(image)
+        },
     )
     _registered[name] = key
     return name
@@ -174,7 +183,7 @@ def dataset_dicts(
     """
     categories = _ordered(data["categories"], classes)
     indices = {category["id"]: index for index, category in enumerate(categories)}
-    by_image: Dict[int, List[Record]] = {image["id"]: [] for image in data["images"]}
+    by_image: Dict[Any, List[Record]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         by_image[annotation["image_id"]].append(
             {
@@ -192,32 +201,33 @@ def dataset_dicts(
             "image_id": image["id"],
             "annotations": by_image[image["id"]],
         }
-        for image in _sorted_by_id(data["images"])
+        for image in sorted_by_id(data["images"])
     ]
 
 
 def _ordered(categories: Sequence[Record], classes: Optional[Sequence[str]]) -> List[Record]:
     """Categories by their ids, or by their names in the order of `classes`."""
     if classes is None:
-        return _sorted_by_id(categories)
+        return sorted_by_id(categories)
     return sorted(categories, key=lambda category: classes.index(category["name"]))
 
 
-def _sorted_by_id(records: Sequence[Record]) -> List[Record]:
-    return sorted(records, key=lambda record: record["id"])
+def sorted_by_id(records: Sequence[Record]) -> List[Record]:
+    """Images or categories, those whose ids are texts last."""
+    return sorted(records, key=lambda record: (isinstance(record["id"], str), record["id"]))
 
 
 class _Ids(NamedTuple):
     """From the ids in a file to those that Detectron2 and pycocotools take; the order is that of
     the used ones."""
 
-    images: Dict[int, int]
-    categories: Dict[int, int]
+    images: Dict[Any, int]
+    categories: Dict[Any, int]
 
     @classmethod
     def of(cls, images: Sequence[Record], categories: Sequence[Record]) -> "_Ids":
         """`categories` in the order that their used ids are to have."""
-        image_ids = sorted(image["id"] for image in images)
+        image_ids = [image["id"] for image in sorted_by_id(images)]
         category_ids = [category["id"] for category in categories]
         return cls(
             _numbers(image_ids, all(map(_is_usable_id, image_ids))),
@@ -233,11 +243,11 @@ def _is_usable_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def _numbers(ids: Sequence[int], are_usable: bool) -> Dict[int, int]:
+def _numbers(ids: Sequence[Any], are_usable: bool) -> Dict[Any, int]:
     return {given: given if are_usable else number for number, given in enumerate(ids, 1)}
 
 
-def category_ids(dataset: str) -> List[int]:
+def category_ids(dataset: str) -> List[Union[int, str]]:
     """Of a registered data set, for each class index the id that its JSON has; empty where it is
     unknown."""
     metadata = MetadataCatalog.get(dataset)
@@ -245,7 +255,7 @@ def category_ids(dataset: str) -> List[int]:
     return metadata.get("category_ids") or sorted(indices, key=lambda key: indices[key])
 
 
-def image_ids(dataset: str) -> Dict[int, int]:
+def image_ids(dataset: str) -> Dict[int, Union[int, str]]:
     """Of a registered data set, from its ``image_id`` to the one that its JSON has, where that is
     another."""
     return MetadataCatalog.get(dataset).get("image_ids") or {}
@@ -336,7 +346,7 @@ def _class_names(json_file: str, mtime_ns: int) -> Tuple[str, ...]:
     """`mtime_ns` makes a changed file another key of the cache."""
     data = read_coco(json_file)
     raise_problems(json_file, category_problems(data["categories"]))
-    return tuple(category["name"] for category in _sorted_by_id(data["categories"]))
+    return tuple(category["name"] for category in sorted_by_id(data["categories"]))
 
 
 def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
@@ -401,6 +411,7 @@ def _complete(data: Dict[str, Any], json_file: str, ids: _Ids) -> str:
     """
     annotations = data["annotations"]
     has_ids = all(given == used for numbers in ids for given, used in numbers.items())
+    has_ids &= not any(WRITTEN in record for kind in _LISTS for record in data[kind])
     is_complete = "info" in data and has_ids and all(map(_is_complete, annotations))
     if is_complete and _is_utf_8(json_file):
         return json_file

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import (
@@ -19,6 +20,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Union,
 )
 
 from .errors import DatasetError
@@ -28,6 +30,7 @@ __all__ = [
     "FAULT",
     "REMARKS",
     "SOURCE",
+    "WRITTEN",
     "Problem",
     "category_problems",
     "decode_all",
@@ -39,6 +42,7 @@ __all__ = [
     "record_problems",
     "remarks_on",
     "source_of",
+    "written_id",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,16 +57,30 @@ _NUM_PROBLEMS_SHOWN = 5
 # Keys that the conversion of other formats adds: of an image or annotation, the file and line that
 # it comes from and what is wrong there; of "info", the folder of the labels and remarks on it.
 SOURCE, FAULT, REMARKS = "smca_source", "smca_fault", "smca_remarks"
+# In a record whose numbers are texts or floats in the file: these, by their keys.
+WRITTEN = "smca_written"
 
+_LFS_POINTER = b"version https://git-lfs"
 _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ")  # gzip, zip, bzip2, xz
 _HUGE = 1e15  # a number of pixels that is as good as infinite
 _MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
 
 # Keys that a record must have, and their types.
-_IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
-_CATEGORY_KEYS = {"id": int, "name": str}
-_ANNOTATION_KEYS = {"image_id": int, "category_id": int, "bbox": list}
-_TYPE_NAMES = {int: "a whole number", str: "a text", list: "a list"}
+_ID = (int, str)
+_IMAGE_KEYS = {"id": _ID, "file_name": str, "height": int, "width": int}
+_CATEGORY_KEYS = {"id": _ID, "name": str}
+_ANNOTATION_KEYS = {"image_id": _ID, "category_id": _ID, "bbox": list}
+_TYPE_NAMES = {
+    int: "a whole number",
+    str: "a text",
+    list: "a list",
+    _ID: "a whole number or a text",
+}
+_NUMBERS = {
+    "images": ("id", "height", "width"),
+    "annotations": ("image_id", "category_id"),
+    "categories": ("id",),
+}
 
 
 class Problem(NamedTuple):
@@ -95,7 +113,29 @@ def existing(path: Optional[PathLike], exists: Callable[[str], bool], kind: str)
 def _parse(json_file: str, mtime_ns: int, size: int) -> Any:
     """`mtime_ns` and `size` make a changed file another key of the cache."""
     with open(json_file, "rb") as file:
-        return json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
+        data = json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
+    for kind, keys in _NUMBERS.items():
+        records = data.get(kind) if isinstance(data, dict) else None
+        for record in records if isinstance(records, list) else ():
+            for key in keys if isinstance(record, dict) else ():
+                value = record.get(key)
+                if isinstance(value, (str, float)):
+                    record[key] = _whole_number(value)
+                    record[WRITTEN] = {**record.get(WRITTEN, {}), key: value}
+    return data
+
+
+def _whole_number(value: Union[str, float]) -> Union[str, float]:
+    """A whole number that is written as "7", "007" or 7.0; any other value as it is."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    return int(value) if re.fullmatch(r"[+-]?[0-9]{1,99}", value) else value
+
+
+def written_id(record: Record) -> Union[int, str]:
+    """The id of an image or category as its file has it; of a float, the whole number."""
+    written = record.get(WRITTEN, {}).get("id")
+    return written if isinstance(written, str) else record["id"]
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -104,6 +144,8 @@ def _why_unreadable(error: Exception) -> str:
         return f"cannot be opened ({error.strerror}): correct its permissions."
     if content.startswith(_COMPRESSED):
         return "is a compressed file: unpack it."
+    if content.startswith(_LFS_POINTER):
+        return "is only a pointer of Git LFS: run git lfs pull."
     if isinstance(error, UnicodeDecodeError):
         return f"is not a JSON file in UTF-8 ({error}): write it again with this encoding."
     return f"is not a JSON file ({error}): export it again, it may be cut off."
@@ -119,7 +161,8 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
 
     Returns:
         Its content, which callers do not change, with the lists ``images``, ``annotations`` and
-        ``categories``, whose records :func:`record_problems` checks.
+        ``categories``, whose records :func:`record_problems` checks. Ids and sizes that are whole
+        numbers written as texts or floats ("007", 7.0) are numbers; other texts stay ids.
 
     Raises:
         DatasetError: it is missing, not JSON or lacks one of the lists.
@@ -193,7 +236,7 @@ def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:
     raise DatasetError(f"{count} in {json_file}:{shown}{more}")
 
 
-def _record_problem(record: Any, keys: Mapping[str, type]) -> Optional[Rule]:
+def _record_problem(record: Any, keys: Mapping[str, Any]) -> Optional[Rule]:
     """What is wrong with the keys of an image, category or annotation, as (kind, predicate), or
     None."""
     if not isinstance(record, dict):
@@ -219,19 +262,19 @@ def _label(kind: str, index: int, record: Any) -> str:
     if not isinstance(record, dict) or "id" not in record:
         return f"{kind} at index {index}"
     if isinstance(record.get("file_name"), str):
-        return f"{kind} {record['id']} ('{record['file_name']}')"
+        return f"{kind} {written_id(record)} ('{record['file_name']}')"
     if "image_id" in record:
         return f"{kind} {record['id']} (of image {record['image_id']})"
-    return f"{kind} {record['id']}"
+    return f"{kind} {written_id(record)}"
 
 
-def _list_problems(kind: str, records: Sequence[Any], keys: Mapping[str, type]) -> List[Problem]:
+def _list_problems(kind: str, records: Sequence[Any], keys: Mapping[str, Any]) -> List[Problem]:
     """Missing keys, wrong types and repeated ids."""
     problems, seen = [], set()
     for index, record in enumerate(records):
         problem = _record_problem(record, keys)
         # Annotations can do without an id, and one that is no number is not used.
-        if problem is None and isinstance(record.get("id"), int):
+        if problem is None and isinstance(record.get("id"), keys.get("id", int)):
             if record["id"] in seen:
                 problem = "repeated id", f"has the id of an earlier {kind}; make ids unique."
             seen.add(record["id"])
@@ -310,14 +353,16 @@ def _annotation_problems(
     return problems
 
 
-def _ids(records: Sequence[Any]) -> Optional[Set[int]]:
+def _ids(records: Sequence[Any]) -> Optional[Set[Union[int, str]]]:
     """None where a record has no valid id, so that it may be any."""
-    ids = {r["id"] for r in records if isinstance(r, dict) and isinstance(r.get("id"), int)}
+    ids = {r["id"] for r in records if isinstance(r, dict) and isinstance(r.get("id"), _ID)}
     return ids if len(ids) == len(records) else None
 
 
 def _reference_problem(
-    annotation: Record, image_ids: Optional[Set[int]], category_ids: Optional[Set[int]]
+    annotation: Record,
+    image_ids: Optional[Set[Union[int, str]]],
+    category_ids: Optional[Set[Union[int, str]]],
 ) -> Optional[Rule]:
     if image_ids is not None and annotation["image_id"] not in image_ids:
         return "unknown image_id", "has an image_id that no image has; correct or remove it."
@@ -388,9 +433,12 @@ def _box_problem(bbox: Sequence[Any], size: Optional[Tuple[int, int]]) -> Option
     )
     overlaps = x < width and y < height and x + box_width > 0 and y + box_height > 0
     if not (within and overlaps):
+        form = "[x, y, width, height]"
+        if x < box_width <= width and y < box_height <= height:
+            form += ", not [x1, y1, x2, y2]"
         text = (
             f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; "
-            "correct it ([x, y, width, height]) or remove it."
+            f"correct it ({form}) or remove it."
         )
         return "bbox outside the image", text
     return None
@@ -414,7 +462,7 @@ def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[
         except DatasetError as error:
             is_there = os.path.isfile(path)
             rule = "file unreadable or of another size" if is_there else "file missing"
-            name = image.get(SOURCE) or f"image {image['id']}"
+            name = image.get(SOURCE) or f"image {written_id(image)}"
             hint = "" if is_there else _path_hint(image["file_name"])
             return Problem(f"image: {rule}", f"{name}: {error}{hint}", image)
         return None

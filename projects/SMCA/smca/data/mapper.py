@@ -91,7 +91,10 @@ def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
             "fill the memory: cut it into tiles or make it smaller."
         )
     if isinstance(error, UnidentifiedImageError):
-        return f"Image {path} is empty, no image, or of a kind that Pillow cannot read{advice}"
+        return (
+            f"Image {path} is empty, no image (perhaps a pointer of Git LFS), or of a kind that "
+            f"Pillow cannot read{advice}"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"Image {path} cannot be opened ({error.strerror}){advice}"
     return f"Image {path} cannot be decoded, perhaps it was cut short ({error}){advice}"

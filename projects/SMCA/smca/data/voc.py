@@ -175,8 +175,9 @@ def _voc_object(element: ElementTree.Element) -> Record:
             raise ValueError
     except ValueError:
         return {
+            "name": name,
             FAULT: f"({name}) has no bndbox with the numbers xmin, ymin, xmax and ymax; correct or "
-            "remove it."
+            "remove it.",
         }
     left, right = min(left, right) - 1, max(left, right)
     top, bottom = min(top, bottom) - 1, max(top, bottom)

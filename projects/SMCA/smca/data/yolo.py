@@ -80,6 +80,7 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
 
 def _yolo_folder(file: Path, root: Path, folder: str) -> str:
     # Some exports write ../train/images for what lies beside the file.
+    folder = folder.replace("\\", "/")  # as Windows writes it
     candidates = [root / folder, file.parent / folder, file.parent / folder.removeprefix("../")]
     for candidate in candidates:
         if candidate.is_dir():
@@ -186,9 +187,14 @@ def _yolo_object(
             FAULT: f"{text}but the classes are numbered from 0 to {len(names) - 1}; correct the "
             "line, or add the class to 'names'."
         }
-    if len(values) in (4, 5, 4 + num_keypoint_values):  # the fifth is a score
+    if len(values) in (4, 5, 4 + num_keypoint_values):  # the fifth: a score or a track
         x, y, width, height = values[:4]
         bounds = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    elif len(values) >= 6 and values[-1] >= 2 > max(values[:-1]):
+        return {
+            FAULT: f"{text}which ends with a number above 1, as trackers add to a box: remove it "
+            "(six or more numbers from 0 to 1 are a polygon)."
+        }
     elif len(values) >= 6:  # a polygon, with a score if the number is odd
         xs, ys = values[: len(values) // 2 * 2 : 2], values[1::2]
         bounds = [min(xs), min(ys), max(xs), max(ys)]
