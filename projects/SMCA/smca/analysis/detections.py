@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import warnings
-from typing import Any, Dict, FrozenSet, List, Protocol, Sequence, Set
+from typing import Any, Dict, FrozenSet, Sequence, Set
 
 import matplotlib
 import numpy as np
@@ -15,11 +15,9 @@ from matplotlib import font_manager
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
 
 __all__ = [
     "DPI",
-    "ImageDetector",
     "aspect",
     "class_color",
     "class_name",
@@ -37,36 +35,19 @@ _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the ob
 DPI = 120
 
 
-class ImageDetector(Protocol):
-    """What this package asks of a detector; `smca.inference.Predictor` is one.
-
-    Attributes:
-        model: an `SMCA` in evaluation mode.
-        class_names: a class without a name is shown by its index.
-    """
-
-    model: nn.Module
-    class_names: List[str]
-
-    def __call__(self, image: np.ndarray, /, *, threshold: float) -> Instances:
-        """Detections on a (height, width, 3) uint8 RGB image with at least the score `threshold`:
-        on the CPU, in the image's pixels, best first."""
-
-
 def draw_instances(
     image: np.ndarray, instances: Instances, class_names: Sequence[str] = ()
 ) -> np.ndarray:
     """Draw boxes with their class and, if they have one, their score.
 
     Args:
-        image: (height, width, 3) uint8, RGB.
+        image: (height, width, 3) uint8, RGB. A small image is enlarged by a whole factor.
         instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores`` and
             ``pred_classes``, or ``gt_boxes`` and ``gt_classes`` (and perhaps ``gt_crowd``).
         class_names: a class without a name is shown by its index.
 
     Returns:
-        (height, width, 3) uint8, RGB, of the size of `image`; a small image is enlarged by a whole
-        factor.
+        (height, width, 3) uint8, RGB.
     """
     height, width = image.shape[:2]
     factor = math.ceil(_MIN_LONG_SIDE / max(height, width))
@@ -95,12 +76,7 @@ def draw_instances(
 def draw_truth_and_detections(
     image: np.ndarray, truth: Instances, detections: Instances, class_names: Sequence[str] = ()
 ) -> np.ndarray:
-    """The truth at the left, detections at the right; arguments as of `draw_instances`.
-
-    Returns:
-        (height, width, 3) uint8, RGB; both halves have the size that `draw_instances` gives them,
-        with a white gap between.
-    """
+    """The pictures of `draw_instances` of the truth, left, and of the detections, right."""
     left = draw_instances(image, truth, class_names)
     right = draw_instances(image, detections, class_names)
     gap = np.full((left.shape[0], max(4, left.shape[1] // 64), 3), 255, dtype=np.uint8)
@@ -153,8 +129,7 @@ def resize(image: np.ndarray, width: int, height: int) -> Image.Image:
 
 
 def aspect(image: np.ndarray) -> float:
-    """Height by width of a picture's place on a page, which is at most twice as high as wide and
-    at most five times as wide as high."""
+    """Height by width of a picture's place on a page, from 0.2 to 2."""
     return min(max(image.shape[0] / image.shape[1], 0.2), 2.0)
 
 
@@ -164,10 +139,9 @@ def class_name(class_names: Sequence[str], index: int) -> str:
 
 
 def plain_text(text: str) -> str:
-    """What makes Matplotlib draw `text` as it is: between two dollar signs it would read a formula,
-    a label that begins with an underscore is left out of a legend, and a name of a file that is no
-    UTF-8 would be an error. Where its usual font lacks letters, another one is added to
-    ``rcParams["font.family"]``."""
+    """A text that Matplotlib draws as `text`. It would read a formula between two dollar signs,
+    leave a label that begins with an underscore out of a legend, and fail at a file name that is
+    not UTF-8. Where its font lacks letters, another one is added to ``rcParams["font.family"]``."""
     text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
     if not text.isascii():
         _use_fonts_for(frozenset(text))
@@ -175,10 +149,10 @@ def plain_text(text: str) -> str:
 
 
 class _Visualizer(Visualizer):
-    """Detectron2's, whose labels may have letters of any font in Matplotlib's settings."""
+    """Detectron2's visualizer, whose labels are drawn with all fonts of Matplotlib's settings."""
 
     def draw_text(self, *args: Any, **kwargs: Any) -> VisImage:
-        """As in Detectron2."""
+        """See Detectron2."""
         output = super().draw_text(*args, **kwargs)
         output.ax.texts[-1].set_fontfamily(matplotlib.rcParams["font.family"])
         return output

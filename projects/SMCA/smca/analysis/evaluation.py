@@ -2,14 +2,25 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import torch
-from detectron2.structures import BoxMode
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from pycocotools.coco import COCO
 
-from smca.analysis.detections import ImageDetector
 from smca.analysis.metrics import (
     AveragePrecision,
     Calibration,
@@ -24,25 +35,24 @@ from smca.analysis.metrics import (
 from smca.data import read_image
 from smca.errors import UserError
 
+if TYPE_CHECKING:  # it imports this package
+    from smca.inference import Predictor
+
 __all__ = ["Evaluation", "detect", "device_name", "evaluate", "worst_images"]
 
 
 @dataclass
 class Evaluation:
-    """What is known of a detector on a data set.
+    """What is known of a detector on a data set. IoU is 0.5 where it is not said.
 
     Attributes:
         name: of the detector, for tables.
-        class_names: by ascending category id.
-        category_ids: in that order.
-        detections: COCO results, of any score.
+        class_names, category_ids: by ascending id.
+        detections: COCO results with any score.
         seconds: of each image.
-        average_precision: COCO's.
-        threshold: the least score of the detections that the fields below count.
-        f1: 2 TP / (detections + objects) in percent, with IoU 0.5.
-        counts: of each image, by its id, objects found, false detections, objects missed.
-        confusion: (C + 1, C + 1), see `smca.analysis.metrics.confusion_matrix`.
-        calibration: of all detections but those of a score near 0.
+        threshold: the least score of the detections that `f1`, `counts` and `confusion` count.
+        f1: 2 TP / (detections + objects) in percent.
+        counts, confusion: see `count_by_image` and `confusion_matrix`.
         image_ids: from the ids of images to those of the user's JSON, where these are others.
     """
 
@@ -74,9 +84,7 @@ class Evaluation:
                 "overall": found.overall,
                 "classes": {names[key]: values for key, values in found.classes.items()},
                 "recalls": found.recalls.tolist(),
-                "precisions_at_iou_50": {
-                    names[key]: curve.tolist() for key, curve in found.curves.items()
-                },
+                "precisions_at_iou_50": {names[k]: v.tolist() for k, v in found.curves.items()},
                 "threshold": self.threshold,
                 "f1": self.f1,
                 "confusion": {
@@ -85,14 +93,10 @@ class Evaluation:
                 },
                 "calibration": {
                     "expected_calibration_error": self.calibration.error,
-                    "bins": [vars(score_bin) for score_bin in self.calibration.bins],
+                    "bins": self.calibration.bins,
                 },
                 "images": {
-                    str(self.image_ids.get(key, key)): {
-                        "found": n[0],
-                        "false": n[1],
-                        "missed": n[2],
-                    }
+                    str(self.image_ids.get(key, key)): dict(zip(("found", "false", "missed"), n))
                     for key, n in self.counts.items()
                 },
                 "milliseconds_per_image": self.milliseconds,
@@ -109,7 +113,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def detect(
-    predictor: ImageDetector,
+    predictor: "Predictor",
     dataset_dicts: Sequence[Dict[str, Any]],
     category_ids: Sequence[int],
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
@@ -120,7 +124,7 @@ def detect(
         predictor: gives all its detections, of whatever score.
         dataset_dicts: in Detectron2's format, with ``image_id``.
         category_ids: of the classes, by their index.
-        progress: wraps the images to go through, as `tqdm.tqdm` does.
+        progress: wraps the images, as `tqdm.tqdm` does.
 
     Returns:
         COCO results, and the seconds that each image took, without reading its file.
@@ -141,16 +145,8 @@ def detect(
                 f"The detector has a class of index {max(classes)}, the data set only "
                 f"{len(category_ids)} classes: evaluate it on a data set with its own classes."
             )
-        boxes = BoxMode.convert(found.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-        detections += [
-            {
-                "image_id": item["image_id"],
-                "category_id": category_ids[index],
-                "bbox": box,
-                "score": score,
-            }
-            for box, score, index in zip(boxes.tolist(), found.scores.tolist(), classes)
-        ]
+        for detection in instances_to_coco_json(found, item["image_id"]):
+            detections.append({**detection, "category_id": category_ids[detection["category_id"]]})
     return detections, seconds
 
 
@@ -166,17 +162,15 @@ def evaluate(
 
     Args:
         name: of the detector.
-        truth: as of `smca.analysis.metrics.load_truth`.
-        detections: COCO results on its images.
-        seconds: as of `detect`.
+        truth: from `smca.analysis.metrics.load_truth`.
+        detections, seconds: from `detect`.
         threshold: the least score that counts where metrics need one; None: that of the best F1.
-        image_ids: as of `smca.data.image_ids`.
+        image_ids: from `smca.data.image_ids`.
     """
     categories = sorted(truth.dataset["categories"], key=lambda category: category["id"])
     matches = match(truth, detections)
-    best, f1 = best_threshold(matches)
     if threshold is None:
-        threshold = best
+        threshold, _ = best_threshold(matches)
     counts = count_by_image(matches, threshold)
     found, false, missed = (sum(numbers) for numbers in zip(*counts.values()))
     f1 = 100 * 2 * found / max(2 * found + false + missed, 1)
@@ -204,9 +198,7 @@ def worst_images(evaluation: Evaluation, count: int) -> List[int]:
         found, false, missed = evaluation.counts[image_id]
         return 2 * found / (2 * found + false + missed), -(false + missed)
 
-    wrong = [
-        image_id for image_id, (_, false, missed) in evaluation.counts.items() if false + missed
-    ]
+    wrong = [key for key, (_, false, missed) in evaluation.counts.items() if false + missed]
     return sorted(wrong, key=quality)[:count]
 
 

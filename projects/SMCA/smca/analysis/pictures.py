@@ -2,20 +2,18 @@
 
 import logging
 import os
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
 
 from matplotlib.figure import Figure
 
 from smca.analysis.curves import draw_curves, read_metrics
-from smca.analysis.detections import (
-    ImageDetector,
-    draw_contact_sheet,
-    draw_truth_and_detections,
-    truth_of,
-)
+from smca.analysis.detections import draw_contact_sheet, draw_truth_and_detections, truth_of
 from smca.analysis.recorder import NoModulationError
 from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, modulation_maps
 from smca.data import read_image
+
+if TYPE_CHECKING:  # it imports this package
+    from smca.inference import Predictor
 
 __all__ = ["draw_pictures", "evenly", "write_pictures"]
 
@@ -25,7 +23,7 @@ Item = TypeVar("Item")
 
 
 def write_pictures(
-    predictor: ImageDetector,
+    predictor: "Predictor",
     dataset_dicts: Sequence[Dict[str, Any]],
     output_dir: str,
     metrics_file: Optional[str] = None,
@@ -34,15 +32,12 @@ def write_pictures(
     """Write the pictures of `draw_pictures`, and ``curves.png``.
 
     Args:
-        output_dir: is made if need be.
-        metrics_file: a training's ``metrics.json``. None: there are no curves.
         predictor, dataset_dicts, options: arguments of `draw_pictures`.
+        output_dir: is made if it does not exist.
+        metrics_file: a training's ``metrics.json``; None draws no curves.
 
     Returns:
         Paths of the pictures.
-
-    Raises:
-        UserError: see `draw_pictures`, `read_metrics` and `draw_curves`.
     """
     os.makedirs(output_dir, exist_ok=True)
     figures = draw_pictures(predictor, dataset_dicts, **options)
@@ -56,7 +51,7 @@ def write_pictures(
 
 
 def draw_pictures(
-    predictor: ImageDetector,
+    predictor: "Predictor",
     dataset_dicts: Sequence[Dict[str, Any]],
     *,
     num_images: int = 8,
@@ -69,13 +64,13 @@ def draw_pictures(
     """Draw what a detector finds.
 
     Args:
-        predictor: detects what is drawn.
+        predictor: a detector.
         dataset_dicts: in Detectron2's format; images are taken evenly from it.
         num_images: in ``validation.png``, at least 1.
         num_detections: in ``gaussians.png``; 0 leaves that picture out.
-        confidence_threshold: of the detections in ``validation.png``.
+        confidence_threshold: least score in ``validation.png``.
         layer, scale: of the maps, see `modulation_maps` and `draw_gaussians`.
-        progress: wraps the images to go through, once for each picture, as `tqdm.tqdm` does.
+        progress: wraps the images, once for each picture, as `tqdm.tqdm` does.
 
     Returns:
         ``validation.png`` (truth and detections) and ``gaussians.png`` (maps of the best
@@ -107,7 +102,7 @@ def evenly(items: Sequence[Item], count: int) -> List[Item]:
 
 
 def _draw_validation(
-    predictor: ImageDetector, dataset_dicts: Iterable[Dict[str, Any]], threshold: float
+    predictor: "Predictor", dataset_dicts: Iterable[Dict[str, Any]], threshold: float
 ) -> Figure:
     pictures, captions = [], []
     for item in dataset_dicts:
@@ -122,7 +117,7 @@ def _draw_validation(
 
 
 def _draw_best_gaussians(
-    predictor: ImageDetector,
+    predictor: "Predictor",
     dataset_dicts: Iterable[Dict[str, Any]],
     count: int,
     layer: int,

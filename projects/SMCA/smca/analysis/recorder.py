@@ -1,8 +1,9 @@
-"""What the layers of a modulated decoder compute in a call of the model: where its queries look."""
+"""What the layers of a modulated decoder compute: where their queries look."""
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,17 @@ class NoModulationError(UserError):
 class LayerRecord:
     """What one decoder layer computed for a batch.
 
+    The methods take queries (K,), indices, and give numbers of the first image, in pixels of that
+    image at `size`, (h, w).
+
     Attributes:
-        index, num_layers: of the decoder, counted from 0.
+        index: of the layer, from 0.
+        num_layers: how many the decoder has.
         weight_maps: of each of the L scales, in its cells.
         center: (B, Q, 2) predicted center (x, y) in pixels of the model's input.
         strides: L pixels (of the model's input) a cell.
         image_sizes: (B, 2) width and height of the model's input without padding.
-        scale_weights: (B, Q, L), adding up to 1; None where the model does not select scales.
+        scale_weights: (B, Q, L), which add up to 1; None where the model does not select scales.
     """
 
     index: int
@@ -40,53 +45,41 @@ class LayerRecord:
     image_sizes: Tensor
     scale_weights: Optional[Tensor] = None
 
-    # Of queries (K,), indices, of the first image, in pixels of that image at `size`, (h, w):
-
     def centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, 2) predicted centers (x, y), which the heads share."""
-        scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
-        return self.center[0, queries].float() * scaling
+        return self.center[0, queries].float() * self._scaling(size)
 
     def head_centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, L, H', 2)"""
-        return self._stack(
-            (weight_map.centers[0].transpose(0, 1) + _shift(weight_map)) * cell
-            for weight_map, cell in self._maps_and_cells(queries, size)
-        )
+        scales = self._maps_and_cells(queries, size)
+        return _stack((m.centers[0].transpose(0, 1) + _shift(m)) * cell for m, cell in scales)
 
     def radii_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(K, L, H', 2) how far along x and y from a head's center its log-weight is -1/2: the
-        standard deviation of a Gaussian."""
-        return self._stack(
-            radii(weight_map)[0].transpose(0, 1) * cell
-            for weight_map, cell in self._maps_and_cells(queries, size)
-        )
+        """(K, L, H', 2) distances along x and y at which a head's log-weight is -1/2: the standard
+        deviation of a Gaussian."""
+        scales = self._maps_and_cells(queries, size)
+        return _stack(radii(weight_map)[0].transpose(0, 1) * cell for weight_map, cell in scales)
 
     def maps(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, L, H', h, w) weights exp(log-weight); row i and column j are at y = i and x = j."""
         x, y = (torch.arange(n, device=self.image_sizes.device) for n in size[::-1])
-        return self._stack(
-            self._map_at(weight_map, x / cell[0], y / cell[1])
-            for weight_map, cell in self._maps_and_cells(queries, size)
-        )
-
-    @staticmethod
-    def _map_at(weight_map: WeightMap, x: Tensor, y: Tensor) -> Tensor:
-        """(K, H', h, w) of the first image, at positions in cells from the corner of the first."""
-        shift = _shift(weight_map)
-        return weight_map.log_weights(x - shift, y - shift)[0].transpose(0, 1).exp()
+        found = []
+        for weight_map, (width, height) in self._maps_and_cells(queries, size):
+            shift = _shift(weight_map)
+            log_weights = weight_map.log_weights(x / width - shift, y / height - shift)
+            found.append(log_weights[0].transpose(0, 1).exp())
+        return _stack(found)
 
     def _maps_and_cells(
         self, queries: Tensor, size: Tuple[int, int]
     ) -> Iterator[Tuple[WeightMap, Tensor]]:
         """Each scale's map of these queries alone, B = 1, and its cells' (width, height)."""
-        scaling = self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
         for weight_map, stride in zip(self.weight_maps, self.strides):
-            yield _converted(weight_map.of_queries(queries), torch.float32), stride * scaling
+            cell = stride * self._scaling(size)
+            yield _converted(weight_map.of_queries(queries), torch.float32), cell
 
-    @staticmethod
-    def _stack(scales: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(scales), dim=1)
+    def _scaling(self, size: Tuple[int, int]) -> Tensor:
+        return self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
 
     def scale_shares(self, queries: Tensor) -> Tensor:
         """(K, L) scale weights of the first image; equal where the model does not select."""
@@ -96,13 +89,13 @@ class LayerRecord:
 
 
 class Recorder:
-    """A context in which a model's decoder keeps a record of its last call.
+    """A context in which the calls of a model's decoder are recorded.
 
     Args:
         model: an `SMCA`.
 
     Attributes:
-        output: what the decoder returned in the last call.
+        output: what the decoder returned in its last call.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -123,7 +116,7 @@ class Recorder:
         self._layers: Dict[int, LayerRecord] = {}
 
     def layer(self, index: int) -> LayerRecord:
-        """The record of a decoder layer, -1 is the last.
+        """The record of a decoder layer in the last call; -1 is the last layer.
 
         Raises:
             UserError: the model has no such layer.
@@ -140,16 +133,18 @@ class Recorder:
         if self._decoder._compiled_call_impl is not None:
             # It would not call hooks that it did not have when it was compiled.
             self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-        self._handles.append(self._decoder.register_forward_pre_hook(self._keep_sizes))
-        self._handles.append(self._decoder.register_forward_hook(self._keep_output))
+        self._handles = [
+            self._decoder.register_forward_pre_hook(self._keep_sizes),
+            self._decoder.register_forward_hook(self._keep_output),
+        ]
         for index, layer in enumerate(self._decoder.layers):
-            # In the order in which the layer computes them: the maps begin its record.
             for module, keep in (
                 (layer.modulation, self._keep_weight_maps),
                 (layer.scale_weight, self._keep_scale_weights),
             ):
                 if module is not None:
-                    self._handles.append(module.register_forward_hook(_with_index(keep, index)))
+                    hook = functools.partial(keep, index)
+                    self._handles.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -167,30 +162,31 @@ class Recorder:
         self.output = output
 
     def _keep_weight_maps(
-        self, index: int, inputs: Tuple[Any, ...], output: List[WeightMap]
-    ) -> None:
+        self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: List[WeightMap]
+    ) -> None:  # a layer computes these first
         _, center, scales, *_ = inputs
         strides = [scale.stride for scale in scales]
         place = (index, len(self._decoder.layers))
         self._layers[index] = LayerRecord(*place, output, center, strides, self._image_sizes)
 
-    def _keep_scale_weights(self, index: int, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    def _keep_scale_weights(
+        self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor
+    ) -> None:
         self._layers[index].scale_weights = output.float().softmax(dim=-1)
 
 
-def _with_index(keep: Callable[..., None], index: int) -> Callable[..., None]:
-    """A forward hook that calls `keep` with the layer's index in place of the module."""
-    return lambda module, inputs, output: keep(index, inputs, output)
+def _stack(scales: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(scales), dim=1)
 
 
 def _shift(weight_map: WeightMap) -> float:
-    """Where a map has its cells, in cells from their corners."""
+    """Where in its cells a map has its positions, in cells from their corners."""
     return 0.0 if weight_map.unit is None else HALF_CELL
 
 
 def radii(weight_map: WeightMap) -> Tensor:
-    """(B, H', Q, 2) distances from the heads' centers along x and y, in cells, where log-weights
-    are -1/2; infinite where they never are. Found by bisection, so that any shape has them."""
+    """(B, H', Q, 2) distances from the heads' centers along x and y, in cells, at which log-weights
+    are -1/2; infinite where they never are. Bisection finds them for any shape of a map."""
     zero = torch.zeros_like(weight_map.centers[..., :1, None], dtype=torch.float64)
     exact = _converted(weight_map, torch.float64)
     found = []
@@ -208,8 +204,6 @@ def radii(weight_map: WeightMap) -> Tensor:
 
 def _converted(weight_map: WeightMap, dtype: torch.dtype) -> WeightMap:
     """The maps of a batch's first image in another type."""
-    fields: Dict[str, Any] = {}
-    for name in ("centers", "spreads", "unit"):
-        value = getattr(weight_map, name)
-        fields[name] = None if value is None else value[:1].to(dtype)
-    return replace(weight_map, **fields)
+    values = {name: getattr(weight_map, name) for name in ("centers", "spreads", "unit")}
+    first = {name: value[:1].to(dtype) for name, value in values.items() if value is not None}
+    return replace(weight_map, **first)

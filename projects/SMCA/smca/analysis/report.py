@@ -127,14 +127,7 @@ def _class_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
     for name, category_id in zip(evaluations[0].class_names, evaluations[0].category_ids):
         classes = [evaluation.average_precision.classes[category_id] for evaluation in evaluations]
         row = _row(name, str(classes[0]["objects"]), [values["AP"] for values in classes])
-        row["details"] = [
-            ", ".join(
-                f"{key} {values[key]:.1f}"
-                for key in _METRICS
-                if key != "AP" and not math.isnan(values[key])
-            )
-            for values in classes
-        ]
+        row["details"] = [f"AP50 {c['AP50']:.1f}, AP75 {c['AP75']:.1f}" for c in classes]
         rows.append(row)
     return rows
 
@@ -217,17 +210,17 @@ def draw_calibration(evaluations: Sequence[Evaluation]) -> Figure:
     grid = figure.subplots(2, len(evaluations), squeeze=False, sharex=True, height_ratios=[3, 1])
     for (axes, counts), evaluation in zip(grid.T, evaluations):
         bins = evaluation.calibration.bins
-        centers = [(score_bin.low + score_bin.high) / 2 for score_bin in bins]
-        width = 0.9 * (bins[0].high - bins[0].low)
-        axes.bar(centers, [score_bin.precision for score_bin in bins], width, label="precision")
+        lows, highs, numbers, scores, precisions = np.array(
+            [list(each.values()) for each in bins]
+        ).T
+        centers, width = (lows + highs) / 2, 0.9 * (highs - lows)
+        axes.bar(centers, precisions, width, label="precision")
         axes.plot([0, 1], [0, 1], "--", color="gray", label="perfect")
-        scores = [score_bin.score for score_bin in bins]
-        precisions = [score_bin.precision for score_bin in bins]
         axes.plot(scores, precisions, "o", color="#d1495b", markersize=4, label="at the mean score")
         error = 100 * evaluation.calibration.error
         _finish(axes, "", "share that is right", f"{evaluation.name}: ECE {error:.1f} %")
         axes.legend(fontsize=8)
-        counts.bar(centers, [score_bin.count for score_bin in bins], width, color="gray")
+        counts.bar(centers, numbers, width, color="gray")
         counts.set_yscale("symlog", linthresh=1)
         counts.set_ylabel("detections")
         counts.set_xlabel("score")

@@ -1,16 +1,13 @@
-"""What training does to the spatial modulation, over the checkpoints of a training.
-
-Where the queries of known objects look, how far, and on which scales; the command is
-``tools/draw_training.py``.
+"""Where the queries of known objects look, how far, and on which scales.
 
 Queries are matched to the true objects as in training, so that a detector which detects nothing
-yet can be looked at too. M objects, H' heads (1 if they share their map), L scales. Pixels are
-those of the original images.
+yet can be looked at as well. There are M objects, H' heads (1 if they share their map) and L
+scales. Pixels are those of the original images.
 """
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +15,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from smca.analysis.detections import ImageDetector, truth_of
+from smca.analysis.detections import truth_of
 from smca.analysis.recorder import LayerRecord, Recorder
 from smca.analysis.weight_maps import DetectionMaps, maps_of
 from smca.data import read_image
@@ -26,6 +23,9 @@ from smca.errors import UserError
 from smca.modeling import SMCA
 from smca.modeling.criterion import SetCriterion
 from smca.modeling.matcher import Targets
+
+if TYPE_CHECKING:  # it imports this package
+    from smca.inference import Predictor
 
 __all__ = [
     "ModulationStatistics",
@@ -37,23 +37,20 @@ __all__ = [
 SIZES = ("small", "medium", "large")  # thirds of the objects
 
 
-# Statistics
-
-
 @dataclass
 class ModulationStatistics:
     """True objects and where the queries matched to them look, in one decoder layer.
 
-    Where there are several scales, heads' centers and 1 / radius^2, of Gaussians the precision,
-    are means over them, weighted with the query's scale weights.
+    Heads' centers and 1 / radius^2 (the precision of a Gaussian) are means over the scales,
+    weighted with the query's scale weights.
 
     Attributes:
         strides: L pixels (of the model's input) a cell.
         boxes: (M, 4) the objects' true boxes, XYXY in pixels.
         centers: (M, 2) predicted centers (x, y), the same for all heads, in pixels.
         head_centers: (M, H', 2) in pixels.
-        head_radii: (M, H', 2) in pixels, how far along x and y from a head's center its
-            log-weight is -1/2: the standard deviation of a Gaussian.
+        head_radii: (M, H', 2) distances along x and y, in pixels, at which a head's log-weight is
+            -1/2: the standard deviation of a Gaussian.
         scale_weights: (M, L), adding up to 1; None where the model does not select scales.
     """
 
@@ -72,7 +69,8 @@ class ModulationStatistics:
 
         Args:
             record: of the model's call for that image.
-            queries: (M,) indices. boxes: (M, 4), XYXY in pixels.
+            queries: (M,) indices.
+            boxes: (M, 4), XYXY in pixels.
             size: (height, width) of the image in pixels.
         """
         shares = record.scale_shares(queries)[..., None, None]  # (M, L, 1, 1)
@@ -107,18 +105,9 @@ class ModulationStatistics:
         """(M,) in pixels."""
         return 2 * np.sqrt(self.half_sizes.prod(axis=1))
 
-    @property
-    def center_distances(self) -> np.ndarray:
-        """(M,) from the box's center in half boxes, of the axis where it is greater: inside the
-        box it is less than 1."""
-        return self._distances(self.centers[:, None])[:, 0]
-
-    @property
-    def head_distances(self) -> np.ndarray:
-        """(M, H') of the heads' centers, as `center_distances`."""
-        return self._distances(self.head_centers)
-
-    def _distances(self, points: np.ndarray) -> np.ndarray:
+    def distances(self, points: np.ndarray) -> np.ndarray:
+        """(M, P) distances of (M, P, 2) points from the boxes' centers, in half boxes along the
+        axis where they are greater: inside the box they are less than 1."""
         offsets = points - (self.boxes[:, None, :2] + self.boxes[:, None, 2:]) / 2
         return np.abs(offsets / self.half_sizes[:, None]).max(axis=2)
 
@@ -135,31 +124,17 @@ class ModulationStatistics:
         """(M, 2) median over the heads in pixels, along x and y."""
         return np.median(self.head_radii, axis=1)
 
-    @property
-    def radius_correlation(self) -> float:
-        """Spearman's rank correlation of `radii` and `half_sizes`, x and y together; nan where
-        either is constant."""
-        # Here, since every training and every command imports this package, and it takes long.
-        from scipy.stats import ConstantInputWarning, spearmanr
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConstantInputWarning)
-            return float(spearmanr(self.radii.ravel(), self.half_sizes.ravel())[0])
-
 
 def collect(
-    predictor: ImageDetector, dataset_dicts: Iterable[Dict[str, Any]], layer: int = -1
+    predictor: "Predictor", dataset_dicts: Iterable[Dict[str, Any]], layer: int = -1
 ) -> ModulationStatistics:
-    """Where the queries look that are matched to the true objects of some images.
+    """The statistics of all objects of some images that have a query.
 
     Args:
-        predictor: its model is looked into.
+        predictor: a detector with an `SMCA`.
         dataset_dicts: in Detectron2's format. Crowds and boxes without area are not objects.
-        layer: of the decoder, -1 is the last. Objects are matched to the queries by the
-            predictions of the last layer all the same.
-
-    Returns:
-        The statistics of all objects that have a query.
+        layer: index of the decoder's layer. The predictions of the last layer decide which query
+            an object has.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -177,16 +152,20 @@ def collect(
 
 
 def collect_examples(
-    predictor: ImageDetector,
+    predictor: "Predictor",
     dataset_dicts: Sequence[Dict[str, Any]],
     layer: int = -1,
     num_objects: int = 3,
 ) -> List[DetectionMaps]:
-    """Where the queries of the largest objects of an image look: of the first one that has
-    `num_objects`, else of the one that has most. Arguments as of `collect`.
+    """Where the queries of an image's largest objects look. The image is the first one that has
+    `num_objects`, else the one that has most.
+
+    Args:
+        predictor, dataset_dicts, layer: see `collect`.
+        num_objects: how many objects to take.
 
     Returns:
-        The maps of each object, with the true box and class, and the score that the query gives it.
+        The maps of each object, with its true box and class, and the score that the query gives it.
     """
     item = max(dataset_dicts, key=lambda item: min(len(_objects_of(item)), num_objects))
     matched, record, image = _match(predictor, item, layer)
@@ -195,14 +174,14 @@ def collect_examples(
 
 
 def _objects_of(item: Dict[str, Any]) -> Instances:
-    """The truth, but for crowds and boxes without area."""
+    """The true objects, without crowds and boxes without area."""
     truth = truth_of(item)
     return truth[truth.gt_boxes.nonempty() & ~truth.gt_crowd]
 
 
 @torch.no_grad()
 def _match(
-    predictor: ImageDetector, item: Dict[str, Any], layer: int
+    predictor: "Predictor", item: Dict[str, Any], layer: int
 ) -> Tuple[Instances, LayerRecord, np.ndarray]:
     """An image's objects in the fields of detections (their scores are those of their classes),
     with ``query_indices``; where queries look; and the image."""
@@ -234,27 +213,30 @@ def _match(
     return matched, record, image
 
 
-# Numbers
-
-
 def summarize(statistics: ModulationStatistics) -> Dict[str, Any]:
     """The numbers that `smca.analysis.draw_training` draws.
 
-    Distances are in half boxes,
-    deviations in boxes, other lengths in pixels; of three numbers the second is the median, the
-    others the quartiles.
+    Distances are in half boxes, deviations in boxes, other lengths in pixels. Three numbers are
+    the first quartile, the median and the third quartile.
 
     Returns:
-        A dict for JSON: without ``head_deviation`` where heads share their map, and without
-        ``scale_weights`` (means by stride) where the model does not select scales. What cannot
-        be said is None.
+        A dict for JSON, without ``head_deviation`` where heads share their map, and without
+        ``scale_weights`` (means by stride) where the model does not select scales. A number that
+        is not finite is None.
     """
+    # Here, since every training imports this package, and it takes long.
+    from scipy.stats import ConstantInputWarning, spearmanr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        correlation = spearmanr(statistics.radii.ravel(), statistics.half_sizes.ravel())[0]
+    head_distances = statistics.distances(statistics.head_centers)
     summary: Dict[str, Any] = {
         "num_objects": len(statistics.boxes),
-        "center_distance": _quartiles(statistics.center_distances),
-        "head_center_distance": _quartiles(statistics.head_distances),
-        "head_centers_inside": _number((statistics.head_distances < 1).mean()),
-        "radius_correlation": _number(statistics.radius_correlation),
+        "center_distance": _quartiles(statistics.distances(statistics.centers[:, None])),
+        "head_center_distance": _quartiles(head_distances),
+        "head_centers_inside": _number((head_distances < 1).mean()),
+        "radius_correlation": _number(correlation),
         "sizes": {},
     }
     if statistics.head_centers.shape[1] > 1:

@@ -5,7 +5,7 @@ Positions in a drawn image are in its pixels, (0, 0) being the corner of the fir
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from PIL import Image
 
 from smca.analysis.detections import (
     DPI,
-    ImageDetector,
     aspect,
     class_color,
     class_name,
@@ -28,6 +27,9 @@ from smca.analysis.detections import (
 )
 from smca.analysis.recorder import LayerRecord, Recorder
 from smca.errors import UserError
+
+if TYPE_CHECKING:  # it imports this package
+    from smca.inference import Predictor
 
 __all__ = [
     "DetectionMaps",
@@ -54,10 +56,11 @@ class DetectionMaps:
 
     Attributes:
         image: (h, w, 3) uint8 RGB.
-        box: (4,) XYXY. class_index, score: of the detection.
-        query: its index. layer, num_layers: of the decoder, counted from 0.
+        box, class_index, score: of the detection; the box is XYXY.
+        query: index of the query.
+        layer, num_layers: index of the decoder's layer, and how many it has.
         center: (2,) predicted center (x, y), the same for all heads.
-        head_centers: (L, H', 2); H' is 1 if the heads share their map.
+        head_centers: (L, H', 2), where H' is 1 if the heads share their map.
         maps: (L, H', h, w) weights exp(log-weight), 1 at a head's center. Row i and column j are
             at y = i and x = j.
         scale_weights: (L,), adding up to 1; equal where the model does not select scales.
@@ -82,12 +85,12 @@ class DetectionMaps:
         return np.tensordot(self.scale_weights, self.maps, axes=1)
 
     def mean_head_centers(self) -> np.ndarray:
-        """(H', 2), the heads' centers of all scales, weighted likewise."""
+        """(H', 2) means of the heads' centers over the scales, weighted with the scale weights."""
         return np.tensordot(self.scale_weights, self.head_centers, axes=1)
 
 
 def modulation_maps(
-    predictor: ImageDetector,
+    predictor: "Predictor",
     image: np.ndarray,
     select: Optional[Callable[[Instances], Sequence[int]]] = None,
     layer: int = -1,
@@ -97,8 +100,8 @@ def modulation_maps(
     Args:
         predictor: its model is looked into.
         image: (height, width, 3) uint8, RGB.
-        select: from the Instances to the indices of the detections wanted; None: the best one.
-        layer: of the decoder; -1 is the last.
+        select: gives the indices of the wanted detections; None takes the best one.
+        layer: index of the decoder's layer.
 
     Returns:
         The maps of each detection, on a copy of `image` whose long side is 384 pixels.
@@ -114,16 +117,13 @@ def modulation_maps(
 
 
 def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> List[DetectionMaps]:
-    """Where the queries of detections, or of objects given as such, look.
+    """Where the queries of some detections look, see `modulation_maps`.
 
     Args:
         instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``, ``pred_classes``
             and ``query_indices``.
         record: of the model's call for `image`.
         image: (height, width, 3) uint8, RGB.
-
-    Returns:
-        The maps of each, see `modulation_maps`.
     """
     height, width = image.shape[:2]
     factor = _MAP_LONG_SIDE / max(height, width)
@@ -158,13 +158,13 @@ def draw_gaussians(
     class_names: Sequence[str] = (),
     scale: Optional[int] = None,
 ) -> Figure:
-    """For each detection: its box and all heads' centers, and each head's map over the image.
+    """Draw the box and the heads' centers of each detection, and each head's map over the image.
 
     Args:
         detections: at least one.
         class_names: a class without a name is shown by its index.
-        scale: which scale's map to draw, 0 is the finest; None: the maps of all scales together,
-            weighted with the query's scale weights.
+        scale: index of the scale whose map is drawn, 0 is the finest; None draws the sum over the
+            scales, weighted with the query's scale weights.
 
     Raises:
         UserError: the model has no such scale.
@@ -177,13 +177,13 @@ def draw_gaussians(
     # Inches of a head's panel; the title and the legend need 10 in all.
     unit = max(2.1, 10 / (num_columns + num_rows))
     heights = [num_rows * (unit * aspect(d.image) + 0.25) + 0.4 for d in detections]
-    heights.append(0.6)  # of the legend
-    size = (unit * (num_columns + num_rows), sum(heights))
+    size = (unit * (num_columns + num_rows), sum(heights) + 0.6)
     figure = Figure(size, dpi=DPI, layout="constrained")
     rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for subfigure, detection in zip(rows, detections):
         _draw_detection_row(subfigure, detection, class_names, scale, num_rows, num_columns)
-    _draw_legend(rows[-1], detections[0], scale)
+    handles, labels = figure.axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -233,27 +233,8 @@ def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optio
     return "   ·   ".join(parts)
 
 
-def _draw_legend(figure: SubFigure, detection: DetectionMaps, scale: Optional[int]) -> None:
-    axes = figure.add_subplot()
-    axes.set_axis_off()
-    box: Dict[str, Any] = dict(color="black", linewidth=1.5)
-    handles = [axes.plot([], [], **box)[0]]
-    labels = ["detected box"]
-    handles.append(axes.plot([], [], "+", color="black", markersize=9, markeredgewidth=2)[0])
-    labels.append("predicted center, shared by the heads")
-    several = len(detection.strides) > 1 and scale is None
-    for index, stride in enumerate(detection.strides):
-        if several or index == (scale or 0):
-            marker = _SCALE_MARKERS[index % len(_SCALE_MARKERS)]
-            style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markersize=7)
-            handles.append(axes.plot([], [], marker, **style)[0])
-            labels.append(f"head's center, stride {stride}" if several else "head's center")
-    num_columns = len(labels) if len(labels) <= 4 else math.ceil(len(labels) / 2)
-    axes.legend(handles, labels, loc="center", ncols=num_columns, frameon=False, fontsize=9)
-
-
 def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
-    """Draw an (h, w, 3) image, one unit of the axes a pixel."""
+    """Draw an (h, w, 3) image. One unit of the axes is a pixel."""
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -262,7 +243,7 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 def dimmed(image: np.ndarray) -> np.ndarray:
-    """An (h, w, 3) uint8 image in gray and darker, as a ground for maps."""
+    """An (h, w, 3) uint8 image in gray and darker, as the background of maps."""
     gray = np.asarray(Image.fromarray(image).convert("L"))
     return np.repeat((0.55 * gray).astype(np.uint8)[..., None], 3, axis=2)
 
@@ -290,6 +271,7 @@ def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None
             edgecolor=color,
             linewidth=linewidth,
             path_effects=[withStroke(linewidth=linewidth + 1.5, foreground="black")],
+            label="box",
         )
     )
 
@@ -303,6 +285,7 @@ def draw_center(axes: Axes, detection: DetectionMaps, markersize: float = 11) ->
         markersize=markersize,
         markeredgewidth=2,
         path_effects=[withStroke(linewidth=4, foreground="black")],
+        label="predicted center, shared by the heads",
     )
 
 
@@ -310,16 +293,8 @@ def number_heads(axes: Axes, centers: np.ndarray) -> None:
     """Numbered dots at (H', 2) positions; none if the heads share theirs."""
     for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
         axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
-        axes.text(
-            x,
-            y,
-            str(head + 1),
-            color="black",
-            fontsize=6.5,
-            ha="center",
-            va="center",
-            clip_on=True,
-        )
+        style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True)
+        axes.text(x, y, str(head + 1), color="black", fontsize=6.5, **style)
 
 
 def _draw_head_center(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:
@@ -333,4 +308,5 @@ def _draw_head_center(axes: Axes, detection: DetectionMaps, scale: int, head: in
         markersize=2.5 + 2 * weight,
         markeredgewidth=0.7,
         alpha=0.4 + 0.6 * weight,
+        label=f"head's center, stride {detection.strides[scale]}",
     )
