@@ -1,13 +1,11 @@
 """Data sets in COCO's format: checked before they are used, registered in Detectron2's catalog."""
 
-import functools
 import hashlib
 import json
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -20,8 +18,9 @@ from .coco_checks import (
     PathLike,
     Record,
     category_problems,
-    decode_all,
     existing,
+    file_problems,
+    in_threads,
     raise_problems,
     read_coco,
     record_problems,
@@ -48,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 Paths = Union[PathLike, Sequence[PathLike]]
 
-_LISTS = ("images", "annotations", "categories")
 
 # Of the data sets registered here: name -> JSON file, image folder, and perhaps classes
 _registered: Dict[str, Tuple[Any, ...]] = {}
@@ -62,28 +60,23 @@ def register_coco(
     categories_from: Optional[Paths] = None,
     classes: Optional[Sequence[str]] = None,
 ) -> Union[str, List[str]]:
-    """Check a COCO-format detection data set and register it in Detectron2's catalogs.
+    """Check COCO-format detection data and register them in Detectron2's catalogs.
 
-    Of several files, each is a data set of its own, so that image ids need be unique within a
-    file only.
+    Each of several files is a data set of its own, so that image ids need to be unique only within
+    a file. Calling it again with the same files returns the same names without another check.
 
-    Calling it again with the same files returns the same name without another check, so that
-    a config may use it wherever it needs the name.
-
-    Annotations without ``area``, ``iscrowd`` or ``id`` are completed in a copy of the JSON in
-    the cache folder; the file itself is never changed. In such a copy, ids that no evaluation
-    takes (texts, negative numbers, or those from 2^31 up) become 1, 2, ...: `image_ids` and
-    `category_ids` give the file's own.
+    A file that lacks keys which Detectron2 or pycocotools need (``area``, ``iscrowd``, ``id``), or
+    has ids that they cannot take, is completed in a copy in the cache folder, where ids are 1, 2,
+    ...: `image_ids` and `category_ids` give the file's own. The file itself is never changed.
 
     Args:
-        json_file: one or several; boxes are [x, y, width, height] in
-            pixels. Several files must have categories of the same names, which the first one
-            orders by their ids.
-        image_root: the folder that ``file_name`` is
-            relative to; one for all files, or one for each.
-        name: the name to register, of a single file; None makes one from the paths.
-        check_images: decode every image and compare its size with the JSON's, once: the
-            cache folder keeps a note of it, for as long as the files' sizes and times stay.
+        json_file: one or several; boxes are [x, y, width, height] in pixels. Several files must
+            have categories of the same names, which the first one orders by their ids.
+        image_root: the folder that ``file_name`` is relative to; one for all files, or one for
+            each.
+        name: the name to register for a single file; None makes one from the paths.
+        check_images: decode every image and compare its size with the JSON's. A note in the cache
+            folder says that this was done, as long as the files' sizes and times stay the same.
         categories_from: another COCO JSON, usually the training set's, that must have categories
             of the same names; it orders them.
         classes: names of the classes in a model's order, in place of `categories_from`.
@@ -104,21 +97,19 @@ def register_coco(
         raise DatasetError(
             f"'{name}' cannot be the name of {len(files)} annotation files: leave the name out."
         )
-    if classes is not None:
-        for file in files:
-            _check_classes(file, classes, "the model")
-    elif categories_from is not None or len(files) > 1:
-        reference = _as_list(categories_from or files)[0]
-        if categories_from is not None and not os.path.isfile(os.path.expanduser(reference)):
+    owner = "the model"
+    if classes is None and (categories_from is not None or len(files) > 1):
+        owner = _as_list(categories_from or files)[0]
+        if categories_from is not None and not os.path.isfile(os.path.expanduser(owner)):
             raise DatasetError(
-                f"The annotation file {reference}, whose categories {files[0]} has to have, does "
+                f"The annotation file {owner}, whose categories {files[0]} has to have, does "
                 "not exist: correct the path. (An evaluation needs it only for a checkpoint that "
                 "does not say its classes; dataloader.test.dataset.names.categories_from=null and "
                 "model.num_classes=N do without.)"
             )
-        for file in files:
-            check_same_categories(file, reference)
-        classes = class_names(reference)
+        classes = class_names(owner)
+    for file in files if classes is not None else ():
+        _check_classes(file, classes or [], owner)
     roots = roots * len(files) if len(roots) == 1 else roots
     names = [_register(file, root, name, check_images, classes) for file, root in zip(files, roots)]
     return names if _is_list(json_file) else names[0]
@@ -144,27 +135,27 @@ def _register(
         raise DatasetError(f"Data set name '{name}' is taken already: choose another name.")
 
     data = read_coco(json_file)
-    _check(data, json_file, image_root, check_images)
+    raise_problems(source_of(data, json_file), record_problems(data))
+    # Where several processes read the same files, one of them need look at the pixels.
+    if check_images and comm.is_main_process():
+        _check_files(data, json_file, image_root)
     for remark in remarks_on(data, json_file):
         log_first_n(logging.WARNING, remark, key="message", name=__name__)
-    categories = _ordered(data["categories"], classes)
-    ids = _Ids.of(data["images"], categories)
-    used_file = _complete(data, json_file, ids)
+    images, categories = sorted_by_id(data["images"]), _ordered(data["categories"], classes)
+    used_file = json_file
+    used = [[record["id"] for record in records] for records in (images, categories)]
+    if not _is_complete(data, json_file) or used[1] != sorted(used[1]):
+        used = [list(range(1, len(records) + 1)) for records in (images, categories)]
+        used_file = _complete(data, json_file, images, categories)
     DatasetCatalog.register(name, lambda: dataset_dicts(read_coco(used_file), image_root))
     MetadataCatalog.get(name).set(
         json_file=used_file,
         image_root=image_root,
         evaluator_type="coco",
         thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id={
-            ids.categories[category["id"]]: index for index, category in enumerate(categories)
-        },
+        thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(used[1])},
         category_ids=[written_id(category) for category in categories],
-        image_ids={
-            ids.images[image["id"]]: written_id(image)
-            for image in data["images"]
-            if ids.images[image["id"]] != written_id(image)
-        },
+        image_ids=dict(zip(used[0], map(written_id, images))),
     )
     _registered[name] = key
     return name
@@ -173,11 +164,11 @@ def _register(
 def dataset_dicts(
     data: Mapping[str, Any], image_root: PathLike, classes: Optional[Sequence[str]] = None
 ) -> List[Record]:
-    """The images of a COCO JSON in Detectron2's format, by their ids. Of the annotations, only what
-    boxes need is read.
+    """The images of a COCO JSON in Detectron2's format, by their ids. Only what boxes need is read
+    of the annotations.
 
     Args:
-        data: as of `read_coco`, without problems.
+        data: from `read_coco`, without problems.
         image_root: the folder that ``file_name`` is relative to.
         classes: names of all categories in the order of their indices; None: that of the ids.
     """
@@ -217,47 +208,15 @@ def sorted_by_id(records: Sequence[Record]) -> List[Record]:
     return sorted(records, key=lambda record: (isinstance(record["id"], str), record["id"]))
 
 
-class _Ids(NamedTuple):
-    """From the ids in a file to those that Detectron2 and pycocotools take; the order is that of
-    the used ones."""
-
-    images: Dict[Any, int]
-    categories: Dict[Any, int]
-
-    @classmethod
-    def of(cls, images: Sequence[Record], categories: Sequence[Record]) -> "_Ids":
-        """`categories` in the order that their used ids are to have."""
-        image_ids = [image["id"] for image in sorted_by_id(images)]
-        category_ids = [category["id"] for category in categories]
-        return cls(
-            _numbers(image_ids, all(map(_is_usable_id, image_ids))),
-            _numbers(
-                category_ids,
-                all(map(_is_usable_id, category_ids)) and category_ids == sorted(category_ids),
-            ),
-        )
-
-
-def _is_usable_id(value: Any) -> bool:
-    # Evaluators keep ids as floats and in types of 32 and of 64 bits, with a sign and without.
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _numbers(ids: Sequence[Any], are_usable: bool) -> Dict[Any, int]:
-    return {given: given if are_usable else number for number, given in enumerate(ids, 1)}
-
-
 def category_ids(dataset: str) -> List[Union[int, str]]:
-    """Of a registered data set, for each class index the id that its JSON has; empty where it is
-    unknown."""
+    """The ids that a registered data set's JSON has, by class index; empty if they are unknown."""
     metadata = MetadataCatalog.get(dataset)
     indices = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     return metadata.get("category_ids") or sorted(indices, key=lambda key: indices[key])
 
 
 def image_ids(dataset: str) -> Dict[int, Union[int, str]]:
-    """Of a registered data set, from its ``image_id`` to the one that its JSON has, where that is
-    another."""
+    """From each ``image_id`` of a data set registered here to the one that its JSON has."""
     return MetadataCatalog.get(dataset).get("image_ids") or {}
 
 
@@ -271,8 +230,9 @@ def class_names(json_file: Paths) -> List[str]:
     first, *others = _as_list(json_file)
     for other in others:
         check_same_categories(other, first)
-    first = existing(first, os.path.isfile, "annotation file")
-    return list(_class_names(first, os.stat(first).st_mtime_ns))
+    categories = read_coco(first)["categories"]
+    raise_problems(first, category_problems(categories))
+    return [category["name"] for category in sorted_by_id(categories)]
 
 
 def num_classes(json_file: Paths) -> int:
@@ -312,20 +272,19 @@ def require_dataset(names: Union[str, Sequence[str]]) -> None:
         metadata = MetadataCatalog.get(name)
         if metadata.get("make_files") is not None:
             metadata.make_files()
-        _require_path(name, metadata.get("json_file"), os.path.isfile, "annotation file")
-        _require_path(name, metadata.get("image_root"), os.path.isdir, "image folder")
-
-
-def _require_path(name: str, path: Optional[str], exists: Callable[[str], bool], kind: str) -> None:
-    if path is None or exists(path):  # not every data set has both
-        return
-    root = os.environ.get("DETECTRON2_DATASETS")
-    setting = f"is '{root}'" if root else "is not set, which means ./datasets"
-    raise DatasetError(
-        f"Data set '{name}' needs the {kind} {os.path.abspath(path)}, which does not exist: put "
-        "it there, or set the environment variable DETECTRON2_DATASETS to the folder that has "
-        f"it (DETECTRON2_DATASETS {setting})."
-    )
+        for key, exists, kind in (
+            ("json_file", os.path.isfile, "annotation file"),
+            ("image_root", os.path.isdir, "image folder"),
+        ):
+            path = metadata.get(key)
+            if path is not None and not exists(path):  # not every data set has both
+                root = os.environ.get("DETECTRON2_DATASETS")
+                setting = f"is '{root}'" if root else "is not set, which means ./datasets"
+                raise DatasetError(
+                    f"Data set '{name}' needs the {kind} {os.path.abspath(path)}, which does not "
+                    "exist: put it there, or set the environment variable DETECTRON2_DATASETS to "
+                    f"the folder that has it (DETECTRON2_DATASETS {setting})."
+                )
 
 
 def _is_list(paths: Any) -> bool:
@@ -339,14 +298,6 @@ def _as_list(paths: Any) -> List[Any]:
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-@functools.lru_cache(maxsize=16)
-def _class_names(json_file: str, mtime_ns: int) -> Tuple[str, ...]:
-    """`mtime_ns` makes a changed file another key of the cache."""
-    data = read_coco(json_file)
-    raise_problems(json_file, category_problems(data["categories"]))
-    return tuple(category["name"] for category in sorted_by_id(data["categories"]))
 
 
 def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
@@ -370,13 +321,6 @@ def _check_classes(json_file: PathLike, classes: Sequence[str], owner: str) -> N
         )
 
 
-def _check(data: Dict[str, Any], json_file: str, image_root: str, check_images: bool) -> None:
-    raise_problems(source_of(data, json_file), record_problems(data))
-    # Where several processes read the same files, one of them need look at the pixels.
-    if check_images and comm.is_main_process():
-        _check_files(data, json_file, image_root)
-
-
 def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> None:
     """Decode all images, unless that was done and they are as they were."""
     images = data["images"]
@@ -385,7 +329,8 @@ def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> No
     state = _state_of_files(images, image_root)
     if is_stamped(path, state):
         return
-    raise_problems(source_of(data, json_file), decode_all(images, json_file, image_root))
+    problems = [found for found in file_problems(images, image_root) if found is not None]
+    raise_problems(source_of(data, json_file), problems)
     stamp(path, state)
 
 
@@ -400,55 +345,55 @@ def _state_of_files(images: List[Record], image_root: str) -> str:
         size = (image["height"], image["width"])
         return image["file_name"], size, status.st_size, status.st_mtime_ns
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        states = list(pool.map(state, images))
-    return hashlib.sha256(repr(states).encode()).hexdigest()
+    return hashlib.sha256(repr(list(in_threads(state, images))).encode()).hexdigest()
 
 
-def _complete(data: Dict[str, Any], json_file: str, ids: _Ids) -> str:
-    """Path of a JSON that Detectron2 and pycocotools read in full: `json_file` itself, or a
-    completed copy in the cache folder where it lacks something or has other ids than `ids`.
+def _is_complete(data: Mapping[str, Any], json_file: str) -> bool:
+    """Whether Detectron2 and pycocotools can read a JSON as it is."""
+    with open(json_file, "rb") as file:
+        is_utf_8 = json.detect_encoding(file.read(4)) == "utf-8"  # without a byte order mark
+    records = [*data["images"], *data["categories"], *data["annotations"]]
+    return (
+        is_utf_8
+        and "info" in data
+        # Evaluators keep ids as floats and in types of 32 and of 64 bits, with a sign and without.
+        and all(type(each.get("id")) is int and 0 <= each["id"] < 2**31 for each in records)
+        and not any(WRITTEN in each for each in records)
+        # pycocotools takes a match with annotation 0 for no match.
+        and all(a["id"] and a.get("area") and "iscrowd" in a for a in data["annotations"])
+        and not any(a["iscrowd"] is None for a in data["annotations"])
+    )
+
+
+def _complete(
+    data: Mapping[str, Any], json_file: str, images: List[Record], categories: List[Record]
+) -> str:
+    """Path of a completed copy in the cache folder, with the ids 1, 2, ...
+
+    Args:
+        data, json_file: the file.
+        images, categories: its records in the order of their new ids.
     """
-    annotations = data["annotations"]
-    has_ids = all(given == used for numbers in ids for given, used in numbers.items())
-    has_ids &= not any(WRITTEN in record for kind in _LISTS for record in data[kind])
-    is_complete = "info" in data and has_ids and all(map(_is_complete, annotations))
-    if is_complete and _is_utf_8(json_file):
-        return json_file
-    completed = []
-    for number, annotation in enumerate(annotations, 1):
-        annotation = {
+    image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
+    category_ids = {category["id"]: number for number, category in enumerate(categories, 1)}
+    annotations = [
+        {
             **annotation,
             "id": number,
-            "image_id": ids.images[annotation["image_id"]],
-            "category_id": ids.categories[annotation["category_id"]],
+            "image_id": image_ids[annotation["image_id"]],
+            "category_id": category_ids[annotation["category_id"]],
+            "area": annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3],
+            "iscrowd": annotation.get("iscrowd") or 0,
         }
-        if not annotation.get("area"):
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        if annotation.get("iscrowd") is None:
-            annotation["iscrowd"] = 0
-        completed.append(annotation)
-    images = [{**image, "id": ids.images[image["id"]]} for image in data["images"]]
-    categories = [{**c, "id": ids.categories[c["id"]]} for c in data["categories"]]
-    changed = {"images": images, "categories": categories, "annotations": completed}
+        for number, annotation in enumerate(data["annotations"], 1)
+    ]
+    changed = {
+        "images": [{**image, "id": image_ids[image["id"]]} for image in images],
+        "annotations": annotations,
+        "categories": [{**each, "id": category_ids[each["id"]]} for each in categories],
+    }
     text = json.dumps({"info": {}, **data, **changed})
     path = cache_dir() / "coco" / f"{Path(json_file).stem}_{_short_hash(text)}.json"
     create_once(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     logger.info("%s lacks keys or has ids that no evaluation takes; using %s.", json_file, path)
     return str(path)
-
-
-def _is_complete(annotation: Record) -> bool:
-    # pycocotools takes a match with annotation 0 for no match, so 0 does not count as an id.
-    return (
-        _is_usable_id(annotation.get("id"))
-        and annotation["id"] > 0
-        and bool(annotation.get("area"))
-        and annotation.get("iscrowd") is not None
-    )
-
-
-def _is_utf_8(json_file: str) -> bool:
-    """Whether a JSON has that encoding, without a byte order mark."""
-    with open(json_file, "rb") as file:
-        return json.detect_encoding(file.read(4)) == "utf-8"

@@ -1,11 +1,9 @@
-"""What makes a data set in COCO's format unusable: every rule, with the sentence that says it."""
+"""Reading COCO JSONs, and what makes them unusable: every rule, with the sentence that says it."""
 
 import functools
 import json
-import logging
 import os
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import (
     Any,
@@ -18,7 +16,6 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
-    Set,
     Tuple,
     Union,
 )
@@ -33,10 +30,10 @@ __all__ = [
     "WRITTEN",
     "Problem",
     "category_problems",
-    "decode_all",
     "existing",
     "file_problems",
     "forget_files",
+    "in_threads",
     "raise_problems",
     "read_coco",
     "record_problems",
@@ -45,10 +42,8 @@ __all__ = [
     "written_id",
 ]
 
-logger = logging.getLogger(__name__)
-
 Record = Dict[str, Any]  # an image, category or annotation of the JSON
-Rule = Tuple[str, str]  # (kind, predicate of the sentence) of what is wrong
+Rule = Tuple[str, str]  # what is wrong: its kind, and the predicate of the sentence
 
 # Boxes drawn by hand or rounded often end a pixel beyond the image; they are clipped.
 _BORDER_TOLERANCE = 2  # pixels
@@ -109,7 +104,13 @@ def existing(path: Optional[PathLike], exists: Callable[[str], bool], kind: str)
     return path
 
 
-@functools.lru_cache(maxsize=4)
+def in_threads(function: Callable[..., Any], *items: Collection[Any]) -> Iterator[Any]:
+    """`map` in a few threads."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        yield from pool.map(function, *items)
+
+
+@functools.lru_cache(maxsize=16)
 def _parse(json_file: str, mtime_ns: int, size: int) -> Any:
     """`mtime_ns` and `size` make a changed file another key of the cache."""
     with open(json_file, "rb") as file:
@@ -173,35 +174,16 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
         data = _parse(json_file, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{json_file} {_why_unreadable(error)}") from error
-    keys = ("images", "annotations", "categories")
     if not isinstance(data, dict):
         raise DatasetError(
             f"{json_file} is not in COCO's format: it must hold an object with the keys "
             "'images', 'annotations' and 'categories'."
         )
-    missing = [key for key in keys if not isinstance(data.get(key), list)]
+    missing = [f"the list '{key}'" for key in _NUMBERS if not isinstance(data.get(key), list)]
     if missing:
-        raise DatasetError(
-            f"{json_file} is not in COCO's format: it lacks the list "
-            + " and the list ".join(f"'{key}'" for key in missing)
-            + "; add it."
-        )
+        text = f"{json_file} is not in COCO's format: it lacks {' and '.join(missing)}; add it."
+        raise DatasetError(text)
     return data
-
-
-def record_problems(data: Mapping[str, Any]) -> List[Problem]:
-    """All that is wrong with the records; files apart.
-
-    Args:
-        data: as of `read_coco`.
-    """
-    images, annotations, categories = (data[key] for key in ("images", "annotations", "categories"))
-    return [
-        *category_problems(categories),
-        *_image_problems(images),
-        *_annotation_problems(annotations, images, categories),
-        *_crowd_problems(annotations),
-    ]
 
 
 def source_of(data: Mapping[str, Any], json_file: PathLike) -> str:
@@ -236,9 +218,43 @@ def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:
     raise DatasetError(f"{count} in {json_file}:{shown}{more}")
 
 
-def _record_problem(record: Any, keys: Mapping[str, Any]) -> Optional[Rule]:
-    """What is wrong with the keys of an image, category or annotation, as (kind, predicate), or
-    None."""
+def record_problems(data: Mapping[str, Any]) -> List[Problem]:
+    """All that is wrong with the records of a JSON from :func:`read_coco`; files are not read."""
+    images, annotations, categories = (data[key] for key in ("images", "annotations", "categories"))
+    problems = category_problems(categories) + _image_problems(images)
+    problems += _annotation_problems(annotations, images, categories)
+    if annotations and all(isinstance(a, dict) and a.get("iscrowd") == 1 for a in annotations):
+        text = (
+            f"all {len(annotations)} annotations have iscrowd 1, which marks crowds: they are "
+            "neither trained on nor evaluated; set it to 0 for single objects."
+        )
+        problems.append(Problem("all annotations are crowds", text, annotations))
+    return problems
+
+
+def _problems(
+    kind: str,
+    records: Sequence[Any],
+    keys: Mapping[str, Any],
+    rule: Callable[[Record], Optional[Rule]],
+) -> List[Problem]:
+    """Missing keys, wrong types, repeated ids, and what `rule` says of a record with good keys."""
+    problems, ids = [], set()
+    for index, record in enumerate(records):
+        found = _key_problem(record, keys)
+        # Annotations can do without an id, and one that is no number is not used.
+        if found is None and isinstance(record.get("id"), keys.get("id", int)):
+            if record["id"] in ids:
+                found = "repeated id", f"has the id of an earlier {kind}; make ids unique."
+            ids.add(record["id"])
+        found = found or rule(record)
+        if found is not None:
+            message = f"{_label(kind, index, record)} {found[1]}"
+            problems.append(Problem(f"{kind}: {found[0]}", message, record))
+    return problems
+
+
+def _key_problem(record: Any, keys: Mapping[str, Any]) -> Optional[Rule]:
     if not isinstance(record, dict):
         text = f"is {json.dumps(record)[:40]}, not an object; correct or remove it."
         return "not an object", text
@@ -261,118 +277,93 @@ def _label(kind: str, index: int, record: Any) -> str:
         return str(record[SOURCE])
     if not isinstance(record, dict) or "id" not in record:
         return f"{kind} at index {index}"
+    more = ""
     if isinstance(record.get("file_name"), str):
-        return f"{kind} {written_id(record)} ('{record['file_name']}')"
-    if "image_id" in record:
-        return f"{kind} {record['id']} (of image {record['image_id']})"
-    return f"{kind} {written_id(record)}"
-
-
-def _list_problems(kind: str, records: Sequence[Any], keys: Mapping[str, Any]) -> List[Problem]:
-    """Missing keys, wrong types and repeated ids."""
-    problems, seen = [], set()
-    for index, record in enumerate(records):
-        problem = _record_problem(record, keys)
-        # Annotations can do without an id, and one that is no number is not used.
-        if problem is None and isinstance(record.get("id"), keys.get("id", int)):
-            if record["id"] in seen:
-                problem = "repeated id", f"has the id of an earlier {kind}; make ids unique."
-            seen.add(record["id"])
-        if problem is not None:
-            problems.append(_problem(kind, index, record, *problem))
-    return problems
-
-
-def _problem(kind: str, index: int, record: Any, rule: str, text: str) -> Problem:
-    return Problem(f"{kind}: {rule}", f"{_label(kind, index, record)} {text}", record)
+        more = f" ('{record['file_name']}')"
+    elif "image_id" in record:
+        more = f" (of image {record['image_id']})"
+    return f"{kind} {written_id(record)}{more}"
 
 
 def category_problems(categories: Sequence[Any]) -> List[Problem]:
     """What is wrong with the categories."""
+    names = set()
+
+    def rule(category: Record) -> Optional[Rule]:
+        name = category["name"]
+        if name in names:  # results are listed by name
+            return "repeated name", f"has the name '{name}' of an earlier one; make names unique."
+        names.add(name)
+        if name != name.encode("utf-8", "replace").decode():
+            return (
+                "name is no text",
+                f"has the name {name!r}, which is no Unicode text; correct it.",
+            )
+        return None
+
     if not categories:
         text = "'categories' is empty; add the classes."
         return [Problem("no categories", text, categories)]
-    problems, seen = _list_problems("category", categories, _CATEGORY_KEYS), set()
-    for index, category in enumerate(categories):
-        if _record_problem(category, _CATEGORY_KEYS) is None:
-            name = category["name"]
-            if name in seen:  # results are listed by name
-                text = f"has the name '{name}' of an earlier one; make names unique."
-                problems.append(_problem("category", index, category, "repeated name", text))
-            if name != name.encode("utf-8", "replace").decode():
-                text = f"has the name {name!r}, which is no Unicode text; correct it."
-                problems.append(_problem("category", index, category, "name is no text", text))
-            seen.add(name)
-    return problems
+    return _problems("category", categories, _CATEGORY_KEYS, rule)
 
 
 def _image_problems(images: Sequence[Any]) -> List[Problem]:
+    def rule(image: Record) -> Optional[Rule]:
+        if min(image["height"], image["width"]) >= 1:
+            return None
+        size = f"{image['width']} x {image['height']}"
+        return "size is not positive", f"has the size {size}; correct it."
+
     if not images:
         return [Problem("no images", "'images' is empty; add the images.", images)]
-    problems = _list_problems("image", images, _IMAGE_KEYS)
-    for index, image in enumerate(images):
-        if _record_problem(image, _IMAGE_KEYS) is None and min(image["height"], image["width"]) < 1:
-            size = f"{image['width']} x {image['height']}"
-            text = f"has the size {size}; correct it."
-            problems.append(_problem("image", index, image, "size is not positive", text))
-    return problems
+    return _problems("image", images, _IMAGE_KEYS, rule)
 
 
 def _annotation_problems(
     annotations: Sequence[Any], images: Sequence[Any], categories: Sequence[Any]
 ) -> List[Problem]:
-    # Where a record itself is at fault, its annotations may be good.
     image_ids, category_ids = _ids(images), _ids(categories)
     sizes = {
         image["id"]: (image["height"], image["width"])
         for image in images
-        if _record_problem(image, _IMAGE_KEYS) is None
+        if _key_problem(image, _IMAGE_KEYS) is None
     }
-    problems = _list_problems("annotation", annotations, _ANNOTATION_KEYS)
-    relative = []  # indices of boxes that seem to be so
-    for index, annotation in enumerate(annotations):
-        if _record_problem(annotation, _ANNOTATION_KEYS) is not None:
-            continue
-        problem = _reference_problem(annotation, image_ids, category_ids)
-        size = sizes.get(annotation["image_id"])
-        problem = problem or _box_problem(annotation["bbox"], size) or _number_problem(annotation)
-        if problem is not None:
-            problems.append(_problem("annotation", index, annotation, *problem))
-        elif max(map(abs, annotation["bbox"])) <= 1 < max(size or (2, 2)):
-            relative.append(index)
-    # A pixel in the corner is no fault by itself.
-    boxes = [annotations[index]["bbox"] for index in relative]
-    if len(boxes) == len(annotations) or any(value % 1 for box in boxes for value in box):
-        for index, box in zip(relative, boxes):
+    relative = []  # annotations whose boxes seem to be so
+
+    def rule(annotation: Record) -> Optional[Rule]:
+        if image_ids is not None and annotation["image_id"] not in image_ids:
+            return "unknown image_id", "has an image_id that no image has; correct or remove it."
+        if category_ids is not None and annotation["category_id"] not in category_ids:
             text = (
-                f"has bbox {box}, relative to its image; multiply x and width by the width of the "
-                "image in pixels, y and height by its height."
+                f"has category_id {annotation['category_id']}, which no category has; add the "
+                "category, or correct or remove the annotation."
             )
-            rule = "bbox from 0 to 1"
-            problems.append(_problem("annotation", index, annotations[index], rule, text))
+            return "unknown category_id", text
+        size = sizes.get(annotation["image_id"])
+        found = _box_problem(annotation["bbox"], size) or _number_problem(annotation)
+        if found is None and max(map(abs, annotation["bbox"])) <= 1 < max(size or (2, 2)):
+            relative.append(annotation)
+        return found
+
+    problems = _problems("annotation", annotations, _ANNOTATION_KEYS, rule)
+    # A pixel in the corner is no fault by itself.
+    if len(relative) == len(annotations) or any(v % 1 for each in relative for v in each["bbox"]):
+        chosen = set(map(id, relative))
+        for index, annotation in enumerate(annotations):
+            if id(annotation) in chosen:
+                text = (
+                    f"{_label('annotation', index, annotation)} has bbox {annotation['bbox']}, "
+                    "relative to its image; multiply x and width by the width of the image in "
+                    "pixels, y and height by its height."
+                )
+                problems.append(Problem("annotation: bbox from 0 to 1", text, annotation))
     return problems
 
 
-def _ids(records: Sequence[Any]) -> Optional[Set[Union[int, str]]]:
-    """None where a record has no valid id, so that it may be any."""
+def _ids(records: Sequence[Any]) -> Optional[Collection[Union[int, str]]]:
+    """None where a record has no valid id, so that it may be any: its annotations may be good."""
     ids = {r["id"] for r in records if isinstance(r, dict) and isinstance(r.get("id"), _ID)}
     return ids if len(ids) == len(records) else None
-
-
-def _reference_problem(
-    annotation: Record,
-    image_ids: Optional[Set[Union[int, str]]],
-    category_ids: Optional[Set[Union[int, str]]],
-) -> Optional[Rule]:
-    if image_ids is not None and annotation["image_id"] not in image_ids:
-        return "unknown image_id", "has an image_id that no image has; correct or remove it."
-    if category_ids is not None and annotation["category_id"] not in category_ids:
-        text = (
-            f"has category_id {annotation['category_id']}, which no category has; add the "
-            "category, or correct or remove the annotation."
-        )
-        return "unknown category_id", text
-    return None
 
 
 def _number_problem(annotation: Record) -> Optional[Rule]:
@@ -393,25 +384,12 @@ def _number_problem(annotation: Record) -> Optional[Rule]:
     return None
 
 
-def _crowd_problems(annotations: Sequence[Any]) -> List[Problem]:
-    if not annotations or not all(
-        isinstance(a, dict) and a.get("iscrowd") == 1 for a in annotations
-    ):
-        return []
-    text = (
-        f"all {len(annotations)} annotations have iscrowd 1, which marks crowds: they are neither "
-        "trained on nor evaluated; set it to 0 for single objects."
-    )
-    return [Problem("all annotations are crowds", text, annotations)]
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _box_problem(bbox: Sequence[Any], size: Optional[Tuple[int, int]]) -> Optional[Rule]:
-    """What is wrong with an [x, y, width, height] box in an image of that (height, width), as
-    (kind, predicate), or None."""
+    """What is wrong with an [x, y, width, height] box in an image of that (height, width)."""
     if len(bbox) != 4 or not all(map(_is_number, bbox)):
         text = f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
         return "bbox is not 4 numbers", text
@@ -422,26 +400,21 @@ def _box_problem(bbox: Sequence[Any], size: Optional[Tuple[int, int]]) -> Option
     if box_width <= 0 or box_height <= 0:
         text = f"has bbox {bbox}, whose width or height is not positive; correct or remove it."
         return "bbox without area", text
-    if size is None or min(size) < 1:
+    height, width = size or (0, 0)
+    right, bottom, tolerance = x + box_width, y + box_height, _BORDER_TOLERANCE
+    is_within = min(x, y) >= -tolerance and right <= width + tolerance
+    is_within &= bottom <= height + tolerance
+    overlaps = x < width and y < height and right > 0 and bottom > 0
+    if min(height, width) < 1 or (is_within and overlaps):
         return None
-    height, width = size
-    tolerance = _BORDER_TOLERANCE
-    within = (
-        min(x, y) >= -tolerance
-        and x + box_width <= width + tolerance
-        and y + box_height <= height + tolerance
+    form = "[x, y, width, height]"
+    if x < box_width <= width and y < box_height <= height:
+        form += ", not [x1, y1, x2, y2]"
+    text = (
+        f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; correct it "
+        f"({form}) or remove it."
     )
-    overlaps = x < width and y < height and x + box_width > 0 and y + box_height > 0
-    if not (within and overlaps):
-        form = "[x, y, width, height]"
-        if x < box_width <= width and y < box_height <= height:
-            form += ", not [x1, y1, x2, y2]"
-        text = (
-            f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; "
-            f"correct it ({form}) or remove it."
-        )
-        return "bbox outside the image", text
-    return None
+    return "bbox outside the image", text
 
 
 def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[Optional[Problem]]:
@@ -456,33 +429,19 @@ def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[
     """
 
     def problem(image: Record) -> Optional[Problem]:
-        path = os.path.join(image_root, image["file_name"])
+        path, hint = os.path.join(image_root, image["file_name"]), ""
         try:
             check_image(path, image["height"], image["width"])
         except DatasetError as error:
-            is_there = os.path.isfile(path)
-            rule = "file unreadable or of another size" if is_there else "file missing"
+            rule = "file unreadable or of another size"
+            if not os.path.isfile(path):
+                rule = "file missing"
+                if "://" in image["file_name"]:
+                    hint = " (file_name is a URL: download the images, and write their paths.)"
+                elif "\\" in image["file_name"]:
+                    hint = " (Write file_name with / in place of \\.)"
             name = image.get(SOURCE) or f"image {written_id(image)}"
-            hint = "" if is_there else _path_hint(image["file_name"])
             return Problem(f"image: {rule}", f"{name}: {error}{hint}", image)
         return None
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        yield from pool.map(problem, images)
-
-
-def _path_hint(file_name: str) -> str:
-    if "://" in file_name:
-        return " (file_name is a URL: download the images, and write their paths.)"
-    return " (Write file_name with / in place of \\.)" if "\\" in file_name else ""
-
-
-def decode_all(
-    images: Collection[Record], json_file: PathLike, image_root: PathLike
-) -> List[Problem]:
-    """The problems of all image files of a JSON."""
-    start = time.perf_counter()
-    problems = [found for found in file_problems(images, image_root) if found is not None]
-    seconds = time.perf_counter() - start
-    logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
-    return problems
+    return in_threads(problem, images)

@@ -1,4 +1,4 @@
-"""Folders of images and label files as data sets in COCO's format: what YOLO and Pascal VOC share.
+"""What the conversions of YOLO and Pascal VOC folders to COCO's format share.
 
 Only boxes are kept. The JSONs are in the cache folder, and are written anew when a file of the
 folders changes. Their records name the label file that they come from, and what is wrong with it;
@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -19,7 +18,7 @@ from detectron2.utils.logger import log_first_n
 from PIL import Image
 
 from .cache import cache_dir, create_once
-from .coco_checks import FAULT, REMARKS, SOURCE, Record
+from .coco_checks import FAULT, REMARKS, SOURCE, Record, in_threads
 from .errors import DatasetError
 from .mapper import PathLike, upright_size
 
@@ -52,11 +51,14 @@ def read_text(path: PathLike) -> str:
 
 
 def files_below(folder: str, suffix: str = "") -> States:
-    """All files below a folder whose names end with the suffix, but hidden ones."""
-    found = {}
+    """All files below a folder whose names end with the suffix, without hidden ones."""
+    found, seen = {}, set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if _is_wanted_folder(os.path.join(parent, name))]
-        for name in names:
+        # A folder that is linked to again, perhaps from below itself, is read once.
+        is_new = os.path.realpath(parent) not in seen
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        for name in names if is_new else ():
             path = os.path.join(parent, name)
             if not name.startswith(".") and name.lower().endswith(suffix) and os.path.isfile(path):
                 status = os.stat(path)
@@ -64,25 +66,19 @@ def files_below(folder: str, suffix: str = "") -> States:
     return found
 
 
-def _is_wanted_folder(path: str) -> bool:
-    """Whether a folder is neither hidden nor a link to one that it is in."""
-    parent, name = os.path.split(path)
-    leads_back = (os.path.realpath(parent) + os.sep).startswith(os.path.realpath(path) + os.sep)
-    return not name.startswith(".") and not leads_back
-
-
 def pair(
     folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]
 ) -> Tuple[Dict[str, Optional[str]], List[str]]:
-    """
+    """Find the label files of images.
+
     Args:
         folder: of the images.
-        label_files: their paths.
-        stems: the paths without suffix that the label of an image may have.
+        label_files: paths of the labels.
+        stems: gives the paths without suffix that the label of an image may have.
 
     Returns:
-        Of each image, by its path in `folder`, the path of its label or None; and the labels that
-        no image has.
+        The path of each image's label, or None, by the image's path in `folder`; and the labels
+        that no image has.
     """
     labels = {os.path.splitext(path)[0]: path for path in label_files}
 
@@ -95,14 +91,10 @@ def pair(
     for path in sorted(files_below(folder)):
         is_image = formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
         (pairs if is_image else others)[path] = label_of(path)
-    used = set(pairs.values())
-    pairs.update(
-        {
-            path: label
-            for path, label in others.items()
-            if label is not None and label not in used and path != label and _opens(path)
-        }
-    )
+    used = {None, *pairs.values()}
+    for path, label in others.items():
+        if label not in used and path != label and _opens(path):
+            pairs[path] = label
     unused = sorted(set(labels.values()).difference(filter(None, pairs.values())))
     return {os.path.relpath(path, folder): pairs[path] for path in sorted(pairs)}, unused
 
@@ -151,17 +143,16 @@ def make_coco(
 
     Args:
         folder: of the images.
-        pairs: images, as paths in `folder`, and their label files.
-        read: an image's size and objects.
-        names: of the classes; None: those of the objects.
-        labels: the folder that is named where something is wrong.
+        pairs: from `pair`.
+        read: gives an image's size and objects.
+        names: of the classes; None takes those of the objects.
+        labels: the folder that messages name.
         remarks: on what is left out.
     """
     if not pairs:
         raise DatasetError(f"{folder} has no images: correct the path.")
     paths = [os.path.join(folder, name) for name in pairs]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        contents = list(pool.map(read, paths, pairs.values()))
+    contents = list(in_threads(read, paths, pairs.values()))
     found = {item["name"]: item[SOURCE] for _, objects in contents for item in objects[::-1]
              if "name" in item}  # fmt: skip
     names = sorted(found) if names is None else names

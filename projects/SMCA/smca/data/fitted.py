@@ -41,10 +41,8 @@ def fit_short_sides(names: Names, stride: int, factors: Sequence[float] = (1.0,)
     lengths = []  # of objects, relative to the short sides of their images
     for image in _images(names):
         side = min(image["width"], image["height"])
-        for annotation in image["annotations"]:
-            _, _, w, h = BoxMode.convert(
-                annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS
-            )
+        for item in image["annotations"]:
+            _, _, w, h = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS)
             lengths.append(math.sqrt(w * h) / side)
     small = max(np.percentile(lengths, _SMALL), 1e-3) if lengths else 1.0
     side = _between(32 * math.ceil(_SMALL_CELLS * stride / small / 32), _SHORT_SIDES)

@@ -34,13 +34,15 @@ _SHUFFLE, _AUGMENT = 0, 1
 class _EndlessBatches(Sampler[List[Tuple[int, int]]]):
     """Batches of (position, index) pairs from an endless stream.
 
-    The stream is one shuffled pass over the data set after the other, each shuffled by (seed,
-    pass). Positions count from its start; of each global batch, rank r takes positions r,
-    r + world size, ...
+    The stream is one pass over the data set after the other, each shuffled by (seed, pass).
+    Positions count from its start. Rank r takes the positions r, r + world size, ... of each global
+    batch.
 
     Args:
-        size: items in the data set. batch_size: of this rank.
-        seed: not negative. rank, world_size: of this process.
+        size: items in the data set.
+        batch_size: of this rank.
+        seed: not negative.
+        rank, world_size: of this process.
     """
 
     def __init__(self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int):
@@ -106,11 +108,10 @@ def build_train_loader(
 ) -> DataLoader:
     """An endless loader of training batches.
 
-    What batch number n of a process holds, to the last bit, depends on the seed, the rank, the
-    number of processes and n only; not on `num_workers`, nor on the batch it was started at
-    (`set_start_batch`). All processes together see every image once a pass. Neither building nor
-    iterating the loader draws from the global random states, but for `numpy.random` where there is
-    no seed.
+    Batch number n of a process depends, to the last bit, only on the seed, the rank, the number of
+    processes and n: not on `num_workers`, nor on the batch it was started at (`set_start_batch`).
+    All processes together see every image once a pass. The global random states are not touched,
+    except for `numpy.random` where there is no seed.
 
     Args:
         dataset: in Detectron2's format. May be smaller than a batch.
@@ -131,7 +132,7 @@ def build_train_loader(
     """
     if len(dataset) == 0:
         raise DatasetError("The training data set has no images: check dataloader.train.dataset.")
-    if all(map(_has_no_objects, dataset)):  # which the first image with objects decides
+    if all(map(_has_no_objects, dataset)):
         raise DatasetError(
             "The training data have no objects (crowds do not count): add their annotations."
         )
@@ -239,11 +240,12 @@ def _has_no_objects(item: Mapping[str, Any]) -> bool:
 
 
 def set_start_batch(loader: DataLoader, num_batches: int) -> None:
-    """Make the next ``iter(loader)`` begin with batch number `num_batches`, counted from 0.
+    """Make the next ``iter(loader)`` begin with batch number `num_batches` of this process, counted
+    from 0.
 
     Args:
         loader: from `build_train_loader`.
-        num_batches: how many batches this process has consumed already.
+        num_batches: not negative.
 
     Raises:
         TypeError: the loader is of another kind and cannot start in the middle.
@@ -256,16 +258,8 @@ def set_start_batch(loader: DataLoader, num_batches: int) -> None:
 
 
 def set_start_sample(loader: DataLoader, num_samples: int) -> None:
-    """Make the next ``iter(loader)`` begin after so many samples of the stream, which all processes
-    have consumed together, with whatever batch size.
-
-    Args:
-        loader: from :func:`build_train_loader`.
-        num_samples: not negative.
-
-    Raises:
-        TypeError: the loader is of another kind and cannot start in the middle.
-    """
+    """As `set_start_batch`, after so many samples of all processes together, in batches of whatever
+    size."""
     _batch_sampler(loader).start_sample = num_samples
 
 

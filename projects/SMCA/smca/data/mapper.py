@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _MAX_TEXT = 1000  # bytes of a PNG's text; compressed, they may be the million that Pillow reads
-_DEEP_COLOR, _BITS = "color of 16 bits", "significant bits"
+_DEEP_COLOR = "color of 16 bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
 _rules_said: List[str] = []  # of this process, by which images of more than 8 bits are read
 
@@ -59,10 +59,8 @@ def _open_image(source: Union[PathLike, BinaryIO]) -> Iterator[Image.Image]:
                 file: BinaryIO = source
             else:
                 file = stack.enter_context(PathManager.open(str(source), "rb"))
-            file, bits = _without_large_texts(file)
-            image = stack.enter_context(Image.open(file))
+            image = stack.enter_context(Image.open(_without_large_texts(file)))
             image.info[_DEEP_COLOR] = _has_deep_color(image)
-            image.info[_BITS] = bits
             yield image
     except DatasetError:
         raise
@@ -100,40 +98,31 @@ def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
     return f"Image {path} cannot be decoded, perhaps it was cut short ({error}){advice}"
 
 
-def _without_large_texts(file: BinaryIO) -> Tuple[BinaryIO, int]:
+def _without_large_texts(file: BinaryIO) -> BinaryIO:
     """A PNG file without color profiles and texts that could be larger than Pillow reads, which
-    then refuses the whole image; any other file as it is.
-
-    Returns:
-        The file, and how many bits of a level it says to be significant; 0 if it does not say it.
-    """
+    then refuses the whole image; any other file as it is."""
     signature = file.read(8)
     file.seek(0)
     if signature != b"\x89PNG\r\n\x1a\n":
-        return file, 0
+        return file
     content = file.read()
-    parts, start, bits = [content[:8]], 8, 0
+    parts, start = [content[:8]], 8
     while start < len(content):
         # A chunk is its length (4 bytes), its kind (4), so many bytes, and a checksum (4).
-        length, kind = (
-            int.from_bytes(content[start : start + 4], "big"),
-            content[start + 4 : start + 8],
-        )
-        is_text = kind in (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
-        if kind == b"sBIT" and length:
-            bits = content[start + 8]
+        length = int.from_bytes(content[start : start + 4], "big")
+        is_text = content[start + 4 : start + 8] in (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
         is_xmp = content[start + 8 : start + 25] == b"XML:com.adobe.xmp"  # says the orientation
         end = start + 12 + length
         if not is_text or is_xmp or length <= _MAX_TEXT:
             parts.append(content[start:end])
         start = end
-    return io.BytesIO(b"".join(parts)), bits
+    return io.BytesIO(b"".join(parts))
 
 
 def _exif_transposes(
     image: Image.Image,
 ) -> Tuple[Optional[Image.Transpose], Optional[Image.Transpose]]:
-    """What turns `image` upright, and what turns it as it is stored; None where it already is."""
+    """What turns `image` upright, and what turns it back to how it is stored; None for nothing."""
     try:
         orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a malformed EXIF block says nothing about the orientation
@@ -162,12 +151,8 @@ def _matching_transpose(
     )
 
 
-def _to_8_bit(pixels: np.ndarray, said_bits: int) -> Tuple[np.ndarray, str]:
-    """Levels of more than 8 bits to uint8, without clipping.
-
-    Args:
-        pixels: of any shape and type of number.
-        said_bits: how many bits the file says its levels have, or 0.
+def _to_8_bit(pixels: np.ndarray) -> Tuple[np.ndarray, str]:
+    """Levels of more than 8 bits, of any shape and type of number, to uint8 without clipping.
 
     Returns:
         The levels, and in words which of the image's became black and white.
@@ -177,8 +162,7 @@ def _to_8_bit(pixels: np.ndarray, said_bits: int) -> Tuple[np.ndarray, str]:
     if pixels.dtype.kind == "f" and 0 <= low and high <= 1:
         rule, low, high = "0 to 1", 0, 1
     elif pixels.dtype.kind in "iu" and 0 <= low and high < 65536:
-        candidates = (said_bits, 16) if said_bits else _GRAY_BITS
-        bits = next(bits for bits in candidates if high < 2**bits)
+        bits = next(bits for bits in _GRAY_BITS if high < 2**bits)
         rule, low, high = f"0 to {2**bits - 1} ({bits} bits)", 0, 2**bits - 1
     else:
         rule = "the image's own least and greatest"
@@ -208,24 +192,21 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def _in_8_bit(image: Image.Image) -> Tuple[Image.Image, str]:
-    """An image of more than 8 bits a level in 8 bits, and the rule by which; any other image as it
-    is, and "".
-
-    Cameras of 10, 12 or 14 bits write these into 16. Unless a PNG file says how many there are
-    (sBIT), the image's greatest level does.
-    """
+    """An image of more than 8 bits a level in 8 bits, and the rule by which it is read; any other
+    image as it is, and "". Cameras of 10, 12 or 14 bits write these into 16: the image's greatest
+    level says how many there are."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image)
     elif image.info.get(_DEEP_COLOR) or _has_deep_color(image):
         pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
     else:
         return image, ""
-    levels, rule = _to_8_bit(pixels, image.info.get(_BITS, 0))
+    levels, rule = _to_8_bit(pixels)
     return Image.fromarray(levels), rule
 
 
 def _say_rule(rule: str) -> None:
-    """Warn of each new way to read images of more than 8 bits, but not of 16 bits alone."""
+    """Warn of a new way to read images of more than 8 bits, unless all have 16 bits."""
     if rule in _rules_said:
         return
     _rules_said.append(rule)
@@ -250,8 +231,8 @@ def _warn(message: str) -> None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB; transparency is
-    dropped, as Detectron2 does."""
+    """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB. Transparency is
+    dropped, as in Detectron2."""
     image, rule = _in_8_bit(image)
     if rule:
         _say_rule(rule)
@@ -263,11 +244,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def read_image(
     path: Union[PathLike, BinaryIO], height: Optional[int] = None, width: Optional[int] = None
 ) -> np.ndarray:
-    """Read an image of any mode that Pillow knows (gray, palette, RGBA, CMYK, 1, 16 or 32 bits).
+    """Read an image of any mode that Pillow knows.
 
-    Of an animation or a file of several pages, only the first is read. EXIF orientation is
-    applied, unless only the stored orientation has the expected size:
-    annotation tools disagree on which of the two they mean.
+    Only the first frame or page of a file is read. EXIF orientation is applied, unless only the
+    stored orientation has the expected size: annotation tools disagree on which of the two they
+    mean.
 
     Args:
         path: of the image file, or its content (`io.BytesIO`).
@@ -292,12 +273,8 @@ def read_image(
 def check_image(path: PathLike, height: int, width: int) -> None:
     """Decode an image and compare its size, in either EXIF orientation, with the expected one.
 
-    Args:
-        path: of the image file.
-        height, width: expected size in pixels.
-
     Raises:
-        DatasetError: as `read_image`.
+        DatasetError: see `read_image`.
     """
     with _open_image(path) as image:
         _matching_transpose(image, path, height, width)
@@ -343,11 +320,10 @@ def detr_augmentations(
     crop_short_sides: Union[int, Sequence[int]] = (400, 500, 600),
     color_jitter: float = 0.0,
 ) -> List[T.Augmentation]:
-    """One branch of DETR's augmentation: flip, [resize, crop,] resize. All sizes in pixels.
+    """One branch of DETR's augmentation: flip, [resize, crop,] resize. All sizes are in pixels.
 
     In training, `DetrDatasetMapper` takes the branch without the crop and the one with it
-    (on COCO ``crop_range=(384, 600)``) with equal chances. In evaluation it takes
-    ``detr_augmentations(800, flip=False)``.
+    (``crop_range=(384, 600)`` on COCO) with equal chances.
 
     Args:
         short_sides: the short side becomes one of these.

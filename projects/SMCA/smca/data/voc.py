@@ -34,18 +34,18 @@ def coco_from_voc(
     names: Optional[Sequence[str]] = None,
     image_list: Optional[PathLike] = None,
 ) -> str:
-    """Convert a Pascal VOC data set. Boxes are 1-based and include their last pixel, as in VOC; an
-    image without an XML file has no objects. Of an image with an EXIF orientation, the size in its
-    XML file says whether the boxes are meant upright or as it is stored.
+    """Convert a Pascal VOC data set. Boxes are 1-based and include their last pixel, as in VOC. An
+    image without an XML file has no objects. The size in the XML file of an image with an EXIF
+    orientation says whether its boxes are meant upright or as it is stored.
 
     Args:
         images: folder of the images, sub-folders included.
         annotations: folder of the XML files. Each is named like its image, in a sub-folder of the
             same name, or names it in its ``<filename>``.
-        names: of the classes, in their order; None: those of the objects, by the alphabet. For
-            validation give the training set's.
+        names: of the classes, in their order; None takes those of the objects, by the alphabet.
+            For validation give the training set's.
         image_list: file with the names of the images to use, without suffix, one a line, as in
-            VOC's ``ImageSets/Main``; None uses all.
+            VOC's ``ImageSets/Main``; None takes all images.
 
     Returns:
         The COCO JSON, with the categories 1, 2, ... in the order of `names`.
@@ -146,9 +146,12 @@ def _read_voc(image: str, label: Optional[str]) -> Content:
     except _UNREADABLE as error:
         fault = f"cannot be read ({error}); correct or remove it."
         return size_record(image), [{SOURCE: label, FAULT: fault}]
-    height, width = (_whole_number(root.findtext(f"size/{tag}")) for tag in ("height", "width"))
-    has_size = height > 0 and width > 0
-    size = {"height": height, "width": width} if has_size else size_record(image)
+    try:
+        size = {tag: int(float(root.findtext(f"size/{tag}") or 0)) for tag in ("height", "width")}
+    except (OverflowError, ValueError):
+        size = {}
+    if min(size.values(), default=0) < 1:
+        size = size_record(image)
     objects = [
         {SOURCE: f"{label} object {number}", **_voc_object(element)}
         for number, element in enumerate(root.findall("object"), 1)
@@ -166,14 +169,12 @@ def _voc_object(element: ElementTree.Element) -> Record:
     name = (element.findtext("name") or "").strip()
     if not name:
         return {FAULT: "has no name of its class; add it."}
+    texts = [element.findtext(f"bndbox/{tag}") for tag in ("xmin", "ymin", "xmax", "ymax")]
     try:
-        left, top, right, bottom = corners = [
-            float(element.findtext(f"bndbox/{tag}") or "")
-            for tag in ("xmin", "ymin", "xmax", "ymax")
-        ]
-        if not all(map(math.isfinite, corners)):
-            raise ValueError
+        left, top, right, bottom = corners = [float(text or "nan") for text in texts]
     except ValueError:
+        corners = [math.nan]
+    if not all(map(math.isfinite, corners)):
         return {
             "name": name,
             FAULT: f"({name}) has no bndbox with the numbers xmin, ymin, xmax and ymax; correct or "
@@ -182,11 +183,3 @@ def _voc_object(element: ElementTree.Element) -> Record:
     left, right = min(left, right) - 1, max(left, right)
     top, bottom = min(top, bottom) - 1, max(top, bottom)
     return {"name": name, "bbox": [left, top, right - left, bottom - top]}
-
-
-def _whole_number(text: Optional[str]) -> int:
-    """0 where there is none."""
-    try:
-        return int(float(text or 0))
-    except (OverflowError, ValueError):
-        return 0
