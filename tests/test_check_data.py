@@ -11,7 +11,6 @@ from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
-import check_data as tool
 from helpers import ODD_NAMES, ROOT, write_smca_config
 from smca.analysis import draw_instances
 from smca.analysis.dataset import (
@@ -21,6 +20,7 @@ from smca.analysis.dataset import (
     examine,
     find_remarks,
 )
+from smca.cli import check_data as tool
 from smca.data import DatasetError, DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError
 
@@ -255,7 +255,8 @@ def test_colors_of_a_bgr_mapper_are_turned_back(tmp_path):
 
 
 def run_tool(*arguments):
-    return tool.main([str(argument) for argument in arguments])
+    args = tool.get_parser().parse_intermixed_args([str(argument) for argument in arguments])
+    return tool.run(args)
 
 
 def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
@@ -282,7 +283,7 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_pa
     (tmp_path / "out").touch()
     monkeypatch.setattr(tool, "examine", None)
     with pytest.raises(UserError, match="out cannot be written: File exists"):
-        tool.main(["--json", json_file, "--images", image_root, "--output", str(tmp_path / "out")])
+        run_tool("--json", json_file, "--images", image_root, "--output", tmp_path / "out")
 
 
 def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):

@@ -11,9 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-import check_data
-import evaluate
 from helpers import ROOT
+from smca.cli import check_data, evaluate
 from smca.config import load_config
 from smca.data import (
     DatasetError,

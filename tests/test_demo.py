@@ -12,13 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import check_data
 import demo
 import draw
-import evaluate
-import export
 import run_demo
-import serve
 from helpers import (
     CLASS_NAMES,
     ROOT,
@@ -29,6 +25,7 @@ from helpers import (
     write_smca_config,
     write_weights,
 )
+from smca.cli import check_data, evaluate, export, serve
 from smca.cli.predict import find_images
 from smca.data import SHAPE_CLASSES, mapper, register_shapes
 from smca.errors import exit_code

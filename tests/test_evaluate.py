@@ -14,7 +14,6 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-import evaluate as tool
 from helpers import CLASS_NAMES, ODD_NAMES, make_smca, write_smca_config, write_weights
 from smca.analysis.evaluation import detect, evaluate, worst_images
 from smca.analysis.metrics import load_truth
@@ -23,6 +22,7 @@ from smca.analysis.report import (
     draw_precision_recall,
     write_report,
 )
+from smca.cli import evaluate as tool
 from smca.data import register_coco
 from smca.errors import UserError
 from smca.inference import Predictor

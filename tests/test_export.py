@@ -17,7 +17,6 @@ from PIL import Image
 from torch.export.passes import move_to_device_pass
 from torch.torch_version import TorchVersion
 
-import export as tool
 from helpers import (
     CLASS_NAMES,
     ROOT,
@@ -28,6 +27,7 @@ from helpers import (
     write_smca_config,
     write_weights,
 )
+from smca.cli import export as tool
 from smca.inference import Predictor, load_detector, save_pretrained
 from smca.inference.export import (
     METADATA_NAME,

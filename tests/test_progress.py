@@ -8,9 +8,8 @@ from detectron2.config import LazyConfig
 
 import draw
 import draw_training
-import evaluate
 from helpers import make_image, write_image, write_smca_config, write_weights
-from smca.cli import predict
+from smca.cli import evaluate, predict
 
 
 class Terminal(io.StringIO):

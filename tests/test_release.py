@@ -49,10 +49,21 @@ def test_the_extra_all_has_every_other_one():
     assert named == sorted(set(extras) - {"all"})
 
 
-def test_the_commands_are_functions_of_the_package():
-    for line in words(settings()["options.entry_points"]["console_scripts"]):
-        module, _, function = line.partition("=")[2].strip().partition(":")
-        assert callable(getattr(importlib.import_module(module), function)), line
+COMMANDS = dict(
+    line.split(" = ") for line in words(settings()["options.entry_points"]["console_scripts"])
+)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_the_help_of_a_command_fits_a_screen_and_has_examples(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    module, _, function = COMMANDS[name].partition(":")
+    with pytest.raises(SystemExit, match="^0$"):
+        getattr(importlib.import_module(module), function)()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert len([line for line in lines if line.startswith(f"    {name} -")]) >= 2
 
 
 def test_changelog_and_citation_have_the_packages_version():

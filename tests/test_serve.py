@@ -1,8 +1,8 @@
-"""tools/serve.py: what the page shows, and the page in a browser.
+"""smca-serve: what the page shows, and the page in a browser.
 
 The picture in the documentation is the last test's, of the demo's model:
 
-    PYTHONPATH=tools python tests/test_serve.py output/demo/model_best.pth IMAGE docs/serve.png 0.4
+    python tests/test_serve.py output/demo/model_best.pth IMAGE docs/serve.png 0.4
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-import serve
 from helpers import CLASS_NAMES, make_image, make_smca, write_smca_config
 from smca import Predictor
 from smca.analysis import draw_gaussians, modulation_maps
+from smca.cli import serve
 from smca.errors import UserError
 
 _TIMEOUT = 600  # seconds, of which a loaded machine may need many

@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="an ONNX file of tools/export.py")
+    parser.add_argument("model", help="an ONNX file of smca-export")
     parser.add_argument("images", nargs="+")
     args = parser.parse_args()
     session = onnxruntime.InferenceSession(args.model)

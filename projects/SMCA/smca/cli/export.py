@@ -1,16 +1,4 @@
-"""Write a trained detector as one file that runs without this package:
-
-    export.py --weights output/demo/model_final.pth --format onnx --output model.onnx
-    export.py --weights FILE --format pt2 --output model.pt2
-
-onnx is for onnxruntime, OpenVINO, TensorRT and the like: tools/onnx_example.py runs it. pt2 is
-PyTorch's own (torch.export.load), for images of at least two of the coarsest cells a side (65
-pixels). The graph takes `images` (B, 3, H, W) float32 RGB, 0 to 255,
-padded at the right and bottom, and `image_sizes` (B, 2) int64, (height, width) of each image inside
-its padding; it gives `boxes` (B, K, 4) x0, y0, x1, y1 in pixels of the image, `scores` (B, K) and
-`labels` (B, K), best first. Class names, the size to resize to and the threshold are in the file's
-metadata.
-"""
+"""Write a trained detector as ONNX or pt2: ``smca-export``."""
 
 import argparse
 import os
@@ -20,11 +8,25 @@ from smca.errors import exit_code
 from smca.inference import add_detector_arguments, make_folder, predictor_of, score
 from smca.inference.export import check_export, count_nodes, export_detector
 
+_DESCRIPTION = """\
+Write a trained detector as one file that runs without this package:
+
+    %(prog)s --weights output/demo/model_final.pth --format onnx --output model.onnx
+    %(prog)s --weights FILE --format pt2 --output model.pt2
+
+onnx is for onnxruntime, OpenVINO, TensorRT and the like. pt2 is PyTorch's own (torch.export.load),
+for images of at least two of the coarsest cells a side (65 pixels). The graph takes `images`
+(B, 3, H, W) float32 RGB, 0 to 255, padded at the right and bottom, and `image_sizes` (B, 2) int64,
+the height and width of each image without padding. It gives `boxes` (B, K, 4), x0, y0, x1, y1 in
+pixels of the image, `scores` (B, K) and `labels` (B, K), best first. Class names, the size to
+resize to and the threshold are in the file's metadata.
+"""
+
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_detector_arguments(parser)
     parser.set_defaults(device="cpu", dtype="fp32")

@@ -1,25 +1,17 @@
-#!/usr/bin/env python
-"""Look at a data set before training on it.
-
-Counts every problem of its files, with examples; draws sizes, classes and aspect ratios, and
-training images with their boxes as the model gets them; and says which settings follow from it:
-
-    check_data.py --json train.json --images images --output check
-    check_data.py --config-file configs/custom_small.py data.train_json=train.json \\
-        data.train_images=images data.val_json=val.json data.val_images=images
-
-Writes check.json, statistics.png and training_images.jpg. Gives the exit code 1 if there are
-problems, which training would stop at.
-"""
+"""Look at a data set before training on it: ``smca-check-data``."""
 
 import argparse
 import collections
 import json
 import os
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from smca.analysis.dataset import (
     DataSplit,
@@ -35,27 +27,33 @@ from smca.data import require_dataset
 from smca.errors import UserError, at_least, exit_code
 from smca.inference import make_folder
 
-from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
+_DESCRIPTION = """\
+Look at a data set before training on it. This counts every problem of its files, with examples,
+draws sizes, classes and training images, and says which settings follow from the data:
 
-ROOT = Path(__file__).resolve().parents[1]
-_CUSTOM_SMALL = str(ROOT / "configs" / "custom_small.py")
+    %(prog)s --json train.json --images images --output check
+    %(prog)s --config-file custom_small data.train_json=train.json \\
+        data.train_images=images data.val_json=val.json data.val_images=images
+
+It writes check.json, statistics.png and training_images.jpg. The exit code is 1 if there are
+problems that training would stop at.
+"""
 
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", metavar="FILE", help="default: configs/custom_small.py")
+    parser.add_argument("--config-file", metavar="FILE", help="default: custom_small")
     parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
     parser.add_argument("--images", metavar="DIR", help="its images")
     parser.add_argument("--output", default="output/check_data", metavar="DIR")
-    parser.add_argument("--num-images", type=at_least(1), default=12, help="in training_images.jpg")
     parser.add_argument(
-        "--num-examples", type=at_least(0), default=3, help="of each kind of problem"
+        "--num-images", type=at_least(1), default=12, metavar="N", help="in training_images.jpg"
+    )
+    parser.add_argument(
+        "--num-examples", type=at_least(0), default=3, metavar="N", help="of each kind of problem"
     )
     parser.add_argument("--no-decode", action="store_true", help="do not read the images")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
@@ -116,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 def config_and_overrides(args: argparse.Namespace) -> Tuple[str, List[str]]:
     """The config file and the overrides that the command line means."""
-    config_file = args.config_file or _CUSTOM_SMALL
+    config_file = args.config_file or "custom_small"
     if not args.json and not args.images:
         return config_file, args.opts
     if args.config_file or not (args.json and args.images):
@@ -226,9 +224,9 @@ def print_list(title: str, texts: Iterable[str]) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line."""
-    return run(get_parser().parse_intermixed_args(argv))
+    """Run the command line.
 
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    Returns:
+        The exit code, 1 if there are problems.
+    """
+    return exit_code(run, get_parser().parse_intermixed_args(argv))

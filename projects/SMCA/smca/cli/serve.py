@@ -1,37 +1,36 @@
-#!/usr/bin/env python
-"""A page in the browser: give an image, see the detections, and where the query of one looks.
-
-    serve.py --weights output/demo/model_best.pth
-    serve.py --weights published --host 0.0.0.0 --port 8000
-
-Choose a detection in the list or by a click into its box: below are the center that its query
-predicts, the map of each head over the image and the weights of the scales, in each decoder layer.
-The server listens on this machine alone unless --host says otherwise.
-"""
+"""A page in the browser that detects objects and shows where queries look: ``smca-serve``."""
 
 import argparse
 import io
-import sys
 import threading
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image
 
 from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
 from smca.errors import UserError, exit_code
 from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of, score
 from smca.inference.images import rgb_array
 
-import numpy as np
-from PIL import Image
+_DESCRIPTION = """\
+Serve a page for the browser. Give it an image to see the detections, and click into a box to see
+where the detection's query looks, in each decoder layer:
 
+    %(prog)s --weights output/demo/model_best.pth
+    %(prog)s --weights published --host 0.0.0.0 --port 8000
+
+The server listens on this machine alone unless --host says otherwise.
+"""
 ALL_SCALES = "all, as the query weighs them"
 
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_predictor_arguments(parser)
     parser.add_argument(
@@ -42,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="lowest score of a detection that the page begins with; default: %(default)s",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
@@ -283,10 +282,6 @@ def run(args: argparse.Namespace) -> None:
     page.block_thread()
 
 
-def main() -> None:
-    """Run the command line."""
-    run(get_parser().parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line until Ctrl-C; gives the exit code."""
+    return exit_code(run, get_parser().parse_args(argv))

@@ -1,25 +1,18 @@
-#!/usr/bin/env python
-"""Report how good trained detectors are, several side by side, on their config's test data.
-
-Average precision by class and size, precision-recall curves, confusion matrices, calibration of
-the scores, the worst images with truth and detections, and speed; as one HTML page that needs no
-other file, and as JSON:
-
-    evaluate.py --weights output/demo/model_final.pth --output report
-    evaluate.py --weights a.pth b.pth --config-file CONFIG --output report
-    evaluate.py --weights a.pth --max-images 100 --output report train.device=cpu
-    evaluate.py --weights a.pth --dtype fp32 --dtype bf16      # what mixed precision costs in AP
-
-The data are those of the first file's config.
-"""
+"""Report how good trained detectors are: ``smca-evaluate``."""
 
 import argparse
 import functools
 import itertools
 import os
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig
+from pycocotools.coco import COCO
+from tabulate import tabulate
+from tqdm import tqdm
 
 from smca.analysis import evenly
 from smca.analysis.evaluation import Evaluation, detect, device_name, evaluate
@@ -37,18 +30,21 @@ from smca.inference import (
     score,
 )
 
-from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig
-from pycocotools.coco import COCO
-from tabulate import tabulate
-from tqdm import tqdm
+_DESCRIPTION = """\
+Report how good trained detectors are on the test data of the first one's config: average
+precision, curves, confusions, calibration, the worst images, and speed. The report is one HTML
+page that needs no other file, and JSON:
+
+    %(prog)s --weights output/demo/model_final.pth --output report
+    %(prog)s --weights a.pth b.pth --max-images 100 --output report train.device=cpu
+    %(prog)s --weights a.pth --dtype fp32 --dtype bf16      # what mixed precision costs in AP
+"""
 
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
@@ -60,10 +56,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="for confusions, mistakes and pictures; default: each detector's with the best F1",
     )
     parser.add_argument(
-        "--num-worst", type=at_least(0), default=8, help="pictures of each detector"
+        "--num-worst", type=at_least(0), default=8, metavar="N", help="pictures of each detector"
     )
     parser.add_argument(
-        "--max-images", type=at_least(1), help="evenly from the test data; default: all"
+        "--max-images",
+        type=at_least(1),
+        metavar="N",
+        help="evenly from the test data; default: all",
     )
     add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
@@ -200,10 +199,7 @@ def summary(evaluations: Sequence[Evaluation]) -> str:
     return tabulate(rows, headers, floatfmt=["", *[".1f"] * 4, ".3f", ".1f", ".0f"])
 
 
-def main() -> None:
-    """Run the command line."""
-    print("Written:", *run(get_parser().parse_intermixed_args()), sep="\n  ")
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; gives the exit code."""
+    args = get_parser().parse_intermixed_args(argv)
+    return exit_code(lambda: print("Written:", *run(args), sep="\n  "))
