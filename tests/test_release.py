@@ -71,7 +71,7 @@ def test_changelog_and_citation_have_the_packages_version():
     assert f"\nversion: {smca.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.mark.parametrize("extras", ["all", "dev,serve"])
+@pytest.mark.parametrize("extras", ["all", "dev,video"])
 def test_make_setup_notices_other_extras(tmp_path, extras):
     def commands(*variables):
         make = ["make", "-n", "-C", ROOT, "setup", f"VENV={tmp_path}", *variables]
