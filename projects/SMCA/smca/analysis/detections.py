@@ -14,6 +14,7 @@ from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 __all__ = [
@@ -149,12 +150,25 @@ def plain_text(text: str) -> str:
 
 
 class _Visualizer(Visualizer):
-    """Detectron2's visualizer, whose labels are drawn with all fonts of Matplotlib's settings."""
+    """Detectron2's. Its boxes can be seen on any ground. Its labels may have letters of any font in
+    Matplotlib's settings, and end within the image."""
+
+    def draw_box(self, *args: Any, **kwargs: Any) -> VisImage:
+        """As in Detectron2, but opaque, thinner, and with a black border."""
+        output = super().draw_box(*args, **{"alpha": 1.0, **kwargs})
+        width = max(1.0, self._default_font_size / 8)  # points, which grow with the image
+        output.ax.patches[-1].set_linewidth(width)
+        border = withStroke(linewidth=1.8 * width, foreground="black")
+        output.ax.patches[-1].set_path_effects([border])
+        return output
 
     def draw_text(self, *args: Any, **kwargs: Any) -> VisImage:
         """See Detectron2."""
         output = super().draw_text(*args, **kwargs)
-        output.ax.texts[-1].set_fontfamily(matplotlib.rcParams["font.family"])
+        text = output.ax.texts[-1]
+        text.set_fontfamily(matplotlib.rcParams["font.family"])
+        end = text.get_window_extent(output.canvas.get_renderer()).x1
+        text.set_x(text.get_position()[0] - max(0.0, end - output.width))
         return output
 
 
