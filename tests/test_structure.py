@@ -42,10 +42,14 @@ FILES = module_files()
 
 
 def imports_of(module: str) -> Iterator[str]:
-    """Modules of the package that a module names in its imports, wherever these stand."""
+    """Modules of the package that a module names in its imports, but for those of its types."""
     path = FILES[module]
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
