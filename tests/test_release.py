@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import smca
 from smca.errors import ConfigError
@@ -82,6 +83,15 @@ def test_make_setup_notices_other_extras(tmp_path, extras):
     Path(re.search(r"^touch (.*)$", before, re.MULTILINE).group(1)).touch()
     assert "pip" not in commands()
     assert f"[{extras}]" in commands(f"EXTRAS={extras}")
+
+
+def test_the_workflow_runs_targets_of_the_makefile_and_pins_its_actions():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = {step["run"] for step in steps if "run" in step}
+    assert commands == {"make lint", "make test"} <= {f"make {target}" for target in targets}
+    assert all(re.search(r"@v\d+$", step["uses"]) for step in steps if "uses" in step)
 
 
 def test_an_installation_finds_configs_by_name():
