@@ -82,15 +82,23 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(..., m, n) matrices with the same singular vectors, and singular values of about 1."""
+    """(..., m, n) matrices with the same singular vectors, and singular values of about 1.
+
+    The iteration multiplies X by polynomials of X X^T. These are collected, since products of the
+    smaller of the two sides take less time than those of X itself.
+    """
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.float()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    factor = identity = torch.eye(gram.shape[-1], device=gram.device)
     for _ in range(_NUM_STEPS):
-        product = x @ x.mT
-        x = a * x + (b * product + c * (product @ product)) @ x
+        step = a * identity + b * gram + c * (gram @ gram)
+        factor = step @ factor
+        gram = step @ gram @ step
+    x = factor @ x
     return (x if wide else x.mT).to(matrices.dtype)
 
 
