@@ -305,6 +305,11 @@ FROM_SCRATCH = {
     "custom_small": CUSTOM_SMALL,
     "custom_small_yolo": CUSTOM_SMALL,
     "custom_small_voc": CUSTOM_SMALL,
+    "custom_small_pretrained": {
+        **CUSTOM_SMALL,
+        "model.backbone": "TimmBackbone",
+        "train.init_checkpoint": "efficientnet-lite0",
+    },
 }
 
 

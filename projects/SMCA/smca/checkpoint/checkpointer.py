@@ -234,6 +234,8 @@ class SMCACheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> _IncompatibleKeys:
         model_weights = self.model.state_dict()
+        if "timm" in checkpoint:
+            self._leave_out_unused(checkpoint, model_weights)
         has_own_names = any(
             key in checkpoint["model"] or "module." + key in checkpoint["model"]
             for key in model_weights
@@ -256,6 +258,16 @@ class SMCACheckpointer(DetectionCheckpointer):
         if adapted:
             logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
         return incompatible
+
+    def _leave_out_unused(self, checkpoint: Dict[str, Any], model_weights: Dict[str, Any]) -> None:
+        """Of timm's weights, those of the parts that the backbone has not built."""
+        name, own = checkpoint.pop("timm"), getattr(self.model.backbone, "name", None)
+        if name != own:
+            raise CheckpointError(
+                f"{self._path} holds weights of timm's {name}, the backbone of the config is "
+                f"{own or 'not of timm'}: set model.backbone accordingly."
+            )
+        checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if k in model_weights}
 
     def _adapt(self, checkpoint: Dict[str, Any]) -> List[str]:
         weights = checkpoint["model"]

@@ -14,6 +14,7 @@ from .neck import ScaleProjection
 from .pyramid_encoder import PyramidEncoder
 from .queries import LearnedQueries, ProposedQueries, Queries
 from .scales import count_scales
+from .timm_backbone import TimmBackbone
 from .weight_map import (
     CovarianceGaussian,
     FixedGaussian,
@@ -46,6 +47,7 @@ __all__ = [
     "ScaleProjection",
     "SetCriterion",
     "SingleGaussian",
+    "TimmBackbone",
     "TransformerEncoder",
     "VarifocalLoss",
     "WeightMap",

@@ -1,0 +1,83 @@
+"""Any model of timm as a backbone."""
+
+import math
+from typing import Any, Dict, Sequence
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor
+
+
+class TimmBackbone(Backbone):
+    """A model of `timm <https://github.com/huggingface/pytorch-image-models>`_ that gives features.
+
+    Features are called as in Detectron2's ResNets: res2 has stride 4, and so on to res5 with
+    stride 32. Weights start at random; ``train.init_checkpoint=timm://NAME.TAG`` loads timm's.
+
+    Args:
+        name: of the model in timm, such as "resnet18" or "convnext_tiny".
+        out_features: among res2, ..., res5. Parts after the last one are not built.
+        freeze: names of the model's modules that do not learn, with their norms' statistics.
+        freeze_norms: batch norms keep their weights and statistics, as pretrained ones should in
+            small batches.
+        kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm has no such model, or the model no such feature.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_features: Sequence[str],
+        freeze: Sequence[str] = (),
+        freeze_norms: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        try:
+            import timm
+            import timm.layers
+            import timm.utils
+        except ImportError as error:
+            raise ImportError("TimmBackbone needs timm: run pip install timm.") from error
+        if not timm.is_model(name):
+            similar = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
+            raise ValueError(f"timm has no model {name!r}: {similar}.")
+        whole: Any = timm.create_model(name, features_only=True, **kwargs)
+        info = whole.feature_info
+        indices = {f"res{int(math.log2(r))}": i for i, r in enumerate(info.reduction())}
+        unknown = [feature for feature in out_features if feature not in indices]
+        if unknown or not out_features:
+            raise ValueError(
+                f"out_features={list(out_features)} must be some of {', '.join(indices)}, which "
+                f"{name} has."
+            )
+        out_features = sorted(out_features)  # fine to coarse, as timm gives them
+        out_indices = [info.out_indices[indices[feature]] for feature in out_features]
+        model: Any = timm.create_model(name, features_only=True, out_indices=out_indices, **kwargs)
+        given = model.feature_info
+        self._shapes = {
+            feature: ShapeSpec(channels=channels, stride=stride)
+            for feature, channels, stride in zip(
+                out_features, given.channels(), given.reduction(), strict=True
+            )
+        }
+        if freeze_norms:
+            model = timm.layers.freeze_batch_norm_2d(model)
+        modules = dict(model.named_modules())
+        for module in freeze:
+            if module not in modules:
+                raise ValueError(f"freeze names {module!r}, which {name} does not have.")
+        if freeze:
+            timm.utils.freeze(model, list(freeze))
+        self.name = name.split(".")[0]
+        self.model = model
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """(B, 3, h, w) normalized images to (B, c, h / stride, w / stride) by feature."""
+        return dict(zip(self._shapes, self.model(x)))
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        return self._shapes
