@@ -28,14 +28,21 @@ _names = "${dataloader.train.dataset.names}"
 model.num_classes = L(num_classes)(json_file="${data.train_json}")
 model.num_queries = L(fit_num_queries)(names=_names)
 
-for _split, _factors in (("train", [0.75, 0.85, 0.95, 1.05, 1.15, 1.25]), ("test", [1.0])):
-    dataloader[_split].mapper.augmentations.update(
-        short_sides=L(fit_short_sides)(names=_names, stride=_stride, factors=_factors),
-        max_size=L(fit_max_size)(names=_names, stride=_stride, factor=_factors[-1]),
-    )
-    dataloader[_split].num_workers = 0
-dataloader.train.mapper.augmentations.color_jitter = 0.3
-dataloader.train.mapper.augmentations_with_crop = None
+
+def _short_sides(*factors):
+    return L(fit_short_sides)(names=_names, stride=_stride, factors=list(factors))
+
+
+_size = dict(max_size=L(fit_max_size)(names=_names, stride=_stride))
+dataloader.test.mapper.augmentations.update(short_sides=_short_sides(1.0), **_size)
+dataloader.test.num_workers = 0
+# No larger than in evaluation, which saves time; objects become larger in the crops.
+_size.update(short_sides=_short_sides(0.7, 0.8, 0.9, 1.0), color_jitter=0.3)
+dataloader.train.mapper.augmentations.update(_size)
+dataloader.train.mapper.augmentations_with_crop.update(
+    crop_short_sides=_short_sides(1.0, 1.2, 1.4), crop_range=_short_sides(0.6, 1.0), **_size
+)
+dataloader.train.num_workers = 0
 dataloader.train.total_batch_size = 8
 
 # Some tens of epochs of a few hundred images overfit without it.

@@ -86,6 +86,21 @@ def test_cells_start_with_boxes_around_their_centers():
     assert (cells.logits[1, ~cells.valid[1]] == IMPOSSIBLE).all()
 
 
+def test_heads_without_a_projection_read_the_tokens():
+    scales = make_scales([16, 32])
+    head = randomize(DenseHead(D, C, deep=False)).cells
+    cells = head(scales, PIXELS)
+    tokens = torch.cat([scale.tokens for scale in scales], 1)
+    logits, change = (
+        tokens @ layer.weight.T + layer.bias for layer in (head.class_embed, head.box_embed)
+    )
+    assert_close(cells.logits[cells.valid], logits[cells.valid], 1e-5)
+    boxes = head.predict_boxes(cells.hidden, cells.boxes)
+    assert_close(boxes, change_boxes(cells.boxes, change), 1e-5)
+    proposals = ProposedQueries(Q, D, C, project=False)
+    assert torch.equal(proposals.cells(scales, PIXELS).hidden, tokens)
+
+
 def test_boxes_change_in_units_of_their_sides():
     box = torch.tensor([0.4, 0.5, 0.2, 0.1])
     assert torch.equal(change_boxes(box, torch.zeros(4)), box)

@@ -41,14 +41,19 @@ class CellHead(nn.Module):
     Args:
         embed_dim: d.
         num_classes: C.
+        project: with the linear layer and the LayerNorm; else the heads read the tokens, which
+            costs less.
+        linear_boxes: the box head is linear, too, for heads that predict the boxes of all cells.
     """
 
-    def __init__(self, embed_dim: int, num_classes: int):
+    def __init__(
+        self, embed_dim: int, num_classes: int, project: bool = True, linear_boxes: bool = False
+    ):
         super().__init__()
-        self.projection = nn.Linear(embed_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.projection = nn.Linear(embed_dim, embed_dim) if project else nn.Identity()
+        self.norm = nn.LayerNorm(embed_dim) if project else nn.Identity()
         self.class_embed = nn.Linear(embed_dim, num_classes)
-        self.box_embed = mlp(embed_dim, 4)
+        self.box_embed = nn.Linear(embed_dim, 4) if linear_boxes else mlp(embed_dim, 4)
         nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
         start_without_change(self.box_embed)
 

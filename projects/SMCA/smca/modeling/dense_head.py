@@ -33,6 +33,7 @@ class DenseHead(nn.Module):
         alpha: exponent of the probability.
         beta: exponent of the IoU.
         weight: factor of this head's losses.
+        deep: with the projection and the MLP of `CellHead`; else linear heads alone.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class DenseHead(nn.Module):
         alpha: float = 1.0,
         beta: float = 6.0,
         weight: float = 1.0,
+        deep: bool = True,
     ):
         super().__init__()
-        self.cells = CellHead(embed_dim, num_classes)
+        self.cells = CellHead(embed_dim, num_classes, project=deep, linear_boxes=not deep)
         self.num_cells = num_cells
         self.alpha, self.beta = alpha, beta
         self.weight = weight

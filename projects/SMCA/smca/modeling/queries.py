@@ -78,15 +78,16 @@ class ProposedQueries(nn.Module):
         num_queries: Q.
         embed_dim: d.
         num_classes: C.
+        project: see `CellHead`.
     """
 
     has_boxes = True
 
-    def __init__(self, num_queries: int, embed_dim: int, num_classes: int):
+    def __init__(self, num_queries: int, embed_dim: int, num_classes: int, project: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_queries, embed_dim))
         nn.init.normal_(self.weight)
-        self.cells = CellHead(embed_dim, num_classes)
+        self.cells = CellHead(embed_dim, num_classes, project)
 
     def forward(self, scales: List[Scale], image_sizes: Tensor) -> Queries:
         """Arguments as of `LearnedQueries`."""
