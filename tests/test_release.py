@@ -79,7 +79,7 @@ def test_make_setup_notices_other_extras(tmp_path, extras):
         return subprocess.run(make, check=True, capture_output=True, text=True).stdout
 
     before = commands()
-    assert "[dev,docs,export,publish,study,video]" in before
+    assert "[dev,docs,export,pretrained,publish,study,video]" in before
     Path(re.search(r"^touch (.*)$", before, re.MULTILINE).group(1)).touch()
     assert "pip" not in commands()
     assert f"[{extras}]" in commands(f"EXTRAS={extras}")
