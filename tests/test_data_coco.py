@@ -5,13 +5,9 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,7 +17,6 @@ from smca.data import (
     DatasetError,
     category_ids,
     class_names,
-    file_problems,
     num_classes,
     num_images,
     register_coco,
@@ -106,15 +101,6 @@ def test_registering_again_returns_the_same_name(tmp_path):
     assert register_coco(*files, name="other") == register_coco(*files, name="other") == "other"
 
 
-def test_a_data_set_that_was_removed_is_registered_again(tmp_path):
-    files = _write(tmp_path, _coco())
-    name = register_coco(*files)
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
-    assert register_coco(*files) == name
-    assert len(DatasetCatalog.get(name)) == 2
-
-
 def test_two_files_of_one_name_are_two_data_sets(tmp_path):
     names = []
     for folder in (tmp_path / "x", tmp_path / "y"):
@@ -137,16 +123,6 @@ def test_a_name_that_is_taken_is_an_error(tmp_path):
         register_coco(*_write(tmp_path, _coco()), name="coco_2017_val")
 
 
-def test_several_files_are_a_data_set_each_whose_image_ids_may_coincide(tmp_path):
-    first, image_root = _write(tmp_path, _coco(), "first.json")
-    second, _ = _write(tmp_path, _coco(), "second.json")
-    names = register_coco([first, second], image_root, categories_from=[second, first])
-    assert names == [register_coco(first, image_root), register_coco(second, image_root)]
-    dicts = get_detection_dataset_dicts(names, filter_empty=False)
-    assert [record["image_id"] for record in dicts] == [5, 9, 5, 9]
-    assert class_names([first, second]) == ["dog", "cat"] and num_classes([first, second]) == 2
-
-
 def test_several_files_can_have_a_folder_of_images_each(tmp_path):
     (tmp_path / "other").mkdir()
     first, root = _write(tmp_path, _coco())
@@ -156,20 +132,9 @@ def test_several_files_can_have_a_folder_of_images_each(tmp_path):
     dicts = get_detection_dataset_dicts(register_coco(files, roots), filter_empty=False)
     folders = [Path(record["file_name"]).parent for record in dicts]
     assert folders == [root, root, other_root, other_root]
+    assert [record["image_id"] for record in dicts] == [5, 9, 5, 9]
+    assert class_names(files) == ["dog", "cat"] and num_classes(files) == 2
     assert isinstance(register_coco([first], [root]), list)
-
-
-def test_it_can_be_nested_in_a_lazy_config(tmp_path):
-    json_file, image_root = _write(tmp_path, _coco())
-    node = L(get_detection_dataset_dicts)(
-        names=L(register_coco)(json_file=str(json_file), image_root=str(image_root)),
-        filter_empty=False,
-    )
-    assert len(instantiate(node)) == 2
-    evaluator = L(COCOEvaluator)(
-        dataset_name=L(register_coco)(json_file=str(json_file), image_root=str(image_root))
-    )
-    assert isinstance(instantiate(evaluator), COCOEvaluator)
 
 
 def test_names_decide_which_category_is_which(tmp_path):
@@ -309,12 +274,9 @@ def test_odd_ids_and_areas_of_annotations_are_replaced(tmp_path, changes):
 @pytest.mark.parametrize(
     "extra",
     [
-        *({"segmentation": each} for each in (None, [[]], [[1, 2]], [1, 2, 3, 4, 5, 6], {}, "RLE")),
-        {"segmentation": {"counts": [1, "2"], "size": [30, 40]}},
-        {"segmentation": {"counts": [0, 1200]}},
-        {"keypoints": None, "num_keypoints": None},
-        {"keypoints": [[1, 2, 2], [3, 4, None]]},
-        {"keypoints": "1 2 3"},
+        {"segmentation": [[1, 2]], "keypoints": None},
+        {"segmentation": "RLE", "keypoints": "1 2 3"},
+        {"segmentation": {"counts": [1, "2"]}, "keypoints": [[1, 2, 2], [3, 4, None]]},
     ],
 )
 def test_masks_and_keypoints_are_not_read(tmp_path, extra):
@@ -343,22 +305,23 @@ def test_a_file_without_objects_is_said_when_it_is_registered(tmp_path, caplog):
 # Bad data sets
 
 
-def test_missing_json_is_an_error(tmp_path):
-    for function in (num_classes, class_names, lambda path: register_coco(path, tmp_path)):
+def test_paths_that_cannot_be_used_are_named(tmp_path):
+    json_file, image_root = _write(tmp_path, _coco())
+    for files, folders, words in (
+        (tmp_path / "gone.json", image_root, r"gone\.json does not exist"),
+        ("", image_root, "no annotation file"),
+        (None, image_root, "no annotation file"),
+        ([], image_root, "no annotation file"),
+        ([json_file], [], "no image folder"),
+        (json_file, tmp_path / "nowhere", "image folder .*nowhere does not exist"),
+        ([json_file], [image_root] * 2, "2 image folders for 1 annotation files: give one folder"),
+        ([json_file] * 3, [image_root] * 2, "2 image folders for 3 annotation files: give one f"),
+    ):
+        with pytest.raises(DatasetError, match=words):
+            register_coco(files, folders)
+    for function in (num_classes, class_names):
         with pytest.raises(DatasetError, match=r"gone\.json does not exist"):
             function(tmp_path / "gone.json")
-
-
-@pytest.mark.parametrize("path", ["", None])
-def test_a_path_that_was_not_given_is_an_error(tmp_path, path):
-    with pytest.raises(DatasetError, match="no annotation file"):
-        register_coco(path, tmp_path)
-
-
-def test_missing_image_folder_is_an_error(tmp_path):
-    json_file, _ = _write(tmp_path, _coco())
-    with pytest.raises(DatasetError, match="image folder .*nowhere does not exist"):
-        register_coco(json_file, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -389,57 +352,43 @@ def test_a_missing_list_is_an_error(tmp_path, key):
     del coco[key]
     with pytest.raises(DatasetError, match=rf"train\.json .* lacks the list '{key}'"):
         register_coco(*_write(tmp_path, coco))
+    if key != "annotations":
+        with pytest.raises(DatasetError, match=f"'{key}' is empty"):
+            register_coco(*_write(tmp_path, {**_coco(), key: [], "annotations": []}))
 
 
-@pytest.mark.parametrize("key", ["images", "categories"])
-def test_an_empty_list_is_an_error(tmp_path, key):
-    with pytest.raises(DatasetError, match=f"'{key}' is empty"):
-        register_coco(*_write(tmp_path, {**_coco(), key: [], "annotations": []}))
+MISSING = object()
 
 
 @pytest.mark.parametrize(
-    "kind, key, label",
+    "kind, changes, words",
     [
-        ("images", "id", "image at index 0"),
-        ("images", "file_name", "image 5"),
-        ("images", "height", r"image 5 \('a\.png'\)"),
-        ("images", "width", r"image 5 \('a\.png'\)"),
-        ("annotations", "image_id", "annotation 1"),
-        ("annotations", "category_id", r"annotation 1 \(of image 5\)"),
-        ("annotations", "bbox", r"annotation 1 \(of image 5\)"),
-        ("categories", "id", "category at index 0"),
-        ("categories", "name", "category 30"),
+        ("images", {"id": MISSING}, "image at index 0 has no 'id'"),
+        ("images", {"file_name": MISSING}, "image 5 has no 'file_name'"),
+        ("images", {"height": MISSING}, r"image 5 \('a\.png'\) has no 'height'"),
+        ("images", {"height": "30 px"}, "image 5 .*has height '30 px'"),
+        ("images", {"width": 0}, "image 5 .*has the size 0 x 30"),
+        ("images", {"file_name": None}, "image 5 has file_name None"),
+        ("images", {"id": [5]}, r"image \[5\] .*has id \[5\], which must be"),
+        ("images", {"id": 9}, "image 9 .*has the id of an earlier image"),
+        ("annotations", {"image_id": MISSING}, "annotation 1 has no 'image_id'"),
+        ("annotations", {"bbox": MISSING}, r"annotation 1 \(of image 5\) has no 'bbox'"),
+        ("annotations", {"id": 2}, "annotation 2 .*has the id of an earlier annotation"),
+        ("annotations", None, "annotation at index 0 is null, not an object"),
+        ("categories", {"id": MISSING}, "category at index 0 has no 'id'"),
+        ("categories", {"id": None}, "category None has id None"),
+        ("categories", {"id": 10}, "category 10 has the id of an earlier category"),
+        ("categories", {"name": MISSING}, "category 30 has no 'name'"),
+        ("categories", {"name": "dog"}, "category 10 has the name 'dog' of an earlier one"),
+        ("categories", {"name": "d\ud800g"}, r"category 30 has the name 'd\\ud800g', which is no"),
     ],
 )
-def test_a_missing_key_is_an_error_that_names_the_record(tmp_path, kind, key, label):
+def test_a_faulty_record_is_named_and_its_annotations_are_not(tmp_path, kind, changes, words):
     coco = _coco()
-    del coco[kind][0][key]
-    with pytest.raises(DatasetError, match=rf"train\.json:\s+{label} has no '{key}'"):
-        register_coco(*_write(tmp_path, coco))
-
-
-@pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
-def test_a_repeated_id_is_an_error(tmp_path, kind):
-    coco = _coco()
-    coco[kind].append(dict(coco[kind][0]))
-    with pytest.raises(DatasetError, match="has the id of an earlier"):
-        register_coco(*_write(tmp_path, coco))
-
-
-def test_a_repeated_name_of_a_category_is_an_error(tmp_path):
-    coco = _coco()
-    coco["categories"][1]["name"] = "cat"
-    json_file, image_root = _write(tmp_path, coco)
-    message = "1 problem in .*train.json:\\s+category 10 has the name 'cat' of an earlier one"
-    for function in (class_names, lambda path: register_coco(path, image_root)):
-        with pytest.raises(DatasetError, match=message):
-            function(json_file)
-
-
-def test_a_name_of_a_category_that_is_no_text_is_an_error(tmp_path):
-    coco = _coco()
-    coco["categories"][1]["name"] = "d\ud800g"
-    with pytest.raises(DatasetError, match=r"category 10 has the name 'd\\ud800g', which is no"):
+    record = {**coco[kind][0], **(changes or {})}
+    record = {key: value for key, value in record.items() if value is not MISSING}
+    coco[kind][0] = None if changes is None else record
+    with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+{words}"):
         register_coco(*_write(tmp_path, coco))
 
 
@@ -468,32 +417,24 @@ def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
         ({"ignore": 1}, "annotation 1 .*'ignore'"),
         ({"iscrowd": "0"}, "annotation 1 .*has iscrowd '0', which must be 0 or 1"),
         ({"iscrowd": 2}, "annotation 1 .*has iscrowd 2, which must be 0 or 1"),
-        ({"iscrowd": []}, "annotation 1 .*has iscrowd .., which must be 0 or 1"),
         ({"area": "12"}, "annotation 1 .*has area '12', which must be a number"),
-        ({"area": True}, "annotation 1 .*has area True, which must be a number"),
         ({"area": -5}, "annotation 1 .*has area -5, which must be from 0 to 1e.10"),
         ({"area": math.nan}, "annotation 1 .*has area nan, which must be from 0"),
-        ({"area": math.inf}, "annotation 1 .*has area inf, which must be from 0"),
         ({"area": 10**400}, "annotation 1 .*which must be from 0"),
         ({"category_id": "cat"}, "annotation 1 .*has category_id cat, which no category has"),
         ({"image_id": 5.5}, "annotation 1 .*has image_id 5.5, which must be a whole number or a t"),
         ({"category_id": True}, "annotation 1 .*has category_id True, which must be a whole"),
-        ({"bbox": [1, 2, 10**400, 4.5]}, "annotation 1 .*not finite"),
-        ({"bbox": [1, 2, 3, "nan"]}, "annotation 1 .*4 numbers"),
         ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "annotation 1 .*relative to its image; multiply x"),
         ({"bbox": [1, 2, 3]}, "annotation 1 .*4 numbers"),
         ({"bbox": [1, 2, 3, "4"]}, "annotation 1 .*4 numbers"),
-        ({"bbox": [1, 2, 3, True]}, "annotation 1 .*4 numbers"),
         ({"bbox": "1 2 3 4"}, "annotation 1 .*must be a list"),
         ({"bbox": [1, math.nan, 3, 4]}, "annotation 1 .*not finite"),
-        ({"bbox": [1, 2, math.inf, 4]}, "annotation 1 .*not finite"),
         ({"bbox": [1, 2, 0, 4]}, "annotation 1 .*not positive"),
         ({"bbox": [1, 2, 3, -4]}, "annotation 1 .*not positive"),
         ({"bbox": [100, 2, 3, 4]}, "annotation 1 .*outside its image of 40 x 30"),
         ({"bbox": [-5, 2, 10, 4]}, "annotation 1 .*outside its image"),
         ({"bbox": [1, 2, 3, 40]}, r"annotation 1 .*outside its image.*height\]\) or remove"),
         ({"bbox": [20, 15, 30, 25]}, r"annotation 1 .*outside.*height\], not \[x1, y1, x2, y2\]"),
-        ({"bbox": [2, -5, 10, 10]}, "annotation 1 .*outside its image"),
         ({"bbox": [40, 2, 2, 4]}, "annotation 1 .*outside its image"),
         ({"bbox": [-2, 2, 2, 4]}, "annotation 1 .*outside its image"),
         ({"bbox": [2, 30, 4, 2]}, "annotation 1 .*outside its image"),
@@ -527,38 +468,6 @@ def test_crowds_alone_are_an_error(tmp_path):
         register_coco(*_write(tmp_path, coco))
 
 
-@pytest.mark.parametrize(
-    "kind, changes, words",
-    [
-        ("images", {"height": "30 px"}, "image 5 .*has height '30 px'"),
-        ("images", {"width": 0}, "image 5 .*has the size 0 x 30"),
-        ("images", {"file_name": None}, "image 5 has file_name None"),
-        ("images", {"id": [5]}, r"image \[5\] .*has id \[5\], which must be"),
-        ("categories", {"name": None}, "category 30 has name None"),
-        ("categories", {"id": None}, "category None has id None"),
-    ],
-)
-def test_the_annotations_of_a_faulty_record_are_not_listed(tmp_path, kind, changes, words):
-    coco = _coco()
-    coco[kind][0].update(changes)
-    with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+{words}"):
-        register_coco(*_write(tmp_path, coco))
-
-
-def test_a_record_that_is_no_object_is_an_error(tmp_path):
-    coco = _coco()
-    coco["annotations"][1] = None
-    with pytest.raises(DatasetError, match="annotation at index 1 is null, not an object"):
-        register_coco(*_write(tmp_path, coco))
-
-
-def test_an_image_size_that_is_no_size_is_an_error(tmp_path):
-    coco = _coco()
-    coco["images"][1]["width"] = 0
-    with pytest.raises(DatasetError, match=r"image 9 \('b\.png'\) has the size 0 x 30"):
-        register_coco(*_write(tmp_path, coco))
-
-
 def test_the_first_problems_and_their_number_are_reported_together(tmp_path):
     coco = _coco()
     coco["annotations"] += [_annotation(i, [0, 0, -1, 5], 10) for i in range(100, 108)]
@@ -569,32 +478,11 @@ def test_the_first_problems_and_their_number_are_reported_together(tmp_path):
     assert "annotation 100" in lines[1] and "annotation 104" in lines[5] and "..." in lines[6]
 
 
-def test_a_missing_image_is_an_error(tmp_path):
+def test_a_missing_image_is_named_unless_the_check_is_left_out(tmp_path):
     json_file, image_root = _write(tmp_path, _coco())
     (image_root / "b.png").unlink()
     with pytest.raises(DatasetError, match=r"image 9: Image .*b\.png does not exist"):
         register_coco(json_file, image_root)
-
-
-def test_a_truncated_image_is_an_error(tmp_path):
-    json_file, image_root = _write(tmp_path, _coco())
-    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(image_root / "b.png")
-    (image_root / "b.png").write_bytes((image_root / "b.png").read_bytes()[:2000])
-    with pytest.raises(DatasetError, match=r"b\.png cannot be decoded"):
-        register_coco(json_file, image_root)
-
-
-def test_an_image_of_another_size_is_an_error(tmp_path):
-    json_file, image_root = _write(tmp_path, _coco())
-    Image.new("RGB", (40, 31)).save(image_root / "b.png")
-    with pytest.raises(DatasetError, match=r"b\.png is 40 x 31 .* say 40 x 30"):
-        register_coco(json_file, image_root)
-
-
-def test_the_image_check_can_be_left_out(tmp_path):
-    json_file, image_root = _write(tmp_path, _coco())
-    (image_root / "b.png").unlink()
     register_coco(json_file, image_root, check_images=False)
 
 
@@ -607,37 +495,12 @@ def test_other_categories_than_in_training_are_an_error(tmp_path):
     for key, owner in (("categories_from", train), ("classes", ["dog", "cat"])):
         with pytest.raises(DatasetError, match=rf"val\.json and .* same categories, but {words}"):
             register_coco(val, image_root, **{key: owner})
+    for function in (num_classes, class_names, lambda paths: register_coco(paths, image_root)):
+        with pytest.raises(DatasetError, match=r"val\.json and .*train\.json must have the same"):
+            function([train, train, val])
     words = "gone.json, whose categories .*val.json has to have.*test.dataset.names.categories_from"
     with pytest.raises(DatasetError, match=words):
         register_coco(val, image_root, categories_from="gone.json")
-
-
-def test_files_with_other_categories_than_the_first_are_an_error(tmp_path):
-    coco = _coco()
-    first, image_root = _write(tmp_path, coco, "first.json")
-    coco["categories"][0]["name"] = "bird"
-    second, _ = _write(tmp_path, coco, "second.json")
-    words = r"second\.json and .*first\.json .*only the first has \['bird'\].*\['cat'\]"
-    for function in (num_classes, class_names, lambda paths: register_coco(paths, image_root)):
-        with pytest.raises(DatasetError, match=words):
-            function([first, first, second])
-
-
-@pytest.mark.parametrize("num_files, num_folders", [(1, 2), (3, 2)])
-def test_folders_that_do_not_fit_the_files_are_an_error(tmp_path, num_files, num_folders):
-    json_file, image_root = _write(tmp_path, _coco())
-    message = f"{num_folders} image folders for {num_files} annotation files: give one folder"
-    with pytest.raises(DatasetError, match=message):
-        register_coco([json_file] * num_files, [image_root] * num_folders)
-
-
-def test_empty_lists_are_an_error(tmp_path):
-    json_file, image_root = _write(tmp_path, _coco())
-    for function in (num_classes, lambda paths: register_coco(paths, image_root)):
-        with pytest.raises(DatasetError, match="no annotation file"):
-            function([])
-    with pytest.raises(DatasetError, match="no image folder"):
-        register_coco([json_file], [])
 
 
 # Required data sets
@@ -660,22 +523,3 @@ def test_a_missing_image_folder_of_a_required_data_set_is_an_error(tmp_path):
         require_dataset(name)
     with pytest.raises(DatasetError, match="'coco_2071_train' is not registered"):
         require_dataset("coco_2071_train")
-
-
-# All problems, counted
-
-
-def test_image_files_are_checked_each(tmp_path):
-    coco = _coco()
-    coco["images"] += [
-        {"id": 10, "file_name": "gone.png", "height": 30, "width": 40},
-        {"id": 11, "file_name": "a.png", "height": 31, "width": 40},
-    ]
-    _, image_root = _write(tmp_path, coco)
-    found = list(file_problems(coco["images"], image_root))
-    assert [problem and problem.kind for problem in found] == [
-        None,
-        None,
-        "image: file missing",
-        "image: file unreadable or of another size",
-    ]

@@ -133,41 +133,26 @@ def test_yolo_names_are_a_list_or_numbered(tmp_path, text, names):
     assert class_names(path) == names
 
 
-def test_a_yolo_path_one_folder_too_high_is_understood(tmp_path):
-    path = write_yolo(tmp_path / "data", yaml_images="../images")
-    assert yolo_images(path, "val") == str(tmp_path / "data" / "images" / "val")
-
-
 @pytest.mark.parametrize(
-    "images, labels",
+    "images, label, text",
     [
-        ("images/images_train", "labels/images_train"),
-        ("images/images/b", "images/labels/b"),
-        ("a/images", "a/labels"),
+        ("images/images_train", "labels/images_train/a.txt", "train: images/images_train"),
+        ("images/images/b", "images/labels/b/a.txt", "train: images/images/b"),
+        ("a/images", "a/labels/a.txt", "train: a/images/"),
+        ("images", "images/a.txt", "train: images"),
+        ("train/images", "train/labels/a.TXT", "train: train"),
+        ("data/images/b", "data/labels/b/a.txt", "path: data\ntrain: images/b"),
+        ("images", "labels/a.txt", "path: /gone\ntrain: ../images"),  # one folder too high
     ],
 )
-def test_yolo_labels_are_beside_the_last_folder_named_images(tmp_path, images, labels):
+def test_yolo_labels_are_found_where_exports_have_them(tmp_path, images, label, text):
     write_images(tmp_path / images, "a.png")
-    (tmp_path / labels).mkdir(parents=True)
-    (tmp_path / labels / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    (tmp_path / label).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / label).write_text("0 0.5 0.5 0.25 0.5")
     path = tmp_path / "data.yaml"
-    path.write_text(f"train: {images}\nnames: [dog]")
+    path.write_text(f"{text}\nnames: [dog]")
+    assert yolo_images(path, "train") in map(str, ((tmp_path / images), (tmp_path / images).parent))
     assert len(json.loads(Path(coco_from_yolo(path, "train")).read_text())["annotations"]) == 1
-
-
-def test_yolo_labels_may_be_beside_their_images(tmp_path):
-    write_images(tmp_path / "images", "a.png")
-    (tmp_path / "images" / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
-    path = tmp_path / "data.yaml"
-    path.write_text("train: images\nnames: [dog]")
-    assert len(json.loads(Path(coco_from_yolo(path, "train")).read_text())["annotations"]) == 1
-
-
-def test_a_yolo_path_is_relative_to_the_file(tmp_path):
-    path = write_yolo(tmp_path / "yaml" / "data")
-    path = path.rename(tmp_path / "yaml" / "data.yaml")
-    path.write_text("path: data\ntrain: images/train\nnames: [dog, cat]")
-    assert yolo_images(path, "train") == str(tmp_path / "yaml" / "data" / "images" / "train")
 
 
 @pytest.mark.parametrize(
@@ -196,16 +181,6 @@ def test_yolo_folders_can_be_several(tmp_path):
     assert [image["file_name"] for image in json.loads(Path(second).read_text())["images"]] == [
         "c.png"
     ]
-
-
-def test_a_changed_label_file_is_read_again(tmp_path):
-    path = write_yolo(tmp_path / "data")
-    before = coco_from_yolo(path, "val")
-    assert coco_from_yolo(path, "val") == before
-    (tmp_path / "data" / "labels" / "val" / "c.txt").write_text("1 0.5 0.5 0.5 0.5 \n")
-    after = coco_from_yolo(path, "val")
-    (annotation,) = json.loads(Path(after).read_text())["annotations"]
-    assert annotation["category_id"] == 2 and annotation["bbox"] == close(20, 15, 40, 30)
 
 
 def test_a_label_file_changed_to_one_of_its_size_is_read_again(tmp_path):
@@ -296,13 +271,6 @@ def test_a_bad_voc_object_is_named(tmp_path, xml, words):
         register_coco(path, folder)
 
 
-def test_another_xml_file_is_named(tmp_path):
-    folder = write_voc(tmp_path / "voc", a=[])
-    (folder / "a.xml").write_text("<annotations></annotations>")
-    with pytest.raises(DatasetError, match="a.xml cannot be read .it is <annotations>, not"):
-        register_coco(coco_from_voc(folder, folder, ["dog"]), folder)
-
-
 def test_an_image_that_cannot_be_read_is_named_without_its_objects(tmp_path):
     path = write_yolo(tmp_path / "data")
     image = tmp_path / "data" / "images" / "val" / "c.png"
@@ -314,10 +282,7 @@ def test_an_image_that_cannot_be_read_is_named_without_its_objects(tmp_path):
 # Images in sub-folders, of any suffix, with an EXIF orientation
 
 
-SUFFIXES = [".jfif", ".jpe", ".JPG", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".tif", ".webp"]
-
-
-@pytest.mark.parametrize("suffix", [*SUFFIXES, ".photo"])
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".gif", ".avif", ".ppm", ".photo"])
 def test_a_labeled_image_of_any_suffix_in_a_subfolder_is_used(tmp_path, suffix):
     image = Image.new("L", (80, 60))
     kind = {".photo": "PNG", ".gif": "GIF"}.get(suffix)
@@ -342,15 +307,6 @@ def test_a_labeled_image_of_any_suffix_in_a_subfolder_is_used(tmp_path, suffix):
         assert len(item["annotations"]) == 1
 
 
-def test_labels_may_be_beside_images_in_a_folder_of_the_split(tmp_path):
-    write_images(tmp_path / "train" / "images", "a.png")
-    (tmp_path / "train" / "labels").mkdir()
-    (tmp_path / "train" / "labels" / "a.TXT").write_text("0 0.5 0.5 0.25 0.5")
-    (tmp_path / "data.yaml").write_text("train: train\nnames: [dog]")
-    coco = json.loads(Path(coco_from_yolo(tmp_path / "data.yaml", "train")).read_text())
-    assert len(coco["annotations"]) == 1
-
-
 def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
     folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
     (folder / "again").symlink_to(folder)
@@ -373,11 +329,13 @@ def test_labels_without_an_image_are_named(tmp_path, capsys, caplog):
     assert words in caplog.text and "classes.txt" not in caplog.text
 
 
-def test_xml_files_without_an_image_are_named(tmp_path, caplog):
+def test_xml_files_without_an_image_or_with_two_are_named(tmp_path, caplog):
     folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)], b=[("dog", 1, 1, 9, 9)])
     (folder / "b.jpg").rename(folder / "c.jpg")
+    Image.new("RGB", (80, 60)).save(folder / "a.png")
     coco_from_voc(folder, folder)
     assert f"1 label file has no image that can be read, such as {folder}/b.xml:" in caplog.text
+    assert f"1 label file has several images, such as {folder}/a.xml" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -404,13 +362,6 @@ def test_an_xml_file_may_name_its_image(tmp_path, image, xml, file_name):
     coco = json.loads(Path(coco_from_voc(*folders)).read_text())
     names = {item["id"]: item["file_name"] for item in coco["images"]}
     assert [names[item["image_id"]] for item in coco["annotations"]] == [image]
-
-
-def test_a_label_file_of_two_images_is_named(tmp_path, caplog):
-    folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
-    Image.new("RGB", (80, 60)).save(folder / "a.png")
-    coco_from_voc(folder, folder)
-    assert f"1 label file has several images, such as {folder}/a.xml" in caplog.text
 
 
 def test_images_without_any_label_are_remarked(tmp_path, caplog):
@@ -497,11 +448,9 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: [a]\nval: data.yaml", "give their folder"),
         ("names: {1: a, 2: b}\nval: .", "has no name of class 0: number"),
         ("names: {0: a, 2: b}\nval: .", "has no name of class 1: number"),
-        ("names: {a: 0, b: 1}\nval: .", "has no name of class 0: number"),
         ("names: dog\nval: .", "has 'names' that are no list"),
         ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),
         ("names: [dog]\nnc: 2\nval: .", "has nc 2, but 1 'names'"),
-        ("names: [dog]\nval: 5", "image folder .*5 .*does not exist"),
         ("names: [dog]\nval: {a: b}", "has no 'val'"),
     ],
 )
@@ -536,9 +485,8 @@ def test_a_voc_folder_is_read_by_its_config_with_names(tmp_path):
 
 @pytest.mark.parametrize(
     "line, name",
-    [("b", "b"), ("b  1", "b"), ("b -1", "b"), ("b.jpg", "b"), ("a b", "a b"), ("a b  1", "a b"),
-     ("b 0", "b 0"), ("b 0  1", "b 0")],
-)  # fmt: skip
+    [("b -1", "b"), ("b.jpg", "b"), ("a b", "a b"), ("a b  1", "a b"), ("b 0  1", "b 0")],
+)
 def test_a_list_chooses_voc_images(tmp_path, line, name):
     names = {"a": "dog", "b": "cat", "a b": "cow", "b 0": "ant"}
     objects = {name: [(label, 1, 1, 9, 9)] for name, label in names.items()}
@@ -565,13 +513,14 @@ def test_a_list_that_cannot_be_used_says_why(tmp_path, content, message):
         coco_from_voc(folder, folder, image_list=tmp_path / "train.txt")
 
 
-def test_a_voc_class_that_training_does_not_know_is_named(tmp_path):
-    folder = write_voc(tmp_path / "voc", a=[("horse", 1, 1, 9, 9)])
+def test_voc_folders_that_cannot_be_used_are_errors(tmp_path):
+    with pytest.raises(DatasetError, match="gone does not exist"):
+        coco_from_voc(tmp_path, tmp_path / "gone")
+    with pytest.raises(DatasetError, match=f"{tmp_path} has no images"):
+        coco_from_voc(tmp_path, tmp_path)
+    horse = write_voc(tmp_path / "horse", a=[("horse", 1, 1, 9, 9)])
     with pytest.raises(DatasetError, match="classes .'horse'., which are not among .'dog'"):
-        coco_from_voc(folder, folder, names=["dog"])
-
-
-def test_voc_objects_that_say_no_class_are_an_error(tmp_path):
+        coco_from_voc(horse, horse, names=["dog"])
     folder = write_voc(tmp_path / "voc", a=[])
     with pytest.raises(DatasetError, match="voc has no objects that say their classes"):
         coco_from_voc(folder, folder)
@@ -580,13 +529,6 @@ def test_voc_objects_that_say_no_class_are_an_error(tmp_path):
         coco_from_voc(folder, folder)
     (folder / "a.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
     assert class_names(coco_from_voc(folder, folder)) == ["dog"]  # its box is what is missing
-
-
-def test_folders_without_images_are_errors(tmp_path):
-    with pytest.raises(DatasetError, match="gone does not exist"):
-        coco_from_voc(tmp_path, tmp_path / "gone")
-    with pytest.raises(DatasetError, match=f"{tmp_path} has no images"):
-        coco_from_voc(tmp_path, tmp_path)
 
 
 def test_an_evaluation_names_the_values_that_it_lacks(tmp_path):
