@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from smca import add_smca_config
 from smca.config import build, load_config
 from smca.errors import ConfigError
-from smca.modeling import SMCA, HungarianMatcher, SetCriterion
+from smca.modeling import SMCA
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [
@@ -155,14 +155,6 @@ def test_weights_of_losses_and_matching_can_be_set_in_one_place():
         assert {name: values[name] for name in settings} == settings
 
 
-def test_a_config_that_spells_the_matcher_out_still_builds():
-    # As config.yaml of earlier versions does.
-    weights = dict(class_weight=2.0, box_weight=5.0, giou_weight=2.0, alpha=0.25, gamma=2.0)
-    cfg = load("smca_r50_50ep")
-    cfg.model.criterion = L(SetCriterion)(matcher=L(HungarianMatcher)(**weights), **weights)
-    assert isinstance(build_without_memory(cfg).criterion.matcher, HungarianMatcher)
-
-
 def test_importing_the_package_registers_the_meta_architecture():
     assert issubclass(META_ARCH_REGISTRY.get("SMCA"), SMCA)
 
@@ -210,31 +202,6 @@ def test_yacs_setting_that_the_model_lacks_is_named():
     cfg.MODEL.SMCA.ENCODER.KERNEL_SIZE = 5
     with pytest.raises(ConfigError, match="ENCODER.KERNEL_SIZE.*smca_r50_50ep"):
         build_model(cfg)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("modulation=none", "modulation=null"),
-        ("modulation=head_shared", "modulation.per_head=False"),
-        ("modulation=multi_head", "modulation.per_head=True"),
-        ("spread=single", "modulation.map=single"),
-        ("beta=3.0", "modulation.beta=3.0"),
-        ("offset_gain=2.0", "modulation.offset_gain=2.0"),
-    ],
-)
-def test_settings_of_the_last_release_mean_what_they_did(old, new):
-    models = []
-    for override in (old, new):
-        cfg = load_config("smca_r50_50ep", [f"model.decoder.{override}"])
-        with torch.device("meta"):
-            models.append(build(cfg.model, "model"))
-    states, settings = [[], []], [[], []]
-    for model, found, wanted in zip(models, states, settings):
-        found += [(name, x.shape) for name, x in model.state_dict().items()]
-        predictor = model.decoder.layers[0].modulation
-        wanted.append(None if predictor is None else predictor.settings)
-    assert states[0] == states[1] and settings[0] == settings[1]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_other_groups_of_parameters_on_resume_are_named(tmp_path):
     config = write_tiny_config(tmp_path, eval_period=0, max_iter=2)
     factor = "+optimizer.params.lr_factor_func._target_=smca.solver.backbone_lr_factor"
     train(config, tmp_path / "run", factor, "+optimizer.params.lr_factor_func.factor=0.1")
-    with pytest.raises(CheckpointError, match="optimizer.params.*were 4 and 4 .* now 8") as error:
+    with pytest.raises(CheckpointError, match=r"groups of parameters \(optimizer.params\) are not") as error:
         train(config, tmp_path / "run", "train.max_iter=3", resume=True)
     assert "cut short" not in str(error.value)
 

@@ -8,16 +8,14 @@ from torch import nn
 
 from helpers import MeanLoss
 from smca.checkpoint import SMCACheckpointer
-from smca.data import build_train_loader
-from smca.engine import (
+from smca.engine.hooks import (
     BestCheckpointer,
     EmergencyCheckpointer,
     EvalHook,
     ModelEMA,
     PeriodicCheckpointer,
-    Trainer,
 )
-from smca.engine.trainer import BoundedStorage
+from smca.engine.trainer import BoundedStorage, Trainer
 from smca.errors import NonFiniteError
 
 
@@ -166,14 +164,6 @@ def test_random_numbers_of_an_iteration_depend_on_seed_and_iteration_only():
     assert len(set(draw(0, 4, seed=0))) == 8
     assert draw(2, 4, seed=0) == draw(0, 4, seed=0)[4:]
     assert not set(draw(0, 4, seed=0)) & set(draw(0, 4, seed=1))
-
-
-def test_a_loader_without_a_batch_size_starts_at_the_accumulated_batch(model):
-    loader = build_train_loader([{}], mapper=lambda record: torch.ones(3), total_batch_size=2)
-    trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=3)
-    trainer.start_iter = 4
-    trainer.before_train()
-    assert loader.batch_sampler.start_sample == 4 * 3 * 2
 
 
 def test_buffers_are_averaged_like_weights(model):

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import EvalHook
 from omegaconf import DictConfig, OmegaConf
 
 import smca
@@ -28,7 +27,8 @@ from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.config import load_config
 from smca.data import num_images
-from smca.engine import EarlyStopping, PeriodicCheckpointer, Trainer, main, run
+from smca.engine import Trainer, main, run
+from smca.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.inference import load_test_dataset
 from smca.solver import layer_lr_factor, steps_of_epochs
@@ -369,7 +369,7 @@ def train(folder, values, patience, num_iters=20, start_from=None, period=2):
         [
             PeriodicCheckpointer(checkpointer, 100),
             EvalHook(period, lambda: {"bbox": {"AP": next(values)}}, eval_after_train=False),
-            EarlyStopping(patience, "bbox/AP"),
+            BestCheckpointer(period, checkpointer, "bbox/AP", patience),
         ]
     )
     start = 0
@@ -406,8 +406,8 @@ def test_training_ends_after_so_many_evaluations_without_a_better_one(
 def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
     train(tmp_path, [5, 4, 3], 2, num_iters=20)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]
-    assert train(tmp_path, [], 2, start_from=state) == 6  # it has ended
-    assert train(tmp_path, [4, 6, 5, 5, 5, 5], 4, start_from=state) == 18  # more patience
+    assert train(tmp_path, [3], 2, start_from=state) == 6  # it has ended
+    assert train(tmp_path, [3, 4, 6, 5, 5, 5, 5], 4, start_from=state) == 18  # more patience
 
 
 def test_a_run_stops_early_and_resuming_leaves_it_at_that(tmp_path):

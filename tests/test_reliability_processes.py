@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import ROOT, TinyDetector, assert_same_bits, error_of, write_tiny_config
-from reliability_cases import Job, files, free_port, iteration_of, jobs, load
+from reliability_cases import Job, files, iteration_of, jobs, load
 from smca.cli import train as train_command
 from smca.data.errors import DatasetError
 from smca.engine import Trainer, launch
@@ -211,14 +211,13 @@ def environment(**others):
     }
 
 
-def test_several_machines_need_an_address(tmp_path, capsys):
+def test_several_machines_need_torchrun(tmp_path, capsys):
     config = write_tiny_config(tmp_path)
-    words = ["--config-file", config, "--num-machines", "2", "--dist-url", "auto"]
-    text = error_of(capsys, train_command.main, *words, "train.device=cpu")
-    assert "--dist-url has to be tcp://HOST:PORT" in text
+    words = ["--config-file", config, "--num-machines", "2", "train.device=cpu"]
+    assert "use torchrun --nnodes or Slurm" in error_of(capsys, train_command.main, *words)
 
 
-def test_torchrun_and_two_machines_train_like_one_process(tmp_path):
+def test_torchrun_trains_like_one_process(tmp_path):
     plain = ["model.dropout=0", "model.batch_norm=False", "train.max_iter=3"]
     plain += ["train.accumulate=2"]
     config = write_tiny_config(tmp_path)
@@ -234,31 +233,15 @@ def test_torchrun_and_two_machines_train_like_one_process(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    machines = ["--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    prepare = at(lambda *_: None)
-    launched = [
-        Job(
-            tmp_path,
-            *("--config-file", config, *flags, f"train.output_dir={tmp_path}/{out}", *plain),
-            prepare=None if out == "one" else prepare,
-        )
-        for out, flags in (
-            ("one", []),
-            ("machines", [*machines, "--machine-rank", 0]),
-            ("machines", [*machines, "--machine-rank", 1]),
-        )
-    ]
-    for job in launched:
-        assert job.wait() == 0, job.output
+    alone = Job(tmp_path, "--config-file", config, f"train.output_dir={tmp_path}/one", *plain)
+    assert alone.wait() == 0, alone.output
     output = under_torchrun.communicate()[0]
     assert under_torchrun.returncode == 0, output
-    one = load(tmp_path / "one" / "model_final.pth")
-    for name in ("torchrun", "machines"):
-        two = load(tmp_path / name / "model_final.pth")
-        assert two["trainer"]["world_size"] == 2
-        for key in ("model", "model_ema"):
-            for weight, value in one[key].items():
-                torch.testing.assert_close(two[key][weight], value, atol=1e-6, rtol=0)
+    one, two = (load(tmp_path / name / "model_final.pth") for name in ("one", "torchrun"))
+    assert two["trainer"]["world_size"] == 2
+    for key in ("model", "model_ema"):
+        for weight, value in one[key].items():
+            torch.testing.assert_close(two[key][weight], value, atol=1e-6, rtol=0)
 
 
 def descendants(pid):

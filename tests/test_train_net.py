@@ -77,10 +77,10 @@ def test_metrics_file_holds_losses_schedule_norm_and_both_results(trained):
     assert merged["ema/bbox/AP"] == pytest.approx(results["ema/bbox"]["AP"])
 
 
-def test_progress_line_tells_losses_time_and_memory(trained):
+def test_progress_line_tells_losses_and_time(trained):
     _, folder, _ = trained
     line = [x for x in (folder / "log.txt").read_text().splitlines() if " iter: 2 " in x][-1]
-    for word in ("eta: ", "total_loss: ", "loss_ce: ", "lr: ", "grad_norm: ", "max_mem: "):
+    for word in ("eta: ", "total_loss: ", "loss_ce: ", "lr: "):
         assert word in line
 
 
@@ -393,7 +393,6 @@ def test_several_evaluators_evaluate_after_one_another(tmp_path):
         ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2"),
         ("model.num_classes=3", "has 2 classes, the model 3: set model.num_classes=2, or data"),
         ("train.init_checkpoint=nowhere.pth", "nowhere.pth does not exist"),
-        ("train.compile=True", "train.compile=True needs a model with a method compile_parts"),
     ],
 )
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
@@ -434,7 +433,7 @@ def test_a_right_override_has_its_value(trained, override, read, value):
     [
         (None, "config.py does not exist"),
         ("train = dict(\n", "config.py cannot be loaded"),
-        ("MODEL:\n  DEVICE: cpu\n", "config.yaml is no config for this script, it does not define"),
+        ("MODEL:\n  DEVICE: cpu\n", "config.yaml is no config for this command, it does not have"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys, text, words):

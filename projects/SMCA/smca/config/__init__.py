@@ -3,14 +3,7 @@
 from .build import build, build_model, dataset_names, fit_to_data, use_classes
 from .lazy import load_config, quoted, require_values
 from .names import find_config_file, get_config, get_config_file, list_configs
-from .train import (
-    AMP_DTYPES,
-    TrainConfig,
-    amp_dtype,
-    check_early_stopping,
-    check_train,
-    resolve_device,
-)
+from .train import AMP_DTYPES, TrainConfig, amp_dtype, check_train, resolve_device
 from .yacs import add_smca_config
 
 __all__ = [
@@ -20,7 +13,6 @@ __all__ = [
     "amp_dtype",
     "build",
     "build_model",
-    "check_early_stopping",
     "check_train",
     "dataset_names",
     "find_config_file",

@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 import traceback
-from typing import Any, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate
@@ -26,13 +26,13 @@ def build(section: Any, name: str) -> Any:
     """Instantiate a part of a LazyConfig, as Detectron2's `instantiate`.
 
     Args:
-        section: what to instantiate.
-        name: its key, for the message.
+        section: part of a config.
+        name: key of the section, for the message.
 
     Raises:
-        ConfigError: it cannot be built; names the innermost section that cannot, and the key where
-            the reason begins with an argument. It is raised from the error itself; of one in code
-            the message has file and line, and the log the traceback.
+        ConfigError: it cannot be built. The message names the innermost section that cannot, or
+            the key of the argument that the reason begins with, and file and line of an error in
+            code, whose traceback is in the log.
     """
     try:
         arguments: Any = section
@@ -106,19 +106,25 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
 def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
     """Put a checkpoint's classes in place of what a config computes from the training data, which
     need not be here: the number and the names of the classes, and their order in data sets of
-    `smca.data.register_coco`. So with the values that :func:`fit_to_data` found.
+    `smca.data.register_coco`; and the values that :func:`fit_to_data` found.
 
     Args:
         cfg: a LazyConfig.
-        provenance: as of `smca.checkpoint.read_provenance`.
+        provenance: what `smca.checkpoint.read_provenance` returns.
     """
     if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
         cfg.model.num_classes = provenance["num_classes"]
-    for key in _fitted_keys(cfg):
-        if key in provenance.get("fitted", {}):
-            OmegaConf.update(cfg, key, provenance["fitted"][key], merge=False)
-    if provenance.get("class_names"):
-        _use_classes(cfg, list(provenance["class_names"]))
+    names, values = list(provenance.get("class_names") or []), provenance.get("fitted", {})
+    for key, target in _calls_of_data(cfg):
+        if key in values and _is_fitted(target):
+            OmegaConf.update(cfg, key, values[key], merge=False)
+        elif names and target is num_classes:
+            OmegaConf.update(cfg, key, len(names), merge=False)
+        elif names and target is class_names:
+            OmegaConf.update(cfg, key, names, merge=False)
+        elif names and target is register_coco:
+            new = {"classes": names, "categories_from": None}
+            OmegaConf.update(cfg, key, new, merge=True, force_add=True)
 
 
 def fit_to_data(cfg: DictConfig) -> Dict[str, Any]:
@@ -135,49 +141,31 @@ def fit_to_data(cfg: DictConfig) -> Dict[str, Any]:
         DatasetError: there is a problem with the data.
     """
     values: Dict[str, Any] = {}
-    keys = list(_fitted_keys(cfg))
     known, names = copy.deepcopy(cfg), "dataloader.train.dataset.names"
-    if keys and isinstance(OmegaConf.select(cfg, names), DictConfig):
-        # The data are registered once, not for each key.
-        OmegaConf.update(known, names, build(OmegaConf.select(cfg, names), names), merge=False)
-    for key in keys:
+    for key in [key for key, target in _calls_of_data(cfg) if _is_fitted(target)]:
+        if isinstance(OmegaConf.select(known, names), DictConfig):
+            # The data are registered once, not for each key.
+            registered = build(OmegaConf.select(known, names), names)
+            OmegaConf.update(known, names, registered, merge=False)
         values[key] = build(OmegaConf.select(known, key), key)
+        OmegaConf.update(cfg, key, values[key], merge=False)
         logger.info("%s=%s follows from the training data.", key, values[key])
-    for key, value in values.items():
-        OmegaConf.update(cfg, key, value, merge=False)
     return values
 
 
-def _fitted_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Keys whose values are calls of ``smca.data.fitted``."""
-    for name in map(str, node if isinstance(node, DictConfig) else ()):
+def _is_fitted(target: Any) -> bool:
+    return target.__module__ == fitted.__name__
+
+
+def _calls_of_data(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Keys of the calls of functions of `smca.data` in a config, and these functions. A value may
+    be replaced while this runs."""
+    for name in map(str, list(node) if isinstance(node, DictConfig) else ()):
         if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
-        child, key = node[name], f"{prefix}{name}"
-        target = child.get("_target_") if isinstance(child, DictConfig) else None
+        target = node[name].get("_target_") if isinstance(node[name], DictConfig) else None
         if isinstance(target, str) and target.startswith("smca.data."):
             target = locate(target)
-        if getattr(target, "__module__", None) == fitted.__name__:
-            yield key
-        else:
-            yield from _fitted_keys(child, f"{key}.")
-
-
-def _use_classes(cfg: DictConfig, names: Sequence[str]) -> None:
-    for key in map(str, list(cfg.keys())):
-        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
-            continue
-        node = cfg[key]
-        if not isinstance(node, DictConfig):
-            continue
-        target = node.get("_target_")
-        if isinstance(target, str) and target.startswith("smca.data."):
-            target = locate(target)
-        if target is num_classes:
-            cfg[key] = len(names)
-        elif target is class_names:
-            cfg[key] = names
-        else:
-            if target is register_coco:
-                node.classes, node.categories_from = names, None
-            _use_classes(node, names)
+        if str(getattr(target, "__module__", None)).startswith("smca.data."):
+            yield f"{prefix}{name}", target
+        yield from _calls_of_data(node[name], f"{prefix}{name}.")

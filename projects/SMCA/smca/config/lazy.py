@@ -26,14 +26,7 @@ __all__ = ["load_config", "quoted", "require_values"]
 
 # The key of configs/fine_tune.py that names the config of the pretrained model.
 _BASE = "base.config"
-# Former overrides and what replaces them. The table goes with the next release.
-_MODULATION = "model.decoder.modulation"
-_RENAMED = {
-    f"{_MODULATION}=none": f"{_MODULATION}=null",
-    f"{_MODULATION}=head_shared": f"{_MODULATION}.per_head=False",
-    f"{_MODULATION}=multi_head": f"{_MODULATION}.per_head=True",
-}
-_SECTIONS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+_SECTIONS = ["model", "dataloader", "optimizer", "lr_multiplier", "train"]
 
 
 def load_config(
@@ -47,7 +40,7 @@ def load_config(
     Args:
         config_file: path of a .py or .yaml LazyConfig, or the name of one of this package's. Its
             name also gives a ``train.output_dir`` that is not set: ``output/NAME``.
-        overrides: ``key=value``, in hydra's syntax. The key has to be in the config, or be an
+        overrides: texts ``key=value`` in hydra's syntax. The key has to be in the config, or be an
             argument of what the config calls there; ``+key=value`` adds any other.
         needed: keys that must have values, like all keys below them ("???" is no value). None: all
             keys. (A trained detector does not need the keys of its training.)
@@ -63,10 +56,10 @@ def load_config(
         if OmegaConf.select(cfg, _BASE) != base:
             base = OmegaConf.select(cfg, _BASE)
             _take_from_base(cfg, base)
-    _require_sections(cfg, _SECTIONS)
     # An evaluation needs no training data.
+    _require_sections(cfg, _SECTIONS, config_file)
     splits = [name for name in ("train", "test") if name in cfg.dataloader]
-    _require_sections(cfg.dataloader, splits, "dataloader.")
+    _require_sections(cfg, [f"dataloader.{name}" for name in splits], config_file)
     require_values(cfg, needed, config_file)
     check_train(cfg.train)
     return cfg
@@ -79,7 +72,7 @@ def require_values(
 
     Args:
         cfg: a LazyConfig.
-        keys: of the values, which may be sections; None: all.
+        keys: keys of the values, which may be sections; None: all.
         config_file: what the message calls the config.
 
     Raises:
@@ -108,11 +101,6 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.double).with_quotes()
 
 
-def _is_below(key: str, other: str) -> bool:
-    """Whether a key is `other`, or in the section `other`."""
-    return f"{key}.".startswith(f"{other}.")
-
-
 def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") -> Iterator[str]:
     """Keys without a value, among `keys` or below them, and those that they refer to.
 
@@ -121,8 +109,8 @@ def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") 
     """
     for name in map(str, node.keys()):
         key = f"{prefix}{name}"
-        is_needed = keys is None or any(_is_below(key, part) for part in keys)
-        if not is_needed and not any(_is_below(part, key) for part in keys or ()):
+        is_needed = keys is None or any(f"{key}.".startswith(f"{part}.") for part in keys)
+        if not is_needed and not any(part.startswith(f"{key}.") for part in keys or ()):
             continue
         try:
             value = node[name]
@@ -151,30 +139,26 @@ def _load_file(config_file: str) -> DictConfig:
         if not isinstance(error, (SyntaxError, ImportError, ValueError, YAMLError)):
             reason = f"{type(error).__name__}: {error} ({origin(error)})"
         raise ConfigError(f"{config_file} cannot be loaded: {' '.join(reason.split())}") from error
-    absent = [name for name in _SECTIONS if not _is_section(cfg, name)]
-    if absent:
-        raise ConfigError(
-            f"{config_file} is no config for this script, it does not define "
-            f"{', '.join(absent)}: start from a file in configs/."
-        )
+    _require_sections(cfg, _SECTIONS, config_file)
     return cfg
 
 
-def _require_sections(cfg: DictConfig, names: Sequence[str], prefix: str = "") -> None:
-    for name in names:
-        if not _is_section(cfg, name):
-            raise ConfigError(f"{prefix}{name} has to be a section, as in configs/common.")
+def _require_sections(cfg: Any, names: Sequence[str], config_file: str) -> None:
+    def is_section(name: str) -> bool:
+        try:
+            return isinstance(OmegaConf.select(cfg, name), DictConfig)
+        except (OmegaConfBaseException, ValueError):  # a reference to nothing; an empty file
+            return False
 
-
-def _is_section(cfg: Any, name: str) -> bool:
-    try:
-        return isinstance(cfg, DictConfig) and isinstance(cfg.get(name), DictConfig)
-    except (OmegaConfBaseException, TypeError):  # a reference to nothing; an empty file
-        return False
+    absent = [name for name in names if not is_section(name)]
+    if absent:
+        raise ConfigError(
+            f"{config_file} is no config for this command, it does not have the sections "
+            f"{', '.join(absent)}: start from a file in configs/."
+        )
 
 
 def _apply_override(cfg: DictConfig, text: str) -> None:
-    text = _RENAMED.get(text, text)
     if text.startswith("-"):
         raise ConfigError(f"Option {text} has to stand before the first key=value.")
     try:
@@ -206,17 +190,21 @@ def _check_override(cfg: DictConfig, key: str, value: Any) -> None:
         for name, item in value.items():
             _check_override(cfg, f"{key}.{name}", item)
         return
-    *parents, name = key.split(".")
-    node = cfg
-    for parent in parents:
-        if parent not in _names(node):
-            raise _unknown_key(cfg, key)
-        node = _child(node, parent)
+    node: Any = cfg
+    for name in key.split("."):
+        if name not in _names(node):
+            raise ConfigError(
+                f"The config has no key {key}{did_you_mean(key, set(_all_keys(cfg)))}"
+            )
+        node = _child(node, name)
         if node is None:  # a key without a value takes anything
             return
-    if name not in _names(node):
-        raise _unknown_key(cfg, key)
-    _check_kind(key, _child(node, name), value)
+    is_text = isinstance(value, str) and "${" not in value
+    if isinstance(node, bool):
+        if is_text or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            raise ConfigError(f"{key} has to be true or false, it cannot be {value!r}.")
+    elif isinstance(node, (int, float)) and (is_text or isinstance(value, bool)):
+        raise ConfigError(f"{key} has to be a number, it cannot be {value!r}.")
 
 
 def _child(node: Any, name: str) -> Any:
@@ -256,17 +244,3 @@ def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:
         child = _child(node, name)
         if isinstance(child, (DictConfig, ListConfig)):
             yield from _all_keys(child, f"{prefix}{name}.")
-
-
-def _unknown_key(cfg: DictConfig, key: str) -> ConfigError:
-    return ConfigError(f"The config has no key {key}{did_you_mean(key, set(_all_keys(cfg)))}")
-
-
-def _check_kind(key: str, old: Any, new: Any) -> None:
-    """Raise where a number or a truth value is replaced by something else."""
-    is_text = isinstance(new, str) and "${" not in new
-    if isinstance(old, bool):
-        if is_text or (isinstance(new, (int, float)) and not isinstance(new, bool)):
-            raise ConfigError(f"{key} has to be true or false, it cannot be {new!r}.")
-    elif isinstance(old, (int, float)) and (is_text or isinstance(new, bool)):
-        raise ConfigError(f"{key} has to be a number, it cannot be {new!r}.")

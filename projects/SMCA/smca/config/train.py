@@ -9,14 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, ValidationError
 
 from smca.errors import ConfigError
 
-__all__ = [
-    "AMP_DTYPES",
-    "TrainConfig",
-    "amp_dtype",
-    "check_early_stopping",
-    "check_train",
-    "resolve_device",
-]
+__all__ = ["AMP_DTYPES", "TrainConfig", "amp_dtype", "check_train", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +52,6 @@ class Checkpoints:
     )
 
 
-def _ddp() -> Dict[str, Any]:
-    return dict(
-        broadcast_buffers=False,
-        find_unused_parameters=False,
-        fp16_compression=False,
-        gradient_as_bucket_view=True,  # without a copy of the gradients
-    )
-
-
 @dataclass
 class TrainConfig:
     """The settings of a training that are not part of the model, the data, the optimizer, or the
@@ -95,7 +79,14 @@ class TrainConfig:
     # each leaves a file nonfinite_<iteration>.json. 0: the first ends the training.
     skip_nonfinite: int = _at_least(0, default=0)
     model_ema: Average = field(default_factory=Average)
-    ddp: Dict[str, Any] = field(default_factory=_ddp)  # arguments of DistributedDataParallel
+    ddp: Dict[str, Any] = field(  # arguments of DistributedDataParallel
+        default_factory=lambda: {
+            "broadcast_buffers": False,
+            "find_unused_parameters": False,
+            "fp16_compression": False,
+            "gradient_as_bucket_view": True,  # without a copy of the gradients
+        }
+    )
     compile: bool = False
     checkpointer: Checkpoints = field(default_factory=Checkpoints)
     best_metric: str = "bbox/AP"  # the checkpoint with the highest one is kept as model_best.pth
@@ -108,9 +99,8 @@ class TrainConfig:
     writers: List[Any] = _list_of_calls(
         "a list of wandb and mlflow, or of calls", "wandb", "mlflow"
     )
-    hooks: List[Any] = _list_of_calls(
-        "a list of calls"
-    )  # L(MyHook)(...), which come before the writers
+    # L(MyHook)(...), which come before the writers
+    hooks: List[Any] = _list_of_calls("a list of calls")
     # Pictures of detections and weight maps that the writers get at each evaluation.
     num_pictures: int = _at_least(0, default=4)
     cudnn_benchmark: bool = False
@@ -124,8 +114,7 @@ _WORDS = {bool: "true or false", str: "a text", Optional[str]: "a text or null"}
 def check_train(train: DictConfig) -> None:
     """Check the values of the config's ``train`` section, and add the defaults of absent keys.
 
-    In place of any value there may be a call, which is checked once it is computed. Other keys
-    may hold anything.
+    A value may be a call, which is checked once it is computed. Other keys may hold anything.
 
     Raises:
         ConfigError: a value is not possible.
@@ -156,33 +145,13 @@ def _check(section: DictConfig, schema: DictConfig, section_name: str) -> None:
             section[name] = schema[name]
 
 
-def check_early_stopping(train: DictConfig) -> None:
-    """Make sure that a training has the evaluations that end it early.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if train.early_stopping and train.eval_period == 0:
-        raise ConfigError(
-            f"train.early_stopping={train.early_stopping} counts evaluations, of which "
-            "train.eval_period=0 makes none: set train.eval_period to the iterations from one to "
-            "the next, or train.early_stopping=0."
-        )
-
-
 def _is_call(value: Any) -> bool:
     return isinstance(value, DictConfig) and "_target_" in value
 
 
 def amp_dtype(name: str, device: torch.device) -> Optional[torch.dtype]:
-    """
-    Args:
-        name: a key of `AMP_DTYPES`, or "fp32".
-        device: of the model.
-
-    Returns:
-        The type of mixed precision, None for none. A GPU that only emulates it is warned of.
-    """
+    """The type of mixed precision by its name in `AMP_DTYPES`; None for "fp32". Warns of a GPU
+    that only emulates the type."""
     dtype = AMP_DTYPES.get(name)
     if dtype == torch.bfloat16 and device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
@@ -194,13 +163,11 @@ def amp_dtype(name: str, device: torch.device) -> Optional[torch.dtype]:
 
 
 def resolve_device(name: str, key: str = "train.device") -> torch.device:
-    """
-    Args:
-        name: "auto" or a PyTorch device.
-        key: what names it in the config.
+    """The device of this process.
 
-    Returns:
-        The device of this process; for "auto", a GPU if there is one, else the CPU.
+    Args:
+        name: "auto" (a GPU if there is one, else the CPU) or a PyTorch device.
+        key: what names it in the config.
 
     Raises:
         ConfigError: there is no such device.

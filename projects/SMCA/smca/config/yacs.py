@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, Tuple
 
 from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import OmegaConf
 
 from smca import modeling
 from smca.config.names import get_config
@@ -36,7 +37,7 @@ def add_smca_config(cfg: CfgNode) -> None:
     """Add ``MODEL.SMCA``: ``CONFIG``, the LazyConfig's name (``"smca_r50_50ep"``), and a key for
     each setting, in capitals (``NUM_CLASSES``, ``ENCODER.PATTERN``, ...).
 
-    The backbone is the LazyConfig's too: yacs' own keys for backbones are not read. Of the rest,
+    The LazyConfig also says the backbone: yacs' own keys for backbones are not read. Of the rest,
     ``MODEL.WEIGHTS``, ``MODEL.DEVICE`` and ``INPUT`` are used as always."""
     cfg.MODEL.SMCA = CfgNode({"CONFIG": "smca_r50_50ep"})
     for setting in _SETTINGS:
@@ -56,27 +57,6 @@ def _replaced(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield prefix + name.lower(), value
 
 
-def model_arguments(cfg: CfgNode) -> Dict[str, Any]:
-    """The meta-architecture's arguments, built from the LazyConfig that ``cfg.MODEL.SMCA`` names.
-
-    Raises:
-        ConfigError: if that LazyConfig's model has no such setting.
-    """
-    model = get_config(cfg.MODEL.SMCA.CONFIG).model
-    for setting, value in _replaced(cfg.MODEL.SMCA):
-        *sections, name = setting.split(".")
-        node = model
-        for section in sections:
-            node = node[section]
-        if name not in node:
-            raise ConfigError(
-                f"MODEL.SMCA.{setting.upper()} is set, but the model of {cfg.MODEL.SMCA.CONFIG} "
-                "has no such setting: leave it out."
-            )
-        node[name] = value
-    return {name: instantiate(value) for name, value in model.items() if name != "_target_"}
-
-
 @META_ARCH_REGISTRY.register()
 class SMCA(modeling.SMCA):
     """The meta-architecture ``SMCA`` of yacs configs: the model, built from ``cfg.MODEL.SMCA``."""
@@ -87,4 +67,17 @@ class SMCA(modeling.SMCA):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        return model_arguments(cfg)
+        """
+        Raises:
+            ConfigError: the LazyConfig's model has no such setting.
+        """
+        model = get_config(cfg.MODEL.SMCA.CONFIG).model
+        for setting, value in _replaced(cfg.MODEL.SMCA):
+            section, _, name = setting.rpartition(".")
+            if name not in (OmegaConf.select(model, section) if section else model):
+                raise ConfigError(
+                    f"MODEL.SMCA.{setting.upper()} is set, but the model of "
+                    f"{cfg.MODEL.SMCA.CONFIG} has no such setting: leave it out."
+                )
+            OmegaConf.update(model, setting, value)
+        return {name: instantiate(value) for name, value in model.items() if name != "_target_"}

@@ -25,11 +25,11 @@ _DEV_RUN_IMAGES = 4
 class Run(NamedTuple):
     """
     Attributes:
-        model: on the config's device.
+        model: detector on the config's device.
         train_loader: endless batches.
         test_loader: batches to evaluate on.
         evaluator: one of Detectron2's evaluators or a list of them; None: nothing is evaluated.
-        optimizer: of the model's parameters.
+        optimizer: optimizer of the model's parameters.
         schedule: an fvcore `ParamScheduler`, which gives factors of the learning rate.
     """
 
@@ -56,7 +56,7 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
-    _check_model(cfg, model)
+    _check_rates(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     schedule = build(cfg.lr_multiplier, "lr_multiplier")
@@ -134,17 +134,12 @@ def _check_classes(cfg: DictConfig, split: str, saved: Optional[SavedRun]) -> No
             )
 
 
-def _check_model(cfg: DictConfig, model: nn.Module) -> None:
+def _check_rates(cfg: DictConfig, model: nn.Module) -> None:
     """
     Raises:
-        ConfigError: ``train.compile`` is set for a model without a method `compile_parts`, or
-            :func:`smca.solver.layer_lr_factor` gives a rate to a part that the model lacks.
+        ConfigError: :func:`smca.solver.layer_lr_factor` gives a rate to a part that the model
+            lacks.
     """
-    if cfg.train.compile and not hasattr(model, "compile_parts"):
-        raise ConfigError(
-            f"train.compile=True needs a model with a method compile_parts, as SMCA has, which "
-            f"{type(model).__name__} has not: set train.compile=False."
-        )
     key = "optimizer.params.lr_factor_func.factors"
     names = [name.split(".") for name, _ in model.named_parameters()]
     known = {".".join(words[:count]) for words in names for count in range(1, len(words) + 1)}

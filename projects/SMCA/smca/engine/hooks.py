@@ -1,9 +1,8 @@
 """Hooks of a training: they average the weights, save, evaluate, and end a training early."""
 
 import logging
-import math
 import os
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 from detectron2.checkpoint import Checkpointer
@@ -17,7 +16,6 @@ from smca.engine.signals import React, stop_error
 
 __all__ = [
     "BestCheckpointer",
-    "EarlyStopping",
     "EmergencyCheckpointer",
     "EvalHook",
     "ModelEMA",
@@ -58,14 +56,13 @@ class ModelEMA(HookBase):
     ``average = decay * average + (1 - decay) * weights``, beginning with the weights after the
     first. Buffers, such as the running statistics of batch norm, are averaged like weights.
 
-    Give `averaged` to the checkpointer (``model_ema=hook.averaged``) to save and restore it.
-
     Args:
-        model: not wrapped in DistributedDataParallel.
-        decay: in [0, 1).
+        model: a model that is not wrapped in DistributedDataParallel.
+        decay: a number in [0, 1).
 
     Attributes:
-        averaged: the average with what it takes to continue it.
+        averaged: the average and its state, for the checkpointer (``model_ema=hook.averaged``).
+        model: the average as a model, for evaluation.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -74,11 +71,7 @@ class ModelEMA(HookBase):
             model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
         )
         self.averaged.requires_grad_(False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The average, for evaluation."""
-        return self.averaged.module
+        self.model: nn.Module = self.averaged.module
 
     def after_step(self) -> None:
         self.averaged.update_parameters(self._source)
@@ -86,12 +79,8 @@ class ModelEMA(HookBase):
 
 class PeriodicCheckpointer(HookBase):
     """Saves ``model_<iteration>.pth`` after every `period` iterations, and ``model_final.pth``
-    after the training. The checkpoints of the last iteration are written after its metrics,
-    because a training that is resumed from them does not repeat it.
-
-    Args:
-        checkpointer: saves the state.
-        period: iterations from one checkpoint to the next, at least 1.
+    after the training. Unlike Detectron2's, it writes the checkpoints of the last iteration after
+    its metrics, because a training that is resumed from them does not repeat it.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int) -> None:
@@ -103,11 +92,10 @@ class PeriodicCheckpointer(HookBase):
             self._save_if_due()
 
     def after_train(self) -> None:
-        if self.trainer.error is not None:
-            return
-        if self.trainer.last_iter + 1 == self.trainer.max_iter:
-            self._save_if_due()
-        self._checkpointer.save("model_final", iteration=self.trainer.last_iter)
+        if self.trainer.error is None:
+            if self.trainer.last_iter + 1 == self.trainer.max_iter:
+                self._save_if_due()
+            self._checkpointer.save("model_final", iteration=self.trainer.last_iter)
 
     def _save_if_due(self) -> None:
         iteration = self.trainer.last_iter
@@ -124,9 +112,6 @@ class EmergencyCheckpointer(HookBase):
     signal takes effect at once, unless the weights are being updated: half an update cannot be
     resumed. The first signal takes effect at once in an evaluation (:class:`EvalHook`), and while
     a single process waits for data.
-
-    Args:
-        checkpointer: saves the state.
     """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
@@ -147,9 +132,7 @@ class EmergencyCheckpointer(HookBase):
 
     def after_train(self) -> None:
         error = self.trainer.error
-        if error is None:
-            return
-        if comm.is_main_process():
+        if error is not None and comm.is_main_process():
             self._save(error)
         if self.trainer.stop_signal is not None and not isinstance(error, Exception):
             # All processes are here. Whoever supervises them may kill the first when others end.
@@ -205,9 +188,24 @@ class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's :class:`BestCheckpointer`, resumable: the best value so far is kept in the best
     checkpoint itself, and ``--resume`` never continues from it (unless there is no other). A
     missing or nan metric is no error.
+
+    It also ends the training when the metric has not become better for some evaluations in a row.
+    Register it after `EvalHook`, in all processes; the results of the evaluation must be in the
+    storage of each.
+
+    Args:
+        eval_period: iterations from one evaluation to the next.
+        checkpointer: saves the state.
+        metric: name in the storage, such as ``bbox/AP``; more is better.
+        patience: number of evaluations without a better value that end the training; 0: none do.
     """
 
-    _is_warned = False
+    def __init__(
+        self, eval_period: int, checkpointer: Checkpointer, metric: str, patience: int = 0
+    ) -> None:
+        super().__init__(eval_period, checkpointer, metric)
+        self._patience = patience
+        self._is_warned = False
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0:
@@ -215,93 +213,38 @@ class BestCheckpointer(hooks.BestCheckpointer):
             content = peek(path)
             if not content and os.path.isfile(path):
                 logger.warning("%s cannot be read: the best checkpoint is looked for anew.", path)
-            best = content.get("best", {})
+            # A process on another machine may not have the file.
+            best = comm.all_gather(content.get("best", {}))[0]
             if best.get("metric") == self._val_metric:
                 self.best_metric, self.best_iter = best["value"], best["iteration"]
         self._best_checking()  # where the training begins with an evaluation
 
     def _best_checking(self) -> None:
-        latest = self.trainer.storage.latest()
-        value, iteration = latest.get(self._val_metric, (None, None))
+        latest, metric = self.trainer.storage.latest(), self._val_metric
+        value, iteration = latest.get(metric, (None, None))
         if value is None:
-            self._warn_of_missing([name for name in latest if "/" in name])
-        elif self.best_metric is None or self._compare(value, self.best_metric):
-            if self._update_best(value, iteration):
-                best = {
-                    "metric": self._val_metric,
-                    "value": float(value),
-                    "iteration": int(iteration),
-                }
-                self._checkpointer.save(self._file_prefix, tag=False, best=best)
-                logger.info(
-                    "Best %s so far: %.3f at iteration %d.", self._val_metric, value, iteration
+            known = sorted(name for name in latest if "/" in name)
+            if known and not self._is_warned:
+                self._is_warned = True
+                logger.warning(
+                    "train.best_metric=%s is none of the evaluation's, so that no best checkpoint "
+                    "is kept. There are: %s.",
+                    metric,
+                    ", ".join(known),
                 )
-
-    def _warn_of_missing(self, metrics: List[str]) -> None:
-        if metrics and not self._is_warned:
-            self._is_warned = True
-            logger.warning(
-                "train.best_metric=%s is none of the evaluation's, so that no best checkpoint is "
-                "kept. There are: %s.",
-                self._val_metric,
-                ", ".join(sorted(metrics)),
-            )
-
-
-class EarlyStopping(HookBase):
-    """Ends the training when a metric has not become better for some evaluations in a row.
-
-    Register it after `EvalHook`, in all processes; the results of the evaluation must be in the
-    storage of each. The count is saved in checkpoints, so that a resumed training ends where an
-    unbroken one does. An evaluation without this metric does not count.
-
-    Args:
-        patience: number of evaluations without a better value, at least 1.
-        metric: for example ``bbox/AP``; more is better.
-    """
-
-    def __init__(self, patience: int, metric: str):
-        self._patience = patience
-        self._metric = metric
-        self._state: Dict[str, Any] = {"best": None, "num_worse": 0, "last_iter": -1}
-
-    def before_train(self) -> None:
-        self._count()
-        self._stop_if_due()
-
-    def after_step(self) -> None:
-        if self._count():
-            self._stop_if_due()
-
-    def _count(self) -> bool:
-        """Count the last evaluation, unless that was done before."""
-        state = self._state
-        value, iteration = self.trainer.storage.latest().get(self._metric, (None, -1))
-        if value is None or iteration <= state["last_iter"]:
-            return False
-        state["last_iter"] = iteration
-        if math.isfinite(value) and (state["best"] is None or value > state["best"]):
-            state["best"], state["num_worse"] = float(value), 0
-        else:
-            state["num_worse"] += 1
-        return True
-
-    def _stop_if_due(self) -> None:
-        best, num_worse = self._state["best"], self._state["num_worse"]
-        if num_worse < self._patience:
             return
-        logger.info(
-            "The training ends early: %s did not become better than %s in %d evaluations "
-            "(train.early_stopping=%d).",
-            self._metric,
-            "nan" if best is None else f"{best:.3f}",
-            num_worse,
-            self._patience,
-        )
-        self.trainer.stopped_early = True
-
-    def state_dict(self) -> Dict[str, Any]:
-        return dict(self._state)
-
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self._state = dict(state_dict)
+        if self.best_metric is None or self._compare(value, self.best_metric):
+            if self._update_best(value, iteration):
+                best = {"metric": metric, "value": float(value), "iteration": int(iteration)}
+                self._checkpointer.save(self._file_prefix, tag=False, best=best)
+                logger.info("Best %s so far: %.3f at iteration %d.", metric, value, iteration)
+        since = iteration - (-1 if self.best_iter is None else self.best_iter)
+        is_over = self.trainer.iter >= self.trainer.max_iter
+        if self._patience and not is_over and since >= self._patience * self._period:
+            logger.info(
+                "The training ends early: %s did not become better in %d evaluations "
+                "(train.early_stopping).",
+                metric,
+                self._patience,
+            )
+            self.trainer.stopped_early = True

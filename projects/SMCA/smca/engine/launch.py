@@ -11,8 +11,7 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Set
-from urllib.parse import urlparse
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -33,14 +32,13 @@ _START_METHOD = "spawn"  # CUDA cannot be used after a fork
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run :func:`smca.engine.main` in as many processes as asked for: ``--num-gpus`` of them on
-    each machine, which are CPU processes (gloo) if the device is the CPU; or in this process, as
-    one of those that torchrun or Slurm has started, which set RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR and MASTER_PORT.
+    """Run :func:`smca.engine.main` in ``--num-gpus`` processes, which are CPU processes (gloo) if
+    the device is the CPU; or in this process, as one of those that torchrun or Slurm has started,
+    which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        args: of Detectron2's `default_argument_parser`, and perhaps `max_restarts`: how often the
-            processes are started again when one of them fails.
+        args: arguments of Detectron2's `default_argument_parser`, and perhaps `max_restarts`: how
+            often the processes are started again when one of them fails.
 
     Returns:
         The exit code. What the user can put right is printed without a traceback, with 1;
@@ -48,11 +46,16 @@ def run(args: argparse.Namespace) -> int:
     """
     # Detectron2 logs errors in training with their traceback.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+    is_started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
     try:
-        if _is_started():
+        if args.num_machines != 1 or (is_started and args.num_gpus != 1):
+            raise ConfigError(
+                "--num-gpus starts processes on one machine: for several machines use torchrun "
+                "--nnodes or Slurm, whose processes take neither --num-gpus nor --num-machines."
+            )
+        if is_started:
             return _run_started(args)
-        _check_processes(args)
-        if args.num_gpus * args.num_machines > 1:
+        if args.num_gpus != 1:
             return _launch(args)
         main(args)
     except UserError as error:
@@ -73,26 +76,9 @@ def _is_no_user_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
-def _check_processes(args: argparse.Namespace) -> None:
-    """Find what is wrong with the config here, once, rather than in each of several processes."""
-    if args.num_gpus < 1 or args.num_machines < 1:
-        raise ConfigError("--num-gpus and --num-machines have to be at least 1.")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise ConfigError(
-            f"--machine-rank {args.machine_rank} has to be from 0 to {args.num_machines - 1}."
-        )
-    if args.num_gpus * args.num_machines == 1:
-        return
-    device = _device(args)
-    if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
-        raise ConfigError(
-            f"--num-gpus {args.num_gpus} is more than this machine's {torch.cuda.device_count()} "
-            "GPUs; CPU processes are started with train.device=cpu."
-        )
-
-
 def _device(args: argparse.Namespace) -> torch.device:
     """The device of a training in several processes."""
+    # What is wrong with the config is found here, once, rather than in each process.
     device = resolve_device(load_config(args.config_file, args.opts).train.device)
     if device.index is not None:
         raise ConfigError(
@@ -114,7 +100,7 @@ class _Outcome(NamedTuple):
         code: the exit code.
         text: the first error of the processes, since others fail because of it; "" if there is
             none, or after a signal.
-        traceback: of an error in the code.
+        traceback: where that is an error in the code.
         is_final: starting again would not help.
     """
 
@@ -125,42 +111,31 @@ class _Outcome(NamedTuple):
 
 
 def _launch(args: argparse.Namespace) -> int:
-    """Start this machine's processes, hand signals on to them, and wait for them all. If one fails,
-    all are started again, `args.max_restarts` times, to go on from the newest checkpoint."""
+    """Start the processes, hand signals on to them, and wait for them all. If one fails, all are
+    started again, `args.max_restarts` times, to go on from the newest checkpoint."""
+    if args.num_gpus < 1:
+        raise ConfigError("--num-gpus has to be at least 1.")
+    if _device(args).type == "cuda" and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus} is more than this machine's {torch.cuda.device_count()} "
+            "GPUs; CPU processes are started with train.device=cpu."
+        )
+    signal.signal(signal.SIGUSR1, _raise_signal)  # the launcher handles others
+    # PyTorch logs tracebacks, and this function prints the first error.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     max_restarts = getattr(args, "max_restarts", 0)
-    if args.num_machines == 1:
-        place: Dict[str, Any] = {
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",
-            "local_addr": "localhost",
-        }
-    else:
-        url = urlparse(args.dist_url)
-        if url.scheme != "tcp" or url.port is None:
-            raise ConfigError("--dist-url has to be tcp://HOST:PORT where there are machines.")
-        if max_restarts:
-            raise ConfigError(
-                "--max-restarts is for the processes of one machine: of several, let torchrun "
-                "--max-restarts start them."
-            )
-        place = {"rdzv_backend": "static", "rdzv_endpoint": url.netloc}
-    # Before the processes run, Ctrl-C has to end the launcher even while C++ code waits for another
-    # machine.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
-    if hasattr(signal, "SIGUSR1"):  # the launcher handles others
-        signal.signal(signal.SIGUSR1, _raise_signal)
-    _silence_launcher()
     try:
         for args.restart in range(max_restarts + 1):
-            outcome = _run_group(args, place)
+            outcome = _run_group(args)
             if outcome.is_final or args.restart == max_restarts:
                 break
             print(f"{outcome.text} All processes start again.", file=sys.stderr, flush=True)
     except SignalException as error:
         return 128 + error.sigval
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     if outcome.text:
@@ -168,19 +143,24 @@ def _launch(args: argparse.Namespace) -> int:
     return outcome.code
 
 
-def _run_group(args: argparse.Namespace, place: Mapping[str, Any]) -> _Outcome:
+def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
+    raise SignalException(f"signal {number}", signal.Signals(number))
+
+
+def _run_group(args: argparse.Namespace) -> _Outcome:
     """Start the processes, wait for them, and say what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
-            min_nodes=args.num_machines,
-            max_nodes=args.num_machines,
+            min_nodes=1,
+            max_nodes=1,
             nproc_per_node=args.num_gpus,
             run_id="smca",
             max_restarts=0,
             start_method=_START_METHOD,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            rdzv_configs={"rank": args.machine_rank},
-            **place,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
         )
         try:
             elastic_launch(config, _work)(args)
@@ -189,21 +169,10 @@ def _run_group(args: argparse.Namespace, place: Mapping[str, Any]) -> _Outcome:
     return _Outcome(0, is_final=True)
 
 
-def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
-    raise SignalException(f"signal {number}", signal.Signals(number))
-
-
-def _silence_launcher() -> None:
-    """Turn off the tracebacks that PyTorch logs; :func:`_launch` prints the first error."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
 def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
     """
     Args:
-        error: as the launcher raises it.
+        error: the launcher's error.
         folder: where each process that failed by an exception has left a file error.json.
     """
     rank, first = error.get_first_failure()
@@ -229,26 +198,16 @@ def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
 # Each process
 
 
-def _is_started() -> bool:
-    names: Set[str] = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"}
-    return names <= os.environ.keys()
-
-
 def _run_started(args: argparse.Namespace) -> int:
     """Run one of the processes of torchrun or Slurm."""
-    if args.num_gpus * args.num_machines != 1:
-        raise ConfigError(
-            "The processes were started already (torchrun --nproc-per-node, --nnodes): leave out "
-            "--num-gpus and --num-machines."
-        )
     if _device(args).type == "cuda":
         _own_gpu()
     try:
         record(_work)(args)
     except UserError:
-        if not _is_first_error():
-            return 1
-        raise
+        if _is_first_error():
+            raise
+        return 1
     return 0
 
 

@@ -1,10 +1,10 @@
 """The output folder of a run, which holds one run's files at a time."""
 
 import errno
+import fcntl
 import fnmatch
 import logging
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
@@ -18,11 +18,6 @@ from torch import nn
 from smca.checkpoint import SMCACheckpointer, provenance_of
 from smca.checkpoint.files import remove_temporary_files, write_atomically
 from smca.errors import CheckpointError, ConfigError, UserError, writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "SavedRun",
@@ -41,23 +36,12 @@ _T = TypeVar("_T")
 
 _LOCKED: Dict[str, IO[str]] = {}  # by folder; closing one gives up its lock
 
-_TRAINED = ("last_checkpoint", "model_*.pth", "metrics.json")
-# log.txt stays in the folder: Detectron2 appends to it.
-_FILES = (
-    *_TRAINED,
-    "config.yaml",
-    "events.out.tfevents.*",
-    "nonfinite_*.json",
-    "tracking.json",
-    # What the project's tools draw there.
-    "pictures",
-    "curves.png",
-    "validation.png",
-    "gaussians.png",
-    "modulation.json",
-    "modulation.png",
-    "examples.jpg",
-)
+_CHECKPOINTS = ("last_checkpoint", "model_*.pth")
+_TRAINED = (*_CHECKPOINTS, "metrics.json")
+# All files of a run but log.txt, to which Detectron2 appends; the last ones are drawn by tools.
+_FILES = [*_TRAINED, "config.yaml", "events.out.tfevents.*", "nonfinite_*.json", "tracking.json"]
+_FILES += ["pictures", "curves.png", "validation.png", "gaussians.png", "modulation.*"]
+_FILES += ["examples.jpg"]
 
 
 def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
@@ -87,27 +71,22 @@ def claim(folder: str) -> None:
         # Open as long as the lock is held.
         file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
     try:
-        if fcntl is not None:
-            # With `flock`, the workers of a killed training would keep the lock.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # With `flock`, the workers of a killed training would keep the lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else there are no locks
             file.close()
             raise ConfigError(
                 f"train.output_dir={folder} is in use by another training: wait for its end, or "
                 "choose another folder."
             ) from error
-        logger.warning(
-            "%s cannot be locked (%s): let no other training write there.", folder, error
-        )
     _LOCKED[folder] = file
 
 
 def release(folder: str) -> None:
     """Unlock a folder."""
-    file = _LOCKED.pop(folder, None)
-    if file is not None:
-        file.close()
+    if folder in _LOCKED:
+        _LOCKED.pop(folder).close()
 
 
 def log_to(folder: str, name: str = "log.txt") -> None:
@@ -140,7 +119,7 @@ def save_config(cfg: DictConfig, folder: str) -> None:
 
 def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
     """Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
-    own, where that run can still be resumed. (Those of a fast_dev_run are removed.)
+    own, where that run can still be resumed.
 
     Args:
         train: the config's section.
@@ -153,20 +132,14 @@ def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
         ConfigError: the files cannot be moved.
     """
     folder, weights = train.output_dir, train.init_checkpoint
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    trained = _matching(names, _TRAINED)
-    if not trained:
+    if not _matching(folder, _TRAINED):
         return None, weights
     remove_temporary_files(folder)
-    if train.fast_dev_run:  # whose checkpoints nobody misses
-        for name in trained:
-            os.remove(os.path.join(folder, name))
-        return None, weights
-    number = max(_numbers_of_previous_runs(folder), default=0) + 1
-    previous = os.path.join(folder, f"previous_{number}")
+    numbers = [int(path.rpartition("_")[2]) for path in _previous_runs(folder)]
+    previous = os.path.join(folder, f"previous_{max(numbers, default=0) + 1}")
     try:
         os.mkdir(previous)
-        for name in _matching(names, _FILES):
+        for name in _matching(folder, _FILES):
             source, target = os.path.join(folder, name), os.path.join(previous, name)
             if weights and os.path.exists(weights) and os.path.samefile(weights, source):
                 weights = target
@@ -183,9 +156,9 @@ class SavedRun(NamedTuple):
     """A checkpoint of a training.
 
     Attributes:
-        path: of its file.
+        path: path of its file.
         provenance: what it says about itself.
-        seed: of the training.
+        seed: seed of the training.
         content: all that the file holds, where it has been read: in the main process.
     """
 
@@ -199,7 +172,7 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
     """Read the newest checkpoint in a folder. All processes call this together.
 
     Args:
-        folder: of the run.
+        folder: output folder of the run.
         need_trainer: the training is to go on, for which weights alone are not enough.
 
     Returns:
@@ -215,8 +188,14 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
             remove_temporary_files(folder)
         found = SMCACheckpointer(nn.Module(), folder).find_resumable(need_trainer)
         if found is None:
-            if need_trainer:
-                _check_previous_runs(folder)
+            with_checkpoints = [x for x in _previous_runs(folder) if _matching(x, _CHECKPOINTS)]
+            if need_trainer and with_checkpoints:
+                raise CheckpointError(
+                    f"There is no checkpoint in {folder}, but {with_checkpoints[-1]} has those of "
+                    f"the run before: resume with train.output_dir={with_checkpoints[-1]}, or "
+                    "start anew without --resume."
+                )
+            logger.warning("There is no checkpoint in %s: starting anew.", folder)
             return None
         path, content = found
         contents.append(content)
@@ -226,26 +205,12 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
     return saved._replace(content=contents[0]) if saved and contents else saved
 
 
-def _check_previous_runs(folder: str) -> None:
-    """
-    Raises:
-        CheckpointError: there are checkpoints of a run that was set aside.
-    """
-    for number in sorted(_numbers_of_previous_runs(folder), reverse=True):
-        previous = os.path.join(folder, f"previous_{number}")
-        if _matching(os.listdir(previous), _TRAINED[:2]):
-            raise CheckpointError(
-                f"There is no checkpoint in {folder}, but {previous} has those of the run "
-                f"before: resume with train.output_dir={previous}, or start anew without --resume."
-            )
-    logger.warning("There is no checkpoint in %s: starting anew.", folder)
-
-
-def _matching(names: Sequence[str], patterns: Sequence[str]) -> List[str]:
+def _matching(folder: str, patterns: Sequence[str]) -> List[str]:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
     return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
 
 
-def _numbers_of_previous_runs(folder: str) -> List[int]:
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    matches = [re.fullmatch(r"previous_(\d+)", name) for name in names]
-    return [int(match[1]) for match in matches if match]
+def _previous_runs(folder: str) -> List[str]:
+    """Folders ``previous_<n>``, in the order of their numbers."""
+    paths = Path(folder).glob("previous_[0-9]*")
+    return [str(path) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]

@@ -1,4 +1,4 @@
-"""Signals that end a training: ctrl-C, and what schedulers send before they end a job."""
+"""Signals that end a training: Ctrl-C, and what schedulers send before they end a job."""
 
 import contextlib
 import enum
@@ -8,16 +8,14 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from torch.utils.data import DataLoader
 
-__all__ = ["React", "STOP_SIGNALS", "StopSignals", "protect_workers"]
+__all__ = ["React", "STOP_SIGNALS", "StopSignals", "protect_workers", "stop_error"]
 
-# SIGUSR1 is what Slurm can send ahead of the time limit. Windows has none.
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+# SIGUSR1 is what Slurm can send ahead of the time limit.
+STOP_SIGNALS: List[int] = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 # A group's signal may come twice: to each process, and handed on by the launcher.
 _SECOND_AFTER = 1.0  # seconds
 
@@ -31,8 +29,7 @@ class React(enum.Enum):
 
 
 class StopSignals:
-    """Handles the stop signals by raising KeyboardInterrupt for SIGINT, or SystemExit with 128 plus
-    the signal's number.
+    """Handles the stop signals by raising :func:`stop_error`.
 
     Attributes:
         received: the first signal.
@@ -53,7 +50,7 @@ class StopSignals:
             self._previous = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
 
     def restore(self) -> None:
-        """Put the handlers of before back."""
+        """Put the previous handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -63,22 +60,17 @@ class StopSignals:
         """Change what signals do inside the block; one that waits takes effect if it can."""
         before, self._react = self._react, react
         try:
-            self.check()
+            if self.received is not None and react is React.AT_ONCE:
+                raise stop_error(self.received)
             yield
         finally:
             self._react = before
-
-    def check(self) -> None:
-        """Raise for a signal that has come, where that is due at once."""
-        if self.received is not None and self._react is React.AT_ONCE:
-            raise stop_error(self.received)
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._pid:  # a forked process, such as a data loader's worker
             return
         now = time.monotonic()
-        is_first = self.received is None
-        if is_first:
+        if self.received is None:
             self.received, self._time = number, now
         is_second = now - self._time > _SECOND_AFTER
         if self._react is React.AT_ONCE or (self._react is React.AFTER_STEP and is_second):
@@ -86,7 +78,8 @@ class StopSignals:
 
 
 def stop_error(number: int) -> BaseException:
-    """The exception by which a signal ends the program."""
+    """The exception by which a signal ends the program: KeyboardInterrupt for SIGINT, SystemExit
+    with 128 plus the signal's number for others."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
@@ -101,7 +94,6 @@ def protect_workers(loader: Any) -> None:
 
 
 def _init_worker(init: Optional[Callable[[int], Any]], worker_id: int) -> None:
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if init is not None:
         init(worker_id)

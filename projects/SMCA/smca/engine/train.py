@@ -3,11 +3,12 @@ import copy
 import logging
 import os
 import random
-from typing import Any, Callable, Dict, List, Optional, Sequence, cast
+import shutil
+from typing import Any, Dict, Optional, Sequence, cast
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase, create_ddp_model, default_setup, hooks
+from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
@@ -19,7 +20,6 @@ from smca.checkpoint.files import find_checkpoints
 from smca.config import (
     amp_dtype,
     build,
-    check_early_stopping,
     dataset_names,
     find_config_file,
     fit_to_data,
@@ -32,7 +32,6 @@ from smca.data import category_ids, forget_files
 from smca.engine.build import Run, build_evaluation, build_run
 from smca.engine.hooks import (
     BestCheckpointer,
-    EarlyStopping,
     EmergencyCheckpointer,
     EvalHook,
     ModelEMA,
@@ -53,7 +52,6 @@ from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.engine.writers import build_writers
 from smca.errors import ConfigError
-from smca.modeling import SMCA
 
 __all__ = ["do_eval", "do_test", "do_train", "main"]
 
@@ -61,14 +59,12 @@ logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]  # {task: {metric: value}}
 
-_DEV_RUN_STEPS = 3
-
 
 def main(args: argparse.Namespace) -> Results:
     """Train or evaluate, in one process of possibly several.
 
     Args:
-        args: of Detectron2's `default_argument_parser`.
+        args: arguments of Detectron2's `default_argument_parser`.
 
     Returns:
         Results of the (last) evaluation, empty if there was none; ``bbox`` with those of
@@ -87,39 +83,41 @@ def main(args: argparse.Namespace) -> Results:
     train.device = str(device)
     if train.fast_dev_run:  # every path once, apart from the real run's files
         train.output_dir = os.path.join(train.output_dir, "fast_dev_run")
-        train.max_iter, train.eval_period, train.log_period = _DEV_RUN_STEPS, 0, 1
+        train.max_iter, train.eval_period, train.log_period = 3, 0, 1
     if args.eval_only:
         return do_eval(cfg, args)
-    check_early_stopping(train)
-    try:
-        from_main_process(claim, train.output_dir)
-        return _start_or_resume(cfg, args)
-    finally:
-        release(train.output_dir)
-
-
-def _start_or_resume(cfg: DictConfig, args: argparse.Namespace) -> Results:
-    train = cfg.train
+    if train.early_stopping and train.eval_period == 0 and not train.fast_dev_run:
+        raise ConfigError(
+            "train.early_stopping counts evaluations, of which train.eval_period=0 makes none: set "
+            "train.eval_period to the iterations between two, or train.early_stopping=0."
+        )
     # Started again by our launcher, or by torchrun.
     if getattr(args, "restart", 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = bool(from_main_process(find_checkpoints, train.output_dir))
+    if train.fast_dev_run and not args.resume:
+        from_main_process(shutil.rmtree, train.output_dir, True)
     previous = saved = None
-    if not args.resume:
-        previous, train.init_checkpoint = from_main_process(set_previous_run_aside, train)
-    log_to(train.output_dir)
-    if previous:
-        logger.warning(
-            "%s holds another run, whose files are now in %s; --resume would have continued it.",
-            train.output_dir,
-            previous,
-        )
-    if args.resume:
-        saved = open_run(train.output_dir)
-    if train.seed < 0:
-        drawn = from_main_process(random.SystemRandom().randrange, 2**31)
-        train.seed = saved.seed if saved else drawn
-    _setup(cfg, args)
-    return do_train(cfg, args, saved)
+    try:
+        from_main_process(claim, train.output_dir)
+        if not args.resume:
+            previous, train.init_checkpoint = from_main_process(set_previous_run_aside, train)
+        log_to(train.output_dir)
+        if previous:
+            logger.warning(
+                "%s holds another run, whose files are now in %s; --resume would have continued "
+                "it.",
+                train.output_dir,
+                previous,
+            )
+        if args.resume:
+            saved = open_run(train.output_dir)
+        if train.seed < 0:
+            drawn = from_main_process(random.SystemRandom().randrange, 2**31)
+            train.seed = saved.seed if saved else drawn
+        _setup(cfg, args)
+        return do_train(cfg, args, saved)
+    finally:
+        release(train.output_dir)
 
 
 def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -138,7 +136,7 @@ def do_train(
 
     Args:
         cfg: the whole config.
-        args: of Detectron2's `default_argument_parser`.
+        args: arguments of Detectron2's `default_argument_parser`.
         saved: the checkpoint of this training to go on from; None starts anew.
 
     Returns:
@@ -175,7 +173,21 @@ def do_train(
         # All processes end early by the results of the first.
         return comm.all_gather(dict(results))[0]
 
-    trainer.register_hooks(_build_hooks(train, run.schedule, checkpointer, ema, evaluate))
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=run.schedule),
+            ema,
+            EmergencyCheckpointer(checkpointer),
+            # Checkpoints before evaluations, which may fail.
+            PeriodicCheckpointer(checkpointer, train.checkpointer.period),
+            EvalHook(train.eval_period, evaluate),
+            BestCheckpointer(
+                train.eval_period, checkpointer, train.best_metric, train.early_stopping
+            ),
+            *build(train.hooks, "train.hooks"),
+        ]
+    )
     start_iter = _resume(checkpointer, trainer, ema, saved) if saved else 0
     # A config that is refused above must not replace the one that fits the run's checkpoints.
     from_main_process(save_config, to_save, train.output_dir)
@@ -221,10 +233,10 @@ def do_test(model: nn.Module, test_loader: Any, evaluator: Any, prefix: str = ""
     """Evaluate a model, and log the results.
 
     Args:
-        model: not wrapped in DistributedDataParallel.
+        model: a model that is not wrapped in DistributedDataParallel.
         test_loader: batches to evaluate on.
         evaluator: one of Detectron2's or a list of them; None: there is nothing to do.
-        prefix: put before the names of the tasks in the results.
+        prefix: text before the names of the tasks in the results.
 
     Returns:
         ``{prefix + task: {metric: value}}``, empty in all but the main process.
@@ -240,29 +252,25 @@ def do_test(model: nn.Module, test_loader: Any, evaluator: Any, prefix: str = ""
 
 def _log_summary(results: Results, checkpoint: str, folder: str, names: Sequence[str]) -> None:
     """Log the last results, without those of single classes, and the paths of the run's files."""
-    if not comm.is_main_process():
-        return
-    for task, metrics in results.items():
-        overall = {name: value for name, value in metrics.items() if not name.startswith("AP-")}
-        logger.info("%s:\n%s", task, create_small_table(overall))
-    logger.info("Checkpoint: %s", checkpoint)
-    paths = [os.path.join(folder, name) for name in names]
-    logger.info("Written: %s", ", ".join(filter(os.path.exists, paths)))
+    if comm.is_main_process():
+        for task, metrics in results.items():
+            overall = {name: value for name, value in metrics.items() if "AP-" not in name}
+            logger.info("%s:\n%s", task, create_small_table(overall))
+        paths = filter(os.path.exists, [os.path.join(folder, name) for name in names])
+        logger.info("Checkpoint: %s\nWritten: %s", checkpoint, ", ".join(paths))
 
 
 def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
     train, model = cfg.train, run.model
     if train.compile:
-        cast(SMCA, model).compile_parts()
+        getattr(model, "compile_parts", model.compile)()
     torch.set_float32_matmul_precision(train.float32_matmul_precision)
     protect_workers(run.train_loader)
     ddp = cast(Dict[str, Any], OmegaConf.to_container(train.ddp, resolve=True))
     device = torch.device(train.device)
-    is_cuda = device.type == "cuda"
+    device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
     return Trainer(
-        create_ddp_model(
-            model, device_ids=[torch.cuda.current_device()] if is_cuda else None, **ddp
-        ),
+        create_ddp_model(model, device_ids=device_ids, **ddp),
         run.train_loader,
         run.optimizer,
         amp_dtype=amp_dtype(train.amp.dtype, device) if train.amp.enabled else None,
@@ -275,35 +283,10 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
     )
 
 
-def _build_hooks(
-    train: DictConfig,
-    schedule: Any,
-    checkpointer: SMCACheckpointer,
-    ema: Optional[ModelEMA],
-    evaluate: Callable[[], Results],
-) -> List[Optional[HookBase]]:
-    patience = train.early_stopping
-    return [
-        hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=schedule),
-        ema,
-        EmergencyCheckpointer(checkpointer),
-        # Checkpoints before evaluations, which may fail.
-        PeriodicCheckpointer(checkpointer, train.checkpointer.period),
-        EvalHook(train.eval_period, evaluate),
-        BestCheckpointer(train.eval_period, checkpointer, train.best_metric),
-        EarlyStopping(patience, train.best_metric) if patience else None,
-        *build(train.hooks, "train.hooks"),
-    ]
-
-
 def _resume(
     checkpointer: SMCACheckpointer, trainer: Trainer, ema: Optional[ModelEMA], saved: SavedRun
 ) -> int:
-    """
-    Returns:
-        The iteration to go on with.
-    """
+    """Load a checkpoint, and return the iteration to go on with."""
     others = checkpointer.resume(saved.path, saved.content)
     # Checkpoints hold the number of the iteration that was just finished.
     start_iter = trainer.iter + 1

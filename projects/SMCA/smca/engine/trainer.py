@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smca.checkpoint.files import read_tag, write_atomically
-from smca.data.loader import set_start_batch, set_start_sample
+from smca.data.loader import set_start_sample
 from smca.engine.signals import STOP_SIGNALS, React, StopSignals
 from smca.errors import CheckpointError, NonFiniteError
 
@@ -37,17 +37,9 @@ _LEAST_SCALE = 2.0**-14
 _OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
 
 
-def _seed_random_states(*entropy: int) -> None:
-    """Seed `random`, `numpy.random` and `torch` (all devices) from non-negative integers."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 class BoundedStorage(EventStorage):
-    """Detectron2's, with the last thousand values of each metric, the most that any writer looks
-    at. Detectron2 keeps a million, gigabytes in a training on COCO."""
+    """Detectron2's storage with the last thousand values of each metric, the most that a writer
+    looks at. Detectron2 keeps a million, gigabytes in a training on COCO."""
 
     def __init__(self, start_iter: int = 0) -> None:
         super().__init__(start_iter)
@@ -58,34 +50,34 @@ class BoundedStorage(EventStorage):
 
 class Trainer(SimpleTrainer):
     """Detectron2's :class:`SimpleTrainer` with mixed precision, gradient accumulation, gradient
-    clipping and exact resuming.
-
-    On the CPU, a training that was stopped after any iteration and resumed from its checkpoint
-    ends with the same bits as one that never stopped, if the data loader can start in the
-    middle (:func:`smca.data.build_train_loader`).
+    clipping, and exact resuming: on the CPU, a training that was stopped after any iteration and
+    resumed ends with the same bits as one that never stopped, if the data loader is
+    :func:`smca.data.build_train_loader`.
 
     Args:
-        model: from a batch to a dict of scalar losses whose sum is minimized; may be wrapped in
+        model: maps a batch to a dict of scalar losses whose sum is minimized; may be wrapped in
             DistributedDataParallel.
-        data_loader: batches, endless.
-        optimizer: of the model's parameters.
-        amp_dtype: bfloat16 or float16 runs the model under autocast; float16 scales the loss as
-            well. None: no mixed precision.
-        accumulate: batches per iteration. Their losses are averaged, each as the model normalized
-            it for its own batch.
+        data_loader: yields batches without end.
+        optimizer: updates the model's parameters.
+        amp_dtype: bfloat16 or float16 runs the model under autocast; float16 also scales the loss.
+            None turns mixed precision off.
+        accumulate: number of batches whose losses are averaged for an iteration.
         clip_grad_norm: largest norm of all gradients together. None or 0 does not clip.
-        seed: not negative, the same in all processes.
-        total_batch_size: images of one batch over all processes, by which a resumed run knows how
-            far it has got in the data.
-        skip_nonfinite: iterations in a row that are skipped, in all processes, where the loss or
-            the gradient is nan or infinite, before that is an error.
-        report_dir: where a file tells of each such iteration.
+        seed: a number that is not negative, the same in all processes.
+        total_batch_size: number of images of a batch in all processes, by which a resumed run
+            knows how far it has got in the data.
+        skip_nonfinite: number of iterations in a row that are skipped, in all processes, if the
+            loss or the gradient is nan or infinite, before that is an error.
+        report_dir: folder of a file about each such iteration.
 
     Attributes:
         is_updating: True from the beginning of the optimizer's step until a hook has seen the
             iteration to its end.
-        last_iter: the iteration whose step the weights have seen last; unlike `iter`, it does not
-            count on after the last one.
+        last_iter: the last iteration whose step was taken; unlike `iter`, it does not count on
+            after the last one.
+        error: the exception that ended the training, for hooks.
+        stop_signal: the signal after which all processes stop at the end of this iteration.
+        stopped_early: a hook sets this in all processes to end the training.
     """
 
     def __init__(
@@ -113,15 +105,11 @@ class Trainer(SimpleTrainer):
         self.signals = StopSignals()
         self.stopped_early = False
         self.is_updating = False
-        # What ends the training, which hooks look at afterwards.
         self.error: Optional[BaseException] = None
-        # Once all processes know of one: stop after this iteration.
         self.stop_signal: Optional[int] = None
         self._num_skipped = 0  # in a row
-        # The position in the stream of data, from the checkpoint.
-        self._start_sample: Optional[int] = None
-        batch_norms = get_bn_modules(model)
-        self._running = [buffer for module in batch_norms for buffer in module.buffers()]
+        self._start_sample = 0  # in the stream of data
+        self._running = [x for module in get_bn_modules(model) for x in module.buffers()]
         self._statistics: List[Tensor] = []
         self.device = next(model.parameters()).device
         # Gradients that are not scaled can underflow in float16.
@@ -130,8 +118,7 @@ class Trainer(SimpleTrainer):
         )
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """Train as in Detectron2, but end after an iteration in which a hook sets `stopped_early`
-        in all processes."""
+        """Train as in Detectron2, but end after an iteration that sets `stopped_early`."""
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
         self.last_iter = start_iter - 1
@@ -156,38 +143,26 @@ class Trainer(SimpleTrainer):
                 self.after_train()
 
     def before_train(self) -> None:
-        self._seek_data()
+        try:
+            set_start_sample(self.data_loader, self._start_sample)
+        except TypeError as error:
+            if self.start_iter > 0:
+                logger.warning("The data start over, the run does not go on exactly: %s", error)
         super().before_train()
 
-    def _seek_data(self) -> None:
-        num_batches = self.start_iter * self.accumulate
-        if self._start_sample is None and self.total_batch_size is not None:
-            self._start_sample = num_batches * self.total_batch_size
-        try:
-            if self._start_sample is None:
-                set_start_batch(self.data_loader, num_batches)
-            else:
-                set_start_sample(self.data_loader, self._start_sample)
-        except TypeError as error:
-            if num_batches > 0:
-                logger.warning("The data start over, the run does not go on exactly: %s", error)
-
     def after_train(self) -> None:
-        self._end_loader()
-        try:
-            super().after_train()
-        finally:
-            self.error = None  # whose traceback holds on to all that there was
-            self.signals.restore()
-
-    def _end_loader(self) -> None:
-        """End the workers of the data loader. The traceback of an error may keep them alive."""
+        # The traceback of an error may keep the workers of the data loader alive.
         iterator: Any = self._data_loader_iter_obj
         self._data_loader_iter_obj: Any = None
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
             for worker in iterator._workers:  # one that is stuck does not end by itself
                 worker.kill()
+        try:
+            super().after_train()
+        finally:
+            self.error = None  # whose traceback holds on to all that there was
+            self.signals.restore()
 
     def run_step(self) -> None:
         """
@@ -203,47 +178,50 @@ class Trainer(SimpleTrainer):
         if is_ready:
             self.is_updating = True
             self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
         else:
             self.optimizer.zero_grad()
             self.restore_statistics()
-            if self.grad_scaler.is_enabled():
-                self.grad_scaler.update()
+        self.grad_scaler.update()
         self._statistics = []
         self.last_iter = self.iter
 
+    def restore_statistics(self) -> None:
+        """Put the statistics of batch norm back to those of the last complete iteration."""
+        for buffer, value in zip(self._running, self._statistics):
+            buffer.copy_(value)
+
     def _compute_gradients(self) -> bool:
-        """Returns whether they are fit for a step; else the step is to be skipped."""
-        sums: Dict[str, Any] = {}
+        """Returns False if the gradients are not finite, and the step is to be skipped."""
         own_losses: List[Dict[str, Tensor]] = []
         file_names: List[str] = []
         data_time = 0.0
         self.optimizer.zero_grad()
         for micro_batch in range(self.accumulate):
             start = time.perf_counter()
-            data = self._next_batch()
+            # One of several processes must not stop in an iteration that the others complete.
+            is_alone = comm.get_world_size() == 1
+            with self.signals.reacting(React.AT_ONCE if is_alone else React.AFTER_STEP):
+                data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            batch_losses = self._forward_backward(data, micro_batch)
-            own_losses.append({k: v.detach().float() for k, v in batch_losses.items()})
-            for name, loss in own_losses[-1].items():
-                sums[name] = sums.get(name, 0) + loss / self.accumulate
-            if isinstance(data, (list, tuple)):
-                images = [x for x in data if isinstance(x, dict)]
-                file_names += [x["file_name"] for x in images if "file_name" in x]
+            losses = self._forward_backward(data, micro_batch)
+            own_losses.append({k: v.detach().float() for k, v in losses.items()})
+            if isinstance(data, list):
+                file_names += [x["file_name"] for x in data if "file_name" in x]
         self.after_backward()
 
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        losses, grad_norm, scale = self._to_host(sums, total_norm)
-        problem = self._nonfinite(losses, grad_norm, scale)
+        means = {k: sum(each[k] for each in own_losses) / self.accumulate for k in own_losses[0]}
+        values, grad_norm, scale = self._to_host(means, total_norm)
+        problem = self._nonfinite(values, grad_norm, scale)
         if problem is not None:
             by_batch = [{k: v.item() for k, v in each.items()} for each in own_losses]
             own = {"images": file_names, "losses_by_batch": by_batch}
-            self._skip(problem, losses, grad_norm, own)
+            self._skip(problem, {"losses": values, "grad_norm": grad_norm}, own)
             return False
         self._num_skipped = 0
-        metrics = {"data_time": data_time, "total_loss": sum(losses.values()), **losses}
+        metrics = {"data_time": data_time, "total_loss": sum(values.values()), **values}
         if math.isfinite(grad_norm):
             metrics["grad_norm"] = grad_norm
         if self.grad_scaler.is_enabled():
@@ -251,22 +229,15 @@ class Trainer(SimpleTrainer):
         self.storage.put_scalars(**metrics)
         return True
 
-    def _next_batch(self) -> Any:
-        # One of several processes must not stop in an iteration that the others complete.
-        is_alone = comm.get_world_size() == 1
-        with self.signals.reacting(React.AT_ONCE if is_alone else React.AFTER_STEP):
-            return next(self._data_loader_iter)
-
-    def restore_statistics(self) -> None:
-        """Put the statistics of batch norm back to those of the last complete iteration."""
-        for buffer, value in zip(self._running, self._statistics):
-            buffer.copy_(value)
-
     def _forward_backward(self, data: Any, micro_batch: int) -> Dict[str, Tensor]:
         # Random states are a function of the position in the training, so that a checkpoint
         # need not hold them: the iteration number restores them, on any number of GPUs.
         batch = self.iter * self.accumulate + micro_batch
-        _seed_random_states(self.seed, _MODEL, comm.get_rank(), batch)
+        entropy = (self.seed, _MODEL, comm.get_rank(), batch)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
         is_last = micro_batch == self.accumulate - 1
         skip_sync = isinstance(self.model, DistributedDataParallel) and not is_last
@@ -281,10 +252,10 @@ class Trainer(SimpleTrainer):
         return losses
 
     def _to_host(
-        self, losses: Dict[str, Tensor], grad_norm: Tensor
+        self, losses: Dict[str, Any], grad_norm: Tensor
     ) -> Tuple[Dict[str, float], float, float]:
-        """The losses, averaged over the processes, the gradient's norm and the loss's scale as
-        numbers of Python. It also tells all processes of a signal that one of them was sent.
+        """The losses, averaged over the processes, the gradient's norm, and the loss's scale as
+        numbers of Python. This also tells all processes of a signal that one of them was sent.
 
         The step waits for the device here only, before the optimizer steps: later, a nan would be
         in the weights already, and perhaps in a checkpoint.
@@ -307,9 +278,8 @@ class Trainer(SimpleTrainer):
     def _nonfinite(self, losses: Dict[str, float], grad_norm: float, scale: float) -> Optional[str]:
         """What is not finite, in words, or None."""
         if not all(map(math.isfinite, losses.values())):
-            return "The loss became nan or infinite ({})".format(
-                ", ".join(f"{name}: {value:.4g}" for name, value in losses.items())
-            )
+            terms = ", ".join(f"{name}: {value:.4g}" for name, value in losses.items())
+            return f"The loss became nan or infinite ({terms})"
         if math.isfinite(grad_norm):
             return None
         if not self.grad_scaler.is_enabled():
@@ -318,26 +288,24 @@ class Trainer(SimpleTrainer):
             return f"The norm of the gradient is {grad_norm} even with a loss scale of {scale:.2g}"
         return None  # the scaler skips the step and lowers its scale, as is normal
 
-    def _skip(self, problem: str, losses: Dict[str, float], norm: float, own: Any) -> None:
-        """Say that the iteration is skipped; raise, after too many in a row.
+    def _skip(self, problem: str, values: Dict[str, Any], own: Dict[str, Any]) -> None:
+        """Log that the iteration is skipped, or raise after too many in a row.
 
         Args:
             problem: what is not finite, in words.
-            losses: averaged over the processes.
-            norm: of the gradient.
+            values: losses and gradient norm, the same in all processes, for the report.
             own: what the report says of this process's batches.
         """
         self._num_skipped += 1
-        path = ""
+        see = ""
         if self.report_dir is not None:
             path = os.path.join(self.report_dir, f"nonfinite_{self.iter:07d}.json")
-            processes = comm.gather(own)
+            see = f" ({path} names the images)"
             report = {
                 "iteration": self.iter,
-                "losses": losses,
-                "grad_norm": norm,
+                **values,
                 "last_checkpoint": read_tag(self.report_dir) or None,
-                "processes": processes,
+                "processes": comm.gather(own),
             }
             if comm.is_main_process():
                 write_atomically(path, json.dumps(report, indent=1).encode())
@@ -346,7 +314,7 @@ class Trainer(SimpleTrainer):
             raise NonFiniteError(
                 f"{problem} at iteration {self.iter}{skipped}: lower the learning rate, or use "
                 "train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data"
-                f"{path and f' ({path} names the images)'}."
+                f"{see}."
             )
         logger.warning(
             "%s at iteration %d, which is skipped (%d in a row of at most %d)%s.",
@@ -354,7 +322,7 @@ class Trainer(SimpleTrainer):
             self.iter,
             self._num_skipped,
             self.skip_nonfinite,
-            path and f"; see {path}",
+            see,
         )
 
     def _stream(self) -> Dict[str, Any]:
@@ -372,44 +340,35 @@ class Trainer(SimpleTrainer):
         }
 
     def state_dict(self) -> Dict[str, Any]:
-        state = super().state_dict()
-        state["grad_scaler"] = self.grad_scaler.state_dict()
-        state["iteration"] = self.last_iter
-        state.update(self._stream())
-        if self._start_sample is not None and self.total_batch_size is not None:
-            num_steps = self.last_iter + 1 - self.start_iter
-            num_samples = num_steps * self.accumulate * self.total_batch_size
-            state["sample"] = self._start_sample + num_samples
-        return state
+        samples_per_step = self.accumulate * (self.total_batch_size or 0)
+        num_samples = (self.last_iter + 1 - self.start_iter) * samples_per_step
+        return {
+            **super().state_dict(),
+            **self._stream(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "iteration": self.last_iter,
+            "sample": self._start_sample + num_samples,
+        }
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Goes on with a checkpoint's state, but with the rates that the config has now.
+        """Load a checkpoint's state, but keep the learning rates that the config has now.
 
         Raises:
             CheckpointError: the optimizer has other groups of parameters.
         """
         configured = [dict(group) for group in self.optimizer.param_groups]
-        sizes = [
-            " and ".join(str(len(group["params"])) for group in groups)
-            for groups in (state_dict["optimizer"]["param_groups"], configured)
-        ]
-        if sizes[0] != sizes[1]:
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
             raise CheckpointError(
-                "The optimizer's groups of parameters (optimizer.params) are not those of the run, "
-                f"they were {sizes[0]} parameters and are now {sizes[1]}: resume with the settings "
-                "of its config.yaml, or start another run from its weights, with "
-                "train.init_checkpoint."
-            )
-        super().load_state_dict(state_dict)
-        if state_dict.get("grad_scaler"):
+                f"The optimizer's groups of parameters (optimizer.params) are not those of the run "
+                f"({error}): resume with the settings of its config.yaml, or start another run "
+                "from its weights, with train.init_checkpoint."
+            ) from error
+        if state_dict["grad_scaler"]:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        if self.total_batch_size is not None:
-            self._start_sample = state_dict.get("sample")
-        values = {
-            name: (state_dict[name], value)
-            for name, value in self._stream().items()
-            if name in state_dict
-        }
+        self._start_sample = state_dict["sample"]
+        values = {name: (state_dict[name], value) for name, value in self._stream().items()}
         # PyTorch's optimizers take their settings from a checkpoint, too.
         for group, settings in zip(self.optimizer.param_groups, configured):
             for name in sorted(_OPTIMIZER_SETTINGS & settings.keys()):

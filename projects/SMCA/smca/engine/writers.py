@@ -1,16 +1,14 @@
-"""Writers of a training's metrics: the progress line, Weights & Biases and MLflow."""
+"""Writers of a training's metrics: the progress line, Weights & Biases, and MLflow."""
 
 import importlib
 import json
 import logging
 import os
 import re
-import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, MutableMapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
-import torch
 from detectron2.engine import default_writers
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -18,16 +16,11 @@ from detectron2.utils.events import (
     EventWriter,
     get_event_storage,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from smca.checkpoint.files import write_atomically
 from smca.config import build
 from smca.errors import ConfigError
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["MLflowWriter", "ProgressPrinter", "WandbWriter", "build_writers"]
 
@@ -39,8 +32,7 @@ class _TrackingWriter(EventWriter):
     the sending, with a warning, and not the training.
 
     Args:
-        output_dir: holds the service's files, and the run's id for ``--resume``.
-        window_size: iterations whose median is sent.
+        output_dir: folder of the service's files, and of the run's id for ``--resume``.
 
     Raises:
         ConfigError: the service's package is not installed, or a run cannot be started.
@@ -48,69 +40,62 @@ class _TrackingWriter(EventWriter):
 
     name = ""
 
-    def __init__(self, output_dir: str, window_size: int = 20):
-        self._window_size = window_size
+    def __init__(self, output_dir: str):
         self._last_write = -1
+        path = Path(output_dir, "tracking.json")
+        runs = json.loads(path.read_text()) if path.is_file() else {}
         try:
             self._service: Any = importlib.import_module(self.name)
+            runs[self.name] = self._start(Path(output_dir).resolve(), runs.get(self.name))
         except ImportError as error:
             raise ConfigError(
                 f"train.writers has {self.name}, which is not installed: pip install "
                 f"'smca[tracking]', or leave it out."
             ) from error
-        path = Path(output_dir, "tracking.json")
-        runs = json.loads(path.read_text()) if path.is_file() else {}
-        try:
-            runs[self.name] = self._start(output_dir, runs.get(self.name))
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"train.writers has {self.name}, which cannot start a run: {reason[0]}"
+                f"train.writers has {self.name}, which cannot start a run: {reason}"
             ) from error
         write_atomically(str(path), json.dumps(runs).encode())
         self._is_on = True
 
-    def _start(self, output_dir: str, run_id: Optional[str]) -> str:
+    def _start(self, folder: Path, run_id: Optional[str]) -> str:
         """Start or go on with a run, and return its id."""
         raise NotImplementedError
 
-    def _send_values(self, values: Mapping[str, float], iteration: int) -> None:
-        raise NotImplementedError
-
-    def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
-        """Send a picture, (height, width, 3) uint8, RGB."""
+    def _send(
+        self, iteration: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]
+    ) -> None:
+        """Send metrics, and pictures of (height, width, 3) uint8, RGB."""
         raise NotImplementedError
 
     def _end(self) -> None:
-        raise NotImplementedError
+        """End the run."""
 
     def write(self) -> None:
         if not self._is_on:
             return
         storage = get_event_storage()
         values: Dict[int, Dict[str, float]] = {}
-        latest = storage.latest_with_smoothing_hint(self._window_size)
-        for name, (value, iteration) in latest.items():
+        for name, (value, iteration) in storage.latest_with_smoothing_hint().items():
             if iteration > self._last_write:
                 values.setdefault(iteration, {})[name] = value
+        self._last_write = max(values, default=self._last_write)
         # Detectron2's storage shows pictures to writers in this list; TensorBoard's clears it.
-        pictures = storage._vis_data
+        pictures: Dict[int, Dict[str, np.ndarray]] = {}
+        for name, picture, iteration in storage._vis_data:
+            pictures.setdefault(iteration, {})[name] = np.asarray(picture).transpose(1, 2, 0)
         try:
             # Weights & Biases drops values of earlier steps than the last one that it has.
-            for iteration in sorted({*values, *(at for _, _, at in pictures)}):
-                if iteration in values:
-                    self._send_values(values[iteration], iteration)
-                for name, picture, at in pictures:
-                    if at == iteration:
-                        self._send_image(name, np.asarray(picture).transpose(1, 2, 0), iteration)
+            for iteration in sorted({*values, *pictures}):
+                self._send(iteration, values.get(iteration, {}), pictures.get(iteration, {}))
         except Exception as error:
             self._is_on = False
             logger.warning("Nothing more is sent to %s: %s", self.name, error)
-        self._last_write = max(values, default=self._last_write)
 
     def close(self) -> None:
         if self._is_on:
-            self._is_on = False
             try:
                 self._end()
             except Exception as error:
@@ -123,22 +108,22 @@ class WandbWriter(_TrackingWriter):
 
     name = "wandb"
 
-    def _start(self, output_dir: str, run_id: Optional[str]) -> str:
+    def _start(self, folder: Path, run_id: Optional[str]) -> str:
         self._run = self._service.init(
             project=os.environ.get("WANDB_PROJECT", "smca"),
-            name=os.path.basename(os.path.abspath(output_dir)),
-            dir=output_dir,
-            config=_saved_config(output_dir),
+            name=folder.name,
+            dir=str(folder),
             id=run_id,
             resume="allow" if run_id else None,
         )
+        self._run.save(str(folder / "config.yaml"), base_path=str(folder), policy="now")
         return self._run.id
 
-    def _send_values(self, values: Mapping[str, float], iteration: int) -> None:
-        self._run.log({**values, "iteration": iteration}, step=iteration)
-
-    def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
-        self._run.log({name: self._service.Image(image)}, step=iteration)
+    def _send(
+        self, iteration: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]
+    ) -> None:
+        images = {name: self._service.Image(picture) for name, picture in pictures.items()}
+        self._run.log({**values, **images, "iteration": iteration}, step=iteration)
 
     def _end(self) -> None:
         self._run.finish()
@@ -151,8 +136,7 @@ class MLflowWriter(_TrackingWriter):
 
     name = "mlflow"
 
-    def _start(self, output_dir: str, run_id: Optional[str]) -> str:
-        folder = Path(output_dir).resolve()
+    def _start(self, folder: Path, run_id: Optional[str]) -> str:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "smca")
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             self._service.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
@@ -160,50 +144,25 @@ class MLflowWriter(_TrackingWriter):
                 artifacts = (folder / "mlartifacts").as_uri()
                 self._service.create_experiment(experiment, artifact_location=artifacts)
         self._service.set_experiment(experiment)
-        run = self._service.start_run(
-            run_id=run_id, run_name=os.path.basename(os.path.abspath(output_dir))
-        )
-        if run_id is None:
-            self._service.log_dict(_saved_config(output_dir), "config.yaml")
-            self._service.log_params(dict(_flat(_saved_config(output_dir))))
+        run = self._service.start_run(run_id=run_id, run_name=folder.name)
+        self._service.log_artifact(str(folder / "config.yaml"))
         return run.info.run_id
 
-    def _send_values(self, values: Mapping[str, float], iteration: int) -> None:
+    def _send(
+        self, iteration: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]
+    ) -> None:
         # Class names may have characters that MLflow does not take.
         named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in values.items()}
         self._service.log_metrics(named, step=iteration)
-
-    def _send_image(self, name: str, image: np.ndarray, iteration: int) -> None:
-        self._service.log_image(image, f"{name}_{iteration:07d}.png")
+        for name, picture in pictures.items():
+            self._service.log_image(picture, f"{name}_{iteration:07d}.png")
 
     def _end(self) -> None:
         self._service.end_run()
 
 
-class _LineEnd(logging.LoggerAdapter):
-    """Appends what Detectron2's progress line lacks."""
-
-    def process(
-        self, msg: str, kwargs: MutableMapping[str, Any]
-    ) -> Tuple[str, MutableMapping[str, Any]]:
-        grad_norm, _ = get_event_storage().latest().get("grad_norm", (None, None))
-        if grad_norm is not None:
-            msg += f"  grad_norm: {grad_norm:.4g}"
-        if resource is not None and not torch.cuda.is_available():
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            msg += f"  max_mem: {peak / 2**20:.0f}M"
-        return msg, kwargs
-
-
 class ProgressPrinter(CommonMetricPrinter):
-    """Detectron2's progress line (losses, ETA, times, learning rate, memory of the GPU), with the
-    norm of the gradient and, without a GPU, the peak memory of the process.
-    """
-
-    def __init__(self, max_iter: Optional[int] = None, window_size: int = 20) -> None:
-        super().__init__(max_iter, window_size)
-        self.logger: Any = _LineEnd(self.logger, {})
+    """Detectron2's progress line."""
 
     def _get_eta(self, storage: EventStorage) -> Optional[str]:
         # Called twice in an iteration that fails early, the original divides by zero.
@@ -233,20 +192,3 @@ def build_writers(train: DictConfig) -> List[EventWriter]:
     defaults = default_writers(train.output_dir, train.max_iter)[1:]
     # TensorBoard's is the last, since it clears the pictures.
     return [ProgressPrinter(train.max_iter), *own, *defaults]
-
-
-def _saved_config(output_dir: str) -> Any:
-    """What is in config.yaml, in plain types; empty if there is none."""
-    try:
-        config = OmegaConf.load(os.path.join(output_dir, "config.yaml"))
-    except Exception:  # Detectron2 pickles what is no YAML
-        return {}
-    return OmegaConf.to_container(config, resolve=False)
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[Tuple[str, str]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}{key}.")
-    else:
-        yield prefix[:-1], str(values)[:500]
