@@ -46,19 +46,10 @@ def graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "name, overrides",
-    [
-        ("smca_r50_50ep", ["model.encoder.pattern=M", *TWO_SCALES]),
-        (
-            "smca_conv_r50_50ep",
-            ["model.encoder.num_layers=1", "model.encoder.kernel_size=3", *TWO_SCALES],
-        ),
-    ],
-)
-def test_detection_compiles_a_handful_of_graphs_for_many_sizes(name, overrides, graphs):
+def test_detection_compiles_a_handful_of_graphs_for_many_sizes(graphs):
     torch.manual_seed(0)
-    model = build_model(name, *TINY, *overrides).eval()
+    overrides = ["model.encoder.pattern=M", *TWO_SCALES]
+    model = build_model("smca_r50_50ep", *TINY, *overrides).eval()
     batches = make_batches(3, 1)
     with torch.no_grad():
         expected = [model(batch)[0]["instances"] for batch in batches]
@@ -114,27 +105,6 @@ def test_graphs_are_whole_in_distributed_training(graphs):
     finally:
         dist.destroy_process_group()
     assert len(compiled) == graphs() > 0
-
-
-def test_checkpointed_layers_compile_and_have_the_same_gradients(graphs):
-    torch.manual_seed(0)
-    overrides = ["model.encoder.pattern=M", "model.encoder.checkpointing=True", *TWO_SCALES]
-    model = build_model("smca_r50_50ep", *TINY, *overrides, "model.dropout=0").train()
-    batches = make_batches(2, 2)
-
-    def gradients(batch):
-        model.zero_grad()
-        sum(model(batch).values()).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = [gradients(batch) for batch in batches]
-    model.compile_parts(backend="eager")
-    for batch, wanted in zip(batches, expected, strict=True):
-        found = gradients(batch)
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    assert graphs() > 0
 
 
 def test_a_compiled_model_is_recorded(graphs):

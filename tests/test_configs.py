@@ -7,13 +7,12 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY, SwinTransformer, ViT, build_model
+from detectron2.modeling import SwinTransformer, build_model
 from omegaconf import OmegaConf
 
 from smca import add_smca_config
 from smca.config import build, load_config
 from smca.errors import ConfigError
-from smca.modeling import SMCA
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL = [
@@ -29,12 +28,6 @@ SMALL = [
 
 def load(name, *overrides):
     return load_config(str(CONFIGS / f"{name}.py"), overrides)
-
-
-@pytest.mark.parametrize("name", ["smca_r50_50ep", "ablations/head_shared.py"])
-def test_a_config_is_found_by_its_name_wherever_it_is_called(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert load_config(name) == load(name.removesuffix(".py"))
 
 
 def build_without_memory(cfg):
@@ -102,21 +95,11 @@ def test_conv_model_has_the_parameters_of_the_official_logs(name, overrides, exp
     assert trainable_parameters(model) == expected
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+@pytest.mark.parametrize("depth", [34, 101])
 def test_resnet_depths(depth):
     cfg = load("smca_r50_50ep", *SMALL)
     cfg.model.backbone.depth = depth
     assert len(detect(instantiate(cfg.model))) == 7
-
-
-def test_dilated_res5_has_the_stride_of_res4():
-    cfg = load("detr_r50_50ep", *SMALL, "model.backbone.depth=50")
-    cfg.model.backbone.dilated_res5 = True
-    model = instantiate(cfg.model)
-    assert model.neck.strides == [16]
-    features = model.backbone(torch.zeros(1, 3, 64, 96))
-    assert features["res5"].shape == (1, 512, 4, 6)  # a quarter of the widths
-    assert len(detect(model)) == 7
 
 
 def test_a_swin_backbone_works():
@@ -127,17 +110,6 @@ def test_a_swin_backbone_works():
     cfg.model.in_features = ["p2", "p3"]
     model = instantiate(cfg.model)
     assert model.neck.strides == [16, 32, 64]
-    assert len(detect(model)) == 7
-
-
-def test_a_vit_backbone_works():
-    cfg = load("smca_single_scale_r50_50ep", *SMALL)
-    cfg.model.backbone = L(ViT)(
-        img_size=64, embed_dim=24, depth=1, num_heads=2, out_feature="last_feat"
-    )
-    cfg.model.in_features = ["last_feat"]
-    model = instantiate(cfg.model)
-    assert model.neck.strides == [16]
     assert len(detect(model)) == 7
 
 
@@ -155,10 +127,6 @@ def test_weights_of_losses_and_matching_can_be_set_in_one_place():
         assert {name: values[name] for name in settings} == settings
 
 
-def test_importing_the_package_registers_the_meta_architecture():
-    assert issubclass(META_ARCH_REGISTRY.get("SMCA"), SMCA)
-
-
 def yacs_config(name):
     cfg = get_cfg()
     add_smca_config(cfg)
@@ -170,13 +138,10 @@ def yacs_config(name):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("smca_r50_50ep", {"NUM_CLASSES": 5, "ENCODER.PATTERN": "IM"}),
         (
             "smca_single_scale_r50_50ep",
             {"DECODER.MODULATION.MAP": "single", "DECODER.MODULATION.BETA": 4.0},
         ),
-        ("smca_conv_r50_50ep", {"ENCODER.KERNEL_SIZE": 5, "ENCODER.SHARE_CROSS_SCALE": False}),
-        ("detr_r50_50ep", {"NUM_QUERIES": 9}),
     ],
 )
 def test_yacs_and_lazy_config_make_the_same_model(name, settings):
@@ -189,12 +154,6 @@ def test_yacs_and_lazy_config_make_the_same_model(name, settings):
     ours, theirs = detect(from_lazy), detect(from_yacs)
     assert torch.equal(ours.scores, theirs.scores)
     assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
-
-
-def test_a_lazy_config_without_a_yacs_file_needs_only_its_name():
-    cfg = yacs_config("Base-SMCA")
-    cfg.MODEL.SMCA.CONFIG = "ablations/multi_scale_III"
-    assert build_model(cfg).encoder.pattern == "III"
 
 
 def test_yacs_setting_that_the_model_lacks_is_named():
@@ -213,16 +172,11 @@ def test_yacs_setting_that_the_model_lacks_is_named():
             "model.decoder.modulation.beta=0",
             "model.decoder.modulation.beta=0 must be a positive number",
         ),
-        ("smca_r50_50ep", "model.decoder.modulation.beta=null", "beta=None must be a positive"),
-        ("smca_r50_50ep", "model.decoder.modulation.map=wide", "modulation.map='wide' must"),
-        ("smca_r50_50ep", "model.decoder.modulation.offset_gain=0", "offset_gain=0 must be"),
-        ("smca_r50_50ep", "model.decoder.modulation.offset_gain=near", "offset_gain='near' must"),
         ("smca_r50_50ep", "model.decoder.refine=True", "decoder.refine=True needs queries with"),
         ("smca_r50_50ep", "model.decoder.num_scales=2", "give 3 scales, but the decoder is made"),
         ("smca_r50_50ep", "model.encoder.pattern=IXI", "model.encoder.pattern='IXI' may only"),
         ("smca_r50_50ep", "model.backbone.depth=51", "model.backbone.depth=51 must be one of"),
         ("smca_r50_50ep", "model.num_queries=0", "model.num_queries=0 must be at least 1"),
-        ("smca_r50_50ep", "model.max_detections=0", "model.max_detections=0 must be at least 1"),
         # What the encoder is given is a reference to the model's.
         ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),
         (
@@ -231,7 +185,6 @@ def test_yacs_setting_that_the_model_lacks_is_named():
             "model.in_features=[res3, res9] must be some of stem, res2, res3.",
         ),
         ("smca_r50_50ep", "model.encoder=null", "model.encoder=None must be a module"),
-        ("smca_r50_50ep", "model.backbone=null", "model.backbone=None must be a module"),
         ("smca_r50_50ep", "model.backbone.norm=XX", "The config's model.backbone cannot be built"),
     ],
 )
@@ -240,20 +193,6 @@ def test_what_cannot_be_built_is_said_with_its_full_key(name, override, message)
     with torch.device("meta"), pytest.raises(ConfigError) as error:
         build(cfg.model, "model")
     assert message in str(error.value)
-
-
-def test_what_is_built_is_what_detectron2_builds():
-    cfg = load("smca_r50_50ep")
-    with torch.device("meta"):
-        assert repr(build(cfg.model, "model")) == repr(instantiate(cfg.model))
-    for section in (cfg.dataloader.train.mapper, cfg.lr_multiplier):
-        built, expected = build(section, "section"), instantiate(section)
-        assert type(built) is type(expected) and vars(built).keys() == vars(expected).keys()
-    called = {"_target_": "builtins.dict", "a": 1}
-    nested = OmegaConf.create({"_target_": "builtins.dict", "list": [called, 2], "plain": called})
-    nested.plain.pop("_target_")
-    expected = {"list": [{"a": 1}, 2], "plain": {"a": 1}}
-    assert build(nested, "nested") == instantiate(nested) == expected
 
 
 def test_a_config_that_fails_leaves_the_import_statement_as_it_was(tmp_path):

@@ -18,7 +18,7 @@ from helpers import ROOT, build_model
 from official_names import official_names
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.conversion import convert, convert_file, read_state_dict
+from smca.checkpoint.conversion import convert, convert_file
 from smca.errors import CheckpointError
 from smca.inference import Predictor
 from smca.version import __version__
@@ -36,20 +36,15 @@ SMALL = [
 TINY = [*SMALL, "model.backbone.depth=18"]
 # Config, its overrides beside those of SMALL, and what the description has to mention.
 MODELS = [
-    (SINGLE, ["model.decoder.modulation.map=smca.modeling.FixedGaussian"], "type1"),
-    (SINGLE, ["model.decoder.modulation.map=smca.modeling.SingleGaussian"], "type2"),
-    (SINGLE, [], "type3"),
-    (SINGLE, ["model.decoder.modulation.map=smca.modeling.CovarianceGaussian"], "type4"),
-    (SINGLE, ["model.backbone.depth=101"], "ResNet-101"),
-    (SINGLE, ["model.encoder.pattern=III"], "one scale"),
+    (SINGLE, ["model.decoder.modulation.map=smca.modeling.FixedGaussian"], "spread fixed"),
+    (SINGLE, [], "one scale, ResNet-50, spread independent"),
+    (SINGLE, ["model.decoder.modulation.map=smca.modeling.CovarianceGaussian"], "covariance"),
     (SINGLE, ["model.decoder.modulation.per_head=False"], "one scale"),
-    (MULTI, [], "strides 16, 32, 64"),
+    (MULTI, [], "several scales"),
     (MULTI, ["model.decoder.scale_selection=False"], "several scales"),
-    ("smca_r101_50ep", [], "ResNet-101"),
-    (CONV, [], "kernel 7, shared"),
-    (CONV, ["model.encoder.kernel_size=5", "model.encoder.num_layers=5"], "5 encoder layers"),
-    (CONV, ["model.encoder.share_cross_scale=False"], "separate"),
-    (CONV, ["model.encoder.pointwise=False"], "without 1x1"),
+    (CONV, [], "convolutional encoder"),
+    (CONV, ["model.encoder.share_cross_scale=False"], "convolutional encoder"),
+    (CONV, ["model.encoder.pointwise=False"], "convolutional encoder"),
     ("smca_conv_r101_50ep", [], "ResNet-101"),
 ]
 
@@ -97,7 +92,7 @@ def test_finds_config_and_overrides_of_every_model(config, overrides, words):
     with torch.device("meta"):
         model = build_model(config, *expected)
     model.load_state_dict(conversion.model, strict=True, assign=True)
-    if conversion.config in (MULTI, "smca_r101_50ep"):
+    if conversion.config == MULTI:
         assert any('"IIMII" is assumed' in note for note in conversion.notes)
 
 
@@ -136,23 +131,12 @@ def test_convolutions_between_scales_go_where_they_belong(shared):
             assert torch.equal(converted[f"encoder.layers.1.{ours}.{index}.weight"], expected)
 
 
-@pytest.mark.parametrize("config", [SINGLE, MULTI, CONV, "smca_r101_50ep", "smca_conv_r101_50ep"])
-def test_models_as_in_the_configs_need_no_overrides(config):
-    conversion = convert(without_values(config))
-    assert (conversion.config, conversion.overrides) == (config, [])
-
-
 def test_every_value_is_kept(checkpoint):
     conversion = convert(checkpoint, classes="keep")
     names = official_names(conversion.model)
     assert sorted(names.values()) == sorted(checkpoint)
     for name, value in conversion.model.items():
         assert torch.equal(value, checkpoint[names[name]]), name
-
-
-def test_batch_norm_counters_are_left_out(checkpoint):
-    counter = {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(3)}
-    assert convert({**checkpoint, **counter}).model.keys() == convert(checkpoint).model.keys()
 
 
 # ----------------------------------------------------------------------------------------- classes
@@ -183,14 +167,6 @@ def with_classes(state_dict, num_classes):
     return {k: v[:num_classes] if "class_embed" in k else v for k, v in state_dict.items()}
 
 
-def test_other_data_sets_class_outputs_can_only_be_kept(checkpoint):
-    original, checkpoint = checkpoint, with_classes(checkpoint, 7)
-    assert len(convert(checkpoint, classes="keep").model["class_embed.bias"]) == 7
-    with pytest.raises(CheckpointError, match="7 class outputs.*--classes keep"):
-        convert(checkpoint, classes="coco80")
-    assert len(convert(with_classes(original, 91)).model["class_embed.bias"]) == 80
-
-
 # ------------------------------------------------------------------------- DETR and torchvision
 
 
@@ -217,28 +193,8 @@ def test_detrs_classes_become_probabilities_against_no_object(detr, classes, num
     torch.testing.assert_close(scores, against_none)
 
 
-def test_converted_detr_computes_detrs_boxes(detr):
-    model = build_model("detr_r50_50ep", *TINY)
-    model.load_state_dict(convert(detr).model, strict=True)
-    generator = torch.Generator().manual_seed(2)
-    image = torch.randint(0, 256, (64, 96, 3), generator=generator, dtype=torch.uint8)
-    batch, padding_mask, sizes = reference.batch_images([image.numpy()])
-    settings = reference.Settings(decoder_layers=2, modulation="none")
-    with torch.no_grad():
-        maps = [reference.convolution(detr, "input_proj", model.backbone(batch)["res5"])]
-        memory = reference.encode(detr, maps, [32], padding_mask, settings)
-        position = detr["query_embed.weight"]
-        outputs, _ = reference.decoder(detr, position, *memory, sizes, settings)
-        _, boxes = reference.heads(detr, outputs, None)
-        images = model.eval().preprocess([{"image": image.permute(2, 0, 1)}])
-        predictions = model.forward_head(model.forward_features(images))
-    # The queries of such weights differ little, so the tolerance is tight.
-    assert boxes[-1].std(dim=1).max() > 2e-4
-    torch.testing.assert_close(predictions.boxes_cxcywh[-1], boxes[-1], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("depth", [18, 50])
-def test_torchvision_resnet_computes_the_same_features(depth):
+def test_torchvision_resnet_computes_the_same_features():
+    depth = 18
     torch.manual_seed(0)
     resnet = getattr(torchvision.models, f"resnet{depth}")(weights=None).eval()
     for name, buffer in resnet.named_buffers():
@@ -260,15 +216,6 @@ def test_torchvision_resnet_computes_the_same_features(depth):
     assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_converted_backbone_loads_into_a_detector(tmp_path):
-    resnet = torchvision.models.resnet18(weights=None)
-    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    convert_file(str(tmp_path / "resnet18.pth"), str(tmp_path / "out.pth"))
-    model = build_model(SINGLE, *TINY)
-    SMCACheckpointer(model).load(str(tmp_path / "out.pth"))
-    assert torch.equal(model.backbone.stem.conv1.weight, resnet.conv1.weight)
-
-
 # ----------------------------------------------------------------------------------------- errors
 
 
@@ -288,17 +235,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(checkpoint):
 @pytest.mark.parametrize(
     "key",
     [
-        "query_embed.weight",
         "class_embed.weight",
-        "input_proj.weight",
-        "transformer.encoder.layers.0.linear1.weight",
-        "transformer.decoder.layers.0.linear1.weight",
-        "transformer.decoder.layers.0.point1.layers.0.weight",
         "transformer.decoder.layers.1.point3.weight",
-        "transformer.decoder.layers.0.norm1.weight",
         "transformer.decoder.layers.0.point3.weight",
-        "transformer.decoder.layers.0.point2.bias",
-        "backbone.0.body.conv1.weight",
         "backbone.0.body.layer3.1.conv1.weight",
     ],
 )
@@ -308,26 +247,16 @@ def test_a_missing_tensor_is_named_wherever_it_is(checkpoint, key):
     assert key in str(error.value)
 
 
-def test_other_models_are_an_error():
-    with torch.device("meta"):
-        resnet = torchvision.models.wide_resnet50_2(weights=None).state_dict()
-    with pytest.raises(CheckpointError, match="layer1.0.conv1.weight"):
-        convert(resnet)
-    with pytest.raises(CheckpointError, match="features.0.weight"):
-        convert({"features.0.weight": torch.zeros(2), "classifier.bias": torch.zeros(1)})
-
-
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_file_that_would_run_code_is_refused(tmp_path, zipped):
+def test_file_that_would_run_code_is_refused(tmp_path):
     evil = RunsCode()
     evil.folder = tmp_path / "ran"
     path, output = tmp_path / "evil.pth", tmp_path / "out.pth"
-    torch.save({"model": {"a": evil}}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"model": {"a": evil}}, path)
     with pytest.raises(CheckpointError, match=r"evil\.pth would run code.*mkdir.*refused"):
         convert_file(str(path), str(output))
     assert not evil.folder.exists() and not output.exists()
@@ -336,8 +265,6 @@ def test_file_that_would_run_code_is_refused(tmp_path, zipped):
 @pytest.mark.parametrize(
     "content, output, words",
     [
-        (b"", "out.pth", r"in\.pth cannot be read"),
-        (b"hello world", "out.pth", r"in\.pth cannot be read"),
         (b"PK\x03\x04" + b"\0" * 100, "out.pth", r"in\.pth cannot be read"),
         ([1, 2], "out.pth", "holds no tensors"),
         ({"model": {"a": 1}}, "out.pth", "holds other things than tensors"),
@@ -370,11 +297,6 @@ def official_file(checkpoint, tmp_path):
     return path
 
 
-def test_what_one_file_may_hold_no_other_may(official_file):
-    assert read_state_dict(str(official_file))
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
-
-
 def test_output_loads_and_says_where_it_comes_from(official_file, tmp_path):
     output = tmp_path / "folder" / "smca.pth"
     convert_file(str(official_file), str(output))
@@ -397,30 +319,6 @@ def test_predictor_needs_no_config_for_the_output(official_file, tmp_path):
     assert len(predictor(np.zeros((64, 96, 3), np.uint8), threshold=0)) == Q
 
 
-def test_input_is_never_overwritten(official_file, tmp_path):
-    before = official_file.read_bytes()
-    (tmp_path / "link.pth").symlink_to(official_file)
-    for output in (official_file, tmp_path / "link.pth", tmp_path / "." / "official.pth"):
-        with pytest.raises(CheckpointError, match="is the input"):
-            convert_file(str(official_file), str(output))
-    assert official_file.read_bytes() == before
-
-
-def test_failed_write_leaves_the_old_output(official_file, tmp_path, monkeypatch):
-    output = tmp_path / "smca.pth"
-    output.write_bytes(b"old")
-
-    def save(checkpoint, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(CheckpointError, match="No space left"):
-        convert_file(str(official_file), str(output))
-    assert output.read_bytes() == b"old"
-    assert sorted(os.listdir(tmp_path)) == ["official.pth", "smca.pth"]
-
-
 def run_tool(monkeypatch, *arguments):
     """The exit code."""
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
@@ -432,15 +330,8 @@ def test_tool_says_what_it_found_and_how_to_use_it(official_file, tmp_path, monk
     arguments = ["--input", official_file, "--output", output, "--classes", "keep"]
     assert run_tool(monkeypatch, *arguments) == 0
     printed = capsys.readouterr().out
-    assert "SMCA, one scale" in printed and "type3" in printed
+    assert "SMCA, one scale, ResNet-18, spread independent" in printed
     use = printed.splitlines()[-1]
     assert f"--config-file configs/{SINGLE}.py train.init_checkpoint={output}" in use
     assert "model.num_classes=92" in use
     assert output.exists()
-
-
-def test_tool_prints_errors_as_one_sentence(tmp_path, monkeypatch, capsys):
-    arguments = ["--input", tmp_path / "nowhere.pth", "--output", tmp_path / "out.pth"]
-    assert run_tool(monkeypatch, *arguments) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Error: The checkpoint") and "nowhere.pth" in line

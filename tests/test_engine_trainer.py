@@ -1,5 +1,4 @@
 import copy
-import signal
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from smca.checkpoint import SMCACheckpointer
 from smca.engine.hooks import (
     BestCheckpointer,
     EmergencyCheckpointer,
-    EvalHook,
     ModelEMA,
     PeriodicCheckpointer,
 )
@@ -71,15 +69,6 @@ def test_accumulated_batches_step_like_one_big_batch(model):
     train(other, [torch.cat(data[:2]), torch.cat(data[2:])], 2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("clip", [None, 0, 1e6])
-def test_gradients_below_the_largest_norm_are_left_alone(model, clip):
-    before = copy.deepcopy(model)
-    grads = gradients(model, batches(1)[0])
-    train(model, batches(1), 1, lr=1.0, clip_grad_norm=clip)
-    for p, old, g in zip(model.parameters(), before.parameters(), grads, strict=True):
-        torch.testing.assert_close(p, old - g)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -207,32 +196,6 @@ def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, erro
     assert torch.equal(state["model"]["layer.weight"], weights.values[2]["layer.weight"])
 
 
-def test_a_training_in_the_handler_of_another_error_is_whole(model, tmp_path, caplog):
-    """As where a notebook tries once more."""
-    results = Record(lambda trainer: trainer.iter)
-    trainer = Trainer(model, batches(2), torch.optim.SGD(model.parameters(), lr=0.1))
-    guard = EmergencyCheckpointer(SMCACheckpointer(model, str(tmp_path)))
-    trainer.register_hooks([EvalHook(0, lambda: results.values.append("evaluated")), guard])
-    try:
-        raise OSError("the first try")
-    except OSError:
-        trainer.train(0, 2)
-    assert results.values == ["evaluated"]
-    assert not list(tmp_path.iterdir()) and "ended early" not in caplog.text
-
-
-def test_a_signal_in_the_forward_pass_waits_for_the_step(model, tmp_path):
-    checkpointer, before = SMCACheckpointer(model, str(tmp_path)), signal.getsignal(signal.SIGTERM)
-    model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGTERM))
-    trainer = Trainer(model, batches(2), torch.optim.SGD(model.parameters(), lr=0.1))
-    trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
-    with pytest.raises(SystemExit):
-        trainer.train(0, 2)
-    state = saved(tmp_path / "model_0000000.pth")
-    assert torch.equal(state["model"]["layer.weight"], model.layer.weight)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def test_an_update_that_breaks_off_is_not_saved(model, tmp_path):
     class Breaking(torch.optim.SGD):
         def step(self, closure=None):
@@ -245,18 +208,6 @@ def test_an_update_that_breaks_off_is_not_saved(model, tmp_path):
     trainer.register_hooks([EmergencyCheckpointer(checkpointer)])
     with pytest.raises(OSError):
         trainer.train(0, 3)
-    assert not checkpointer.has_checkpoint()
-
-
-def test_a_broken_loss_saves_nothing(model, tmp_path):
-    checkpointer = SMCACheckpointer(model, str(tmp_path))
-    with pytest.raises(FloatingPointError):
-        train(
-            model,
-            batches(2) + [torch.full((4, 3), float("nan"))],
-            3,
-            hooks=[EmergencyCheckpointer(checkpointer)],
-        )
     assert not checkpointer.has_checkpoint()
 
 
@@ -290,29 +241,6 @@ def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
     expected = saved(tmp_path / "model_0000003.pth")["model"]["layer.weight"]
     assert torch.equal(best["model"]["layer.weight"], expected)
     assert checkpointer.get_checkpoint_file().endswith("model_final.pth")
-
-
-def test_the_best_checkpoint_is_not_the_one_to_resume_from(model, tmp_path):
-    checkpointer = SMCACheckpointer(model, str(tmp_path))
-    checkpointer.save("model_0000000")
-    train(
-        model, batches(2), 2, hooks=[Metric([1, 2]), BestCheckpointer(1, checkpointer, "bbox/AP")]
-    )
-    assert (tmp_path / "model_best.pth").exists()
-    assert checkpointer.get_checkpoint_file().endswith("model_0000000.pth")
-
-
-def test_a_resumed_run_keeps_a_better_checkpoint_of_before(model, tmp_path):
-    def run(start, value):
-        best = BestCheckpointer(1, checkpointer, "bbox/AP")
-        trainer = Trainer(model, batches(4), torch.optim.SGD(model.parameters(), lr=0.1))
-        trainer.register_hooks([Metric([value] * 4), best])
-        trainer.train(start, start + 2)
-
-    checkpointer = SMCACheckpointer(model, str(tmp_path))
-    run(0, 30.0)
-    run(2, 20.0)
-    assert saved(tmp_path / "model_best.pth")["best"]["value"] == 30.0
 
 
 def test_the_metrics_of_long_ago_are_not_kept(model):

@@ -157,13 +157,6 @@ def test_a_service_that_fails_ends_no_training(tmp_path, caplog):
     assert caplog.text.count("Nothing more is sent to json: the network is gone") == 1
 
 
-def test_a_service_that_fails_at_the_end_ends_no_training(tmp_path, caplog, monkeypatch):
-    writer = FailingWriter(str(tmp_path))
-    monkeypatch.setattr(FailingWriter, "_end", lambda self: [][0])
-    writer.close()
-    assert "The run at json was not ended: list index out of range" in caplog.text
-
-
 def test_a_service_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(FailingWriter, "_start", lambda *args: [][0])
     with pytest.raises(ConfigError, match="has json, which cannot start a run: list index out of"):

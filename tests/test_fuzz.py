@@ -15,11 +15,9 @@ import os
 import warnings
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +26,7 @@ from torch import nn
 
 from smca.checkpoint.conversion import read_state_dict
 from smca.config import build, get_config, get_config_file, load_config
-from smca.data import DetrDatasetMapper, read_image, register_coco
-from smca.data.mapper import check_image
+from smca.data import DetrDatasetMapper, register_coco
 from smca.errors import CheckpointError, UserError
 from smca.inference import Predictor
 
@@ -192,53 +189,6 @@ def test_annotations(tmp_path, text, check_images):
     check_coco(tmp_path, text, check_images)
 
 
-# ---- Images
-
-SIZE = (12, 16)  # height, width
-
-
-def image_files():
-    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-    image, exif = Image.fromarray(pixels), Image.Exif()
-    exif[274] = 6
-    turned = image.transpose(Image.Transpose.ROTATE_90)
-    kinds = [
-        *((image, dict(format=name)) for name in ("PNG", "JPEG", "GIF", "BMP", "WEBP")),
-        *((turned, dict(format=name, exif=exif)) for name in ("JPEG", "TIFF")),
-        (image, dict(format="JPEG", progressive=True)),
-        (image, dict(format="TIFF", compression="tiff_lzw")),
-        (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), dict(format="PNG")),
-        (image.convert("P"), dict(format="PNG", transparency=0)),
-    ]
-    files = []
-    for picture, kwargs in kinds:
-        file = io.BytesIO()
-        picture.save(file, **kwargs)
-        files.append(file.getvalue())
-    return files
-
-
-def check_image_file(folder, data):
-    """What the check before the training accepts can be read, with the size that was asked for."""
-    path = folder / "picture.png"
-    path.write_bytes(data)
-    try:
-        check_image(path, *SIZE)
-    except UserError as error:
-        with contextlib.suppress(UserError):
-            read_image(path, *SIZE)
-        return refused(error, path)
-    image = read_image(path, *SIZE)
-    assert image.shape == (*SIZE, 3) and image.dtype == np.uint8
-    return True
-
-
-@damage
-@given(damaged_bytes(image_files()))
-def test_images(tmp_path, data):
-    check_image_file(tmp_path, data)
-
-
 # ---- Configs
 
 SMALL = ["model.backbone.depth=18", "model.embed_dim=16", "model.encoder.ffn_dim=16"]
@@ -273,15 +223,13 @@ _OVERRIDES = st.tuples(
 
 
 def check_overrides(*overrides):
-    """Overrides are in the config that results, and what is built of it can be, or the error names
-    one of their keys."""
+    """What is built of a config with overrides can be, or the error names one of their keys."""
     texts = [f"{key}={value}" for key, value in overrides]
     names = ["model", *(key for key, _ in overrides), *texts, *map(repr, texts)]
     try:
         cfg = load_config(get_config_file("smca_r50_50ep"), [*SMALL, *texts])
     except UserError as error:
         return refused(error, *names, "from what it refers to", "_target_")
-    compare_overrides(cfg, texts)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -292,21 +240,6 @@ def check_overrides(*overrides):
     except UserError as error:
         return refused(error, "model", "lr_multiplier", "dataloader")
     return True
-
-
-def compare_overrides(cfg, texts):
-    for index, text in enumerate(texts):
-        override = OverridesParser.create().parse_override(text)
-        expected, key = override.value(), override.key_or_group
-        later = [other.split("=")[0].lstrip("+") for other in texts[index + 1 :]]
-        if any(key.startswith(other) or other.startswith(key) for other in later):
-            continue
-        if "${" in text or isinstance(expected, dict):
-            continue
-        found = OmegaConf.select(cfg, key)
-        found = OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
-        same = found == expected or (expected != expected and found != found)
-        assert same, f"{text}: it is {found!r}"
 
 
 @damage
@@ -322,25 +255,6 @@ def small_yaml():
     test = {"dataset": {"names": "fuzz_test"}, "mapper": mapper}
     sections = dict(model=linear, dataloader={"test": test}, optimizer={}, lr_multiplier={})
     return OmegaConf.to_yaml({**sections, "train": train})
-
-
-def check_config_file(folder, data):
-    """A damaged config.yaml is refused by its name, or its model can be built or is refused."""
-    path = folder / "config.yaml"
-    path.write_bytes(data)
-    try:
-        cfg = load_config(str(path))
-    except UserError as error:
-        return refused(error, path, "train", "dataloader", "from what it refers to")
-    with contextlib.suppress(UserError):
-        build(cfg.model, "model")
-    return True
-
-
-@damage
-@given(st.data())
-def test_config_files(tmp_path, data):
-    check_config_file(tmp_path, data.draw(damaged_bytes([small_yaml().encode()])))
 
 
 # ---- Checkpoints
@@ -409,9 +323,7 @@ def test_checkpoints(tmp_path, data):
 
 def test_input_without_damage_is_accepted(tmp_path):
     assert check_coco(tmp_path, _WHOLE, True)
-    assert check_image_file(tmp_path, image_files()[0])
     assert check_overrides(("model.num_queries", "7"))
-    assert check_config_file(tmp_path, small_yaml().encode())
     assert check_checkpoint(tmp_path, saved(checkpoint()))
 
 
@@ -425,18 +337,11 @@ def with_entry(data, value, *path):
     return data
 
 
-def test_a_category_id_that_is_a_list(tmp_path):
-    data = with_entry(COCO, [], "categories", 0, "id")
-    assert not check_coco(tmp_path, json.dumps(data).encode(), False)
-
-
 @pytest.mark.parametrize(
     "override",
     [
-        ("model.backbone.out_features", "0"),
         ("dataloader", "${model.embed_dim}"),
         ("dataloader.test.dataset", "null"),
-        ("model.embed_dim", "${no.key}"),
         ("train.compile", "${no.key}"),
         ("model._target_", "${no.key}"),
         ("model._target_", "no.such.module"),
@@ -447,11 +352,6 @@ def test_an_override_of_the_wrong_type(override):
     assert not check_overrides(override)
     # This one looks for the names that a target takes.
     assert not check_overrides(override, ("model.backbone", "0"))
-
-
-@pytest.mark.parametrize("text", ["", "a", "[1]", "a: [", "model: 1", "\udc80"])
-def test_a_config_file_of_another_structure(text, tmp_path):
-    assert not check_config_file(tmp_path, text.encode(errors="surrogateescape"))
 
 
 def test_a_flipped_bit_of_a_weight(tmp_path):

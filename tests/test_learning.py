@@ -16,8 +16,7 @@ from smca.engine import main
 COLORS = [(230, 60, 40), (40, 90, 230)]
 # [x, y, width, height] in pixels, and the category.
 OBJECTS = [([6, 6, 18, 22], 1), ([32, 10, 26, 14], 2), ([28, 34, 18, 22], 1)]
-# DETR needs more; after 150 steps it is at 75 AP, and all others at 100.
-NUM_STEPS = {"detr": 300, "smca_single_scale": 200, "smca": 200, "smca_conv": 200}
+NUM_STEPS = 200
 
 
 def write_image(folder):
@@ -43,7 +42,7 @@ def datasets(folder):
     return [f"+dataloader.{split}.dataset.names={register}" for split in ("train", "test")]
 
 
-@pytest.mark.parametrize("base", NUM_STEPS)
+@pytest.mark.parametrize("base", ["smca_single_scale", "smca_conv"])
 def test_an_image_is_learned_by_heart(tmp_path, base):
     write_image(tmp_path)
     overrides = [
@@ -65,7 +64,7 @@ def test_an_image_is_learned_by_heart(tmp_path, base):
         "+lr_multiplier._target_=fvcore.common.param_scheduler.CosineParamScheduler",
         "+lr_multiplier.start_value=1.0",
         "+lr_multiplier.end_value=0.01",
-        f"train.max_iter={NUM_STEPS[base]}",
+        f"train.max_iter={NUM_STEPS}",
         "train.eval_period=0",
         "train.log_period=1000",
         "train.checkpointer.period=1000",
@@ -125,13 +124,6 @@ def command(tmp_path):
     torch.save({"model": {"shift": torch.tensor(0.0)}}, weights)
     overrides = [*datasets(tmp_path), f"train.init_checkpoint={weights}"]
     return ["--config-file", config, "--eval-only", *overrides]
-
-
-def test_perfect_detections_have_100_ap(command):
-    results = main(arguments(*command, "model.shift=0"))
-    # The objects are small ones.
-    found = [results["bbox"][key] for key in ("AP", "AP50", "AP75", "APs")]
-    assert found == pytest.approx([100] * 4)
 
 
 def test_displaced_detections_have_the_ap_of_their_overlap(command, tmp_path):

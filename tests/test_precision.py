@@ -21,21 +21,13 @@ SMALL += ["model.backbone.depth=18", "model.backbone.norm=GN", "model.encoder.ff
 SMALL += ["model.decoder.num_layers=3", "model.decoder.ffn_dim=48", "model.decoder.num_heads=4"]
 
 CASES = {
-    "detr": ("detr_r50_50ep", ["model.encoder.pattern=I"]),
-    "single_scale": ("smca_single_scale_r50_50ep", ["model.encoder.pattern=I"]),
     "multi_scale": ("smca_r50_50ep", ["model.encoder.pattern=IM"]),
-    "covariance": (
-        "smca_r50_50ep",
-        ["model.encoder.pattern=I", "model.decoder.spread=covariance"],
-    ),
     "conv": ("smca_conv_r50_50ep", ["model.encoder.num_layers=1", "model.encoder.kernel_size=3"]),
 }
 # In units of the type's eps (2^-7 for bfloat16, 2^-10 for float16), since rounding is the only
 # cause. Each is two to five times the largest that was measured on all cases, four seeds and
 # kernels for plain x86, AVX2 and AVX-512: these add products in different orders and, where the
 # CPU has products of a half type, round at other places.
-HEAD_CENTER_CELLS = 12
-SPREAD = 3  # relative
 BOX = 2  # of the image's side
 LOGIT = 8
 LOSS = 6  # relative
@@ -128,7 +120,6 @@ def largest(a, b):
 
 
 every_case = pytest.mark.parametrize("name", CASES)
-every_modulated_case = pytest.mark.parametrize("name", [name for name in CASES if name != "detr"])
 every_type = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
@@ -153,32 +144,7 @@ def test_the_gradient_points_where_that_of_float32_does(name, dtype):
 
 
 @every_type
-@every_modulated_case
-def test_heads_centers_and_spreads_are_within_a_few_roundings_of_float32(name, dtype):
-    eps, half, exact = torch.finfo(dtype).eps, run(name, dtype), run(name, None)
-    num_maps = 3 * make_model(name).decoder.num_scales
-    assert len(half.weight_maps) == len(exact.weight_maps) == num_maps
-    for actual, expected in zip(half.weight_maps, exact.weight_maps):
-        assert largest(actual.centers, expected.centers) < HEAD_CENTER_CELLS * eps
-        spreads, expected_spreads = actual.spreads.abs(), expected.spreads.abs()
-        torch.testing.assert_close(spreads, expected_spreads, rtol=SPREAD * eps, atol=SPREAD * eps)
-
-
-# What is between a hidden state and a coordinate adds no rounding of a half type
-
-
-@every_type
-@every_modulated_case
-def test_the_shared_center_is_that_of_float32(name, dtype):
-    # It depends on the learned queries alone. In bfloat16 it would be off by 2^-9 of the side.
-    half, exact = run(name, dtype).reference, run(name, None).reference
-    sizes = torch.tensor([(w, h) for h, w in SIZES])[:, None]
-    assert half.dtype == torch.float32
-    assert largest(half.sigmoid() * sizes, exact.sigmoid() * sizes) < 1e-3
-
-
-@every_type
-@every_modulated_case
+@every_case
 def test_heads_look_where_float32_says_of_the_same_queries(name, dtype):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(2, 12, 32, generator=generator)
@@ -191,19 +157,6 @@ def test_heads_look_where_float32_says_of_the_same_queries(name, dtype):
         for actual, expected in zip(maps, modulation(queries, center, scales), strict=True):
             assert largest(actual.centers, expected.centers) < 1e-4
             torch.testing.assert_close(actual.spreads, expected.spreads)
-
-
-@every_type
-@every_case
-def test_boxes_and_classes_are_those_of_float32_of_the_same_hidden_states(name, dtype):
-    model = make_model(name)
-    with autocast(dtype):
-        output = model.forward_features(model.preprocess(make_batch()))
-        actual = model.forward_head(output)
-    expected = model.forward_head(output)
-    assert actual.boxes_cxcywh.dtype == actual.logits.dtype == torch.float32
-    assert largest(actual.boxes_cxcywh, expected.boxes_cxcywh) < 1e-6
-    assert largest(actual.logits, expected.logits) < 1e-5
 
 
 @every_type

@@ -171,21 +171,16 @@ def train_with_dropout(case):
     def watch(self, data, micro_batch):
         losses = forward_backward(self, data, micro_batch)
         notes["losses"].append({name: loss.item() for name, loss in losses.items()})
-        notes["broadcast_buffers"] = self.model.broadcast_buffers
-        notes["find_unused_parameters"] = self.model.find_unused_parameters
-        notes["comm_hook"] = self.model._get_ddp_logging_data().get("comm_hook")
         return losses
 
     Trainer._forward_backward = watch
-    ddp = "{broadcast_buffers: true, find_unused_parameters: true, fp16_compression: true}"
     main(
         case.arguments(
             "dropout",
             dataset("train", case.folder / "single"),
             "dataloader.train.mapper.augmentations.flip=false",
             "model.dropout=0.3",
-            f"train.ddp={ddp}",
-            "train.max_iter=3",
+            "train.max_iter=2",
         )
     )
     return notes
@@ -233,23 +228,6 @@ def test_processes_draw_different_dropout(notes):
     # The single image is the same in both.
     for first, second in zip(notes[0]["losses"], notes[1]["losses"]):
         assert first["loss_ce"] != second["loss_ce"]
-
-
-def test_logged_losses_are_the_means_of_the_processes(notes, case):
-    rows = case.losses("dropout")
-    assert len(rows) == 3
-    for name in notes[0]["losses"][0]:
-        values = [[batch[name] for batch in note["losses"]] for note in notes]
-        means = np.reshape(values, (2, 3, ACCUMULATE)).mean((0, 2))
-        # A line has the median of the last 20 iterations.
-        expected = [np.median(means[: n + 1]) for n in range(3)]
-        assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-5)
-
-
-def test_ddp_has_the_settings_of_the_config(notes):
-    for note in notes:
-        assert note["broadcast_buffers"] and note["find_unused_parameters"]
-        assert "fp16_compress" in note["comm_hook"]
 
 
 # Resuming

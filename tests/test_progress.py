@@ -6,8 +6,6 @@ import sys
 import pytest
 from detectron2.config import LazyConfig
 
-import draw
-import draw_training
 from helpers import make_image, write_image, write_smca_config, write_weights
 from smca.cli import evaluate, predict
 
@@ -53,16 +51,6 @@ def film(weights, folder):
     return predict.main([*words, "--output", str(folder / "out")])
 
 
-def pictures(weights, folder):
-    words = ["--weights", weights, "--output", str(folder), "--num-images", "2"]
-    draw.run(draw.get_parser().parse_args(words))
-
-
-def maps(weights, folder):
-    words = [weights, "--output", str(folder), "--num-images", "2"]
-    draw_training.run(draw_training.get_parser().parse_intermixed_args(words))
-
-
 def report(weights, folder):
     words = ["--weights", weights, "--output", str(folder), "--max-images", "2"]
     evaluate.run(evaluate.get_parser().parse_intermixed_args(words))
@@ -71,8 +59,6 @@ def report(weights, folder):
 COMMANDS = {
     "demo": (demo, "2/2"),
     "video": (film, "2/2"),
-    "draw": (pictures, "2/2"),
-    "draw_training": (maps, "2/2"),
     "evaluate": (report, "2/2"),
 }
 

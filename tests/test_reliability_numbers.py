@@ -65,37 +65,6 @@ def test_a_gradient_that_is_not_finite_leaves_a_report(tmp_path):
     assert len(own["images"]) == 4
     assert set(own["losses_by_batch"][0]) == {"loss_ce", "loss_bbox"} == set(report["losses"])
 
-    code, output = train(tmp_path, *flags, "train.skip_nonfinite=1", prepare=prepare)
-    assert code == 0
-    assert "which is skipped (1 in a row of at most 1)" in output
-    final = load(run / "model_final.pth")
-    assert final["trainer"]["iteration"] == 5
-    assert all(value.isfinite().all() for value in final["model"].values())
-
-
-def test_batch_norm_does_not_keep_the_statistics_of_a_skipped_step(tmp_path):
-    def prepare():
-        original = TinyDetector.forward
-
-        def forward(self, batch):
-            if self.training:
-                self.calls = getattr(self, "calls", 0) + 1
-                if self.calls == 3:
-                    batch[0]["image"] = batch[0]["image"].float() * float("nan")
-            return original(self, batch)
-
-        TinyDetector.forward = forward
-
-    config = write_tiny_config(tmp_path, eval_period=0)
-    code, output = train(
-        tmp_path, "--config-file", config, "train.skip_nonfinite=1", prepare=prepare
-    )
-    assert code == 0, output
-    final = load(tmp_path / "run" / "model_final.pth")
-    for key in ("model", "model_ema"):
-        assert all(value.isfinite().all() for value in final[key].values())
-    assert final["model"]["backbone.norm.num_batches_tracked"] == 3
-
 
 def test_a_misspelled_metric_is_said_at_the_first_evaluation(tmp_path):
     config = write_tiny_config(tmp_path, max_iter=4, eval_period=2)
@@ -123,12 +92,8 @@ def recorded(path):
     return prepare
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [["dataloader.train.total_batch_size=2"], ["train.accumulate=2"]],
-    ids=["batch size", "accumulation"],
-)
-def test_another_batch_size_goes_on_where_the_data_were_left(tmp_path, overrides):
+def test_another_batch_size_goes_on_where_the_data_were_left(tmp_path):
+    overrides = ["dataloader.train.total_batch_size=2", "train.accumulate=3"]
     config = write_tiny_config(tmp_path, max_iter=3, eval_period=0)
     prepare = recorded(tmp_path / "seen")
     assert train(tmp_path, "--config-file", config, prepare=prepare)[0] == 0
@@ -138,22 +103,6 @@ def test_another_batch_size_goes_on_where_the_data_were_left(tmp_path, overrides
     for start in range(0, len(seen) - 7, 8):  # each pass has each of the 8 images
         assert len(set(seen[start : start + 8])) == 8
     assert len(seen) == load(tmp_path / "run" / "model_final.pth")["trainer"]["sample"]
-
-    # And from there, once more.
-    flags = ["--config-file", config, "--resume", "train.max_iter=6"]
-    assert train(tmp_path, *flags, prepare=prepare)[0] == 0
-    seen = (tmp_path / "seen").read_text().split()
-    for start in range(0, len(seen) - 7, 8):
-        assert len(set(seen[start : start + 8])) == 8
-
-
-def test_a_data_set_that_has_grown_is_said_at_the_resume(tmp_path):
-    config = write_tiny_config(tmp_path, max_iter=2, eval_period=0)
-    assert train(tmp_path, "--config-file", config)[0] == 0
-    write_dataset(tmp_path, num_images=9)
-    _, output = train(tmp_path, "--config-file", config, "--resume", "train.max_iter=3")
-    assert "dataset_size was 8 when the checkpoint was written and is 9 now" in output
-    assert iteration_of(tmp_path / "run" / "model_final.pth") == 2
 
 
 def test_detectron2_s_own_loader_trains_with_a_warning_that_its_data_start_over(tmp_path):
@@ -214,8 +163,7 @@ def test_images_are_decoded_again_only_when_they_have_changed(tmp_path, register
     assert "3.png cannot be decoded" in register()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path, num_workers):
+def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path):
     def prepare():
         from smca.data.errors import DatasetError
         from smca.data.loader import _SeededMapDataset
@@ -234,7 +182,7 @@ def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path, n
 
     config = write_tiny_config(tmp_path, eval_period=0, log_period=20)
     # With worker processes, the loader is ahead of the training.
-    workers = f"dataloader.train.num_workers={num_workers}"
+    workers = "dataloader.train.num_workers=1"
     code, output = train(tmp_path, "--config-file", config, workers, prepare=prepare)
     assert code == 1
     assert output.endswith("Error: 2 problems in a.json:\n  image 1\n  image 2\n")

@@ -121,10 +121,8 @@ runpy.run_path(sys.argv[1], run_name="__main__")
     ("script", "settings", "expected"),
     [
         ("train_net.py", {}, "5000"),
-        ("train_net.py", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("train_net.py", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
         ("demo.py", {}, "5000"),
-        ("tools/draw.py", {}, "5000"),
     ],
 )
 def test_threads_are_told_how_to_wait_before_there_are_any(script, settings, expected):

@@ -77,24 +77,6 @@ def test_metrics_file_holds_losses_schedule_norm_and_both_results(trained):
     assert merged["ema/bbox/AP"] == pytest.approx(results["ema/bbox"]["AP"])
 
 
-def test_progress_line_tells_losses_and_time(trained):
-    _, folder, _ = trained
-    line = [x for x in (folder / "log.txt").read_text().splitlines() if " iter: 2 " in x][-1]
-    for word in ("eta: ", "total_loss: ", "loss_ce: ", "lr: "):
-        assert word in line
-
-
-def test_log_ends_with_results_and_paths(trained):
-    _, folder, results = trained
-    end = (folder / "log.txt").read_text()[-1500:]
-    assert f"{results['bbox']['AP']:.3f}" in end
-    assert f"{folder}/model_final.pth" in end and f"{folder}/metrics.json" in end
-
-
-def test_tensorboard_events_are_written(trained):
-    assert list(trained[1].glob("events.out.tfevents.*"))
-
-
 def test_saved_config_loads_and_builds_the_same_model(trained):
     _, folder, _ = trained
     cfg = LazyConfig.load(str(folder / "config.yaml"))
@@ -143,15 +125,9 @@ def test_resume_of_a_finished_run_trains_no_further(copied, monkeypatch):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize(
-    "override, words",
-    [
-        ("model.width=4", "is the checkpoint of another architecture"),
-        ("dataloader.train.dataset.names=coco_nowhere", "coco_nowhere"),
-    ],
-)
-def test_a_resume_that_fails_leaves_the_run_s_config(copied, capsys, override, words):
+def test_a_resume_that_fails_leaves_the_run_s_config(copied, capsys):
     config, folder, _ = copied
+    override, words = "model.width=4", "is the checkpoint of another architecture"
     before = (folder / "config.yaml").read_bytes()
     assert words in error_of(capsys, train_net, "--config-file", config, "--resume", override)
     assert (folder / "config.yaml").read_bytes() == before
@@ -332,27 +308,6 @@ def test_two_files_with_other_categories_do_not_train(tmp_path, capsys):
     assert "['triangle']" in text and "['square']" in text
 
 
-def test_several_data_sets_cannot_be_evaluated(tmp_path, capsys):
-    overrides = two_datasets(tmp_path, val_json=[f"{tmp_path}/{x}/truth.json" for x in "ab"])
-    text = error_of(capsys, train_net, "--config-file", CUSTOM_COCO, *overrides)
-    assert "dataset_name is a list of 2, an evaluator takes one data set: give" in text
-
-
-def test_several_evaluators_evaluate_after_one_another(tmp_path):
-    config = write_tiny_config(tmp_path, max_iter=2)
-    with open(config, "a") as file:
-        file.write(
-            "from detectron2.evaluation import DatasetEvaluator\n"
-            "class Counter(DatasetEvaluator):\n"
-            "    def reset(self):\n        self.count = 0\n"
-            "    def process(self, inputs, outputs):\n        self.count += len(inputs)\n"
-            "    def evaluate(self):\n        return {'images': {'count': self.count}}\n"
-            "dataloader['evaluator'] = [dataloader['evaluator'], L(Counter)()]\n"
-        )
-    results = main(arguments("--config-file", config))
-    assert results["images"] == {"count": 8} and "AP" in results["bbox"]
-
-
 # Configs and overrides that cannot be used
 
 
@@ -361,31 +316,16 @@ def test_several_evaluators_evaluate_after_one_another(tmp_path):
     [
         ("train.max_itr=5", "train.max_itr, did you mean train.max_iter?"),
         ("model.nonsense=1", "no key model.nonsense"),
-        ("modle.num_classes=3", "did you mean model.num_classes?"),
         ("train.amp.dtyp=fp16", "did you mean train.amp.dtype?"),
-        ("train.amp={dtyp: fp16}", "did you mean train.amp.dtype?"),
-        ("optimizer.weight_deca=0", "did you mean optimizer.weight_decay?"),
         ("train.max_iter.foo=1", "no key train.max_iter.foo"),
         ("train.amp.dtype=fp17", "train.amp.dtype has to be bf16 or fp16, it cannot be 'fp17'"),
-        ("train.max_iter=many", "train.max_iter has to be a number, it cannot be 'many'"),
-        ("train.seed=5000000000", "train.seed has to be a whole number below 2 ** 31"),
-        ("dataloader.train.total_batch_size=2.0", "dataloader.train.total_batch_size"),
         ("train.max_iter=0", "train.max_iter has to be a whole number of at least 1"),
-        ("train.max_iter=2.5", "train.max_iter has to be a whole number"),
-        ("train.accumulate=0", "train.accumulate has to be"),
-        ("train.clip_grad_norm=-1", "train.clip_grad_norm has to be"),
         ("train.max_iter=true", "train.max_iter has to be a number, it cannot be True"),
-        ("train.model_ema.decay=-0.1", "train.model_ema.decay has to be a number in [0, 1)"),
         ("train.model_ema.decay=1.0", "train.model_ema.decay has to be a number in [0, 1)"),
-        ("train.fast_dev_run=1", "train.fast_dev_run has to be true or false, it cannot be 1"),
         ("train.amp=True", "train.amp has to be a section"),
-        ("train.device=gpu", "train.device=gpu cannot be used"),
         ("train.device=cuda:99", "train.device=cuda:99 cannot be used"),
-        ("train.device=meta", "train.device=meta cannot be used"),
         ("dataloader.train.dataset.names=a,b", "needs brackets, dataloader.train.dataset.names=[a"),
-        ("model.num_classes=three", "model.num_classes has to be a number"),
         ("max_iter", "Override 'max_iter' cannot be read"),
-        ("train.max_iter=[1", "cannot be read"),
         ("~train.max_iter", "would delete a key"),
         ("--resume", "has to stand before"),
         ("dataloader.train.total_batch_size=0", "total_batch_size=0 must be a positive"),
@@ -463,21 +403,6 @@ def test_what_a_command_lacks_is_named(trained, tmp_path, capsys, words, message
     assert message in error_of(capsys, train_net, *words)
 
 
-def test_a_model_of_more_classes_than_the_data_is_not_evaluated(trained, tmp_path, capsys):
-    weights = tmp_path / "three.pth"
-    torch.save({"model": TinyDetector(num_classes=3).state_dict()}, weights)
-    words = ["--eval-only", f"train.output_dir={tmp_path}", f"train.init_checkpoint={weights}"]
-    words.append("model.num_classes=3")
-    text = error_of(capsys, train_net, "--config-file", trained[0], *words)
-    assert "Data set 'tiny:" in text and "dataloader.test.dataset.names" in text
-
-
-def test_a_model_may_have_more_classes_than_data_that_it_is_not_evaluated_on(tmp_path):
-    config = write_tiny_config(tmp_path, max_iter=1)
-    words = ["model.num_classes=3", "dataloader.evaluator=null"]
-    assert main(arguments("--config-file", config, *words)) == {}
-
-
 # Checkpoints
 
 
@@ -540,11 +465,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path, state, need_detector, words
         load(TinyDetector(), path, need_detector=need_detector)
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short"])
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, suffix):
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, suffix):
     path = tmp_path / ("a" + suffix)
-    path.write_bytes(content)
+    path.write_bytes(b"PK\x03\x04 cut short")
     loader = SMCACheckpointer(TinyDetector())
     with pytest.raises(CheckpointError, match=f"a{suffix} cannot be read"):
         loader.load(str(path))
@@ -582,25 +506,6 @@ def test_weights_of_a_backbone_load_whatever_their_prefix(tmp_path, prefix, suff
     for key, value in source.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[key], value)
     assert torch.equal(model.class_embed.weight, head)
-
-
-def test_the_optimizers_momentum_in_a_caffe2_file_is_not_taken_for_weights(tmp_path):
-    source, model = TinyDetector().backbone, TinyDetector()
-    caffe2 = {"norm.running_mean": "bn_rm", "norm.running_var": "bn_riv"}
-    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
-    blobs = {caffe2.get(key, key): value.numpy() for key, value in state.items()}
-    blobs.update({f"{key}_momentum": value for key, value in blobs.items()})
-    path = tmp_path / "backbone.pkl"
-    path.write_bytes(pickle.dumps({"blobs": blobs}))
-    load(model, path)
-    for key, value in state.items():
-        assert torch.equal(model.backbone.state_dict()[key], value)
-
-
-def test_evaluating_another_model_is_an_error(copied, capsys):
-    words = ["--config-file", copied[0], "--eval-only", "--resume", "model.width=16"]
-    text = error_of(capsys, train_net, *words)
-    assert "another architecture" in text
 
 
 def test_resuming_from_a_checkpoint_that_is_gone_is_an_error(tmp_path, capsys):

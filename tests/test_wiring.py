@@ -2,8 +2,6 @@
 run from a config file in which no value is the default, and short ones beside it."""
 
 import json
-import math
-import signal
 from typing import Dict, List, NamedTuple
 
 import numpy as np
@@ -73,20 +71,6 @@ class ScriptedEvaluator(DatasetEvaluator):
         result["images"] = len(self.scores)
         result["images_of_the_evaluator"] = len(DatasetCatalog.get(self.dataset_name))
         return {"bbox": result}
-
-
-class InterruptedSGD(torch.optim.SGD):
-    """Ctrl-C or SIGTERM comes during one of its steps."""
-
-    def __init__(self, params, lr, number, step):
-        super().__init__(params, lr)
-        self.number, self.countdown = number, step
-
-    def step(self, closure=None):
-        if self.countdown == 0:
-            signal.raise_signal(self.number)
-        self.countdown -= 1
-        return super().step(closure)
 
 
 def target(cls):
@@ -242,29 +226,6 @@ def test_the_test_data_are_evaluated_by_an_evaluator_that_knows_them(run):
     assert run.results["bbox"]["images_of_the_evaluator"] == 3
 
 
-def test_the_weights_and_their_average_are_evaluated(run):
-    state = run.checkpoint("model_final.pth")
-    for task, key in (("bbox", "model"), ("ema/bbox", "model_ema")):
-        model = TinyDetector().eval()
-        model.load_state_dict(state[key])
-        names = DatasetCatalog.get(f"wiring:{run.folder.parent}/validation")
-        images = [x["file_name"] for x in names]
-        assert run.results[task]["score"] == pytest.approx(mean_score(model, images), abs=1e-6)
-    assert run.results["bbox"]["score"] != run.results["ema/bbox"]["score"]
-
-
-def mean_score(model, files):
-    from detectron2.data.detection_utils import read_image
-
-    scores = []
-    for file in files:
-        image = torch.from_numpy(read_image(file, "RGB").copy()).permute(2, 0, 1)
-        with torch.no_grad():
-            result = model([{"image": image, "height": 32, "width": 32}])
-        scores.append(result[0]["instances"].scores[0].item())
-    return sum(scores) / len(scores)
-
-
 def test_it_is_evaluated_every_eval_period_and_at_the_end(run):
     # The evaluation after the training counts as one iteration later.
     assert run.trainer.storage.history("bbox/AP").values() == [(2, 2), (5, 5), (9, 9)]
@@ -288,13 +249,6 @@ def test_the_best_checkpoint_is_that_of_the_best_metric(run, weights):
     assert_same_weights(best["model"], weights[6])
 
 
-def test_the_log_has_a_line_every_log_period_and_the_last(run):
-    assert list(run.metrics("total_loss")) == [3, 7, 8]
-    lines = (run.folder / "log.txt").read_text().splitlines()
-    progress = [line.split(" iter: ")[1].split()[0] for line in lines if " iter: " in line]
-    assert progress == ["3", "7", "8"]
-
-
 @pytest.mark.parametrize("name", ["loss_ce", "loss_bbox"])
 def test_logged_losses_are_the_means_of_an_iterations_batches(run, name):
     values = [batch.losses[name] for batch in run.batches]
@@ -302,12 +256,6 @@ def test_logged_losses_are_the_means_of_an_iterations_batches(run, name):
     # A line has the median of the last 20 iterations.
     expected = {n: np.median(means[: n + 1]) for n in (3, 7, 8)}
     assert run.metrics(name) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_checkpoint_knows_what_a_resumed_run_has_to_repeat(run):
-    state = run.checkpoint("model_final.pth")["trainer"]
-    assert state["seed"] == 7 and state["accumulate"] == ACCUMULATE
-    assert state["total_batch_size"] == 2 and state["world_size"] == 1
 
 
 # Mixed precision
@@ -333,88 +281,7 @@ def test_the_model_computes_in_the_type_of_the_config(tmp_path, enabled, name, d
 # Everything random
 
 
-def test_the_seed_decides_weights_dropout_and_data(tmp_path):
-    runs = []
-    for n, seed in enumerate([5, 5, 6]):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        runs.append(drive(folder, max_iter=2, eval_period=0, seed=seed))
-    first, again, other = ([run.batches[0], run.batches[1]] for run in runs)
-
-    def names(batches):
-        return [[file.rsplit("/", 1)[1] for file in batch.files] for batch in batches]
-
-    for a, b, c in zip(first, again, other):
-        assert torch.equal(a.random, b.random)
-        assert not torch.equal(a.random, c.random)
-        assert all(torch.equal(a.weights[key], b.weights[key]) for key in a.weights)
-        assert not torch.equal(a.weights["class_embed.weight"], c.weights["class_embed.weight"])
-        assert a.losses == b.losses
-    assert names(first) == names(again) != names(other)
-
-
 # Interruptions
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_runs_checkpoint_is_that_of_a_whole_iteration(tmp_path, number):
-    done = drive(
-        tmp_path,
-        f"optimizer._target_={target(InterruptedSGD)}",
-        "optimizer.lr=0.1",
-        f"+optimizer.number={int(number)}",
-        "+optimizer.step=2",
-        "lr_multiplier.milestones=[3,5]",
-        error=(KeyboardInterrupt, SystemExit),
-        max_iter=5,
-        eval_period=0,
-        checkpointer=dict(period=100, max_to_keep=1),
-        model_ema=dict(enabled=True, decay=DECAY),
-    )
-    state = done.checkpoint((done.folder / "last_checkpoint").read_text())
-    assert state["trainer"]["iteration"] == 2
-    # The update that had begun is in the weights, in their average and in the schedule.
-    seen = [batch.weights for batch in done.batches]
-    final = {name: state["model"][name] for name in seen[0]}
-    assert not torch.equal(final["class_embed.weight"], seen[2]["class_embed.weight"])
-    assert_same_weights(state["model_ema"], averaged([*seen[1:], final], DECAY))
-    assert state["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 3
-    assert state["trainer"]["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01)
-
-
 # Settings that are read before the first step
-
-
-def built(folder, *overrides, **changes):
-    return drive(folder, *overrides, steps=False, **changes).trainer
-
-
-def test_the_model_is_on_the_device_of_the_config(tmp_path, monkeypatch):
-    monkeypatch.setattr("smca.engine.train.resolve_device", torch.device)
-    trainer = built(tmp_path, device="meta")
-    assert {p.device.type for p in trainer.model.parameters()} == {"meta"}
-    assert trainer.device.type == "meta"
-
-
-@pytest.mark.parametrize("compile", [False, True])
-def test_the_model_is_compiled_if_the_config_says_so(tmp_path, compile):
-    model = built(tmp_path, compile=compile).model
-    assert hasattr(model, "is_compiled") == compile
-
-
-@pytest.mark.parametrize("benchmark", [False, True])
-def test_cudnn_is_told_whether_to_benchmark(tmp_path, monkeypatch, benchmark):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not benchmark)
-    built(tmp_path, cudnn_benchmark=benchmark)
-    assert torch.backends.cudnn.benchmark == benchmark
-
-
-@pytest.mark.parametrize("clip", [None, 0])
-def test_gradients_are_not_clipped_without_a_largest_norm(tmp_path, clip):
-    assert built(tmp_path, clip_grad_norm=clip).clip_grad_norm == math.inf
-
-
-def test_there_is_no_average_of_the_weights_unless_the_config_says_so(tmp_path):
-    done = drive(tmp_path, max_iter=1, model_ema=dict(enabled=False, decay=0.9))
-    assert "model_ema" not in done.checkpoint("model_final.pth")
-    assert list(done.results) == ["bbox"]

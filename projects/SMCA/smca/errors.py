@@ -48,11 +48,8 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a sentence that says that there is no `name`.
-
-    Returns:
-        ``", did you mean NEAREST?"``, or if none is near ``": there are A, B."``, or if those are
-        too many ``"."``.
+    """The end of a sentence that says that there is no `name`: ``", did you mean NEAREST?"``, or if
+    none is near ``": there are A, B."``, or if those are too many ``"."``.
     """
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
@@ -67,11 +64,8 @@ def some(names: Collection[str], count: int = 4) -> str:
 
 
 def differing(names: Mapping[str, Collection[str]]) -> str:
-    """The number and the first few of each kind of names, as in "1 missing (a); 2 unknown (b, c)".
-
-    Args:
-        names: by what is wrong with them.
-    """
+    """The number and the first few of names by what is wrong with them, as in "1 missing (a);
+    2 unknown (b, c)"."""
     return "; ".join(
         f"{len(group)} {what} ({some(group)})" for what, group in names.items() if group
     )
@@ -79,11 +73,8 @@ def differing(names: Mapping[str, Collection[str]]) -> str:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn what the system says to writing a file or folder into an error of the user's.
-
-    Args:
-        what: the path, or the option with it.
-    """
+    """Turn an OSError about a file or folder, of which `what` is the path or the option with it,
+    into a UserError."""
     try:
         yield
     except OSError as error:
@@ -104,12 +95,8 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
-    """Run a command line's work.
-
-    Returns:
-        What `command` returns (0 for None), 1 after a :class:`UserError`, which is printed, or 130
-        after Ctrl-C.
-    """
+    """Run a command line's work, and return what it returns (0 for None), 1 after a
+    :class:`UserError`, which is printed, or 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -7,26 +7,23 @@ import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from smca.checkpoint.files import (
-    RefusedCode,
     find_checkpoints,
     load_arrays,
     load_tensors,
     numbered_checkpoints,
     read_tag,
+    reading,
+    rename_parameters,
     write_atomically,
 )
 from smca.checkpoint.fine_tuning import adapt, has_class_rows, has_query_rows
-from smca.checkpoint.renames import rename_parameters
 from smca.errors import CheckpointError, differing, some
 from smca.version import __version__
-
-__all__ = ["SMCACheckpointer"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +50,14 @@ class SMCACheckpointer(DetectionCheckpointer):
     or not at all, and opening one never runs code in it, Detectron2's own model zoo excepted.
 
     Args:
-        model: may be wrapped in DistributedDataParallel.
-        save_dir: where checkpoints are written.
+        model: a model, perhaps wrapped in DistributedDataParallel.
+        save_dir: folder of the checkpoints.
         need_detector: a backbone's file, or a detector's of other classes or queries, is an error
             in :meth:`load`.
         provenance: plain values to keep in the checkpoints, for instance the config's name and the
             class names.
-        max_to_keep: of the files ``model_<iteration>.pth`` in `save_dir`, whichever run wrote them,
-            so many of the last written stay after a save.
+        max_to_keep: number of files ``model_<iteration>.pth`` in `save_dir`, whichever run wrote
+            them, that stay after a save; None: all.
         kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
     """
 
@@ -80,12 +77,8 @@ class SMCACheckpointer(DetectionCheckpointer):
         self.provenance = {**(provenance or {}), "version": __version__}
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
-        """Same as in Detectron2.
-
-        Args:
-            name: of the file, without ``.pth``.
-            tag: name it in ``last_checkpoint``, from where a training is resumed.
-            kwargs: what else to save.
+        """Save as Detectron2 does; if `tag` is true, name the file in ``last_checkpoint``, from
+        where a training is resumed.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -100,7 +93,10 @@ class SMCACheckpointer(DetectionCheckpointer):
         self._write(path, lambda file: torch.save(data, file))
         if tag:
             self.tag_last_checkpoint(f"{name}.pth")
-        self._remove_old()
+        if self.max_to_keep is not None:
+            for path in numbered_checkpoints(self.save_dir)[: -self.max_to_keep]:
+                if os.path.basename(path) != read_tag(self.save_dir):
+                    os.remove(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
@@ -115,56 +111,27 @@ class SMCACheckpointer(DetectionCheckpointer):
                 "the rights, then go on with --resume."
             ) from error
 
-    def _remove_old(self) -> None:
-        if self.max_to_keep is None:
-            return
-        for path in numbered_checkpoints(self.save_dir)[: -self.max_to_keep]:
-            if os.path.basename(path) != read_tag(self.save_dir):
-                os.remove(path)
-
     def get_checkpoint_file(self) -> str:
         """Path of the checkpoint to go on from (which may be gone), or ""."""
         return next(iter(find_checkpoints(self.save_dir)), "")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        """Same as in Detectron2.
+        """Load as Detectron2 does.
 
         Raises:
             CheckpointError: the file cannot be found or read, or does not fit the model.
         """
-        if not path:
-            return super().load(path, *args, **kwargs)
         self._path = path
         try:
-            return super().load(path, *args, **kwargs)
-        except CheckpointError:
-            raise
-        except FileNotFoundError as error:
-            raise CheckpointError(f"The checkpoint {path} does not exist.") from error
-        except RefusedCode as error:
-            raise CheckpointError(
-                f"The checkpoint {path} would run code when it is opened ({error}), which is "
-                "refused: only files of tensors and plain values are read."
-            ) from error
-        except (OSError, AssertionError) as error:
-            raise CheckpointError(_unreachable_message(path)) from error
-        except Exception as error:  # other structures, and damaged ones, raise nearly every type
-            raise CheckpointError(
-                f"The checkpoint {path} cannot be read, perhaps it was cut short or is of "
-                f"another kind: {_first_line(error)}"
-            ) from error
+            with reading(path):
+                return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
 
     def find_resumable(self, need_trainer: bool = True) -> Optional[Tuple[str, Dict[str, Any]]]:
-        """The newest checkpoint in `save_dir` that can be read. Newer ones that cannot are named in
-        a warning.
-
-        Args:
-            need_trainer: weights alone are not enough.
-
-        Returns:
-            Its path and what it holds; None where there is no checkpoint.
+        """The newest checkpoint in `save_dir` that can be read (with more than weights, if
+        `need_trainer`), its path and what it holds; None where there is no checkpoint. Newer ones
+        that cannot be read are named in a warning.
 
         Raises:
             CheckpointError: there are checkpoints, none of which can be read.
@@ -172,18 +139,16 @@ class SMCACheckpointer(DetectionCheckpointer):
         problems: List[str] = []
         for path in find_checkpoints(self.save_dir):
             try:
-                checkpoint = load_tensors(path)
-                if "model" not in checkpoint or (need_trainer and "trainer" not in checkpoint):
-                    problems.append(f"The checkpoint {path} is none of a training.")
-                    continue
-            except FileNotFoundError:
-                problems.append(f"The checkpoint {path} does not exist.")
-            except Exception as error:  # a broken file can raise anything
-                problems.append(f"The checkpoint {path} cannot be read: {_first_line(error)}.")
-            else:
-                for problem in problems:
-                    logger.warning("%s Resuming from %s in its place.", problem, path)
-                return path, checkpoint
+                with reading(path):
+                    checkpoint = load_tensors(path)
+                    if "model" not in checkpoint or (need_trainer and "trainer" not in checkpoint):
+                        raise CheckpointError(f"The checkpoint {path} is none of a training.")
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                logger.warning("%s Resuming from %s in its place.", problem, path)
+            return path, checkpoint
         if problems:
             raise CheckpointError(
                 f"{' '.join(problems)} There is no other in {self.save_dir} to resume from."
@@ -195,7 +160,7 @@ class SMCACheckpointer(DetectionCheckpointer):
         processes call this together: those that cannot read the file get it from the first.
 
         Args:
-            path: of the file.
+            path: path of the file.
             content: what it holds, where that has been read already: in the first process at
                 least, unless all have the file.
 
@@ -217,17 +182,12 @@ class SMCACheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        return _with_current_names(self._read(filename))
-
-    def _read(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith(".pkl") or self._path.startswith(_MODEL_ZOO):
-            return super()._load_file(filename)
+            return _with_current_names(super()._load_file(filename))
         data = load_arrays(filename)
-        if "model" in data and "__author__" in data:
-            return data
-        data = data.get("blobs", data)
-        data = {k: v for k, v in data.items() if not k.endswith("_momentum")}
-        return {"model": data, "__author__": "Caffe2", "matching_heuristics": True}
+        if not {"model", "__author__"} <= data.keys():
+            raise ValueError("it does not have the keys model and __author__ of Detectron2's files")
+        return _with_current_names(data)
 
     def _torch_load(self, f: str) -> Any:
         return load_tensors(f)
@@ -241,6 +201,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             for key in model_weights
         )
         match_names = checkpoint.pop("matching_heuristics", False) or not has_own_names
+        adapted: List[str] = []
         if match_names:
             self._convert_ndarray_to_tensor(checkpoint["model"])
             # Detectron2 would match names in the whole model, where a "bias" is soon found.
@@ -249,12 +210,10 @@ class SMCACheckpointer(DetectionCheckpointer):
                 _strip_backbone_prefix(checkpoint["model"]),
                 c2_conversion=checkpoint.get("__author__") == "Caffe2",
             )
-        adapted = [] if self.need_detector or match_names else self._adapt(checkpoint)
+        elif not self.need_detector:
+            adapted = self._adapt(checkpoint)
         incompatible = super()._load_model(checkpoint)
-        left_over = [
-            key for key in incompatible.unexpected_keys if match_names or key.startswith(_BACKBONE)
-        ]
-        self._check(incompatible, left_over)
+        self._check(incompatible, match_names)
         if adapted:
             logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
         return incompatible
@@ -270,54 +229,50 @@ class SMCACheckpointer(DetectionCheckpointer):
         checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if k in model_weights}
 
     def _adapt(self, checkpoint: Dict[str, Any]) -> List[str]:
-        weights = checkpoint["model"]
-        consume_prefix_in_state_dict_if_present(weights, "module.")
+        weights, own = checkpoint["model"], self.model.state_dict()
         self._convert_ndarray_to_tensor(weights)
-        own = self.model.state_dict()
-        consume_prefix_in_state_dict_if_present(own, "module.")
+        for each in (weights, own):
+            consume_prefix_in_state_dict_if_present(each, "module.")
         old_names = (checkpoint.get("smca") or {}).get("class_names") or []
         return adapt(weights, own, old_names, self.provenance.get("class_names") or [])
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """`_check` has logged those that matter."""
 
-    def _check(self, incompatible: _IncompatibleKeys, left_over: Sequence[str]) -> None:
-        """
-        Raises:
-            CheckpointError: these are neither the detector's weights nor its backbone's.
-        """
+    def _check(self, incompatible: _IncompatibleKeys, match_names: bool) -> None:
+        """Raise if these are neither the detector's weights nor its backbone's."""
         # Batch norm's counter is absent from some files, and PyTorch then calls it loaded.
         model_keys = {
             key for key in self.model.state_dict() if not key.endswith(".num_batches_tracked")
         }
+        unexpected = incompatible.unexpected_keys
         wrong_shape = {key for key, _, _ in incompatible.incorrect_shapes}
         missing = model_keys & (set(incompatible.missing_keys) - wrong_shape)
         found = model_keys - missing
         if not found:
             raise CheckpointError(
                 f"No weight in {self._path} has the name of one of this model's: it is the "
-                f"checkpoint of another architecture ({some(incompatible.unexpected_keys)})."
+                f"checkpoint of another architecture ({some(unexpected)})."
             )
         backbone = {key for key in model_keys if key.startswith(_BACKBONE)}
         if found <= backbone:
+            left_over = [key for key in unexpected if match_names or key.startswith(_BACKBONE)]
             self._check_backbone(backbone, found - wrong_shape, left_over)
-        elif missing or wrong_shape or incompatible.unexpected_keys:
+        elif missing or wrong_shape or unexpected:
             if self.need_detector and not missing:
                 self._check_counts(incompatible.incorrect_shapes)
             shapes = [
                 f"{key}: {old} in the file, {new} here"
                 for key, old, new in incompatible.incorrect_shapes
             ]
-            differences = differing(
-                {
-                    "missing": sorted(missing),
-                    "unexpected": incompatible.unexpected_keys,
-                    "of another shape": shapes,
-                }
-            )
+            kinds = {
+                "missing": sorted(missing),
+                "unexpected": unexpected,
+                "of another shape": shapes,
+            }
             raise CheckpointError(
                 f"{self._path} is the checkpoint of another architecture than the config's: "
-                f"{differences}."
+                f"{differing(kinds)}."
             )
 
     def _check_backbone(
@@ -343,10 +298,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             logger.warning("Weights of the backbone that start from scratch: %s", some(lacking))
 
     def _check_counts(self, wrong_shape: Sequence[Tuple[str, Any, Any]]) -> None:
-        """
-        Raises:
-            CheckpointError: all would fit but for the number of classes or of queries.
-        """
+        """Raise if all would fit but for the number of classes or of queries."""
         counts = {}
         for key, old, new in wrong_shape:
             if not (has_class_rows(key) or has_query_rows(key)) or old[1:] != new[1:]:
@@ -376,17 +328,3 @@ def _strip_backbone_prefix(weights: Dict[str, Any]) -> Dict[str, Any]:
         if stripped:
             return stripped
     return weights
-
-
-def _unreachable_message(path: str) -> str:
-    if "://" in path:
-        return f"{path} cannot be downloaded: give a local copy of it."
-    if os.path.isdir(path):
-        return f"{path} is a folder: name a checkpoint in it, such as model_final.pth."
-    if not PathManager.isfile(path):
-        return f"The checkpoint {os.path.abspath(path)} does not exist."
-    return f"The checkpoint {path} cannot be read."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and checkpoints that are read without running code."""
 
+import codecs
 import contextlib
 import os
 import pickle
@@ -7,24 +8,12 @@ import re
 import tempfile
 import zipfile
 from collections import OrderedDict
-from typing import IO, Any, Callable, Dict, List, Mapping, Optional, Union
+from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
 
-__all__ = [
-    "RefusedCode",
-    "find_checkpoints",
-    "load_arrays",
-    "load_tensors",
-    "numbered_checkpoints",
-    "peek",
-    "read_tag",
-    "remove_temporary_files",
-    "steps_of",
-    "write_atomically",
-]
+from smca.errors import CheckpointError
 
 _TEMPORARY = ".tmp"
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
@@ -36,10 +25,10 @@ class RefusedCode(Exception):
 
 def write_atomically(path: str, content: Union[bytes, Callable[[IO[bytes]], Any]]) -> None:
     """Create or replace a file such that it is there whole or as it was before, whenever the
-    process is killed or the machine loses power.
+    process is killed.
 
     Args:
-        path: of the file; its folder is created if need be.
+        path: path of the file, whose folder is created if need be.
         content: what to write, or a function that writes it into the binary file that it is given.
 
     Raises:
@@ -65,12 +54,6 @@ def write_atomically(path: str, content: Union[bytes, Callable[[IO[bytes]], Any]
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    with contextlib.suppress(OSError):  # without this a power cut can undo the renaming
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _call(write: Callable[[IO[bytes]], Any], file: IO[bytes]) -> None:
@@ -93,7 +76,7 @@ def remove_temporary_files(folder: str) -> None:
 def read_tag(folder: str) -> str:
     """The file name in ``last_checkpoint``; "" where that is absent, empty or no text."""
     try:
-        with PathManager.open(os.path.join(folder, "last_checkpoint"), "r") as file:
+        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
             name = file.read().strip()
     except (OSError, UnicodeDecodeError):
         return ""
@@ -166,13 +149,6 @@ def load_tensors(path: str) -> Any:
         raise RefusedCode(foreign[1]) from error
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How old pickles spell bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise RefusedCode(f"_codecs.encode({encoding!r})")
-    return text.encode(encoding)
-
-
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # whose module has another name in NumPy 2
 
 
@@ -185,7 +161,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         "numpy.dtype": np.dtype,
         "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
         "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
-        "_codecs.encode": _encode,
+        "_codecs.encode": codecs.encode,  # how old pickles spell bytes
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -196,23 +172,58 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(path: str) -> Dict[str, Any]:
-    """Read a pickle of arrays and plain values, without running code in it.
-
-    Raises:
-        RefusedCode: the file would run code.
-        OSError, ValueError, ...: the file is broken in one of many ways.
-    """
-    with PathManager.open(path, "rb") as file:
+    """Read a pickle of arrays and plain values; errors are those of :func:`load_tensors`."""
+    with open(path, "rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()
 
 
-def steps_of(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:
-    """The iterations that a checkpoint of a training has behind it, None if it does not say.
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn whatever goes wrong with reading a checkpoint, whose path or URL the user gave, into a
+    CheckpointError of one sentence."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except RefusedCode as error:
+        raise CheckpointError(
+            f"The checkpoint {path} would run code when it is opened ({error}), which is "
+            "refused: only files of tensors and plain values are read."
+        ) from error
+    except Exception as error:  # other structures, and damaged ones, raise nearly every type
+        problem = f"The checkpoint {os.path.abspath(path)} does not exist."
+        if "://" in path and isinstance(error, (OSError, AssertionError)):
+            problem = f"{path} cannot be downloaded: give a local copy of it."
+        elif os.path.isdir(path):
+            problem = f"{path} is a folder: name a checkpoint in it, such as model_final.pth."
+        elif "://" in path or os.path.isfile(path):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = (
+                f"The checkpoint {path} cannot be read, perhaps it was cut short or is of "
+                f"another kind: {reason}."
+            )
+        raise CheckpointError(problem) from error
 
-    Args:
-        checkpoint: with "iteration", or of the best evaluation: {"best": {"iteration": ...}}.
-        max_iter: of the training, None if it is not known.
-    """
+
+# Former names of parameters (regular expressions) and today's, so that weights of the last release
+# still load. An entry goes with the release after the renaming.
+RENAMED = {r"(decoder\.layers\.\d+)\.centre\.": r"\1.center."}
+
+
+def rename_parameters(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
+    """The same weights in the same order by today's names, with or without a prefix such as
+    ``module.``."""
+    renamed = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in RENAMED.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+def steps_of(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:
+    """The iterations that a checkpoint (with "iteration", or with "best" and its "iteration") of a
+    training of `max_iter` has behind it; None if it does not say."""
     iteration = checkpoint.get("iteration", (checkpoint.get("best") or {}).get("iteration"))
     if iteration is None:
         return None

@@ -5,7 +5,7 @@ from typing import Dict, List, Mapping, Sequence
 
 from torch import Tensor
 
-__all__ = ["adapt", "has_class_rows", "has_query_rows"]
+from smca.errors import some
 
 _CLASS_ROWS = re.compile(r"(.*\.)?(class_embed(\.\d+)?\.(weight|bias)|label_embed\.weight)")
 
@@ -33,16 +33,20 @@ def adapt(
     row in the checkpoint keeps its initial one.
 
     Args:
-        weights: the checkpoint's, changed in place. Weights whose rows have another length are
-            left as they are.
-        initial: the model's.
-        old_names, new_names: of the classes.
+        weights: weights of the checkpoint, changed in place. Those whose rows have another length
+            are left as they are.
+        initial: weights of the model.
+        old_names, new_names: names of the classes of both.
 
     Returns:
-        What is not kept, in words; empty if everything is.
+        Texts that say what is not kept; none if everything is.
     """
     notes = []
-    known_rows = [key for key in initial if _have_rows_of_one_kind(weights, initial, key)]
+    known_rows = [
+        key
+        for key in initial
+        if key in weights and weights[key].shape[1:] == initial[key].shape[1:]
+    ]
     class_rows = [key for key in known_rows if has_class_rows(key)]
     if class_rows:
         num_old, num_new = (len(rows[class_rows[0]]) for rows in (weights, initial))
@@ -53,26 +57,20 @@ def adapt(
             kept = {row: known[name] for row, name in enumerate(names) if name in known}
             for key in class_rows:
                 weights[key] = _with_rows(initial[key], weights[key], kept)
-            notes += _note_of_classes(names, kept, num_old)
-    for key in known_rows:
-        if has_query_rows(key):
-            num_old, num_new = len(weights[key]), len(initial[key])
-            kept = {row: row for row in range(min(num_old, num_new))}
-            weights[key] = _with_rows(initial[key], weights[key], kept)
-            if num_new > num_old:
-                notes.append(f"{num_new - num_old} of {num_new} queries start anew")
-            elif num_new < num_old:
-                notes.append(f"the last {num_old - num_new} of {num_old} queries are left out")
+            anew = [name for row, name in enumerate(names) if row not in kept]
+            if anew:
+                notes.append(f"{len(anew)} of {num_new} classes start anew ({some(anew, 8)})")
+            if len(kept) < num_old:
+                notes.append(f"{num_old - len(kept)} of {num_old} old classes are left out")
+    for key in filter(has_query_rows, known_rows):
+        num_old, num_new = len(weights[key]), len(initial[key])
+        kept = {row: row for row in range(min(num_old, num_new))}
+        weights[key] = _with_rows(initial[key], weights[key], kept)
+        if num_new > num_old:
+            notes.append(f"{num_new - num_old} of {num_new} queries start anew")
+        elif num_new < num_old:
+            notes.append(f"the last {num_old - num_new} of {num_old} queries are left out")
     return notes
-
-
-def _have_rows_of_one_kind(
-    weights: Mapping[str, Tensor], initial: Mapping[str, Tensor], key: str
-) -> bool:
-    if key not in weights or key not in initial:
-        return False
-    old, new = weights[key], initial[key]
-    return old.dim() == new.dim() and old.dim() > 0 and old.shape[1:] == new.shape[1:]
 
 
 def _with_rows(initial: Tensor, old: Tensor, kept: Mapping[int, int]) -> Tensor:
@@ -81,14 +79,3 @@ def _with_rows(initial: Tensor, old: Tensor, kept: Mapping[int, int]) -> Tensor:
     if kept:
         rows[list(kept.keys())] = old[list(kept.values())].to(rows)
     return rows
-
-
-def _note_of_classes(names: Sequence[str], kept: Mapping[int, int], num_old: int) -> List[str]:
-    notes = []
-    anew = [name for row, name in enumerate(names) if row not in kept]
-    if anew:
-        listed = ", ".join(anew[:8]) + (f" and {len(anew) - 8} more" if len(anew) > 8 else "")
-        notes.append(f"{len(anew)} of {len(names)} classes start anew ({listed})")
-    if len(kept) < num_old:
-        notes.append(f"{num_old - len(kept)} of {num_old} old classes are left out")
-    return notes

@@ -8,20 +8,19 @@ from torch import Tensor
 from .files import peek
 from .fine_tuning import has_class_rows
 
-__all__ = ["provenance_of", "read_provenance"]
-
-# Keys of a checkpoint's entry "smca", with the type of a value, or of the items of a list.
-_VALUES = {"config": str}
-_LISTS: Dict[str, Any] = {"overrides": str, "class_names": str, "category_ids": (int, str)}
+# Keys of a checkpoint's entry "smca", with the types of a value and of the items of a list.
+_TYPES: Dict[str, Any] = {
+    "config": (str, None),
+    "fitted": (dict, None),
+    "overrides": (list, str),
+    "class_names": (list, str),
+    "category_ids": (list, (int, str)),
+}
 
 
 def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
-    """What a checkpoint's file says about itself, as :func:`provenance_of`. It is empty for a file
-    that cannot be read, of which loading it into the model gives a better error.
-
-    Args:
-        weights: path or URL of the checkpoint.
-    """
+    """:func:`provenance_of` a checkpoint's path or URL. It is empty for a file that cannot be read,
+    of which loading it into the model gives a better error."""
     try:
         return provenance_of(peek(PathManager.get_local_path(weights)))
     except Exception:
@@ -29,16 +28,12 @@ def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
 
 
 def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """What a checkpoint says about itself.
-
-    Args:
-        checkpoint: what its file holds.
+    """What the content of a checkpoint says about itself.
 
     Returns:
-        Those that it says of ``config``, its name; ``overrides``; ``fitted``, the settings that
-        followed from the training data, by their keys; ``class_names``, and
-        ``category_ids``, the ids that they have in the training data's JSON; ``num_classes``. It
-        is empty for a file of another origin.
+        The keys that the file has of ``config`` (its name), ``overrides``, ``fitted`` (settings
+        that followed from the training data, by their keys), ``class_names``, ``category_ids``
+        (the ids of the classes in the training data's JSON), and ``num_classes``.
     """
     # A stranger's file may hold anything under these names.
     provenance, state = (
@@ -47,15 +42,10 @@ def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     )
     result: Dict[str, Any] = {
         name: provenance[name]
-        for name, type_ in _VALUES.items()
+        for name, (type_, item_type) in _TYPES.items()
         if isinstance(provenance.get(name), type_)
+        and (item_type is None or all(isinstance(x, item_type) for x in provenance[name]))
     }
-    if isinstance(provenance.get("fitted"), Mapping):
-        result["fitted"] = dict(provenance["fitted"])
-    for name, type_ in _LISTS.items():
-        value = provenance.get(name)
-        if isinstance(value, list) and all(isinstance(item, type_) for item in value):
-            result[name] = value
     rows = next((state[name] for name in state if has_class_rows(name)), None)
     if isinstance(rows, Tensor) and rows.dim() > 0:
         result["num_classes"] = len(rows)

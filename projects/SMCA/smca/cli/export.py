@@ -5,7 +5,7 @@ import os
 from typing import Optional, Sequence
 
 from smca.errors import exit_code
-from smca.inference import add_detector_arguments, make_folder, predictor_of, score
+from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
 from smca.inference.export import check_export, count_nodes, export_detector
 
 _DESCRIPTION = """\
@@ -14,7 +14,7 @@ Write a trained detector as one file that runs without this package:
     %(prog)s --weights output/demo/model_final.pth --format onnx --output model.onnx
     %(prog)s --weights FILE --format pt2 --output model.pt2
 
-onnx is for onnxruntime, OpenVINO, TensorRT and the like. pt2 is PyTorch's own (torch.export.load),
+onnx is for onnxruntime, OpenVINO, or TensorRT. pt2 is PyTorch's own (torch.export.load),
 for images of at least two of the coarsest cells a side (65 pixels). The graph takes `images`
 (B, 3, H, W) float32 RGB, 0 to 255, padded at the right and bottom, and `image_sizes` (B, 2) int64,
 the height and width of each image without padding. It gives `boxes` (B, K, 4), x0, y0, x1, y1 in
@@ -28,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_detector_arguments(parser)
+    add_predictor_arguments(parser, device=False)
     parser.set_defaults(device="cpu", dtype="fp32")
     parser.add_argument("--format", default="onnx", help="onnx (default) or pt2")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")

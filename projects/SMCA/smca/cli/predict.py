@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import glob
+import importlib
 import itertools
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
 
 import numpy as np
@@ -19,8 +19,6 @@ from smca.checkpoint.files import write_atomically
 from smca.errors import UserError, exit_code, writing
 from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
 from smca.inference.images import is_url
-
-__all__ = ["JSON_NAME", "get_parser", "main", "output_paths"]
 
 _DESCRIPTION = """\
 Detect objects in images or a video, and write them drawn and as COCO-style JSON:
@@ -74,20 +72,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code, 1 if something could not be read.
-    """
+    """Run the command line; gives the exit code, 1 if something could not be read."""
     return exit_code(run, get_parser().parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
     """The command's work; gives its exit code."""
-    # What is wrong with the files should not take the time to build a model.
-    if args.video_input:
-        return run_on_video(args)
-    return run_on_images(args)
+    return run_on_video(args) if args.video_input else run_on_images(args)
 
 
 # Images
@@ -95,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_on_images(args: argparse.Namespace) -> int:
     """Detect, draw and write; images that cannot be read are skipped. Gives the exit code."""
+    # What is wrong with the files should not take the time to build a model.
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
     predictor = predictor_of(args)
@@ -125,17 +117,8 @@ def _say(text: str, file: Optional[TextIO] = None) -> None:
 
 
 def find_images(patterns: Sequence[str]) -> List[str]:
-    """The image files that the command line names.
-
-    Args:
-        patterns: files, URLs, folders or glob patterns.
-
-    Returns:
-        Files and URLs in the order given, those of a folder or pattern by name.
-
-    Raises:
-        UserError: nothing is there.
-    """
+    """Files and URLs that are named by files, URLs, folders or glob patterns, in the order given;
+    those of a folder or pattern by name."""
     known = Image.registered_extensions().items()
     image_suffixes = {suffix for suffix, kind in known if kind in Image.OPEN}  # PDF is not
     paths: List[str] = []
@@ -162,15 +145,8 @@ def find_images(patterns: Sequence[str]) -> List[str]:
 
 
 def output_paths(paths: Sequence[str], output: str) -> List[str]:
-    """Where the drawn images go.
-
-    Returns:
-        One file for each image: `output` itself, or a file in that folder with the image's name,
-        made unique, and its type if that can be written, else .png.
-
-    Raises:
-        UserError: there are several images for one file, or an image would be overwritten.
-    """
+    """A file for each drawn image: `output` itself, or a file in that folder with the image's name,
+    made unique, and its type if that can be written, else .png. No image is overwritten."""
     suffix = Path(output).suffix.lower()
     if not os.path.isdir(output) and suffix in {*Image.registered_extensions(), *_VIDEO_SUFFIXES}:
         if suffix not in _WRITABLE:
@@ -206,9 +182,15 @@ def output_paths(paths: Sequence[str], output: str) -> List[str]:
 
 
 def run_on_video(args: argparse.Namespace) -> int:
-    """As `run_on_images`, of a video's frames; `image_id` counts them, those that cannot be decoded
+    """The same for a video's frames; `image_id` counts them, those that cannot be decoded
     included."""
-    cv2 = import_cv2()
+    try:
+        cv2: Any = importlib.import_module("cv2")
+    except ImportError as error:
+        raise UserError(
+            "Videos need OpenCV: run pip install opencv-python-headless (or install the extra "
+            "'video' of this package)."
+        ) from error
     if not os.path.isfile(args.video_input):
         raise UserError(f"The video {args.video_input} does not exist.")
     video = cv2.VideoCapture(args.video_input)
@@ -234,7 +216,9 @@ def run_on_video(args: argparse.Namespace) -> int:
         for index, frame in itertools.chain([first], frames):
             image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             detections = predictor(image, threshold=args.confidence_threshold)
-            drawn = even_sized(np.asarray(detections.draw()))
+            drawn = np.asarray(detections.draw())
+            height, width = (max(2, side // 2 * 2) for side in drawn.shape[:2])
+            drawn = drawn[:height, :width]  # codecs refuse odd numbers
             if writer is None:
                 codec, size = cv2.VideoWriter_fourcc(*"mp4v"), drawn.shape[1::-1]
                 writer = cv2.VideoWriter(output, codec, frames_per_second, size)
@@ -249,28 +233,21 @@ def run_on_video(args: argparse.Namespace) -> int:
         # OpenCV does not say so when it writes.
         raise UserError(f"{output} could not be written in full: is the disk full?")
     print(f"{args.video_input}: {num_drawn} frames, {len(results)} detections, drawn in {output}")
-    num_broken = index + 1 - num_drawn
-    if num_broken:
-        print(
-            f"{num_broken} of {index + 1} frames could not be decoded and were left out.",
-            file=sys.stderr,
-        )
-    is_cut = num_frames is not None and index + 1 < num_frames
-    if is_cut:
-        print(
-            f"{args.video_input} ends after {index + 1} of {num_frames} frames: it may be cut off.",
-            file=sys.stderr,
-        )
-    return 1 if num_broken or is_cut else 0
+    problems = []
+    if num_drawn < index + 1:
+        broken = index + 1 - num_drawn
+        problems.append(f"{broken} of {index + 1} frames could not be decoded and were left out.")
+    if num_frames is not None and index + 1 < num_frames:
+        ends = f"{args.video_input} ends after {index + 1} of {num_frames} frames"
+        problems.append(f"{ends}: it may be cut off.")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np.ndarray]]:
-    """The frames of a video that can be decoded, with their numbers in the file from 0.
-
-    Args:
-        video: a `cv2.VideoCapture`.
-        num_frames: how many frames the file says it has; None if it does not say.
-    """
+    """The frames of a `cv2.VideoCapture` that can be decoded, with their numbers from 0.
+    `num_frames` is None if the file does not say how many there are."""
     number = num_failed = 0  # of frames, and in a row
     while True:
         is_readable, frame = video.read()
@@ -280,18 +257,6 @@ def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np
             yield number - 1, frame
         elif num_failed > _MAX_BROKEN if num_frames is None else number >= num_frames:
             return
-
-
-def import_cv2() -> ModuleType:
-    """OpenCV, which the package does not require."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise UserError(
-            "Videos need OpenCV: run pip install opencv-python-headless (or install the extra "
-            "'video' of this package)."
-        ) from error
-    return cv2
 
 
 def video_output_path(path: str, output: str) -> str:
@@ -306,26 +271,18 @@ def video_output_path(path: str, output: str) -> str:
     return output
 
 
-def even_sized(image: np.ndarray) -> np.ndarray:
-    """An (h, w, 3) image without its last row or column where their number is odd, which video
-    codecs refuse."""
-    height, width = image.shape[:2]
-    return image[: max(2, height // 2 * 2), : max(2, width // 2 * 2)]
-
-
 # Results
 
 
 @contextlib.contextmanager
 def results_beside(output: str) -> Iterator[List[Dict[str, Any]]]:
-    """A list for the results, which are written as JSON beside `output` at the end, and whatever
-    ends the work before that."""
+    """A list for the results, which are written as JSON beside `output` at the end, also if an
+    error ends the work."""
     path = os.path.join(os.path.dirname(output), JSON_NAME)
     results: List[Dict[str, Any]] = []
     try:
         yield results
     finally:
-        content = json.dumps(results, indent=1).encode()
         with writing(path):
-            write_atomically(path, lambda file: file.write(content))
+            write_atomically(path, json.dumps(results, indent=1).encode())
         print(f"{len(results)} detections in {path}")

@@ -7,8 +7,6 @@ from detectron2.engine import default_argument_parser
 from smca.engine import run
 from smca.errors import at_least
 
-__all__ = ["main"]
-
 _EXAMPLES = """
 CONFIG is a file, or the name of a config that comes with the package:
 

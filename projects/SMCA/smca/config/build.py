@@ -14,8 +14,6 @@ from torch import nn
 from smca.data import class_names, fitted, num_classes, register_coco
 from smca.errors import ConfigError, UserError
 
-__all__ = ["build", "build_model", "dataset_names", "fit_to_data", "origin", "use_classes"]
-
 logger = logging.getLogger(__name__)
 
 # These errors come from code, such as a user's class, rather than from a value in the config.
@@ -78,24 +76,13 @@ def _with_key(reason: str, section: Any, name: str) -> str:
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The config's model, on the device that ``train.device`` names.
-
-    Raises:
-        ConfigError: it cannot be built.
-    """
+    """The config's model, on the device that ``train.device`` names."""
     return build(cfg.model, "model").to(cfg.train.device)
 
 
 def dataset_names(cfg: DictConfig, split: str) -> List[str]:
-    """Names of the config's data sets in Detectron2's catalog.
-
-    Args:
-        cfg: a LazyConfig.
-        split: "train" or "test".
-
-    Returns:
-        The names; none where the config calls a function for them, whose files need not be here.
-    """
+    """Names of the config's data sets in Detectron2's catalog for "train" or "test"; none where the
+    config calls a function for them, whose files need not be here."""
     key = f"dataloader.{split}.dataset.names"
     names = OmegaConf.select(cfg, key, default=None, throw_on_resolution_failure=False)
     if isinstance(names, DictConfig):
@@ -108,9 +95,7 @@ def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
     need not be here: the number and the names of the classes, and their order in data sets of
     `smca.data.register_coco`; and the values that :func:`fit_to_data` found.
 
-    Args:
-        cfg: a LazyConfig.
-        provenance: what `smca.checkpoint.read_provenance` returns.
+    `provenance` is what `smca.checkpoint.read_provenance` returns.
     """
     if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
         cfg.model.num_classes = provenance["num_classes"]
@@ -131,14 +116,8 @@ def fit_to_data(cfg: DictConfig) -> Dict[str, Any]:
     """Replace what a config computes from the training data with the functions of
     ``smca.data.fitted`` by the values, and log each.
 
-    Args:
-        cfg: a LazyConfig.
-
     Returns:
         The values by their keys. Checkpoints keep them, since the data need not be there later.
-
-    Raises:
-        DatasetError: there is a problem with the data.
     """
     values: Dict[str, Any] = {}
     known, names = copy.deepcopy(cfg), "dataloader.train.dataset.names"

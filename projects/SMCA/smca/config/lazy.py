@@ -22,8 +22,6 @@ from smca.config.names import find_config_file, load_file
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["load_config", "quoted", "require_values"]
-
 # The key of configs/fine_tune.py that names the config of the pretrained model.
 _BASE = "base.config"
 _SECTIONS = ["model", "dataloader", "optimizer", "lr_multiplier", "train"]

@@ -11,8 +11,6 @@ from omegaconf import DictConfig
 
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["find_config_file", "get_config", "get_config_file", "list_configs", "load_file"]
-
 
 def _config_files() -> Dict[str, Path]:
     """Paths by name, in the repository or in the installation."""
@@ -37,10 +35,7 @@ def list_configs() -> List[str]:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config's file, in the repository or in the installed package.
-
-    Args:
-        name: name of a config, with or without ``.py``.
+    """The path of a config's file by its name, with or without ``.py``.
 
     Raises:
         ConfigError: there is no such config.
@@ -53,11 +48,7 @@ def get_config_file(name: str) -> str:
 
 def find_config_file(text: str) -> str:
     """The path of the config file that a command line names by its path, or by the name of one of
-    this package's configs.
-
-    Raises:
-        ConfigError: there is no such config.
-    """
+    this package's configs."""
     is_name = text.removesuffix(".py") in _config_files() or (text != "" and not Path(text).suffix)
     return get_config_file(text) if is_name and not os.path.isfile(text) else text
 

@@ -9,8 +9,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, ValidationError
 
 from smca.errors import ConfigError
 
-__all__ = ["AMP_DTYPES", "TrainConfig", "amp_dtype", "check_train", "resolve_device"]
-
 logger = logging.getLogger(__name__)
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,9 +73,6 @@ class TrainConfig:
     clip_grad_norm: Optional[float] = _limited(  # None: off
         0.1, "null or a number of at least 0", lambda value: value is None or value >= 0
     )
-    # Iterations in a row that are skipped where the loss or the gradient is nan or infinite;
-    # each leaves a file nonfinite_<iteration>.json. 0: the first ends the training.
-    skip_nonfinite: int = _at_least(0, default=0)
     model_ema: Average = field(default_factory=Average)
     ddp: Dict[str, Any] = field(  # arguments of DistributedDataParallel
         default_factory=lambda: {

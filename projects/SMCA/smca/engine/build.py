@@ -15,8 +15,6 @@ from smca.data import require_dataset, spare_shared_memory
 from smca.engine.run_folder import SavedRun
 from smca.errors import ConfigError, did_you_mean
 
-__all__ = ["Run", "build_evaluation", "build_run"]
-
 logger = logging.getLogger(__name__)
 
 _DEV_RUN_IMAGES = 4
@@ -47,9 +45,6 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     Args:
         cfg: a LazyConfig. What it computes from the data is replaced by its value.
         saved: the checkpoint of this training to go on from.
-
-    Raises:
-        ConfigError, DatasetError: see the messages.
     """
     # The data come first: a fault in them is reported before the model is built, which takes time.
     train_loader, test_loader = _build_loaders(cfg, ["train", "test"], saved)
@@ -108,11 +103,8 @@ def _resolve_data_settings(cfg: DictConfig, splits: Sequence[str]) -> None:
 
 
 def _check_classes(cfg: DictConfig, split: str, saved: Optional[SavedRun]) -> None:
-    """
-    Raises:
-        ConfigError: a data set has other classes than the checkpoint, or more than the model; or
-            fewer, where Detectron2's evaluator fails at the first detection of another class.
-    """
+    """Raise if a data set has other classes than the checkpoint, or more than the model; or fewer,
+    where Detectron2's evaluator fails at the first detection of another class."""
     num_classes = OmegaConf.select(cfg, "model.num_classes")
     trained = saved and saved.provenance.get("class_names")
     is_evaluated = split == "test" and cfg.dataloader.get("evaluator") is not None
@@ -135,11 +127,7 @@ def _check_classes(cfg: DictConfig, split: str, saved: Optional[SavedRun]) -> No
 
 
 def _check_rates(cfg: DictConfig, model: nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: :func:`smca.solver.layer_lr_factor` gives a rate to a part that the model
-            lacks.
-    """
+    """Raise if `smca.solver.layer_lr_factor` gives a rate to a part that the model lacks."""
     key = "optimizer.params.lr_factor_func.factors"
     names = [name.split(".") for name, _ in model.named_parameters()]
     known = {".".join(words[:count]) for words in names for count in range(1, len(words) + 1)}

@@ -14,14 +14,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from smca.checkpoint.files import peek
 from smca.engine.signals import React, stop_error
 
-__all__ = [
-    "BestCheckpointer",
-    "EmergencyCheckpointer",
-    "EvalHook",
-    "ModelEMA",
-    "PeriodicCheckpointer",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -25,8 +25,6 @@ from smca.engine.signals import STOP_SIGNALS
 from smca.engine.train import main
 from smca.errors import ConfigError, UserError
 
-__all__ = ["run"]
-
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # Detectron2's
 _START_METHOD = "spawn"  # CUDA cannot be used after a fork
 
@@ -53,11 +51,14 @@ def run(args: argparse.Namespace) -> int:
                 "--num-gpus starts processes on one machine: for several machines use torchrun "
                 "--nnodes or Slurm, whose processes take neither --num-gpus nor --num-machines."
             )
-        if is_started:
-            return _run_started(args)
         if args.num_gpus != 1:
             return _launch(args)
-        main(args)
+        if is_started:  # by torchrun or Slurm
+            if _device(args).type == "cuda":
+                _own_gpu()
+            record(_work)(args)
+        else:
+            main(args)
     except UserError as error:
         return _report(str(error))
     except KeyboardInterrupt:
@@ -170,11 +171,7 @@ def _run_group(args: argparse.Namespace) -> _Outcome:
 
 
 def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
-    """
-    Args:
-        error: the launcher's error.
-        folder: where each process that failed by an exception has left a file error.json.
-    """
+    """What went wrong. Each process that failed by an exception has left error.json in `folder`."""
     rank, first = error.get_first_failure()
     code = first.exitcode
     if code in [128 + number for number in STOP_SIGNALS]:
@@ -198,34 +195,9 @@ def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
 # Each process
 
 
-def _run_started(args: argparse.Namespace) -> int:
-    """Run one of the processes of torchrun or Slurm."""
-    if _device(args).type == "cuda":
-        _own_gpu()
-    try:
-        record(_work)(args)
-    except UserError:
-        if _is_first_error():
-            raise
-        return 1
-    return 0
-
-
-def _is_first_error() -> bool:
-    """Whether no other process has asked this before."""
-    try:
-        return dist.distributed_c10d._get_default_store().add("smca_errors", 1) == 1
-    except Exception:  # the process that holds the store may be gone
-        return True
-
-
 def _own_gpu() -> torch.device:
     """The GPU of this process: that of its number on the machine, or the only one that a scheduler
-    lets it see.
-
-    Raises:
-        ConfigError: there are more processes than GPUs.
-    """
+    lets it see."""
     index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         index = 0

@@ -18,19 +18,12 @@ from smca.analysis import draw_pictures, evenly
 from smca.config import build, dataset_names
 from smca.inference import Predictor
 
-__all__ = ["EvaluationPictures"]
-
 logger = logging.getLogger(__name__)
 
 
 class EvaluationPictures:
-    """Draws the same images of the test data after each evaluation, for the writers.
-
-    A picture is not worth a training: an error turns them off, with a warning.
-
-    Args:
-        cfg: a LazyConfig; ``dataloader.test`` gives the images and how the model gets them, and
-            ``train.num_pictures`` says how many. In all but the main process nothing is drawn.
+    """Draws ``train.num_pictures`` images of ``dataloader.test`` after each evaluation, always the
+    same, for the writers; only in the main process. An error turns them off, with a warning.
     """
 
     def __init__(self, cfg: DictConfig):

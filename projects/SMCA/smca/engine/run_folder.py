@@ -19,17 +19,6 @@ from smca.checkpoint import SMCACheckpointer, provenance_of
 from smca.checkpoint.files import remove_temporary_files, write_atomically
 from smca.errors import CheckpointError, ConfigError, UserError, writing
 
-__all__ = [
-    "SavedRun",
-    "claim",
-    "from_main_process",
-    "log_to",
-    "open_run",
-    "release",
-    "save_config",
-    "set_previous_run_aside",
-]
-
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
@@ -61,11 +50,7 @@ def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
 
 def claim(folder: str) -> None:
     """Lock the output folder until this process ends or calls `release`. Without the lock, a second
-    training would move the files of the first one away.
-
-    Raises:
-        UserError: it cannot be written, or another process trains there.
-    """
+    training would move the files of the first one away."""
     with writing(f"train.output_dir={folder}"):
         os.makedirs(folder, exist_ok=True)
         # Open as long as the lock is held.
@@ -90,11 +75,7 @@ def release(folder: str) -> None:
 
 
 def log_to(folder: str, name: str = "log.txt") -> None:
-    """Log into that file, and this package's messages to stdout too.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Log into that file, and this package's messages to stdout too."""
     path, rank = os.path.join(folder, name), comm.get_rank()
     with writing(f"train.output_dir={folder}"):
         for package in ("smca", "fvcore", "detectron2"):
@@ -105,11 +86,7 @@ def log_to(folder: str, name: str = "log.txt") -> None:
 
 def save_config(cfg: DictConfig, folder: str) -> None:
     """Write ``config.yaml`` as Detectron2 does (and a .pkl where the config is no YAML), but whole
-    or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    or not at all."""
     with writing(f"train.output_dir={folder}"), tempfile.TemporaryDirectory() as scratch:
         LazyConfig.save(cfg, os.path.join(scratch, "config.yaml"))
         for path in Path(scratch).iterdir():
@@ -121,15 +98,9 @@ def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
     """Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
     own, where that run can still be resumed.
 
-    Args:
-        train: the config's section.
-
     Returns:
         The folder, None if there was no run; and where the weights of
         ``train.init_checkpoint`` are now.
-
-    Raises:
-        ConfigError: the files cannot be moved.
     """
     folder, weights = train.output_dir, train.init_checkpoint
     if not _matching(folder, _TRAINED):
@@ -174,9 +145,6 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
     Args:
         folder: output folder of the run.
         need_trainer: the training is to go on, for which weights alone are not enough.
-
-    Returns:
-        The checkpoint; None if there is none.
 
     Raises:
         CheckpointError: none can be read, or they are those of the run before.

@@ -12,8 +12,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from torch.utils.data import DataLoader
 
-__all__ = ["React", "STOP_SIGNALS", "StopSignals", "protect_workers", "stop_error"]
-
 # SIGUSR1 is what Slurm can send ahead of the time limit.
 STOP_SIGNALS: List[int] = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 # A group's signal may come twice: to each process, and handed on by the launcher.

@@ -53,8 +53,6 @@ from smca.engine.trainer import Trainer
 from smca.engine.writers import build_writers
 from smca.errors import ConfigError
 
-__all__ = ["do_eval", "do_test", "do_train", "main"]
-
 logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]  # {task: {metric: value}}
@@ -67,11 +65,8 @@ def main(args: argparse.Namespace) -> Results:
         args: arguments of Detectron2's `default_argument_parser`.
 
     Returns:
-        Results of the (last) evaluation, empty if there was none; ``bbox`` with those of
-        the trained weights, ``ema/bbox`` with those of their average. Only in the main process.
-
-    Raises:
-        UserError: see its docstring.
+        Results of the (last) evaluation in the main process, empty if there was none; ``bbox`` with
+        those of the trained weights, ``ema/bbox`` with those of their average.
     """
     args.config_file = find_config_file(args.config_file)  # Detectron2 logs what is in it
     # The data of an evaluation may follow from the checkpoint.
@@ -138,9 +133,6 @@ def do_train(
         cfg: the whole config.
         args: arguments of Detectron2's `default_argument_parser`.
         saved: the checkpoint of this training to go on from; None starts anew.
-
-    Returns:
-        Results of the last evaluation, see :func:`main`.
     """
     fitted = fit_to_data(cfg)
     train, to_save, results = cfg.train, copy.deepcopy(cfg), {}
@@ -278,7 +270,6 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
         clip_grad_norm=train.clip_grad_norm,
         seed=train.seed,
         total_batch_size=cfg.dataloader.train.get("total_batch_size"),
-        skip_nonfinite=train.skip_nonfinite,
         report_dir=train.output_dir,
     )
 

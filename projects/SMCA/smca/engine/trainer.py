@@ -24,8 +24,6 @@ from smca.data.loader import set_start_sample
 from smca.engine.signals import STOP_SIGNALS, React, StopSignals
 from smca.errors import CheckpointError, NonFiniteError
 
-__all__ = ["BoundedStorage", "Trainer"]
-
 logger = logging.getLogger(__name__)
 
 # Keeps the random numbers of the model apart from those of the data loader, which are
@@ -66,9 +64,7 @@ class Trainer(SimpleTrainer):
         seed: a number that is not negative, the same in all processes.
         total_batch_size: number of images of a batch in all processes, by which a resumed run
             knows how far it has got in the data.
-        skip_nonfinite: number of iterations in a row that are skipped, in all processes, if the
-            loss or the gradient is nan or infinite, before that is an error.
-        report_dir: folder of a file about each such iteration.
+        report_dir: folder of a report about an iteration whose loss or gradient is not finite.
 
     Attributes:
         is_updating: True from the beginning of the optimizer's step until a hook has seen the
@@ -91,7 +87,6 @@ class Trainer(SimpleTrainer):
         clip_grad_norm: Optional[float] = None,
         seed: int = 0,
         total_batch_size: Optional[int] = None,
-        skip_nonfinite: int = 0,
         report_dir: Optional[str] = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
@@ -100,14 +95,12 @@ class Trainer(SimpleTrainer):
         self.clip_grad_norm = clip_grad_norm or math.inf
         self.seed = seed
         self.total_batch_size = total_batch_size
-        self.skip_nonfinite = skip_nonfinite
         self.report_dir = report_dir
         self.signals = StopSignals()
         self.stopped_early = False
         self.is_updating = False
         self.error: Optional[BaseException] = None
         self.stop_signal: Optional[int] = None
-        self._num_skipped = 0  # in a row
         self._start_sample = 0  # in the stream of data
         self._running = [x for module in get_bn_modules(model) for x in module.buffers()]
         self._statistics: List[Tensor] = []
@@ -174,13 +167,9 @@ class Trainer(SimpleTrainer):
         # The forward pass of an iteration that fails later changes these.
         self._statistics = [buffer.clone() for buffer in self._running]
         with self.signals.reacting(React.AFTER_STEP):
-            is_ready = self._compute_gradients()
-        if is_ready:
-            self.is_updating = True
-            self.grad_scaler.step(self.optimizer)
-        else:
-            self.optimizer.zero_grad()
-            self.restore_statistics()
+            self._compute_gradients()
+        self.is_updating = True
+        self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         self._statistics = []
         self.last_iter = self.iter
@@ -190,8 +179,7 @@ class Trainer(SimpleTrainer):
         for buffer, value in zip(self._running, self._statistics):
             buffer.copy_(value)
 
-    def _compute_gradients(self) -> bool:
-        """Returns False if the gradients are not finite, and the step is to be skipped."""
+    def _compute_gradients(self) -> None:
         own_losses: List[Dict[str, Tensor]] = []
         file_names: List[str] = []
         data_time = 0.0
@@ -218,16 +206,13 @@ class Trainer(SimpleTrainer):
         if problem is not None:
             by_batch = [{k: v.item() for k, v in each.items()} for each in own_losses]
             own = {"images": file_names, "losses_by_batch": by_batch}
-            self._skip(problem, {"losses": values, "grad_norm": grad_norm}, own)
-            return False
-        self._num_skipped = 0
+            self._fail(problem, {"losses": values, "grad_norm": grad_norm}, own)
         metrics = {"data_time": data_time, "total_loss": sum(values.values()), **values}
         if math.isfinite(grad_norm):
             metrics["grad_norm"] = grad_norm
         if self.grad_scaler.is_enabled():
             metrics["grad_scale"] = scale
         self.storage.put_scalars(**metrics)
-        return True
 
     def _forward_backward(self, data: Any, micro_batch: int) -> Dict[str, Tensor]:
         # Random states are a function of the position in the training, so that a checkpoint
@@ -288,41 +273,21 @@ class Trainer(SimpleTrainer):
             return f"The norm of the gradient is {grad_norm} even with a loss scale of {scale:.2g}"
         return None  # the scaler skips the step and lowers its scale, as is normal
 
-    def _skip(self, problem: str, values: Dict[str, Any], own: Dict[str, Any]) -> None:
-        """Log that the iteration is skipped, or raise after too many in a row.
-
-        Args:
-            problem: what is not finite, in words.
-            values: losses and gradient norm, the same in all processes, for the report.
-            own: what the report says of this process's batches.
-        """
-        self._num_skipped += 1
+    def _fail(self, problem: str, values: Dict[str, Any], own: Dict[str, Any]) -> None:
+        """Report what is not finite (`problem`, in words), and raise. `values` are the same in all
+        processes, `own` are images and losses of this one."""
         see = ""
         if self.report_dir is not None:
             path = os.path.join(self.report_dir, f"nonfinite_{self.iter:07d}.json")
             see = f" ({path} names the images)"
-            report = {
-                "iteration": self.iter,
-                **values,
-                "last_checkpoint": read_tag(self.report_dir) or None,
-                "processes": comm.gather(own),
-            }
+            last = read_tag(self.report_dir) or None
+            report = {"iteration": self.iter, **values, "last_checkpoint": last}
+            report["processes"] = comm.gather(own)
             if comm.is_main_process():
                 write_atomically(path, json.dumps(report, indent=1).encode())
-        if self._num_skipped > self.skip_nonfinite:
-            skipped = f", after {self.skip_nonfinite} skipped ones" if self.skip_nonfinite else ""
-            raise NonFiniteError(
-                f"{problem} at iteration {self.iter}{skipped}: lower the learning rate, or use "
-                "train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data"
-                f"{see}."
-            )
-        logger.warning(
-            "%s at iteration %d, which is skipped (%d in a row of at most %d)%s.",
-            problem,
-            self.iter,
-            self._num_skipped,
-            self.skip_nonfinite,
-            see,
+        raise NonFiniteError(
+            f"{problem} at iteration {self.iter}: lower the learning rate, or use "
+            f"train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data{see}."
         )
 
     def _stream(self) -> Dict[str, Any]:

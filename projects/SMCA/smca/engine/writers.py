@@ -22,20 +22,13 @@ from smca.checkpoint.files import write_atomically
 from smca.config import build
 from smca.errors import ConfigError
 
-__all__ = ["MLflowWriter", "ProgressPrinter", "WandbWriter", "build_writers"]
-
 logger = logging.getLogger(__name__)
 
 
 class _TrackingWriter(EventWriter):
-    """Sends what is new in the storage, as TensorBoard's writer does. A service that fails ends
-    the sending, with a warning, and not the training.
-
-    Args:
-        output_dir: folder of the service's files, and of the run's id for ``--resume``.
-
-    Raises:
-        ConfigError: the service's package is not installed, or a run cannot be started.
+    """Sends what is new in the storage, as TensorBoard's writer does. A service that cannot be
+    reached at the start is a ConfigError; one that fails later ends the sending, with a warning,
+    and not the training. `output_dir` keeps the run's id for ``--resume``.
     """
 
     name = ""
@@ -175,14 +168,7 @@ _WRITERS = {writer.name: writer for writer in (WandbWriter, MLflowWriter)}
 
 
 def build_writers(train: DictConfig) -> List[EventWriter]:
-    """
-    Args:
-        train: the config's section. Its `writers` are names of services, "wandb" or "mlflow", or
-            calls of writers.
-
-    Raises:
-        ConfigError: a service cannot be used.
-    """
+    """Detectron2's writers, and those of the config's section `train`."""
     own = [
         _WRITERS[writer](train.output_dir)
         if isinstance(writer, str)

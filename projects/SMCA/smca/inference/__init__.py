@@ -1,9 +1,7 @@
 """A trained detector as a function of images."""
 
-from .build import WEIGHTS, TrainedDetector, load_detector, load_test_dataset, load_weights
+from .build import TrainedDetector, load_detector, load_test_dataset, load_weights
 from .command_line import (
-    add_detector_arguments,
-    add_dtype,
     add_predictor_arguments,
     add_weights_kind,
     make_folder,
@@ -16,12 +14,9 @@ from .pretrained import CARD_NAME, need_extra, save_pretrained
 
 __all__ = [
     "CARD_NAME",
-    "WEIGHTS",
     "Detections",
     "Predictor",
     "TrainedDetector",
-    "add_detector_arguments",
-    "add_dtype",
     "add_predictor_arguments",
     "add_weights_kind",
     "load_detector",

@@ -11,7 +11,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model as build_yacs_model
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -31,16 +30,7 @@ from smca.config import (
 from smca.data import category_ids, require_dataset
 from smca.errors import CheckpointError, ConfigError, UserError
 
-__all__ = [
-    "WEIGHTS",
-    "Config",
-    "TrainedDetector",
-    "load_detector",
-    "load_test_dataset",
-    "load_weights",
-]
-
-# Of a checkpoint: the trained ones, and their average over the training (model_ema).
+# Those of a checkpoint: the trained ones, and their average over the training (model_ema).
 WEIGHTS = ("model", "ema")
 
 Config = Union[DictConfig, CfgNode]
@@ -57,8 +47,8 @@ class TrainedDetector:
     """A detector with what it takes to use it, see `smca.Predictor`.
 
     Attributes:
-        model: follows Detectron2's contract.
-        augmentations: of the image, as in evaluation.
+        model: a model that follows Detectron2's contract.
+        augmentations: how images are resized, as in evaluation.
         image_format: "RGB" or "BGR", the order of channels that the model takes.
         class_names: may be empty.
         category_ids: from class index to the id in the data set's JSON; may be empty.
@@ -85,21 +75,19 @@ def load_detector(
     weights: Optional[str] = None,
     device: Optional[str] = None,
 ) -> TrainedDetector:
-    """Build a config's model and load its trained weights; arguments and errors as of
-    `smca.Predictor`."""
+    """Build a config's model and load its trained weights; `smca.Predictor` describes arguments
+    and errors."""
     provenance = read_provenance(checkpoint)
-    trained_with: List[str] = []
     if not config_file:
         config_file, trained_with = _find_config(checkpoint, provenance)
-    cfg = _load_any_config(config_file, [*trained_with, *overrides])
+        overrides = [*trained_with, *overrides]
+    cfg = _load_any_config(config_file, overrides)
     is_lazy = isinstance(cfg, DictConfig)
-    if not checkpoint and is_lazy:
-        checkpoint = OmegaConf.select(cfg, "train.init_checkpoint", default=None)
-    elif not checkpoint:
-        checkpoint = cfg.MODEL.WEIGHTS
+    configured = OmegaConf.select(cfg, "train.init_checkpoint") if is_lazy else cfg.MODEL.WEIGHTS
+    checkpoint = checkpoint or configured
     if not checkpoint:
         raise ConfigError("No checkpoint given: add --weights with the file of a trained detector.")
-    if is_lazy:
+    if isinstance(cfg, DictConfig):
         built = _build_from_lazy(cfg, config_file, device, provenance)
     else:
         built = _build_from_yacs(cfg, device)
@@ -124,7 +112,7 @@ def load_weights(
     """Load a detector's checkpoint, or the average of the weights in it.
 
     Args:
-        model: of the checkpoint's architecture.
+        model: model of the checkpoint's architecture.
         checkpoint: path or URL.
         weights: "model", "ema" or None, see `smca.Predictor`.
 
@@ -132,8 +120,7 @@ def load_weights(
         "model" or "ema", and what else the checkpoint holds.
 
     Raises:
-        CheckpointError: it cannot be read, does not fit, or has no average.
-        UserError: `weights` is something else.
+        UserError: the checkpoint cannot be read, does not fit, or has no such weights.
     """
     if weights not in (None, *WEIGHTS):
         raise UserError(f"weights has to be {' or '.join(WEIGHTS)}, not {weights!r}.")
@@ -153,13 +140,10 @@ def load_weights(
 
 
 def load_test_dataset(cfg: Optional[Config]) -> List[Dict[str, Any]]:
-    """A config's test data in Detectron2's format.
-
-    Args:
-        cfg: of a `smca.Predictor`.
+    """The test data of the config of a `smca.Predictor`, in Detectron2's format.
 
     Raises:
-        ConfigError: there is none, as of a published detector.
+        ConfigError: there is none, for instance because the detector was published.
         DatasetError: they are not there.
     """
     if cfg is None:
@@ -169,9 +153,7 @@ def load_test_dataset(cfg: Optional[Config]) -> List[Dict[str, Any]]:
         )
     if isinstance(cfg, DictConfig):
         require_values(cfg, ["dataloader.test.dataset"])
-        names = dataset_names(cfg, "test")
-        if names:
-            require_dataset(names)
+        require_dataset(dataset_names(cfg, "test"))
         return list(build(cfg.dataloader.test.dataset, "dataloader.test.dataset"))
     require_dataset(list(cfg.DATASETS.TEST))
     return get_detection_dataset_dicts(list(cfg.DATASETS.TEST), filter_empty=False)
@@ -194,23 +176,20 @@ def _find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple
     if os.path.isfile(beside):
         return beside, []
     name = provenance.get("config")
-    if not name:
-        raise ConfigError(
-            f"{weights} does not say which config it belongs to: add --config-file FILE (in code, "
-            "config_file=FILE)."
-        )
     for known in list_configs():
-        if Path(known).name == Path(name).stem:
+        if name and Path(known).name == Path(name).stem:
             return get_config_file(known), list(provenance.get("overrides") or [])
+    problem = f"belongs to the config {name}, which is neither beside it (as config.yaml) nor "
+    problem += "among those of this package"
     raise ConfigError(
-        f"{weights} belongs to the config {name}, which is neither beside it (as config.yaml) nor "
-        "among those of this package: add --config-file FILE (in code, config_file=FILE)."
+        f"{weights} {problem if name else 'does not say which config it belongs to'}: add "
+        "--config-file FILE (in code, config_file=FILE)."
     )
 
 
 def _load_any_config(config_file: str, overrides: Sequence[str]) -> Config:
-    if config_file.endswith((".yaml", ".yml")) and PathManager.isfile(config_file):
-        with PathManager.open(config_file) as file:
+    if config_file.endswith((".yaml", ".yml")) and os.path.isfile(config_file):
+        with open(config_file, encoding="utf-8", errors="replace") as file:
             if _YACS_SECTION.search(file.read()):
                 return _load_yacs_config(config_file, overrides)
     # What only training needs may be missing, as in configs/fine_tune.py.
@@ -232,7 +211,6 @@ def _load_yacs_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
 def _build_from_lazy(
     cfg: DictConfig, config_file: str, device: Optional[str], provenance: Mapping[str, Any]
 ) -> _Built:
-    """The model on its device, and what else of the config a predictor needs."""
     use_classes(cfg, provenance)
     require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config_file)
     cfg.train.device = str(resolve_device(device or cfg.train.device))
@@ -243,25 +221,23 @@ def _build_from_lazy(
 
 
 def _build_from_yacs(cfg: CfgNode, device: Optional[str]) -> _Built:
-    """As `_build_from_lazy`."""
     cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE, "MODEL.DEVICE"))
-    augmentation = T.ResizeShortestEdge(
-        [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
-    )
+    sides = [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST]
+    augmentations = [T.ResizeShortestEdge(sides, cfg.INPUT.MAX_SIZE_TEST)]
     try:
         model = build_yacs_model(cfg)
+    except UserError:
+        raise
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = error.args[0] if error.args else type(error).__name__
         raise ConfigError(f"The config's model cannot be built: {reason}") from error
-    return model, [augmentation], cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
+    return model, augmentations, cfg.INPUT.FORMAT, list(cfg.DATASETS.TEST)
 
 
 def _classes(
     provenance: Mapping[str, Any], datasets: Sequence[str], num_classes: Optional[int]
 ) -> Tuple[List[str], Dict[int, int]]:
-    """Class names and category ids: of the checkpoint if it says them, else of a data set with as
+    """Class names and category ids that the checkpoint says, else those of a data set with as
     many classes, of the same names where the checkpoint has names."""
     names = list(provenance.get("class_names") or [])
     ids = list(provenance.get("category_ids") or [])

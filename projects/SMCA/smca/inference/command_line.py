@@ -9,26 +9,10 @@ from smca.errors import UserError, writing
 from smca.inference.build import WEIGHTS
 from smca.inference.predictor import Predictor
 
-__all__ = [
-    "add_detector_arguments",
-    "add_dtype",
-    "add_predictor_arguments",
-    "add_weights_kind",
-    "make_folder",
-    "predictor_of",
-    "score",
-]
 
-
-def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `add_detector_arguments`, ``--device`` and ``--dtype``."""
-    add_detector_arguments(parser)
-    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
-    add_dtype(parser)
-
-
-def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config-file``, ``--weights`` and ``--weights-kind``."""
+def add_predictor_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """Add ``--config-file``, ``--weights`` and ``--weights-kind``; and ``--device`` and ``--dtype``
+    if `device` is true."""
     parser.add_argument(
         "--config-file",
         metavar="FILE",
@@ -41,10 +25,9 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint of a trained detector, or a folder of tools/publish.py",
     )
     add_weights_kind(parser)
-
-
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """``--dtype`` alone."""
+    if not device:
+        return
+    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
     parser.add_argument(
         "--dtype",
         default="fp32",
@@ -54,7 +37,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_kind(parser: argparse.ArgumentParser) -> None:
-    """``--weights-kind`` alone, for a command line with other options for the rest."""
+    """Add ``--weights-kind`` alone."""
     parser.add_argument(
         "--weights-kind",
         choices=WEIGHTS,
@@ -66,12 +49,12 @@ def add_weights_kind(parser: argparse.ArgumentParser) -> None:
 def score(text: str) -> float:
     """The type of an option that is a score."""
     try:
-        is_score = 0 <= float(text) <= 1
+        value = float(text)
     except ValueError:
-        is_score = False
-    if not is_score:
+        value = -1.0
+    if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"has to be a number in [0, 1], not {text}")
-    return float(text)
+    return value
 
 
 def make_folder(path: str) -> None:

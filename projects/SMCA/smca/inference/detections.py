@@ -9,8 +9,6 @@ from PIL import Image
 from smca.analysis.detections import class_name, draw_instances
 from smca.inference.images import ImageSource, rgb_array
 
-__all__ = ["Detections"]
-
 
 class Detections(Instances):
     """Detectron2's `Instances` of one image, on the CPU, best first, with the classes' names.
@@ -20,8 +18,8 @@ class Detections(Instances):
 
     Args:
         instances: the fields.
-        image: the detections' image, only kept; `draw` reads it.
-        class_names: may be empty, or too few: a class without a name is called by its index.
+        image: the image, which `draw` reads.
+        class_names: names by class index; a class without a name is called by its index.
         category_ids: from class index to the id in the data set's JSON; a class that is not in it
             has its index as id.
     """
@@ -47,7 +45,7 @@ class Detections(Instances):
         """The detections as in COCO's result files.
 
         Args:
-            image: keys of the image to put into each, such as ``image_id=7``.
+            image: entries about the image for each, such as ``image_id=7``.
 
         Returns:
             For each detection a dict with those keys, ``category_id``, ``category_name``,

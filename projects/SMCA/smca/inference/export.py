@@ -8,9 +8,9 @@ file's metadata.
 import contextlib
 import copy
 import importlib.util
+import io
 import json
 import logging
-import os
 import warnings
 from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -21,15 +21,13 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from smca.checkpoint.files import write_atomically
-from smca.errors import UserError, did_you_mean
+from smca.errors import UserError, did_you_mean, writing
 from smca.modeling import SMCA
 from smca.modeling.backbone import FrozenNormConv2d
 from smca.modeling.scales import padding_mask
 from smca.version import __version__
 
 from .predictor import Predictor
-
-__all__ = ["FORMATS", "ExportableDetector", "check_export", "count_nodes", "export_detector"]
 
 INPUTS = ("images", "image_sizes")
 OUTPUTS = ("boxes", "scores", "labels")
@@ -42,10 +40,10 @@ OLDEST_TORCH = {"onnx": "2.9", "pt2": "2.14"}
 
 
 class ExportableDetector(nn.Module):
-    """A model as a function of tensors alone, for batches and images of any size.
+    """A copy of a model as a function of tensors alone, for batches and images of any size.
 
     Args:
-        model: copied, not changed.
+        model: an SMCA or DETR model.
         image_format: "RGB" or "BGR", the order of channels that the model takes.
     """
 
@@ -81,19 +79,7 @@ class ExportableDetector(nn.Module):
 
 
 def check_export(output: str, format: str) -> None:
-    """What can be found wrong before a model is loaded.
-
-    Args:
-        output, format: as of `export_detector`.
-
-    Raises:
-        UserError: as `export_detector`.
-    """
-    if format == "torchscript":
-        raise UserError(
-            "--format torchscript is not written, for PyTorch has deprecated torch.jit in favor "
-            "of torch.export: take --format pt2 for PyTorch, or onnx for other runtimes."
-        )
+    """Raise the errors of `export_detector` that need no model."""
     if format not in FORMATS:
         raise UserError(f"There is no --format {format}{did_you_mean(format, list(FORMATS))}")
     if not output.endswith(f".{format}"):
@@ -118,42 +104,20 @@ def export_detector(
     """Write a detector as one file, whole or not at all.
 
     Args:
-        predictor: of a model on the CPU.
-        output: file to write; its name ends in the format's.
-        format: one of `FORMATS`.
-        threshold: of scores, to be written into the metadata. The graph gives all K detections.
+        predictor: a predictor on the CPU.
+        output: file to write, with the format as its suffix.
+        format: "onnx" or "pt2".
+        threshold: lowest score for the metadata. The graph gives all K detections.
 
     Raises:
-        UserError: there is no such format, its packages are missing, `output` cannot be written,
-            or the model or its preprocessing are of a kind that cannot be exported.
+        UserError: the format, the file, the model, or its preprocessing is not possible.
     """
     check_export(output, format)
     if not isinstance(predictor.model, SMCA):
         kind = type(predictor.model).__name__
         raise UserError(f"Only an SMCA or DETR model of this package can be exported, not {kind}.")
-    metadata = _metadata(predictor, threshold)
-    program = _trace(ExportableDetector(predictor.model, predictor.image_format))
-    try:
-        write_atomically(output, lambda file: FORMATS[format](program, metadata, file.name))
-    except OSError as error:
-        raise UserError(f"The output {output} cannot be written: {error}") from error
-
-
-def count_nodes(path: str) -> Dict[str, int]:
-    """How many nodes of each operator an ONNX file has, the most frequent first.
-
-    Operators of another domain than ONNX's own are named with it.
-    """
-    import onnx
-
-    nodes = onnx.load(path).graph.node
-    return dict(Counter(":".join(filter(None, [n.domain, n.op_type])) for n in nodes).most_common())
-
-
-def _metadata(predictor: Predictor, threshold: float) -> Dict[str, Any]:
-    """What a user of the file has to know beside the graph."""
     short_side, max_size = _resizing(predictor.augmentations.augs)
-    return {
+    metadata = {
         "class_names": predictor.class_names,
         "category_ids": [predictor.category_ids[index] for index in sorted(predictor.category_ids)],
         "short_side": short_side,
@@ -161,17 +125,28 @@ def _metadata(predictor: Predictor, threshold: float) -> Dict[str, Any]:
         "threshold": threshold,
         "smca_version": __version__,
     }
+    program = _trace(ExportableDetector(predictor.model, predictor.image_format))
+    with writing(f"The output {output}"):
+        write_atomically(output, lambda file: FORMATS[format](program, metadata, file.name))
+
+
+def count_nodes(path: str) -> Dict[str, int]:
+    """How many nodes of each operator an ONNX file has; operators of another domain than ONNX's own
+    are named with it."""
+    import onnx
+
+    nodes = onnx.load(path).graph.node
+    return Counter(":".join(filter(None, [n.domain, n.op_type])) for n in nodes)
 
 
 def _resizing(augmentations: List[T.Augmentation]) -> Tuple[Optional[int], Optional[int]]:
     """Short side and greatest long side that the evaluation resizes to; None: it does not."""
     if not augmentations:
         return None, None
-    resize = augmentations[0]
-    if len(augmentations) == 1 and isinstance(resize, T.ResizeShortestEdge):
-        sides = set(resize.short_edge_length)
-        if len(sides) == 1:
-            return int(sides.pop()), int(resize.max_size)
+    resize, *others = augmentations
+    if not others and isinstance(resize, T.ResizeShortestEdge):
+        if len(set(resize.short_edge_length)) == 1:
+            return int(resize.short_edge_length[0]), int(resize.max_size)
     raise UserError(
         "The config's test augmentations are more than one resizing of the short side, which the "
         "exported file cannot say: keep T.ResizeShortestEdge of one size in "
@@ -221,18 +196,11 @@ def _write_pt2(program: torch.export.ExportedProgram, metadata: Dict[str, Any], 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporters say of their own inner workings."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), open(os.devnull, "w") as null:
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stdout(null):
-                yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+    for name in ("onnxscript", "onnx_ir", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 _Writer = Callable[[torch.export.ExportedProgram, Dict[str, Any], str], None]

@@ -2,7 +2,7 @@
 
 import numbers
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, overload
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from smca.inference.build import TrainedDetector, load_detector
 from smca.inference.detections import Detections
 from smca.inference.images import ImageSource, rgb_array
 from smca.inference.pretrained import load_pretrained
-
-__all__ = ["Predictor"]
 
 
 class Predictor:
@@ -35,7 +33,7 @@ class Predictor:
         config_file: LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the ``config.yaml``
             that training wrote beside the checkpoint, else the config of that name that comes with
             this package, with the overrides of the training.
-        overrides: ``key=value``; of a yacs config ``KEY VALUE`` pairs.
+        overrides: texts ``key=value``, or ``KEY VALUE`` pairs for a yacs config.
         weights: "model" for the trained weights, "ema" for their average. None: the average where
             the checkpoint is the best one by the average's metric
             (``train.best_metric=ema/bbox/AP``), else the trained weights.
@@ -64,9 +62,7 @@ class Predictor:
         device: Optional[str] = None,
         dtype: str = "fp32",
     ):
-        _check_dtype(dtype)
-        path = None if checkpoint is None else os.fspath(checkpoint)
-        config = None if config_file is None else os.fspath(config_file)
+        path, config = (x if x is None else os.fspath(x) for x in (checkpoint, config_file))
         self._use(load_detector(path, config, overrides, weights, device), dtype)
 
     @classmethod
@@ -83,14 +79,13 @@ class Predictor:
         """A predictor of a model that is there already.
 
         Args:
-            model: follows Detectron2's contract; put in evaluation mode, used on the device that
-                it is on.
-            augmentations: of the image, as in evaluation.
+            model: a model that follows Detectron2's contract, on its device. It is put in
+                evaluation mode.
+            augmentations: how images are resized, as in evaluation.
             image_format: "RGB" or "BGR", the order of channels that the model takes.
             class_names, category_ids: see the class.
             dtype: see the class.
         """
-        _check_dtype(dtype)
         predictor = cls.__new__(cls)
         names, ids = list(class_names), dict(category_ids or {})
         predictor._use(TrainedDetector(model, augmentations, image_format, names, ids), dtype)
@@ -109,18 +104,19 @@ class Predictor:
 
         Args:
             name: a folder, or a repository on the Hugging Face Hub ("user/name").
-            revision: of the repository: a branch, a tag or a commit.
+            revision: a branch, a tag or a commit of the repository.
             device, dtype: see the class.
 
         Raises:
             UserError: there is none, it cannot be read, or asks for more than parts of detectors.
         """
-        _check_dtype(dtype)
         predictor = cls.__new__(cls)
         predictor._use(load_pretrained(os.fspath(name), revision=revision, device=device), dtype)
         return predictor
 
     def _use(self, detector: TrainedDetector, dtype: str) -> None:
+        if dtype not in ("fp32", *AMP_DTYPES):
+            raise UserError(f"dtype has to be fp32, {' or '.join(AMP_DTYPES)}, not {dtype!r}.")
         self.model: nn.Module = detector.model.eval()
         self.augmentations = T.AugmentationList(list(detector.augmentations))
         self.image_format = detector.image_format
@@ -130,16 +126,6 @@ class Predictor:
         self.weights: str = detector.weights
         device = next(self.model.parameters(), torch.empty(0)).device
         self._amp_dtype = amp_dtype(dtype, device)
-
-    @overload
-    def __call__(
-        self, images: ImageSource, *, threshold: float = 0.5, batch_size: int = 1
-    ) -> Detections: ...
-
-    @overload
-    def __call__(
-        self, images: Sequence[ImageSource], *, threshold: float = 0.5, batch_size: int = 1
-    ) -> List[Detections]: ...
 
     def __call__(self, images: Any, *, threshold: float = 0.5, batch_size: int = 1) -> Any:
         """Detect objects.
@@ -155,15 +141,13 @@ class Predictor:
 
         Returns:
             Detections (of Detectron2's type Instances) on the CPU, with ``pred_boxes`` in pixels
-            of the image, best first; of a list, a list of them.
+            of the image, best first. A list of images gives a list of them.
 
         Raises:
             UserError: an image cannot be read, or an argument has a wrong value.
         """
-        if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
+        if not isinstance(threshold, numbers.Real) or not 0 <= threshold <= 1:
             raise UserError(f"The threshold has to be a number in [0, 1], not {threshold!r}.")
-        if not 0 <= threshold <= 1:
-            raise UserError(f"The threshold has to be in [0, 1], {threshold:g} is not.")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size has to be a positive whole number, not {batch_size!r}.")
         if not isinstance(images, (list, tuple)):
@@ -193,8 +177,3 @@ class Predictor:
         self.augmentations(aug_input)
         pixels = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1)))
         return {"image": pixels, "height": height, "width": width}
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("fp32", *AMP_DTYPES):
-        raise UserError(f"dtype has to be fp32, {' or '.join(AMP_DTYPES)}, not {dtype!r}.")

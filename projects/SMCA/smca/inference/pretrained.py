@@ -7,23 +7,20 @@ nothing but parts of detectors."""
 import contextlib
 import importlib
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import yaml
 from detectron2.config import instantiate
-from detectron2.utils.registry import locate
+from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf
 
-from smca.checkpoint.renames import rename_parameters
+from smca.checkpoint.files import rename_parameters
 from smca.config import resolve_device
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.inference.build import TrainedDetector
 from smca.version import __version__
-
-__all__ = ["CARD_NAME", "load_pretrained", "need_extra", "save_pretrained"]
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
@@ -45,8 +42,8 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
     """Write what inference needs of a detector, for `smca.Predictor.from_pretrained`.
 
     Args:
-        detector: built from a LazyConfig.
-        folder: made if it is not there, else one that this wrote before.
+        detector: a detector that was built from a LazyConfig.
+        folder: a new folder, or one that this wrote before.
 
     Returns:
         What the config file says.
@@ -99,12 +96,7 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
 def load_pretrained(
     name: str, *, revision: Optional[str] = None, device: str = "auto"
 ) -> TrainedDetector:
-    """A published detector.
-
-    Args:
-        name: a folder, or a repository on the Hugging Face Hub ("user/name").
-        revision: of the repository: a branch, a tag or a commit.
-        device: "auto", "cpu", "cuda", ...
+    """A published detector; `smca.Predictor.from_pretrained` describes the arguments.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be read.
@@ -112,25 +104,25 @@ def load_pretrained(
     """
     safetensors = need_extra("safetensors.torch")
     folder = name if os.path.isdir(name) else _download(name, revision)
-    paths = [os.path.join(folder, file) for file in (CONFIG_NAME, WEIGHTS_NAME)]
-    for path in paths:
+    config, weights = (os.path.join(folder, file) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    for path in (config, weights):
         if not os.path.isfile(path):
             raise CheckpointError(
                 f"{name} is no published detector, {os.path.basename(path)} is not in it: "
                 "tools/publish.py writes one."
             )
-    published = _read_config(paths[0])
+    published = _read_config(config)
     try:
         model = instantiate(published["model"])
         augmentations = instantiate(published["augmentations"])
     except UserError:
         raise
     except Exception as error:  # whatever the called part says to its arguments
-        raise ConfigError(f"{paths[0]} cannot be built: {error}") from error
+        raise ConfigError(f"{config} cannot be built: {error}") from error
     try:
-        model.load_state_dict(rename_parameters(safetensors.load_file(paths[1])))
+        model.load_state_dict(rename_parameters(safetensors.load_file(weights)))
     except Exception as error:  # SafetensorError is no type of Python's own errors
-        raise CheckpointError(f"{paths[1]} cannot be read or does not fit: {error}") from error
+        raise CheckpointError(f"{weights} cannot be read or does not fit: {error}") from error
     return TrainedDetector(
         model.to(resolve_device(device)),
         augmentations,
@@ -221,14 +213,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return _public_name(value) if callable(value) else value
-
-
-def _public_name(target: Callable[..., Any]) -> str:
-    """The shortest name that a function or class can be imported by, which outlives its file's."""
-    parts = target.__module__.split(".")
-    for length in range(1, len(parts) + 1):
-        package = ".".join(parts[:length])
-        if getattr(sys.modules.get(package), target.__qualname__, None) is target:
-            return f"{package}.{target.__qualname__}"
-    return f"{target.__module__}.{target.__qualname__}"
+    return _convert_target_to_string(value) if callable(value) else value

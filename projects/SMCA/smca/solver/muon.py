@@ -24,8 +24,8 @@ class Muon(torch.optim.AdamW):
     Args:
         params: parameters or groups of them.
         lr: the learning rate, the same for both kinds of update.
-        weight_decay: decoupled, as in AdamW.
-        momentum: of the matrices' gradients (Nesterov's).
+        weight_decay: decoupled weight decay, as in AdamW.
+        momentum: Nesterov's momentum of the matrices' gradients.
         kwargs: further arguments of ``torch.optim.AdamW``.
     """
 

@@ -5,14 +5,6 @@ from typing import Any, Callable, Dict, Mapping, Tuple
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-__all__ = [
-    "COCO_TRAIN_IMAGES",
-    "backbone_lr_factor",
-    "layer_lr_factor",
-    "step_schedule",
-    "steps_of_epochs",
-]
-
 COCO_TRAIN_IMAGES = 118287
 
 
@@ -20,14 +12,10 @@ def backbone_lr_factor(factor: float) -> Callable[[str], float]:
     """The backbone learns at `factor` times the learning rate of the rest.
 
     Returns:
-        From a parameter's name to its factor, for
+        A function from a parameter's name to its factor, for
         ``get_default_optimizer_params(lr_factor_func=...)``.
     """
-
-    def lr_factor(parameter_name: str) -> float:
-        return factor if parameter_name.startswith("backbone.") else 1.0
-
-    return lr_factor
+    return layer_lr_factor({"backbone": factor})
 
 
 def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
@@ -39,8 +27,7 @@ def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
             where none does.
 
     Returns:
-        From a parameter's name to its factor, for
-        ``get_default_optimizer_params(lr_factor_func=...)``.
+        From a parameter's name to its factor, see :func:`backbone_lr_factor`.
     """
     by_length = sorted(factors.items(), key=lambda item: -len(item[0]))
 
@@ -55,9 +42,9 @@ def steps_of_epochs(epochs: float, num_images: int, batch_size: int, accumulate:
     """Iterations of so many epochs, at least 1.
 
     Args:
-        num_images: of an epoch.
-        batch_size: images of a batch, in all processes together.
-        accumulate: batches of an iteration.
+        num_images: number of images of an epoch.
+        batch_size: number of images of a batch, in all processes together.
+        accumulate: number of batches of an iteration.
     """
     return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
@@ -68,8 +55,8 @@ def step_schedule(
     """Iterations of a training of `epochs` whose rate is divided by 10 after `drop_epoch` epochs.
 
     Args:
-        batch_size: images of an iteration, in all processes together.
-        num_images: of an epoch.
+        batch_size: number of images of an iteration, in all processes together.
+        num_images: number of images of an epoch.
 
     Returns:
         ``train.max_iter`` and ``lr_multiplier`` of a LazyConfig.

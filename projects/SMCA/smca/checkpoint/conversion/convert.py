@@ -16,16 +16,14 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from smca.checkpoint.files import RefusedCode, load_tensors, write_atomically
+from smca.checkpoint.files import load_tensors, reading, write_atomically
 from smca.config import get_config
-from smca.errors import CheckpointError, differing, some
+from smca.errors import CheckpointError, differing, some, writing
 from smca.modeling import build_resnet
 from smca.version import __version__
 
 from .names import official_name
 from .recognition import has, recognize_detr, recognize_smca, resnet_depth
-
-__all__ = ["CLASS_CHOICES", "Conversion", "convert", "convert_file", "read_state_dict"]
 
 CLASS_CHOICES = ("coco80", "keep")
 
@@ -42,8 +40,8 @@ class Conversion:
         model: tensors under this project's names.
         description: what was recognized, in words.
         config: name of the config whose model it is; None for a backbone.
-        overrides: ``key=value``, to add to that config.
-        class_names: of the class outputs, None if they are not COCO's.
+        overrides: texts ``key=value``, to add to that config.
+        class_names: names of the class outputs, None if they are not COCO's.
         notes: sentences on what was assumed, changed or left out.
     """
 
@@ -62,20 +60,22 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
     which config it belongs to.
 
     Args:
-        input_path: a .pth file or its URL. It is only read.
-        output_path: a .pth file.
+        input_path: path or URL of a .pth file.
+        output_path: path of a .pth file.
         classes: see `convert`.
 
     Raises:
-        CheckpointError: see `read_state_dict` and `convert`; or the output cannot be written.
+        UserError: see `read_state_dict` and `convert`; or the output cannot be written.
     """
     if not output_path.endswith(".pth"):
         raise CheckpointError(f"The output {output_path} needs a name that ends in .pth.")
-    local_path = _local_path(input_path)
-    if os.path.realpath(local_path) == os.path.realpath(output_path):
-        raise CheckpointError(f"The output {output_path} is the input: give it another name.")
+    with reading(input_path):
+        local_path = PathManager.get_local_path(input_path)
+        if os.path.realpath(local_path) == os.path.realpath(output_path):
+            raise CheckpointError(f"The output {output_path} is the input: give it another name.")
+        state_dict = read_state_dict(local_path)
     try:
-        conversion = convert(read_state_dict(local_path), classes)
+        conversion = convert(state_dict, classes)
     except CheckpointError as error:
         raise CheckpointError(f"{input_path} {error}") from error
     provenance: Dict[str, Any] = {
@@ -87,7 +87,9 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
     }
     if "class_embed.bias" in conversion.model:
         provenance["num_classes"] = len(conversion.model["class_embed.bias"])
-    _save({"model": conversion.model, "smca": provenance}, output_path)
+    checkpoint = {"model": conversion.model, "smca": provenance}
+    with writing(f"The output {output_path}"):
+        write_atomically(output_path, lambda file: torch.save(checkpoint, file))
     return conversion
 
 
@@ -102,8 +104,6 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
         CheckpointError: the tensors are not exactly those of such a model. The message is a
             sentence without its subject, the file.
     """
-    if classes not in CLASS_CHOICES:
-        raise ValueError(f"classes={classes!r} must be one of {', '.join(CLASS_CHOICES)}.")
     # Batch norms' counters are in some files, and nothing uses them.
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
     if has(state_dict, r"layer1\."):
@@ -113,44 +113,6 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
             "is no checkpoint of an official SMCA or DETR model nor of a torchvision ResNet: its "
             f"tensors are called {some(sorted(state_dict))}."
         )
-    return _convert_detector(state_dict, classes)
-
-
-def read_state_dict(path: str) -> Dict[str, Tensor]:
-    """The tensors of a checkpoint: of its entry ``model`` or ``state_dict`` if it has one.
-
-    Raises:
-        CheckpointError: the file cannot be read, holds something else than tensors there, or would
-            run code when it is opened. The message is a sentence without its subject, the file.
-    """
-    try:
-        # Command line arguments, which the official training script keeps beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = load_tensors(path)
-    except RefusedCode as error:
-        raise CheckpointError(
-            f"would run code when it is opened ({error}), which is refused: only files of "
-            "tensors and plain values are converted."
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged files raise nearly every type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"cannot be read, perhaps it was cut short or is of another kind: {reason}"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, Mapping) or not checkpoint:
-        raise CheckpointError("holds no tensors by name.")
-    wrong = [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise CheckpointError(f"holds other things than tensors: {some(wrong)}.")
-    return dict(checkpoint)
-
-
-def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion:
     is_smca = has(state_dict, r".*\.point1\.")
     find = recognize_smca if is_smca else recognize_detr
     name, settings, description, notes = find(state_dict)
@@ -162,10 +124,29 @@ def _convert_detector(state_dict: Dict[str, Tensor], classes: str) -> Conversion
     return Conversion(model, description, name, _overrides(name, settings), class_names, notes)
 
 
+def read_state_dict(path: str) -> Dict[str, Tensor]:
+    """The tensors in a checkpoint, or in its entry ``model`` or ``state_dict`` if it has one.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds something else than tensors there, or would
+            run code when it is opened.
+    """
+    # Command line arguments, which the official training script keeps beside the weights.
+    with reading(path), torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = load_tensors(path)
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, Mapping) or not checkpoint:
+        raise CheckpointError(f"{path} holds no tensors by name.")
+    wrong = [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise CheckpointError(f"{path} holds other things than tensors: {some(wrong)}.")
+    return dict(checkpoint)
+
+
 def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
-    notes = []
-    if has(state_dict, r"fc\."):
-        notes.append("The classifier (fc) is left out.")
+    notes = ["The classifier (fc) is left out."] if has(state_dict, r"fc\.") else []
     state_dict = {
         f"backbone.0.body.{key}": value
         for key, value in state_dict.items()
@@ -181,7 +162,7 @@ def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
 
 
 def _overrides(name: str, settings: Dict[str, Any]) -> List[str]:
-    """What of the settings differs from the config."""
+    """Those of the settings that differ from the config."""
     config = get_config(name)
     return [
         f"{key}={value}"
@@ -224,7 +205,7 @@ def _match(state_dict: Dict[str, Tensor], expected: Mapping[str, Tensor]) -> Dic
 
 
 def _softmax_to_sigmoid(model: Dict[str, Tensor]) -> str:
-    """Turn a soft-max class head whose last output means no object into one for the sigmoid."""
+    """Turn a softmax class head whose last output means no object into one for the sigmoid."""
     for key in ("class_embed.weight", "class_embed.bias"):
         # sigmoid(l_c - l_none) = p_c / (p_c + p_none).
         model[key] = model[key][:-1] - model[key][-1:]
@@ -236,7 +217,7 @@ def _softmax_to_sigmoid(model: Dict[str, Tensor]) -> str:
 
 
 def _choose_classes(model: Dict[str, Tensor], classes: str, notes: List[str]) -> List[str]:
-    """Keep the chosen outputs of the class head; returns their names, if they are COCO's."""
+    """Keep the chosen outputs of the class head, and return their names if they are COCO's."""
     num_outputs = len(model["class_embed.bias"])
     if classes == "keep":
         if num_outputs not in _COCO_OUTPUTS:
@@ -254,22 +235,3 @@ def _choose_classes(model: Dict[str, Tensor], classes: str, notes: List[str]) ->
         f"Of {num_outputs} class outputs the 80 of COCO's classes are kept, in Detectron2's order."
     )
     return [_COCO_NAMES[row] for row in rows]
-
-
-def _local_path(path: str) -> str:
-    try:
-        local_path = PathManager.get_local_path(path)
-    except (OSError, AssertionError) as error:
-        raise CheckpointError(f"{path} cannot be downloaded: {error}") from error
-    if os.path.isdir(local_path):
-        raise CheckpointError(f"{path} is a folder: name a checkpoint in it.")
-    if not os.path.isfile(local_path):
-        raise CheckpointError(f"The checkpoint {path} does not exist.")
-    return local_path
-
-
-def _save(checkpoint: Dict[str, Any], path: str) -> None:
-    try:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
-    except OSError as error:
-        raise CheckpointError(f"The output {path} cannot be written: {error}") from error

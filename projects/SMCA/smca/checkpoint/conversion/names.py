@@ -3,8 +3,6 @@
 import re
 from typing import Callable, List, Match, Tuple, Union
 
-__all__ = ["official_name"]
-
 # What turns a name here into an official one: every rule is applied, in this order.
 _RULES: List[Tuple[str, Union[str, Callable[[Match[str]], str]]]] = [
     (r"^backbone\.", r"backbone.0.body."),

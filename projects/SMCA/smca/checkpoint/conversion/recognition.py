@@ -9,22 +9,14 @@ from torch import Tensor
 from smca.errors import CheckpointError
 from smca.modeling.weight_map import MAPS
 
-__all__ = ["recognize_detr", "recognize_smca", "has", "resnet_depth"]
-
 _NUM_HEADS = 8
-_OFFICIAL_SPREADS = {
-    "fixed": "type1",
-    "single": "type2",
-    "independent": "type3",
-    "covariance": "type4",
-}
-_STRIDES_OF_SCALES = {1: "stride 32", 3: "strides 16, 32, 64", 4: "strides 8, 16, 32, 64"}
+_SPREADS = ("fixed", "single", "independent", "covariance")  # type1 to type4 of the official code
 # (basic or bottleneck block, blocks in the third stage) of ResNets
 _RESNET_DEPTHS = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101}
 
 
 def recognize_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
-    """Config, settings (keys of the config), description and notes."""
+    """The config's name, settings (by keys of the config), a description, and notes."""
     depth = resnet_depth(state_dict)
     settings, notes = _common_settings(state_dict, depth), []
     base = 101 if depth == 101 else 50
@@ -32,30 +24,43 @@ def recognize_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], 
         kind, num_scales, name = "one scale", 1, "smca_single_scale_r50_50ep"
     elif has(state_dict, r"input_proj_512\."):
         kind, num_scales, name = "convolutional encoder", 4, f"smca_conv_r{base}_50ep"
-        settings.update(_conv_encoder_settings(state_dict))
+        kernel = _shape(state_dict, "transformer.encoder.layers.0.self_attn_8.weight")
+        settings.update(
+            {
+                "model.encoder.pattern": None,
+                "model.encoder.num_layers": _num_layers(state_dict, "transformer.encoder.layers."),
+                "model.encoder.kernel_size": kernel[-1],
+                "model.encoder.share_cross_scale": has(state_dict, r".*\.high_to_low\."),
+                "model.encoder.pointwise": has(state_dict, r".*\.conv_1\."),
+            }
+        )
     else:
         kind, num_scales, name = "several scales", 3, f"smca_r{base}_50ep"
-        notes.append(_assume_pattern(settings))
+        # One multi-scale layer in the middle, as in the paper's best model.
+        num_layers = len(settings["model.encoder.pattern"])
+        pattern = "I" * (num_layers // 2) + "M" + "I" * (num_layers - num_layers // 2 - 1)
+        settings["model.encoder.pattern"] = pattern
+        notes.append(
+            f'Weights do not show which encoder layers are multi-scale: "{pattern}" is assumed, '
+            "set model.encoder.pattern if it is another."
+        )
     has_offsets = has(state_dict, r".*\.point2\.")
     spread = _spread(state_dict, num_scales * (_NUM_HEADS if has_offsets else 1))
     settings["model.decoder.modulation.per_head"] = has_offsets
     settings["model.decoder.modulation.map"] = f"smca.modeling.{MAPS[spread].__name__}"
     if num_scales > 1:
         settings["model.decoder.scale_selection"] = has(state_dict, r".*\.point4\.")
-    description = (
-        f"SMCA, {kind} ({_STRIDES_OF_SCALES[num_scales]}), spread {spread} "
-        f"({_OFFICIAL_SPREADS[spread]}), {_describe(settings)}"
-    )
-    return name, settings, description, notes
+    return name, settings, f"SMCA, {kind}, ResNet-{depth}, spread {spread}", notes
 
 
 def recognize_detr(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
-    settings = _common_settings(state_dict, resnet_depth(state_dict))
+    depth = resnet_depth(state_dict)
     notes = [
         "Weights do not show whether the last stage is dilated: for DC5 add "
         "model.backbone.dilated_res5=True."
     ]
-    return "detr_r50_50ep", settings, f"DETR, {_describe(settings)}", notes
+    settings = _common_settings(state_dict, depth)
+    return "detr_r50_50ep", settings, f"DETR, ResNet-{depth}", notes
 
 
 def _common_settings(state_dict: Dict[str, Tensor], depth: int) -> Dict[str, Any]:
@@ -73,53 +78,16 @@ def _common_settings(state_dict: Dict[str, Tensor], depth: int) -> Dict[str, Any
     }
 
 
-def _conv_encoder_settings(state_dict: Dict[str, Tensor]) -> Dict[str, Any]:
-    kernel = _shape(state_dict, "transformer.encoder.layers.0.self_attn_8.weight")
-    return {
-        "model.encoder.pattern": None,
-        "model.encoder.num_layers": _num_layers(state_dict, "transformer.encoder.layers."),
-        "model.encoder.kernel_size": kernel[-1],
-        "model.encoder.share_cross_scale": has(state_dict, r".*\.high_to_low\."),
-        "model.encoder.pointwise": has(state_dict, r".*\.conv_1\."),
-    }
-
-
-def _assume_pattern(settings: Dict[str, Any]) -> str:
-    """One multi-scale layer in the middle, as in the paper's best model."""
-    num_layers = len(settings["model.encoder.pattern"])
-    pattern = "I" * (num_layers // 2) + "M" + "I" * (num_layers - num_layers // 2 - 1)
-    settings["model.encoder.pattern"] = pattern
-    return (
-        f'Weights do not show which encoder layers are multi-scale: "{pattern}" is assumed, '
-        "set model.encoder.pattern if it is another."
-    )
-
-
 def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
     outputs = {key: len(v) for key, v in state_dict.items() if key.endswith(".point3.bias")}
     if not outputs:
         return "fixed"
     # The layers have to agree; one that does not is found later.
     key, num_outputs = min(outputs.items())
-    for spread in _OFFICIAL_SPREADS:
+    for spread in _SPREADS:
         if len(MAPS[spread].initial_spreads) * num_gaussians == num_outputs:
             return spread
     raise CheckpointError(f"has {num_outputs} outputs in {key}, which fits no kind of spread.")
-
-
-def _describe(settings: Dict[str, Any]) -> str:
-    conv = ""
-    if settings["model.encoder.pattern"] is None:
-        shared = "shared" if settings["model.encoder.share_cross_scale"] else "separate"
-        conv = (
-            f"{settings['model.encoder.num_layers']} encoder layers of kernel "
-            f"{settings['model.encoder.kernel_size']}, {shared} convolutions between scales, "
-            f"{'with' if settings['model.encoder.pointwise'] else 'without'} 1x1 convolutions, "
-        )
-    return (
-        f"{conv}ResNet-{settings['model.backbone.depth']}, {settings['model.num_queries']} queries,"
-        f" {settings['model.num_classes']} class outputs"
-    )
 
 
 def resnet_depth(state_dict: Dict[str, Tensor]) -> int:
