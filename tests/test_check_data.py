@@ -171,7 +171,6 @@ def test_files_that_train_together_are_counted_together(tmp_path):
     first, second = (examine(*each) for each in paths)
     together = collect_statistics(first, second)
     assert together.objects_per_image.tolist() == [12, 0, 0, 12, 0, 0]
-    assert together.images.tolist() == [0] * 12 + [3] * 12
     assert together.objects_per_class.tolist() == [24, 0]
     remarks = find_remarks({"train 1": first, "train 2": second, "val": first})
     assert [remark for remark in remarks if "class" in remark] == [

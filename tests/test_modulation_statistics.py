@@ -52,16 +52,10 @@ def statistics_of(record, size, box=(0.0, 0.0, 10.0, 10.0)):
 
 
 def make_statistics(boxes, head_centers, **changes):
-    """Radii are half the boxes, the shared center is the first head's."""
+    """Radii are half the boxes."""
     boxes, head_centers = np.array(boxes, dtype=float), np.array(head_centers, dtype=float)
     radii = np.repeat((boxes[:, None, 2:] - boxes[:, None, :2]) / 2, head_centers.shape[1], axis=1)
-    values = dict(
-        strides=[8],
-        boxes=boxes,
-        centers=head_centers[:, 0],
-        head_centers=head_centers,
-        head_radii=radii,
-    )
+    values = dict(strides=[8], boxes=boxes, head_centers=head_centers, head_radii=radii)
     return ModulationStatistics(**{**values, **changes})
 
 
@@ -72,11 +66,9 @@ def test_cells_of_the_models_input_become_pixels_of_the_original_image():
     # The original is twice as wide as the input and three times as high.
     record = make_record([[[2.0, 3.0], [0.0, 1.0]]], [[[0.5, 0.125], [2.0, 0.5]]])
     statistics = statistics_of(record, size=(120, 160))
-    assert statistics.centers.tolist() == [[80, 30]]
     assert statistics.head_centers.tolist() == [[[32, 72], [0, 24]]]
     # 1 / sqrt(2 p) is 1 and 2 cells for the one head, 0.5 and 1 for the other.
     assert statistics.head_radii[0] == pytest.approx(np.array([[16, 48], [8, 24]]))
-    assert statistics.radii[0] == pytest.approx([12, 36])
     assert statistics.scale_weights is None
 
 
@@ -136,8 +128,7 @@ BOX = [10, 20, 30, 60]  # of center (20, 40), half 10 x 20
 
 def test_a_distance_is_less_than_one_inside_the_box():
     heads = [[[20, 40], [25, 40], [20, 59], [29.9, 21], [35, 40], [15, 70]]]
-    statistics = make_statistics([BOX], heads)
-    distances = statistics.distances(statistics.head_centers)[0]
+    distances = make_statistics([BOX], heads).head_distances[0]
     assert distances == pytest.approx([0, 0.5, 0.95, 0.99, 1.5, 1.5])
 
 
@@ -153,18 +144,6 @@ def test_heads_lie_apart_in_boxes():
 
 def squares(*sides):
     return [[0, 0, side, side] for side in sides]
-
-
-def test_the_correlation_is_of_ranks():
-    def correlation(radii):
-        boxes = squares(10, 20, 40)
-        radii = np.repeat(np.array(radii, dtype=float)[:, None, None], 2, axis=2)
-        heads = [[[0, 0]]] * 3
-        return summarize(make_statistics(boxes, heads, head_radii=radii))["radius_correlation"]
-
-    assert correlation([1, 2, 100]) == 1
-    assert correlation([100, 2, 1]) == -1
-    assert correlation([5, 5, 5]) is None
 
 
 def test_thirds_are_of_the_objects_by_size():
@@ -192,7 +171,7 @@ def test_the_summary_has_quartiles_and_the_share_inside():
     heads = np.stack([centers, centers + [10, 0]], axis=1)  # 1 to the right of that
     summary = summarize(make_statistics([BOX] * 5, heads))
     assert summary["num_objects"] == 5
-    assert summary["center_distance"] == [0.2, 0.4, 0.6]
+    assert summary["head_center_distance"] == pytest.approx([0.45, 1.1, 1.55])
     assert summary["head_centers_inside"] == 0.4
     assert summary["head_deviation"] == [0.25, 0.25, 0.25]
 
@@ -248,7 +227,6 @@ def test_an_object_belongs_to_the_query_that_predicts_it(predictor, tmp_path):
     order = np.argsort([boxes.index(tuple_of(box, boxes)) for box in statistics.boxes])
     to_original = 120 / 384  # from the picture's pixels
     for name, values in (
-        ("centers", [to_original * d.center for d in expected]),
         ("head_centers", [to_original * d.mean_head_centers() for d in expected]),
         ("scale_weights", [d.scale_weights for d in expected]),
     ):
@@ -305,8 +283,8 @@ def test_the_panels_show_the_summaries_over_the_steps():
 
     figure = draw_training({100: at_distance(0.8), 200: at_distance(0.4)})
     panels = {axes.get_title(): axes.lines for axes in figure.axes}
-    _, center, edge = panels["Do centers settle on their objects?"]
-    assert center.get_xydata() == pytest.approx(np.array([[100, 0.4], [200, 0.2]]))
+    centers, edge = panels["Do centers settle on their objects?"]
+    assert centers.get_xydata() == pytest.approx(np.array([[100, 0.45], [200, 0.325]]))
     assert edge.get_ydata() == [1, 1]
     # The second head is on the first box's edge, the third's distances are less than the second's.
     (inside,) = panels["Are they inside the boxes?"]
@@ -323,7 +301,7 @@ def test_the_panels_show_the_summaries_over_the_steps():
     ]
     plain = draw_training({1: make_statistics([BOX], [[[20, 40]]])})  # one head, no such weights
     titles = {axes.get_title() for axes in plain.axes}
-    assert "Do heads differ?" in panels and "Do heads differ?" not in titles and len(titles) == 5
+    assert "Do heads differ?" in panels and "Do heads differ?" not in titles and len(titles) == 3
 
 
 def test_examples_have_a_row_an_object_and_a_column_a_step(predictor, tmp_path):

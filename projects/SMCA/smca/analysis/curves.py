@@ -1,12 +1,10 @@
 """Curves of a training: losses and AP over the iterations."""
 
 import json
-import math
 from typing import Dict, List, Tuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 from smca.analysis.detections import DPI
 from smca.errors import UserError
@@ -76,51 +74,36 @@ def draw_curves(metrics: Metrics) -> Figure:
     """Losses, and AP where there was an evaluation, over the iterations.
 
     Args:
-        metrics: as of `read_metrics`; what is absent is left out.
+        metrics: from `read_metrics`; what is absent is left out.
 
     Raises:
         UserError: there is nothing to draw.
     """
-    panels = []
-    if any(name in metrics for name in _LOSSES):
-        panels.append(_draw_losses)
-    if any(prefix + name in metrics for name in _RESULTS for prefix in ("", "ema/")):
-        panels.append(_draw_results)
+    losses = {label: metrics[name] for name, label in _LOSSES.items() if name in metrics}
+    results = {
+        label + suffix: metrics[prefix + name]
+        for prefix, suffix in (("", ""), ("ema/", ", averaged weights"))
+        for name, label in _RESULTS.items()
+        if prefix + name in metrics
+    }
+    panels = [panel for panel in (losses, results) if panel]
     if not panels:
         raise UserError("There are neither losses nor AP among the metrics.")
     figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=DPI, layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        draw(axes, metrics)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, columns in panel.items():
+            style = "s--" if label.endswith("weights") else "-" if panel is losses else "o-"
+            axes.plot(*columns, style, label=label, markersize=4)
+        if panel is losses:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.set_title("Training losses (weighted)")
+        else:
+            axes.set_ylim(bottom=0)
+            axes.set_title("Box AP on the validation data (%)")
         axes.set_xlabel("iteration")
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-        axes.legend(frameon=False, fontsize=9, loc="best")
+        axes.legend(frameon=False, fontsize=9)
     return figure
-
-
-def _draw_losses(axes: Axes, metrics: Metrics) -> None:
-    for index, (name, label) in enumerate(_LOSSES.items()):
-        if name in metrics:
-            color, linewidth = ("black", 1.8) if index == 0 else (f"C{index}", 1.3)
-            axes.plot(*metrics[name], label=label, color=color, linewidth=linewidth)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("Training losses (weighted)")
-
-
-def _draw_results(axes: Axes, metrics: Metrics) -> None:
-    highest = 0.0
-    for prefix, suffix, style in (("", "", "o-"), ("ema/", ", averaged weights", "s--")):
-        for index, (name, label) in enumerate(_RESULTS.items()):
-            if prefix + name not in metrics:
-                continue
-            iterations, values = metrics[prefix + name]
-            axes.plot(
-                iterations, values, style, color=f"C{index}", markersize=4, label=label + suffix
-            )
-            highest = max([highest] + [v for v in values if math.isfinite(v)])
-    axes.set_ylim(0, max(5, 1.15 * highest))
-    axes.set_title("Box AP on the validation data (%)")

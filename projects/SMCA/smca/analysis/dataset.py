@@ -11,7 +11,6 @@ import numpy as np
 from detectron2.utils.env import seed_all_rng
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances, plain_text
 from smca.analysis.pictures import evenly
@@ -58,9 +57,9 @@ class DataSplit:
         json_file, image_root: where it is.
         problems: all that keep it from being used.
         class_names: of the valid categories, by ascending id, or in the order of the data set
-            that it has its categories from.
+            whose categories it has to have.
         dataset_dicts: its valid images with their valid annotations, in Detectron2's format.
-        source: what messages name: the JSON, or the folder of labels that it was made of.
+        source: what messages name: the JSON, or the folder of labels that it was made from.
         remarks: on what was left out when it was made.
     """
 
@@ -107,26 +106,24 @@ def examine(
     images = [image for image in data["images"] if id(image) not in bad]
     if check_images:
         checked = progress(file_problems(images, image_root), total=len(images))
-        found = [problem for problem in checked if problem is not None]
-        bad |= {id(problem.record) for problem in found}
-        problems += found
-    good = {
-        kind: [record for record in data[kind] if id(record) not in bad]
-        for kind in ("images", "annotations", "categories")
-    }
-    ids = {kind: {record["id"] for record in good[kind]} for kind in ("images", "categories")}
+        problems += [problem for problem in checked if problem is not None]
+        bad = {id(problem.record) for problem in problems}
+    kinds = ("images", "categories", "annotations")
+    good = {kind: [each for each in data[kind] if id(each) not in bad] for kind in kinds}
+    image_ids, category_ids = ({each["id"] for each in good[kind]} for kind in kinds[:2])
     good["annotations"] = [
-        annotation
-        for annotation in good["annotations"]
-        if annotation["image_id"] in ids["images"]
-        and annotation["category_id"] in ids["categories"]
+        each
+        for each in good["annotations"]
+        if each["image_id"] in image_ids and each["category_id"] in category_ids
     ]
-    categories = sorted_by_id(good["categories"])
-    names = order or [category["name"] for category in categories]
-    dicts = dataset_dicts(good, image_root, order)
-    source = source_of(data, json_file)
     return DataSplit(
-        json_file, image_root, problems, names, dicts, source, remarks_on(data, json_file)
+        json_file,
+        image_root,
+        problems,
+        order or [category["name"] for category in sorted_by_id(good["categories"])],
+        dataset_dicts(good, image_root, order),
+        source_of(data, json_file),
+        remarks_on(data, json_file),
     )
 
 
@@ -140,47 +137,53 @@ class Statistics:
     Attributes:
         class_names: of the C classes.
         image_sizes: (I, 2) int, width and height in pixels.
-        objects_per_image: (I).
-        classes: (N) class index of each object.
+        classes: (N,) class index of each object.
         boxes: (N, 4) XYWH in pixels.
-        images: (N) index of each object's image.
+        images: (N,) index of each object's image.
     """
 
     class_names: List[str]
     image_sizes: np.ndarray
-    objects_per_image: np.ndarray
     classes: np.ndarray
     boxes: np.ndarray
     images: np.ndarray
 
     @property
     def sizes(self) -> np.ndarray:
-        """(N) square root of each box's area, in pixels."""
+        """(N,) square root of each box's area, in pixels."""
         return np.sqrt(self.boxes[:, 2] * self.boxes[:, 3])
 
     @property
+    def aspect_ratios(self) -> np.ndarray:
+        """(N,) width by height of each box."""
+        return self.boxes[:, 2] / self.boxes[:, 3]
+
+    @property
+    def objects_per_image(self) -> np.ndarray:
+        """(I,)."""
+        return np.bincount(self.images, minlength=len(self.image_sizes))
+
+    @property
     def objects_per_class(self) -> np.ndarray:
-        """(C)."""
+        """(C,)."""
         return np.bincount(self.classes, minlength=len(self.class_names))
 
     def to_json(self) -> Dict[str, Any]:
-        """A summary in plain types; quartiles are (5, 25, 50, 75, 95) percentiles."""
-
-        def quantiles(values: np.ndarray) -> Optional[List[float]]:
-            if not len(values):
-                return None
-            return np.percentile(values, [5, 25, 50, 75, 95]).round(3).tolist()
-
+        """A summary in plain types."""
+        columns = {
+            "image_width": self.image_sizes[:, 0],
+            "image_height": self.image_sizes[:, 1],
+            "objects_per_image": self.objects_per_image,
+            "object_size": self.sizes,
+            "object_width_by_height": self.aspect_ratios,
+        }
         return {
             "images": len(self.image_sizes),
             "objects": len(self.boxes),
             "objects_of_classes": dict(zip(self.class_names, self.objects_per_class.tolist())),
             "percentiles_5_25_50_75_95": {
-                "image_width": quantiles(self.image_sizes[:, 0]),
-                "image_height": quantiles(self.image_sizes[:, 1]),
-                "objects_per_image": quantiles(self.objects_per_image),
-                "object_size": quantiles(self.sizes),
-                "object_width_by_height": quantiles(self.boxes[:, 2] / self.boxes[:, 3]),
+                name: np.percentile(v, [5, 25, 50, 75, 95]).round(3).tolist() if len(v) else None
+                for name, v in columns.items()
             },
             "most_objects_in_an_image": int(self.objects_per_image.max(initial=0)),
         }
@@ -191,22 +194,20 @@ def collect_statistics(*splits: DataSplit) -> Statistics:
     one's classes."""
     names = splits[0].class_names
     items = [item for split in splits if split.class_names == names for item in split.dataset_dicts]
-    boxes, classes, images, counts = [], [], [], []
-    for index, item in enumerate(items):
-        objects = [a for a in item["annotations"] if not a["iscrowd"]]
-        counts.append(len(objects))
-        boxes += [a["bbox"] for a in objects]
-        classes += [a["category_id"] for a in objects]
-        images += [index] * len(objects)
+    objects = [
+        (index, a["category_id"], *a["bbox"])
+        for index, item in enumerate(items)
+        for a in item["annotations"]
+        if not a["iscrowd"]
+    ]
+    columns = np.array(objects, dtype=np.float64).reshape(-1, 6)
+    sizes = [(item["width"], item["height"]) for item in items]
     return Statistics(
         class_names=names,
-        image_sizes=np.array(
-            [(item["width"], item["height"]) for item in items], dtype=np.int64
-        ).reshape(-1, 2),
-        objects_per_image=np.array(counts, dtype=np.int64),
-        classes=np.array(classes, dtype=np.int64),
-        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-        images=np.array(images, dtype=np.int64),
+        image_sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        images=columns[:, 0].astype(np.int64),
+        classes=columns[:, 1].astype(np.int64),
+        boxes=columns[:, 2:],
     )
 
 
@@ -248,16 +249,14 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
             for item in items
             for a in item["annotations"]
         )
-        repeated = [key for key, count in seen.items() if count > 1]
+        repeated = [(image, box) for (image, _, box), count in seen.items() if count > 1]
         if repeated:
-            image_id, _, box = repeated[0]
             remarks.append(
-                f"{name}: {_count(len(repeated), 'object')} annotated more than once with the "
-                f"same box, such as {list(box)} in image {image_id}."
+                f"{name}: {_count(len(repeated), 'object')} annotated more than once with the same "
+                f"box, such as {list(repeated[0][1])} in image {repeated[0][0]}."
             )
-    for first, second in _same_files(splits):
-        remarks.append(f"The same picture is in two places: {first} and {second}.")
-    return remarks
+    same = (f"{first} and {second}" for first, second in _same_files(splits))
+    return remarks + [f"The same picture is in two places: {pair}." for pair in same]
 
 
 def _count(number: int, noun: str) -> str:
@@ -290,20 +289,17 @@ def draw_statistics(statistics: Mapping[str, Statistics]) -> Figure:
     """Classes, sizes, aspect ratios, objects an image, image sizes and centers.
 
     Args:
-        statistics: of each split, by its name.
+        statistics: of each split, by its name; the first one has objects.
     """
     figure = Figure((15, 8.5), dpi=DPI, layout="constrained")
     (classes, sizes, ratios), (counts, images, centers) = figure.subplots(2, 3)
     _draw_classes(classes, statistics)
-    _draw_shares(sizes, {name: found.sizes for name, found in statistics.items()}, log=True)
-    aspect_ratios = {name: s.boxes[:, 2] / s.boxes[:, 3] for name, s in statistics.items()}
-    _draw_shares(ratios, aspect_ratios, log=True)
-    _draw_shares(counts, {name: found.objects_per_image for name, found in statistics.items()})
+    _draw_shares(sizes, {name: found.sizes for name, found in statistics.items()})
+    _draw_shares(ratios, {name: found.aspect_ratios for name, found in statistics.items()})
+    _draw_shares(counts, {name: found.objects_per_image for name, found in statistics.items()}, 1)
     for name, found in statistics.items():
         images.plot(*found.image_sizes.T, ".", alpha=0.4, label=name)
-    for side in (32, 96):
-        sizes.axvline(side, color="gray", linestyle=":")
-    sizes.set_xlabel("square root of an object's area (pixels; dotted: COCO's small, large)")
+    sizes.set_xlabel("square root of an object's area (pixels)")
     ratios.set_xlabel("width by height of an object")
     counts.set_xlabel("objects in an image")
     images.set(xlabel="width of an image (pixels)", ylabel="height (pixels)")
@@ -336,26 +332,20 @@ def _draw_classes(axes: Axes, statistics: Mapping[str, Statistics]) -> None:
     axes.set_xlabel("objects of a class")
 
 
-def _draw_shares(axes: Axes, values: Mapping[str, np.ndarray], log: bool = False) -> None:
-    """Histograms in percent, of each split."""
+def _draw_shares(axes: Axes, values: Mapping[str, np.ndarray], step: float = 0) -> None:
+    """Histograms in percent, of each split: of logarithms, or of whole numbers with `step`."""
     everything = np.concatenate(list(values.values()))
-    if not len(everything):
-        return
     low, high = everything.min(), everything.max()
-    if log:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        bins = np.geomspace(0.98 * low, 1.02 * high, 40)
-    else:
-        step = max(1, math.ceil((high - low + 1) / 40))
+    bins = np.geomspace(0.98 * low, 1.02 * high, 40) if not step else np.empty(0)
+    if step:
+        step = max(step, math.ceil((high - low + 1) / 40))
         bins = np.arange(low, high + step + 1, step) - 0.5
+    else:
+        axes.set_xscale("log")
     for label, of_split in values.items():
         weights = np.full(len(of_split), 100 / max(len(of_split), 1))
-        axes.hist(
-            of_split, bins.tolist(), weights=weights, histtype="step", linewidth=1.5, label=label
-        )
+        style: Dict[str, Any] = dict(histtype="step", linewidth=1.5, label=label)
+        axes.hist(of_split, bins.tolist(), weights=weights, **style)
     axes.set_ylabel("%")
 
 

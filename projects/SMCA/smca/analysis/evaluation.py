@@ -1,5 +1,6 @@
 """A detector on a data set: its detections, and all that `metrics` says of them."""
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import (
@@ -71,45 +72,37 @@ class Evaluation:
 
     @property
     def milliseconds(self) -> float:
-        """Of an image, the median."""
+        """The median of an image's."""
         return 1000 * float(np.median(self.seconds)) if self.seconds else float("nan")
 
     def to_json(self) -> Dict[str, Any]:
-        """All but the detections, in plain types; null for what is not a number."""
+        """All but the detections, in plain types; None for what is not a number."""
         names = dict(zip(self.category_ids, self.class_names))
         found = self.average_precision
-        return _without_nan(
-            {
-                "name": self.name,
-                "overall": found.overall,
-                "classes": {names[key]: values for key, values in found.classes.items()},
-                "recalls": found.recalls.tolist(),
-                "precisions_at_iou_50": {names[k]: v.tolist() for k, v in found.curves.items()},
-                "threshold": self.threshold,
-                "f1": self.f1,
-                "confusion": {
-                    "labels": [*self.class_names, "background"],
-                    "truth_by_detection": self.confusion.tolist(),
-                },
-                "calibration": {
-                    "expected_calibration_error": self.calibration.error,
-                    "bins": self.calibration.bins,
-                },
-                "images": {
-                    str(self.image_ids.get(key, key)): dict(zip(("found", "false", "missed"), n))
-                    for key, n in self.counts.items()
-                },
-                "milliseconds_per_image": self.milliseconds,
-            }
-        )
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+        counts = {
+            str(self.image_ids.get(key, key)): dict(zip(("found", "false", "missed"), numbers))
+            for key, numbers in self.counts.items()
+        }
+        result = {
+            "name": self.name,
+            "overall": found.overall,
+            "classes": {names[key]: values for key, values in found.classes.items()},
+            "recalls": found.recalls.tolist(),
+            "precisions_at_iou_50": {names[k]: v.tolist() for k, v in found.curves.items()},
+            "threshold": self.threshold,
+            "f1": self.f1,
+            "confusion": {
+                "labels": [*self.class_names, "background"],
+                "truth_by_detection": self.confusion.tolist(),
+            },
+            "calibration": {
+                "expected_calibration_error": self.calibration.error,
+                "bins": self.calibration.bins,
+            },
+            "images": counts,
+            "milliseconds_per_image": self.milliseconds,
+        }
+        return json.loads(json.dumps(result), parse_constant=lambda name: None)
 
 
 def detect(

@@ -5,7 +5,6 @@ yet can be looked at as well. There are M objects, H' heads (1 if they share the
 scales. Pixels are those of the original images.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
@@ -47,16 +46,14 @@ class ModulationStatistics:
     Attributes:
         strides: L pixels (of the model's input) a cell.
         boxes: (M, 4) the objects' true boxes, XYXY in pixels.
-        centers: (M, 2) predicted centers (x, y), the same for all heads, in pixels.
         head_centers: (M, H', 2) in pixels.
         head_radii: (M, H', 2) distances along x and y, in pixels, at which a head's log-weight is
             -1/2: the standard deviation of a Gaussian.
-        scale_weights: (M, L), adding up to 1; None where the model does not select scales.
+        scale_weights: (M, L), which add up to 1; None where the model does not select scales.
     """
 
     strides: List[int]
     boxes: np.ndarray
-    centers: np.ndarray
     head_centers: np.ndarray
     head_radii: np.ndarray
     scale_weights: Optional[np.ndarray] = None
@@ -73,27 +70,21 @@ class ModulationStatistics:
             boxes: (M, 4), XYXY in pixels.
             size: (height, width) of the image in pixels.
         """
-        shares = record.scale_shares(queries)[..., None, None]  # (M, L, 1, 1)
-        head_centers = record.head_centers_in_pixels(queries, size)
-        radii = record.radii_in_pixels(queries, size)
-        selects = record.scale_weights is not None
-        return cls(
-            record.strides,
-            boxes.cpu().numpy(),
-            record.centers_in_pixels(queries, size).cpu().numpy(),
-            (shares * head_centers).sum(dim=1).cpu().numpy(),
-            (shares * radii.pow(-2)).sum(dim=1).rsqrt().cpu().numpy(),
-            record.scale_shares(queries).cpu().numpy() if selects else None,
-        )
+        weights = record.scale_shares(queries)
+        shares = weights[..., None, None]  # (M, L, 1, 1)
+        head_centers = (shares * record.head_centers_in_pixels(queries, size)).sum(dim=1)
+        precisions = (shares * record.radii_in_pixels(queries, size).pow(-2)).sum(dim=1)
+        arrays = [x.cpu().numpy() for x in (boxes, head_centers, precisions.rsqrt(), weights)]
+        if record.scale_weights is None:
+            arrays.pop()
+        return cls(record.strides, *arrays)
 
     @classmethod
     def join(cls, parts: Sequence["ModulationStatistics"]) -> "ModulationStatistics":
         """Those of several images (at least one) as one."""
-        names = ("boxes", "centers", "head_centers", "head_radii")
-        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        shares = [part.scale_weights for part in parts if part.scale_weights is not None]
-        scale_weights = np.concatenate(shares) if shares else None
-        return cls(parts[0].strides, scale_weights=scale_weights, **columns)
+        columns = zip(*(list(vars(part).values())[1:] for part in parts))
+        arrays = (None if column[0] is None else np.concatenate(column) for column in columns)
+        return cls(parts[0].strides, *arrays)  # type: ignore[arg-type]
 
     @property
     def half_sizes(self) -> np.ndarray:
@@ -105,10 +96,11 @@ class ModulationStatistics:
         """(M,) in pixels."""
         return 2 * np.sqrt(self.half_sizes.prod(axis=1))
 
-    def distances(self, points: np.ndarray) -> np.ndarray:
-        """(M, P) distances of (M, P, 2) points from the boxes' centers, in half boxes along the
-        axis where they are greater: inside the box they are less than 1."""
-        offsets = points - (self.boxes[:, None, :2] + self.boxes[:, None, 2:]) / 2
+    @property
+    def head_distances(self) -> np.ndarray:
+        """(M, H') distances of the heads' centers from the box's, in half boxes along the axis
+        where they are greater: inside the box they are less than 1."""
+        offsets = self.head_centers - (self.boxes[:, None, :2] + self.boxes[:, None, 2:]) / 2
         return np.abs(offsets / self.half_sizes[:, None]).max(axis=2)
 
     @property
@@ -118,11 +110,6 @@ class ModulationStatistics:
         offsets = self.head_centers - self.head_centers.mean(axis=1, keepdims=True)
         relative = offsets / (2 * self.half_sizes[:, None])
         return np.sqrt(np.square(relative).sum(axis=2).mean(axis=1))
-
-    @property
-    def radii(self) -> np.ndarray:
-        """(M, 2) median over the heads in pixels, along x and y."""
-        return np.median(self.head_radii, axis=1)
 
 
 def collect(
@@ -224,19 +211,10 @@ def summarize(statistics: ModulationStatistics) -> Dict[str, Any]:
         ``scale_weights`` (means by stride) where the model does not select scales. A number that
         is not finite is None.
     """
-    # Here, since every training imports this package, and it takes long.
-    from scipy.stats import ConstantInputWarning, spearmanr
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        correlation = spearmanr(statistics.radii.ravel(), statistics.half_sizes.ravel())[0]
-    head_distances = statistics.distances(statistics.head_centers)
     summary: Dict[str, Any] = {
         "num_objects": len(statistics.boxes),
-        "center_distance": _quartiles(statistics.distances(statistics.centers[:, None])),
-        "head_center_distance": _quartiles(head_distances),
-        "head_centers_inside": _number((head_distances < 1).mean()),
-        "radius_correlation": _number(correlation),
+        "head_center_distance": _quartiles(statistics.head_distances),
+        "head_centers_inside": _number((statistics.head_distances < 1).mean()),
         "sizes": {},
     }
     if statistics.head_centers.shape[1] > 1:
@@ -254,7 +232,7 @@ def _summarize_size(statistics: ModulationStatistics, third: np.ndarray) -> Dict
     summary: Dict[str, Any] = {
         "sqrt_area": [_number(sqrt_areas.min()), _number(sqrt_areas.max())],
         "half_size": _number(np.median(statistics.half_sizes[third])),
-        "radius": _number(np.median(statistics.radii[third])),
+        "radius": _number(np.median(statistics.head_radii[third])),
     }
     if statistics.scale_weights is not None:
         weights = statistics.scale_weights[third].mean(axis=0)

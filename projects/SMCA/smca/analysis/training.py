@@ -74,18 +74,15 @@ def _panels(summaries: Sequence[Dict[str, Any]]) -> List[_Panel]:
     for name, size in last.items():
         titles[name] = "{} ({:.0f} to {:.0f} pixels)".format(name, *size["sqrt_area"])
     centers = {"heads' centers": column("head_center_distance")}
-    centers["shared center"] = column("center_distance")
     inside = {"heads' centers": 100 * column("head_centers_inside")}
     radii = {title: sizes(name, "radius") for name, title in titles.items()}
     half_boxes = [sizes(name, "half_size")[-1] for name in titles]
-    correlation = {"radius and box": column("radius_correlation")}
     panels = [
         _Panel("Do centers settle on their objects?", "distance in half boxes", centers, [1]),
         _Panel("Are they inside the boxes?", "share of the heads' centers (%)", inside),
         _Panel(
             "Do maps fit the objects?", "radius (pixels; dotted: half the box)", radii, half_boxes
         ),
-        _Panel("Are maps of larger objects larger?", "rank correlation", correlation),
     ]
     if "head_deviation" in summaries[-1]:
         lines = {"heads' centers": column("head_deviation")}
