@@ -2,8 +2,13 @@
 
 import ast
 import re
+from pathlib import Path
+
+import pytest
 
 from helpers import ROOT
+from smca import Predictor
+from smca.cli import train
 
 
 def texts_of_the_code():
@@ -36,3 +41,26 @@ def test_messages_in_the_troubleshooting_page_are_those_of_the_code():
 
     assert len(messages) > 20
     assert [message for message in messages if not is_in_the_code(message)] == []
+
+
+EXTEND = (ROOT / "docs" / "plug_in.md").read_text().partition("## The weight maps in another")[0]
+HEAD, *SECTIONS = re.split(r"^## ", EXTEND, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("sections", [SECTIONS[:-1], SECTIONS[-1:]], ids=["parts", "data set"])
+def test_a_config_with_sections_of_the_page_trains_and_detects(sections, in_workspace):
+    def blocks(text):
+        return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+    modules, configs = zip(*map(blocks, sections))
+    name = f"my_parts_{len(sections)}"  # a module is imported once
+    Path(f"{name}.py").write_text("\n".join(modules))
+    code = "\n".join(blocks(HEAD) + list(configs)).replace("my_parts", name)
+    Path("my_config.py").write_text(code)
+    settings = ["train.max_iter=1", "train.checkpointer.period=1", "train.num_pictures=0"]
+    if "del data" not in code:
+        settings += [f"data.{split}_json={split}.json" for split in ("train", "val")]
+        settings += [f"data.{split}_images=images" for split in ("train", "val")]
+    assert train.main(["--config-file", "my_config.py", *settings]) == 0
+    weights = "output/my_config/model_final.pth"
+    assert len(Predictor(weights)("photo.jpg", threshold=0)) > 0

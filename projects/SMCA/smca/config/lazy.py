@@ -60,7 +60,22 @@ def load_config(
     _require_sections(cfg, [f"dataloader.{name}" for name in splits], config_file)
     require_values(cfg, needed, config_file)
     check_train(cfg.train)
+    _require_importable(OmegaConf.to_container(cfg.model, resolve=False), "model")
     return cfg
+
+
+def _require_importable(value: Any, key: str) -> None:
+    """Raise where a part of the model is of a class that the config file defines itself: it has no
+    module, in which the trained detector could be found again."""
+    if isinstance(value, dict):
+        target = value.get("_target_")
+        if isinstance(target, type) and target.__module__ == "builtins":
+            raise ConfigError(
+                f"The class {target.__name__} of {key} stands in the config itself, where the "
+                "trained detector does not find it: put it in a module and import it."
+            )
+        for name, child in value.items():
+            _require_importable(child, f"{key}.{name}")
 
 
 def require_values(

@@ -20,7 +20,8 @@ class CocoEvaluator(COCOEvaluator):
     def evaluate(self, img_ids: Optional[Any] = None) -> Optional[Dict[str, Any]]:
         """Same as in Detectron2."""
         results = super().evaluate(img_ids)
-        if results and self._output_dir:
+        # A data set that is not in COCO's format has no other ids.
+        if results and self._output_dir and self._metadata.get("thing_dataset_id_to_contiguous_id"):
             self._restore_ids()
         return results
 
