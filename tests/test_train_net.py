@@ -23,6 +23,7 @@ from helpers import (
 )
 from smca.checkpoint import SMCACheckpointer, checkpointer
 from smca.checkpoint.files import load_tensors
+from smca.cli import train
 from smca.config import load_config
 from smca.engine import Trainer, main, run
 from smca.errors import CheckpointError
@@ -167,6 +168,17 @@ def test_script_prints_one_sentence_for_a_wrong_key(tmp_path):
 
 
 # Your own data
+
+
+def test_a_wrong_path_is_named_before_there_is_a_run(tmp_path, capsys):
+    keys = ["train_json", "train_images", "val_json", "val_images"]
+    settings = [f"data.{key}={tmp_path}" for key in keys[1:]] + ["data.train_json=nowhere.json"]
+    words = ["--config-file", "custom_small", *settings, f"train.output_dir={tmp_path / 'run'}"]
+    assert train.main(words) == 1
+    error = "Error: data.train_json=nowhere.json does not exist: correct the path."
+    assert capsys.readouterr().err.splitlines()[-1] == error
+    assert not (tmp_path / "run").exists()
+
 
 CUSTOM_COCO = ROOT / "configs" / "custom_coco.py"
 SMALL = ["model.backbone.depth=18", "model.backbone.norm=GN", "model.embed_dim=32"]

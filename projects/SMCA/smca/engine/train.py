@@ -4,7 +4,7 @@ import logging
 import os
 import random
 import shutil
-from typing import Any, Dict, Optional, Sequence, cast
+from typing import Any, Dict, Mapping, Optional, Sequence, cast
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -12,7 +12,7 @@ from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer, read_provenance
@@ -86,6 +86,7 @@ def main(args: argparse.Namespace) -> Results:
             "train.early_stopping counts evaluations, of which train.eval_period=0 makes none: set "
             "train.eval_period to the iterations between two, or train.early_stopping=0."
         )
+    _require_files(cfg.get("data") or {})
     # Started again by our launcher, or by torchrun.
     if getattr(args, "restart", 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = bool(from_main_process(find_checkpoints, train.output_dir))
@@ -121,6 +122,15 @@ def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
     without_output = copy.deepcopy(cfg)
     del without_output.train.output_dir
     default_setup(without_output, args)
+
+
+def _require_files(data: Mapping[str, Any]) -> None:
+    """Name a wrong path of the data before another run's files are set aside."""
+    for key, value in data.items():
+        for path in value if isinstance(value, ListConfig) else [value]:
+            is_path = isinstance(path, str) and "://" not in path and key != "names"
+            if is_path and not os.path.exists(path):
+                raise ConfigError(f"data.{key}={path} does not exist: correct the path.")
 
 
 def do_train(
