@@ -30,6 +30,7 @@ endif
 $(STAMP): setup.cfg constraints.txt dev/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "SMCA needs Python 3.10 to 3.13: run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'"; exit 1; }
+	@echo "Installing into $(VENV): this downloads some gigabytes and takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"

@@ -128,6 +128,7 @@ def workspace(tmp_path_factory):
         patch.setenv("SMCA_CACHE", str(tmp_path_factory.mktemp("cache")))
         write_data(folder)
         assert train.main(["--config-file", "convergence/coco_single_scale", *settings]) == 0
+    (folder / "output" / "demo" / "examples").symlink_to(folder / "images")
     return folder
 
 

@@ -11,13 +11,14 @@ A run that was stopped goes on, and one that is finished is only evaluated and d
 import argparse
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
 from smca import Predictor
-from smca.analysis import write_pictures
+from smca.analysis import evenly, write_pictures
 from smca.config import load_config, quoted
 from smca.engine import main
 from smca.errors import UserError, exit_code
@@ -66,13 +67,22 @@ def run(args: argparse.Namespace) -> str:
     trained = time.perf_counter()
 
     predictor = Predictor(weights, config_file=args.config_file, overrides=overrides)
+    dataset_dicts = load_test_dataset(predictor.cfg)
     metrics_file = os.path.join(run_dir, "metrics.json")
     pictures = write_pictures(
-        predictor, load_test_dataset(predictor.cfg), os.path.join(run_dir, "pictures"), metrics_file
+        predictor, dataset_dicts, os.path.join(run_dir, "pictures"), metrics_file
     )
-    files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures]
+    examples = os.path.join(run_dir, "examples")
+    os.makedirs(examples, exist_ok=True)
+    for item in evenly(dataset_dicts, 12):
+        shutil.copy(item["file_name"], examples)
+    files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures, examples]
     times = (trained - start, time.perf_counter() - start)
-    return _summary(args.config_file, results, files, *times)
+    return _summary(args.config_file, results, files, *times) + (
+        "\n\nTry next, after 'source .venv/bin/activate':\n"
+        f"  smca-predict --weights {weights} --input {examples} --output {run_dir}/detections\n"
+        f"  smca-serve --weights {weights} --examples {examples}"
+    )
 
 
 def _tell_state(run_dir: str, weights: str, restart: bool) -> None:

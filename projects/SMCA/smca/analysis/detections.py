@@ -156,9 +156,9 @@ class _Visualizer(Visualizer):
     def draw_box(self, *args: Any, **kwargs: Any) -> VisImage:
         """As in Detectron2, but opaque, thinner, and with a black border."""
         output = super().draw_box(*args, **{"alpha": 1.0, **kwargs})
-        width = max(1.0, self._default_font_size / 8)  # points, which grow with the image
+        width = max(1.0, self._default_font_size / 6)  # points, which grow with the image
         output.ax.patches[-1].set_linewidth(width)
-        border = withStroke(linewidth=1.8 * width, foreground="black")
+        border = withStroke(linewidth=1.6 * width, foreground="black")
         output.ax.patches[-1].set_path_effects([border])
         return output
 

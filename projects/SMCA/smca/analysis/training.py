@@ -54,7 +54,8 @@ def draw_training(statistics_by_iteration: Mapping[int, ModulationStatistics]) -
             axes.axhline(level, color=f"C{index}", linestyle=":")
         axes.set(title=panel.title, ylabel=panel.label, xlabel="steps")
         axes.set_xlim(0, 1.02 * steps[-1])
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(0, low), high + 0.1 * (high - min(0, low)))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9)
     for axes in figure.axes[len(panels) :]:
