@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DETECTRON2 ?=
 # What the tests and the pages need.
-EXTRAS ?= dev,docs,export,pretrained,publish,study,video
+EXTRAS ?= dev,docs,export,pretrained,publish,study
 OUTPUT ?= output/demo
 BIN := $(VENV)/bin
 # One for each choice of extras: pip adds those that are not there yet.

@@ -72,14 +72,14 @@ def test_changelog_and_citation_have_the_packages_version():
     assert f"\nversion: {smca.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.mark.parametrize("extras", ["all", "dev,video"])
+@pytest.mark.parametrize("extras", ["all", "dev,study"])
 def test_make_setup_notices_other_extras(tmp_path, extras):
     def commands(*variables):
         make = ["make", "-n", "-C", ROOT, "setup", f"VENV={tmp_path}", *variables]
         return subprocess.run(make, check=True, capture_output=True, text=True).stdout
 
     before = commands()
-    assert "[dev,docs,export,pretrained,publish,study,video]" in before
+    assert "[dev,docs,export,pretrained,publish,study]" in before
     Path(re.search(r"^touch (.*)$", before, re.MULTILINE).group(1)).touch()
     assert "pip" not in commands()
     assert f"[{extras}]" in commands(f"EXTRAS={extras}")

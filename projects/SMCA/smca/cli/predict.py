@@ -184,13 +184,7 @@ def output_paths(paths: Sequence[str], output: str) -> List[str]:
 def run_on_video(args: argparse.Namespace) -> int:
     """The same for a video's frames; `image_id` counts them, those that cannot be decoded
     included."""
-    try:
-        cv2: Any = importlib.import_module("cv2")
-    except ImportError as error:
-        raise UserError(
-            "Videos need OpenCV: run pip install opencv-python-headless (or install the extra "
-            "'video' of this package)."
-        ) from error
+    cv2: Any = importlib.import_module("cv2")  # its types are those of one version
     if not os.path.isfile(args.video_input):
         raise UserError(f"The video {args.video_input} does not exist.")
     video = cv2.VideoCapture(args.video_input)
