@@ -93,7 +93,7 @@ def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
     assert train(tmp_path, config, prepare=die_in_second_save)[0] == -signal.SIGKILL
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not (tmp_path / "run" / "model_0000003.pth").exists()
-    for name in ("tracking.json", "nonfinite_0000001.json", "config.yaml"):
+    for name in ("nonfinite_0000001.json", "config.yaml"):
         (tmp_path / "run" / f"{name}.ab_1cd2e.tmp").touch()
     assert train(tmp_path, config, "--resume")[0] == 0
     assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]

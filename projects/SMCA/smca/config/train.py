@@ -23,11 +23,11 @@ def _at_least(least: int, default: int) -> Any:
     return _limited(default, f"a whole number of at least {least}", lambda value: value >= least)
 
 
-def _list_of_calls(words: str, *others: str) -> Any:
+def _list_of_calls() -> Any:
     def accepts(items: ListConfig) -> bool:
-        return all(item in others or _is_call(item) for item in items)
+        return all(map(_is_call, items))
 
-    return field(default_factory=list, metadata={"words": words, "accepts": accepts})
+    return field(default_factory=list, metadata={"words": "a list of calls", "accepts": accepts})
 
 
 @dataclass
@@ -89,13 +89,9 @@ class TrainConfig:
     # Evaluations in a row without a better best_metric that end the training. 0: off.
     early_stopping: int = _at_least(0, default=0)
     log_period: int = _at_least(1, default=20)
-    # Services (the extra "tracking") or calls of writers, L(MyWriter)(...), beside TensorBoard,
-    # metrics.json, and log.txt, which are always written.
-    writers: List[Any] = _list_of_calls(
-        "a list of wandb and mlflow, or of calls", "wandb", "mlflow"
-    )
-    # L(MyHook)(...), which come before the writers
-    hooks: List[Any] = _list_of_calls("a list of calls")
+    # L(MyWriter)(...), beside TensorBoard, metrics.json, and log.txt, which are always written
+    writers: List[Any] = _list_of_calls()
+    hooks: List[Any] = _list_of_calls()  # L(MyHook)(...), which come before the writers
     # Pictures of detections and weight maps that the writers get at each evaluation.
     num_pictures: int = _at_least(0, default=4)
     cudnn_benchmark: bool = False

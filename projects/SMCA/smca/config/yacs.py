@@ -3,7 +3,8 @@
 A yacs config names a LazyConfig of this project, which has all the defaults, and may replace its
 main settings. Nothing is defined twice."""
 
-from typing import Any, Dict, Iterator, Tuple
+import functools
+from typing import Any, Dict
 
 from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -48,15 +49,6 @@ def add_smca_config(cfg: CfgNode) -> None:
         node[name] = None
 
 
-def _replaced(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """Settings of MODEL.SMCA that have a value, by their names in the LazyConfig."""
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _replaced(value, f"{prefix}{name.lower()}.")
-        elif value is not None and name != "CONFIG":
-            yield prefix + name.lower(), value
-
-
 @META_ARCH_REGISTRY.register()
 class SMCA(modeling.SMCA):
     """The meta-architecture ``SMCA`` of yacs configs: the model, built from ``cfg.MODEL.SMCA``."""
@@ -72,9 +64,12 @@ class SMCA(modeling.SMCA):
             ConfigError: the LazyConfig's model has no such setting.
         """
         model = get_config(cfg.MODEL.SMCA.CONFIG).model
-        for setting, value in _replaced(cfg.MODEL.SMCA):
+        for setting in _SETTINGS:
+            value = functools.reduce(getattr, setting.upper().split("."), cfg.MODEL.SMCA)
+            if value is None:
+                continue
             section, _, name = setting.rpartition(".")
-            if name not in (OmegaConf.select(model, section) if section else model):
+            if name not in ((OmegaConf.select(model, section) if section else model) or ()):
                 raise ConfigError(
                     f"MODEL.SMCA.{setting.upper()} is set, but the model of "
                     f"{cfg.MODEL.SMCA.CONFIG} has no such setting: leave it out."

@@ -11,7 +11,7 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(text: str) -> int:
+def _report(text: str, code: int = 1) -> int:
     print(f"Error: {text}", file=sys.stderr, flush=True)
-    return 1
+    return code
 
 
 def _is_no_user_error(record: logging.LogRecord) -> bool:
@@ -95,22 +95,6 @@ def _device(args: argparse.Namespace) -> torch.device:
 # The launcher
 
 
-class _Outcome(NamedTuple):
-    """
-    Attributes:
-        code: the exit code.
-        text: the first error of the processes, since others fail because of it; "" if there is
-            none, or after a signal.
-        traceback: where that is an error in the code.
-        is_final: starting again would not help.
-    """
-
-    code: int
-    text: str = ""
-    traceback: str = ""
-    is_final: bool = False
-
-
 def _launch(args: argparse.Namespace) -> int:
     """Start the processes, hand signals on to them, and wait for them all. If one fails, all are
     started again, `args.max_restarts` times, to go on from the newest checkpoint."""
@@ -129,27 +113,28 @@ def _launch(args: argparse.Namespace) -> int:
     max_restarts = getattr(args, "max_restarts", 0)
     try:
         for args.restart in range(max_restarts + 1):
-            outcome = _run_group(args)
-            if outcome.is_final or args.restart == max_restarts:
+            code, text, is_final = _run_group(args)
+            if is_final or args.restart == max_restarts:
                 break
-            print(f"{outcome.text} All processes start again.", file=sys.stderr, flush=True)
+            print(f"{text} All processes start again.", file=sys.stderr, flush=True)
     except SignalException as error:
         return 128 + error.sigval
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    if outcome.traceback:
-        print(outcome.traceback, file=sys.stderr)
-    if outcome.text:
-        _report(outcome.text)
-    return outcome.code
+    return _report(text, code) if text else code
 
 
 def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
     raise SignalException(f"signal {number}", signal.Signals(number))
 
 
-def _run_group(args: argparse.Namespace) -> _Outcome:
-    """Start the processes, wait for them, and say what went wrong."""
+def _run_group(args: argparse.Namespace) -> Tuple[int, str, bool]:
+    """Start the processes and wait for them.
+
+    Returns:
+        The exit code; what went wrong (others fail because of the first error), "" for nothing or
+        a signal; and whether starting again would not help.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -167,15 +152,15 @@ def _run_group(args: argparse.Namespace) -> _Outcome:
             elastic_launch(config, _work)(args)
         except ChildFailedError as error:
             return _failure(error, Path(folder))
-    return _Outcome(0, is_final=True)
+    return 0, "", True
 
 
-def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
-    """What went wrong. Each process that failed by an exception has left error.json in `folder`."""
+def _failure(error: ChildFailedError, folder: Path) -> Tuple[int, str, bool]:
+    """Each process that failed by an exception has left a file error.json in `folder`."""
     rank, first = error.get_first_failure()
     code = first.exitcode
     if code in [128 + number for number in STOP_SIGNALS]:
-        return _Outcome(code, is_final=True)
+        return code, "", True
     errors = []
     for file in sorted(folder.rglob("error.json"), key=lambda path: path.stat().st_mtime_ns):
         with contextlib.suppress(ValueError):  # of a process that was killed while it wrote
@@ -183,13 +168,13 @@ def _failure(error: ChildFailedError, folder: Path) -> _Outcome:
     for _, details in errors:
         kind, _, text = details["message"].partition(": ")
         if kind == UserError.__name__:
-            return _Outcome(1, text, is_final=True)
+            return 1, text, True
     if code < 0 or not errors:
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return _Outcome(128 - code if code < 0 else code, f"Process {rank} was ended {ended}.")
+        return 128 - code if code < 0 else code, f"Process {rank} was ended {ended}.", False
     name, details = errors[0]
-    text = f"Process {name} failed: {details['message']}"
-    return _Outcome(1, text, details["extraInfo"]["py_callstack"])
+    print(details["extraInfo"]["py_callstack"], file=sys.stderr)
+    return 1, f"Process {name} failed: {details['message']}", False
 
 
 # Each process

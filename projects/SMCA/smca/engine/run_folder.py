@@ -28,7 +28,7 @@ _LOCKED: Dict[str, IO[str]] = {}  # by folder; closing one gives up its lock
 _CHECKPOINTS = ("last_checkpoint", "model_*.pth")
 _TRAINED = (*_CHECKPOINTS, "metrics.json")
 # All files of a run but log.txt, to which Detectron2 appends; the last ones are drawn by tools.
-_FILES = [*_TRAINED, "config.yaml", "events.out.tfevents.*", "nonfinite_*.json", "tracking.json"]
+_FILES = [*_TRAINED, "config.yaml", "events.out.tfevents.*", "nonfinite_*.json"]
 _FILES += ["pictures", "curves.png", "validation.png", "gaussians.png", "modulation.*"]
 _FILES += ["examples.jpg"]
 
