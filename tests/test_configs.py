@@ -63,25 +63,6 @@ def test_a_config_has_nothing_but_what_trains(path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "smca_r50_50ep",
-        "smca_single_scale_r50_50ep",
-        "smca_conv_r50_50ep",
-        "detr_r50_50ep",
-        "smca_shapes",
-        "convergence/shapes_conv",
-    ],
-)
-def test_all_dropout_follows_one_value(name):
-    model = build_without_memory(load(name, "model.dropout=0.25"))
-    rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
-    rates |= {m.dropout for m in model.modules() if isinstance(getattr(m, "dropout", None), float)}
-    # torchvision's MLP has dropout layers that are never on.
-    assert rates == {0.0, 0.25}
-
-
-@pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [
         ("smca_conv_r50_50ep", [], 40_763_514),
@@ -117,14 +98,6 @@ def test_the_number_of_scales_follows_from_the_features():
     cfg = load("smca_conv_r50_50ep", "model.in_features=[res4,res5]", "model.num_extra_scales=3")
     model = build_without_memory(cfg)
     assert model.encoder.num_scales == model.decoder.num_scales == len(model.scale_embed.weight)
-
-
-def test_weights_of_losses_and_matching_can_be_set_in_one_place():
-    settings = dict(class_weight=1.0, box_weight=2.5, giou_weight=3.0, alpha=0.5, gamma=1.5)
-    overrides = [f"model.criterion.{name}={value}" for name, value in settings.items()]
-    criterion = build_without_memory(load("smca_r50_50ep", *overrides)).criterion
-    for values in ({**vars(criterion), **vars(criterion.class_loss)}, vars(criterion.matcher)):
-        assert {name: values[name] for name in settings} == settings
 
 
 def yacs_config(name):

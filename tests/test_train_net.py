@@ -370,8 +370,6 @@ def test_early_stopping_without_evaluations_is_an_error(trained, tmp_path, capsy
             lambda c: instantiate({**c.optimizer, "params": [nn.Parameter()]}).defaults["amsgrad"],
             True,
         ),
-        ("model.dropout=0", lambda cfg: instantiate(cfg.model).dropout.p, 0),
-        ("train.clip_grad_norm=null", lambda cfg: cfg.train.clip_grad_norm, None),
         ("+train.note=mine", lambda cfg: cfg.train.note, "mine"),
         ("train.output_dir=${train.device}", lambda cfg: cfg.train.output_dir, "cpu"),
     ],
