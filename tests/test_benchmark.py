@@ -4,8 +4,6 @@ configs. No test says how fast anything is."""
 import argparse
 import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ import compare_export
 import compare_peers
 import measuring
 from analyze_model import analyze, analyze_training
-from compare_peers import MODELS, Model
 from helpers import (
     assert_same_gradients,
     error_of,
@@ -126,23 +123,6 @@ def test_peak_memory_counts_what_was_freed_again():
     assert measuring.measure(lambda: None, options).extra_bytes < 2**23
 
 
-def test_a_measurement_has_a_process_of_its_own(tmp_path, monkeypatch, capfd):
-    words = ["inference", "--threads", "1", "--seconds", "0", "--profile", "--format", "markdown"]
-    words += ["--image-size", "64", "96", "--config", write_smca_config(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
-    benchmark.main(words)
-    output = capfd.readouterr().out
-    assert "Self CPU" in output and "aten::" in output
-    assert f"`python benchmarks/benchmark.py {' '.join(words)}`" in output
-    row = cells_of(output.splitlines()[-1])
-    assert row[:3] == ["inference", "tiny_smca", "1 x 64 x 96"]
-
-
-def test_a_process_that_is_killed_is_reported():
-    with pytest.raises(UserError, match="lack of memory"):
-        measuring.in_fresh_process(os._exit, 1)
-
-
 def test_what_cannot_be_measured_is_said_before_anything_runs(capsys):
     with pytest.raises(ConfigError, match="no_such_file.py does not exist"):
         benchmark.main(["inference", "--config", "no_such_file.py"])
@@ -213,16 +193,6 @@ def test_models_take_turns_and_what_is_missing_has_a_row(monkeypatch, tmp_path, 
     ]
 
 
-@pytest.mark.parametrize("task", compare_peers.TASKS)
-def test_our_model_and_faster_rcnn_are_measured(tmp_path, monkeypatch, task):
-    config = Path(write_smca_config(tmp_path))
-    monkeypatch.setattr(compare_peers, "CONFIGS", tmp_path)
-    monkeypatch.setitem(MODELS, "tiny", Model("tiny", compare_peers.ours(config.stem)))
-    for name in ("tiny", "faster_rcnn"):
-        found = compare_peers.measure_model(name, task, peer_options(dtype="bf16"))
-        assert "missing" not in found and found["seconds"] > 0
-
-
 @pytest.mark.parametrize(
     ("name", "official", "message"),
     [
@@ -234,8 +204,3 @@ def test_another_folder_than_the_official_code_is_told(tmp_path, name, official,
     folder = official and str(tmp_path / official)
     found = compare_peers.measure_model(name, "inference", peer_options(official=folder))
     assert message in found["missing"]
-
-
-def test_an_official_folder_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
-        compare_peers.main(["--official", str(tmp_path / "none")])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
@@ -163,22 +162,6 @@ def test_images_of_more_than_8_bits_are_remarked_with_how_they_are_read(tmp_path
     assert mixed.startswith("train: images of more than 8 bits are read by different levels: scale")
 
 
-def test_files_that_train_together_are_counted_together(tmp_path):
-    paths = [
-        write_data(tmp_path / name, *(annotation(i, 1, 5, [0, 0, 9, i]) for i in range(1, 13)))
-        for name in ("a", "b")
-    ]
-    first, second = (examine(*each) for each in paths)
-    together = collect_statistics(first, second)
-    assert together.objects_per_image.tolist() == [12, 0, 0, 12, 0, 0]
-    assert together.objects_per_class.tolist() == [24, 0]
-    remarks = find_remarks({"train 1": first, "train 2": second, "val": first})
-    assert [remark for remark in remarks if "class" in remark] == [
-        "train: class 'cat' has 0 objects.",
-        "val: class 'cat' has 0 objects.",
-    ]
-
-
 # Pictures and command line
 
 
@@ -193,16 +176,6 @@ def test_training_images_are_what_the_mapper_gives(tmp_path):
         image = np.ascontiguousarray(mapped["image"].numpy().transpose(1, 2, 0))
         assert (picture == draw_instances(image, mapped["instances"], ["dog", "cat"])).all()
     assert len(shown) == 2  # the third has no objects
-
-
-def test_colors_of_a_bgr_mapper_are_turned_back(tmp_path):
-    split = examine(*write_data(tmp_path, *GOOD))
-    sheets = []
-    for image_format in ("RGB", "BGR"):
-        mapper = DetrDatasetMapper(True, [T.Resize((480, 640))], image_format=image_format)
-        figure = draw_training_images(mapper, split, 1, image_format=image_format)
-        sheets.append(figure.axes[0].images[0].get_array())
-    assert (sheets[0] == sheets[1]).all()
 
 
 def run_tool(*arguments):
@@ -230,14 +203,6 @@ def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
     assert check["splits"]["train"]["statistics"]["objects"] == 3
     for name in names - {"check.json"}:
         Image.open(tmp_path / "out" / name).load()
-
-
-def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch):
-    json_file, image_root = write_data(tmp_path)
-    (tmp_path / "out").touch()
-    monkeypatch.setattr(tool, "examine", None)
-    with pytest.raises(UserError, match="out cannot be written: File exists"):
-        run_tool("--json", json_file, "--images", image_root, "--output", tmp_path / "out")
 
 
 def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):

@@ -3,8 +3,6 @@
 import json
 import math
 import shlex
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -120,39 +118,6 @@ def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert "| wide " in printed and "| narrow " not in printed
 
 
-SLEEPER = """
-import pathlib, signal, sys, time
-
-def save(number, frame):
-    signal.signal(number, signal.SIG_DFL)
-    time.sleep(0.3)
-    pathlib.Path("saved").touch()
-    sys.exit(1)
-
-signal.signal(signal.SIGTERM, save)
-pathlib.Path("metrics.json").write_text('{"iteration": 2, "bbox/AP": 20.5, "bbox/AP50": 30.0}')
-time.sleep(3600)
-"""
-
-
-def sleeper(training, jobs):
-    """A process that has an evaluation, waits for a signal and then takes its time to save; a
-    second signal ends it at once, as it does the training script."""
-    training.folder.mkdir(parents=True)
-    process = subprocess.Popen([sys.executable, "-S", "-c", SLEEPER], cwd=training.folder)
-    while process.poll() is None and not (training.folder / "metrics.json").exists():
-        pass
-    return process
-
-
-def test_a_run_stops_at_its_ap(tmp_path, monkeypatch):
-    path = write_study(tmp_path, seeds=[0], runs={"wide": {**WIDE, "stop_at_ap": 20}})
-    (training,) = trainings_of(path, tmp_path / "out")
-    monkeypatch.setattr(tool, "launch", sleeper)
-    assert tool.train([training], 1) == 0
-    assert training.is_finished() and (training.folder / "saved").exists()
-
-
 # ---- The report
 
 
@@ -204,14 +169,6 @@ def test_table_has_mean_and_range_and_the_steps_to_an_ap():
 def test_reach_is_the_first_crossing(target, expected):
     found = tool.reach([10, 20, 30, 40], [2.0, 4, 4, 6], target)
     assert found == pytest.approx(expected, nan_ok=True)
-
-
-def test_the_picture_has_ap_over_steps_and_minutes():
-    left, right = tool.draw(ROWS, ["DETR", "SMCA"]).get_axes()
-    assert left.get_lines()[1].get_ydata().tolist() == [0.5, 15, 25]
-    assert left.get_lines()[1].get_xdata().tolist() == [100, 200, 300]
-    minutes = [step * 0.7 / 60 for step in (100, 200, 300)]
-    assert right.get_lines()[1].get_xdata() == pytest.approx(minutes)
 
 
 @pytest.mark.parametrize(

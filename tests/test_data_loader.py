@@ -89,11 +89,6 @@ def test_loading_leaves_the_global_random_states_alone(num_workers):
     assert _draw_from_all_generators({"image_id": 0}) == expected
 
 
-def test_a_data_set_smaller_than_a_batch_is_repeated():
-    ids = _image_ids(_batches(2, dataset=DATASET[:3], total_batch_size=6))
-    assert sorted(ids) == [0] * 4 + [1] * 4 + [2] * 4
-
-
 def test_without_a_seed_one_is_drawn():
     drawn = []
     for seed in (None, -1, None):

@@ -87,12 +87,6 @@ def test_without_detections_average_precision_is_zero():
     assert math.isnan(result.overall["APl"])
 
 
-def test_truth_can_be_of_some_images_only():
-    truth = load_truth(TRUTH.dataset, image_ids=[2])
-    assert truth.getImgIds() == [2] and len(truth.anns) == 1
-    assert average_precision(truth, DETECTIONS[3:]).classes[DOG]["AP"] == pytest.approx(100)
-
-
 # Matches, threshold, worst images
 
 

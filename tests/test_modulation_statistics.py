@@ -103,23 +103,6 @@ def test_scales_count_by_their_weights():
     assert statistics.scale_weights.tolist() == [[0.75, 0.25]]
 
 
-def test_the_radius_is_that_of_the_combined_maps_peak():
-    heads, precisions = [[[10.0, 10.0]], [[5.0, 5.0]]], [[[0.08, 0.02]], [[0.32, 0.04]]]
-    record = make_record(heads, precisions, strides=(1, 2), scale_weights=[0.6, 0.4])
-    (rx, ry), step = statistics_of(record, size=(40, 80)).head_radii[0, 0], 1e-3
-
-    def combined(x, y):  # in pixels; cells of the second scale are 2 pixels
-        return 0.6 * math.exp(-0.08 * x**2 - 0.02 * y**2) + 0.4 * math.exp(
-            -0.32 * (x / 2) ** 2 - 0.04 * (y / 2) ** 2
-        )
-
-    # A Gaussian's second derivative at its peak is -1 / radius^2.
-    curvature_x = (combined(step, 0) - 2 + combined(-step, 0)) / step**2
-    curvature_y = (combined(0, step) - 2 + combined(0, -step)) / step**2
-    assert rx == pytest.approx((-curvature_x) ** -0.5, rel=1e-4)
-    assert ry == pytest.approx((-curvature_y) ** -0.5, rel=1e-4)
-
-
 # Numbers
 
 
@@ -174,13 +157,6 @@ def test_the_summary_has_quartiles_and_the_share_inside():
     assert summary["head_center_distance"] == pytest.approx([0.45, 1.1, 1.55])
     assert summary["head_centers_inside"] == 0.4
     assert summary["head_deviation"] == [0.25, 0.25, 0.25]
-
-
-def test_what_is_infinite_is_none():
-    radii = np.full((1, 1, 2), np.inf)
-    summary = summarize(make_statistics([BOX], [[[20, 40]]], head_radii=radii))
-    assert summary["sizes"]["small"]["radius"] is None
-    assert "medium" not in summary["sizes"]
 
 
 # A model's queries

@@ -11,7 +11,6 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from matplotlib.figure import Figure
 from PIL import Image
 
 import reference
@@ -28,13 +27,10 @@ from smca.analysis import (
     draw_curves,
     draw_gaussians,
     draw_instances,
-    draw_truth_and_detections,
     modulation_maps,
     read_metrics,
-    truth_of,
     write_pictures,
 )
-from smca.analysis.detections import plain_text
 from smca.analysis.pictures import draw_pictures
 from smca.analysis.training import draw_examples
 from smca.data import read_image
@@ -103,13 +99,6 @@ def test_a_box_is_drawn_around_its_object_and_nowhere_else():
     assert not changed[300:380, 210:290].any()
 
 
-def test_truth_stands_left_and_detections_right():
-    image = make_image(60, 80)
-    picture = draw_truth_and_detections(image, TRUTH, DETECTIONS, CLASS_NAMES)
-    assert (picture[:, :480] == draw_instances(image, TRUTH, CLASS_NAMES)).all()
-    assert (picture[:, -480:] == draw_instances(image, DETECTIONS, CLASS_NAMES)).all()
-
-
 def test_a_class_may_have_any_name(multi_scale):
     classes = torch.arange(len(ODD_NAMES))
     boxes = Boxes(torch.tensor([[5.0, 5, 50, 50]]).repeat(len(classes), 1))
@@ -162,18 +151,6 @@ def test_letters_of_any_installed_font_are_drawn_and_others_are_said_once(
             draw_instances(make_image(60, 80), instances, ["\U000f0000"])
     (message,) = caplog.messages
     assert message.startswith("No installed font has the letters \U000f0000")
-
-
-def test_a_formula_in_a_name_is_drawn_as_its_letters():
-    text = Figure().text(0, 0, plain_text(r"_$\alpha$ \$5"))
-    assert text._preprocess_math(text.get_text()) == (r" _$\alpha$ \$5", False)
-
-
-def test_truth_of_a_dataset_dict_has_boxes_as_corners():
-    annotation = {"bbox": [1, 2, 30, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2}
-    truth = truth_of({"height": 60, "width": 80, "annotations": [annotation]})
-    assert truth.gt_boxes.tensor.tolist() == [[1, 2, 31, 42]]
-    assert truth.gt_classes.tolist() == [2] and truth.gt_crowd.tolist() == [False]
 
 
 # Gaussian maps
@@ -267,35 +244,12 @@ def test_every_head_has_a_panel(tmp_path, variant):
     assert sum(len(images) == 2 for images in shown) == 2 * num_heads  # with a map on top
 
 
-def test_the_drawn_map_has_its_maximum_where_the_head_is_marked(tmp_path):
-    predictor = make_predictor(tmp_path, "one scale")
-    (detection,) = modulation_maps(predictor, make_image())
-    panels = [axes for axes in draw_gaussians([detection]).axes if axes.images]
-    for head, axes in enumerate(panels[1:]):
-        x, y = (values[0] for values in axes.lines[0].get_data())
-        assert (x, y) == pytest.approx(detection.head_centers[0, head])
-        opacity = axes.images[1].get_array()[..., 3]
-        height, width = opacity.shape
-        assert axes.images[1].get_extent() == [-0.5, width - 0.5, height - 0.5, -0.5]
-        if 0 <= x <= width - 1 and 0 <= y <= height - 1:
-            row, column = np.unravel_index(opacity.argmax(), opacity.shape)
-            assert abs(row - y) <= 0.51 and abs(column - x) <= 0.51
-
-
 def test_a_single_scale_can_be_drawn_and_an_unknown_one_is_an_error(multi_scale):
     detections = modulation_maps(multi_scale, make_image())
     figure = draw_gaussians(detections, CLASS_NAMES, scale=2)
     assert "stride 64" in figure.subfigs[0].get_suptitle()
     with pytest.raises(UserError, match="no scale 3, the model has 3"):
         draw_gaussians(detections, scale=3)
-
-
-def test_the_detected_box_is_drawn_where_it_is(multi_scale):
-    (detection,) = modulation_maps(multi_scale, make_image())
-    panels = [axes for axes in draw_gaussians([detection]).axes if axes.patches]
-    assert panels
-    for axes in panels:
-        assert axes.patches[0].get_bbox().extents == pytest.approx(detection.box)
 
 
 # Curves
@@ -324,6 +278,16 @@ def results(iteration, ap):
         # A resumed run replaces what came after its start.
         (losses(0, 10, 20, 30) + losses(15, 25, run=100.0), {0: 1, 10: 11, 15: 115, 25: 125}),
         (losses(0, 10) + losses(10, run=100.0), {0: 1, 10: 110}),
+        # So it does where it begins before an evaluation.
+        (
+            losses(19)
+            + results(14, 3.0)
+            + losses(29)
+            + results(24, 3.0)
+            + losses(19, run=100.0)
+            + results(14, 5.0),
+            {19: 119},
+        ),
         # JSONWriter writes an evaluation after the losses of the next log step.
         (losses(9, 19) + results(14, 3.0) + losses(29), {9: 10, 19: 20, 29: 30}),
     ],
@@ -333,19 +297,6 @@ def test_losses_are_read_by_their_iterations(tmp_path, lines, expected):
     (tmp_path / "m.json").write_text(text)
     iterations, values = read_metrics(tmp_path / "m.json")["total_loss"]
     assert dict(zip(iterations, values)) == expected
-
-
-def test_a_run_resumed_before_an_evaluation_replaces_both(tmp_path):
-    def rows(ap, run):
-        return [losses(19, run=run), results(14, ap), losses(29, run=run), results(24, ap)]
-
-    rows = losses(9) + sum(rows(3.0, run=1.0) + rows(5.0, run=100.0), [])
-    metrics = read_metrics(write_metrics(tmp_path / "m.json", rows))
-    assert metrics["total_loss"] == ([9, 19, 29], [10.0, 119.0, 129.0])
-    assert metrics["bbox/AP"] == ([14, 24], [5.0, 5.0])
-    metrics = read_metrics(write_metrics(tmp_path / "m.json", rows[:-3]))
-    assert metrics["total_loss"][0] == [9, 19]
-    assert metrics["bbox/AP"][0] == [14]  # what came after the new run's last row is gone
 
 
 def test_losses_ap_and_averaged_weights_have_curves_of_their_own():

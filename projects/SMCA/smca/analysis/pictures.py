@@ -82,16 +82,20 @@ def draw_pictures(
     chosen = evenly(dataset_dicts, num_images)
     figures: Dict[str, Figure] = {}
     if chosen:
-        figures["validation.png"] = _draw_validation(
-            predictor, progress(chosen), confidence_threshold
-        )
+        drawn = _draw_validation(predictor, progress(chosen), confidence_threshold)
+        figures["validation.png"] = drawn
     if chosen and num_detections:
+        best: List[DetectionMaps] = []
         try:
-            figures["gaussians.png"] = _draw_best_gaussians(
-                predictor, progress(chosen), num_detections, layer, scale
-            )
+            for item in progress(chosen):
+                image = read_image(item["file_name"], item["height"], item["width"])
+                best += modulation_maps(predictor, image, layer=layer)
         except NoModulationError as error:
             logger.warning("%s", error)
+            return figures
+        best.sort(key=lambda detection: -detection.score)
+        maps = draw_gaussians(best[:num_detections], predictor.class_names, scale)
+        figures["gaussians.png"] = maps
     return figures
 
 
@@ -114,19 +118,3 @@ def _draw_validation(
             f"detections from {100 * threshold:.0f}% ({len(detections)})"
         )
     return draw_contact_sheet(pictures, captions)
-
-
-def _draw_best_gaussians(
-    predictor: "Predictor",
-    dataset_dicts: Iterable[Dict[str, Any]],
-    count: int,
-    layer: int,
-    scale: Optional[int],
-) -> Figure:
-    """The best detection of each of the images whose best detections are surest."""
-    best: List[DetectionMaps] = []
-    for item in dataset_dicts:
-        image = read_image(item["file_name"], item["height"], item["width"])
-        best += modulation_maps(predictor, image, layer=layer)
-    best.sort(key=lambda detection: -detection.score)
-    return draw_gaussians(best[:count], predictor.class_names, scale)

@@ -107,19 +107,20 @@ def write_report(
 
 
 def _metric_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
-    """Of each row its title, meaning, cells as text, and the indices of the best."""
-    rows = []
-    for name, meaning in _METRICS.items():
-        values = [evaluation.average_precision.overall[name] for evaluation in evaluations]
-        rows.append(_row(name, meaning, values))
-    rows.append(_row("F1", "IoU 0.5, at the threshold below", [e.f1 for e in evaluations]))
+    rows = [
+        _row(name, meaning, [e.average_precision.overall[name] for e in evaluations])
+        for name, meaning in _METRICS.items()
+    ]
     thresholds = [evaluation.threshold for evaluation in evaluations]
-    rows.append(_row("threshold", "of the scores", thresholds, digits=3, best=None))
     errors = [100 * evaluation.calibration.error for evaluation in evaluations]
-    rows.append(_row("ECE", "expected calibration error, %", errors, best=min))
     times = [evaluation.milliseconds for evaluation in evaluations]
-    rows.append(_row("ms", "an image, median, without reading its file", times, best=min))
-    return rows
+    return [
+        *rows,
+        _row("F1", "IoU 0.5, at the threshold below", [e.f1 for e in evaluations]),
+        _row("threshold", "of the scores", thresholds, digits=3, best=None),
+        _row("ECE", "expected calibration error, %", errors, best=min),
+        _row("ms", "an image, median, without reading its file", times, best=min),
+    ]
 
 
 def _class_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
@@ -135,6 +136,7 @@ def _class_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
 def _row(
     title: str, meaning: str, values: Sequence[float], digits: int = 1, best: Any = max
 ) -> Dict[str, Any]:
+    """A row's title, meaning, cells as text, and the indices of the best."""
     cells = ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in values]
     known = [value for value in values if not math.isnan(value)]
     marked = []
@@ -147,8 +149,8 @@ def _row(
 
 
 def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
-    """Precision over recall with IoU 0.5, the mean of all classes first, then those classes that
-    have most objects; a line for each detector."""
+    """Precision over recall with IoU 0.5: the mean of all classes, and the classes with most
+    objects; a line for each detector."""
     first = evaluations[0].average_precision
     names = dict(zip(evaluations[0].category_ids, evaluations[0].class_names))
     with_objects = [key for key, values in first.classes.items() if values["objects"]]

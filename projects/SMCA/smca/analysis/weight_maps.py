@@ -261,52 +261,32 @@ def overlay_map(axes: Axes, weights: np.ndarray) -> None:
 def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None:
     """The box in its class's color."""
     x0, y0, x1, y1 = detection.box
-    color = class_color(detection.class_index)
-    axes.add_patch(
-        Rectangle(
-            (x0, y0),
-            x1 - x0,
-            y1 - y0,
-            fill=False,
-            edgecolor=color,
-            linewidth=linewidth,
-            path_effects=[withStroke(linewidth=linewidth + 1.5, foreground="black")],
-            label="box",
-        )
-    )
+    style: Dict[str, Any] = dict(fill=False, linewidth=linewidth, label="box")
+    style.update(edgecolor=class_color(detection.class_index))
+    style.update(path_effects=[withStroke(linewidth=linewidth + 1.5, foreground="black")])
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
 
 
 def draw_center(axes: Axes, detection: DetectionMaps, markersize: float = 11) -> None:
     """A plus at the predicted center, which the heads share."""
-    axes.plot(
-        *detection.center,
-        "+",
-        color="white",
-        markersize=markersize,
-        markeredgewidth=2,
-        path_effects=[withStroke(linewidth=4, foreground="black")],
-        label="predicted center, shared by the heads",
-    )
+    style: Dict[str, Any] = dict(color="white", markersize=markersize, markeredgewidth=2)
+    style.update(path_effects=[withStroke(linewidth=4, foreground="black")])
+    axes.plot(*detection.center, "+", label="predicted center, shared by the heads", **style)
 
 
 def number_heads(axes: Axes, centers: np.ndarray) -> None:
     """Numbered dots at (H', 2) positions; none if the heads share theirs."""
+    style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True, fontsize=6.5)
     for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
         axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
-        style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True)
-        axes.text(x, y, str(head + 1), color="black", fontsize=6.5, **style)
+        axes.text(x, y, str(head + 1), color="black", **style)
 
 
 def _draw_head_center(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:
-    """Marked the more clearly, the more the query reads from that scale."""
+    """Larger and clearer, the more the query reads from that scale."""
     weight = detection.scale_weights[scale] if len(detection.strides) > 1 else 1.0
-    axes.plot(
-        *detection.head_centers[scale, head],
-        _SCALE_MARKERS[scale % len(_SCALE_MARKERS)],
-        color="white",
-        markeredgecolor="black",
-        markersize=2.5 + 2 * weight,
-        markeredgewidth=0.7,
-        alpha=0.4 + 0.6 * weight,
-        label=f"head's center, stride {detection.strides[scale]}",
-    )
+    style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markeredgewidth=0.7)
+    style.update(markersize=2.5 + 2 * weight, alpha=0.4 + 0.6 * weight)
+    marker = _SCALE_MARKERS[scale % len(_SCALE_MARKERS)]
+    label = f"head's center, stride {detection.strides[scale]}"
+    axes.plot(*detection.head_centers[scale, head], marker, label=label, **style)

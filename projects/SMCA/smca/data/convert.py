@@ -108,8 +108,8 @@ def _opens(path: str) -> bool:
 
 
 def label_remarks(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
-    """Remarks on label files of several images or of none."""
-    counts = collections.Counter(label for label in pairs.values() if label is not None)
+    """Remarks on label files that have several images or none."""
+    counts = collections.Counter(filter(None, pairs.values()))
     shared = [label for label, count in counts.items() if count > 1]
     return [
         f"{len(labels)} label file{' has' if len(labels) == 1 else 's have'} {what}, such as "
@@ -123,7 +123,7 @@ def label_remarks(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> Lis
 
 
 def size_record(path: str) -> Record:
-    """What an image's record has of its size, or why it cannot be read."""
+    """The size of an image for its record, or why it cannot be read."""
     try:
         height, width = upright_size(path)
     except DatasetError as error:

@@ -34,7 +34,6 @@ __all__ = [
 _MAX_TEXT = 1000  # bytes of a PNG's text; compressed, they may be the million that Pillow reads
 _DEEP_COLOR = "color of 16 bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
-_rules_said: List[str] = []  # of this process, by which images of more than 8 bits are read
 
 _EXIF_ORIENTATION = 274
 # What turns an image of the EXIF orientation upright.
@@ -205,26 +204,8 @@ def _in_8_bit(image: Image.Image) -> Tuple[Image.Image, str]:
     return Image.fromarray(levels), rule
 
 
-def _say_rule(rule: str) -> None:
-    """Warn of a new way to read images of more than 8 bits, unless all have 16 bits."""
-    if rule in _rules_said:
-        return
-    _rules_said.append(rule)
-    if len(_rules_said) > 1:
-        _warn(
-            f"Images of more than 8 bits are read by different levels ({'; '.join(_rules_said)}): "
-            "scale all files to 16 bits if their brightness should be comparable."
-        )
-    elif "16 bits" not in rule:
-        _warn(f"Images of more than 8 bits: levels from {rule} are read as 0 to 255.")
-
-
 @functools.lru_cache(maxsize=None)
-def _say_frames(image_format: str) -> None:
-    _warn(f"Only the first frame is read of {image_format} files with several frames or pages.")
-
-
-def _warn(message: str) -> None:
+def _warn_once(message: str) -> None:
     worker = torch.utils.data.get_worker_info()
     if worker is None or worker.id == 0:
         logger.warning(message)
@@ -234,8 +215,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB. Transparency is
     dropped, as in Detectron2."""
     image, rule = _in_8_bit(image)
-    if rule:
-        _say_rule(rule)
+    if rule and "16 bits" not in rule:
+        _warn_once(
+            f"There are images of more than 8 bits whose levels from {rule} are read as 0 to 255: "
+            "if others have other levels and their brightness should be comparable, scale all "
+            "files to 16 bits."
+        )
     if image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -263,7 +248,7 @@ def read_image(
     with _open_image(path) as image:
         transpose = _matching_transpose(image, path, height, width)
         if _has_frames(image):
-            _say_frames(str(image.format))
+            _warn_once(f"Only the first frame or page of {image.format} files is read.")
         image = as_rgb(image)
         if transpose is not None:
             image = image.transpose(transpose)

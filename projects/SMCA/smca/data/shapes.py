@@ -123,12 +123,12 @@ def write_shapes(
     """Write the data set: JPEG images in ``train/`` and ``val/``, annotations in COCO's format in
     ``train.json`` and ``val.json``.
 
-    Image i of a split depends on the lengths, the seed, the split and i only. Boxes are tight
-    around an object's visible pixels; ``area`` is their number.
+    Image i of a split depends only on the lengths, the seed, the split and i. Boxes are tight
+    around an object's visible pixels, whose number is ``area``.
 
     Args:
-        folder: created; must not exist.
-        num_train, num_val, seed, lengths: as in `register_shapes`.
+        folder: is created and must not exist.
+        num_train, num_val, seed, lengths: see `register_shapes`.
     """
     for split_index, (split, num_images) in enumerate(zip(_SPLITS, (num_train, num_val))):
         (folder / split).mkdir(parents=True)

@@ -1,5 +1,6 @@
 """YOLO folders as data sets in COCO's format."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -28,14 +29,11 @@ OneOrMore = Union[str, List[str]]
 
 
 def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
-    """The image folder of a split of a YOLO data set.
+    """The image folder of a split of a YOLO data set; a list where the file has one.
 
     Args:
         data_yaml: the data set's file with ``train``, ``val``, ``names`` and perhaps ``path``.
         split: "train", "val" or another key of it.
-
-    Returns:
-        An absolute path, or a list of them where the file has a list.
 
     Raises:
         DatasetError: the file or a folder is missing, or the file lacks the split.
@@ -99,15 +97,15 @@ def _yolo_labels(path: str) -> str:
 
 
 def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
-    """Convert a split of a YOLO data set; an image without a label file has no objects. Boxes are
-    relative to the image as its EXIF orientation turns it upright.
+    """Convert a split of a YOLO data set. An image without a label file has no objects. Boxes are
+    relative to the upright image.
 
     Args:
-        data_yaml, split: as of `yolo_images`.
+        data_yaml, split: see `yolo_images`.
 
     Returns:
-        The COCO JSON, or a list of them with one for each folder of `yolo_images`, with the
-        categories 1, 2, ... in the order of ``names``.
+        The COCO JSON, or a list with one for each folder of `yolo_images`. It has the categories
+        1, 2, ... in the order of ``names``.
 
     Raises:
         DatasetError: something is missing or cannot be read.
@@ -116,16 +114,13 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     content = _read_yaml(file)
     names = content["names"]
     num_keypoint_values = _keypoint_values(file, content)
-
-    def read(image: str, label: Optional[str]) -> Content:
-        return _read_yolo(image, label, names, num_keypoint_values)
+    settings = {"names": names, "num_keypoint_values": num_keypoint_values}
+    read = functools.partial(_read_yolo, **settings)
 
     def convert(images: str) -> str:
         labels = _yolo_labels(images)
-        folders = {images, labels} if os.path.isdir(labels) else {images}
-        label_files = {
-            path: state for folder in folders for path, state in files_below(folder, ".txt").items()
-        }
+        # The folder of labels need not exist.
+        label_files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
 
         def stems(image: str) -> Iterable[str]:
             stem = os.path.splitext(image)[0]
@@ -136,8 +131,7 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
             unused = list(filter(_is_yolo_label, unused))
             return make_coco(images, pairs, read, names, labels, label_remarks(pairs, unused))
 
-        settings = names, num_keypoint_values, sorted(label_files.items())
-        return in_cache(images, labels, settings, make)
+        return in_cache(images, labels, (settings, sorted(label_files.items())), make)
 
     folders = yolo_images(file, split)
     return convert(folders) if isinstance(folders, str) else list(map(convert, folders))
