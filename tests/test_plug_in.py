@@ -69,18 +69,6 @@ def test_every_parameter_of_the_plugged_in_maps_learns(models):
     assert not missing
 
 
-def test_what_padding_holds_does_not_reach_the_cross_attention(models):
-    _, model, batch = models
-    masks = []
-    layer = model.detr.model.decoder.layers[0].encoder_attn
-    layer.register_forward_hook(
-        lambda _, args, kwargs, output: masks.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    model(**batch)
-    padded = batch["pixel_mask"][:, ::8, ::8].flatten(1) == 0
-    assert padded.any() and (masks[0].isinf().any(1).any(1) == padded).all()
-
-
 def test_a_short_training_prints_the_losses_of_both(example, monkeypatch, capsys):
     batch = example.make_batch(np.random.default_rng(0), 1)
     monkeypatch.setattr(example, "make_batch", lambda rng: batch)

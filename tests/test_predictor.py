@@ -85,18 +85,6 @@ def test_every_kind_of_image_gives_the_same_detections(predictor, served, monkey
         assert_same(predictor(given, threshold=0), expected)
 
 
-@pytest.mark.parametrize("mode", ["P", "CMYK", "I;16"])
-def test_pil_images_of_any_mode_are_taken(predictor, tmp_path, mode):
-    image = Image.fromarray(make_image())
-    if mode == "I;16":
-        image = Image.fromarray(make_image()[..., 0].astype(np.uint16) * 257)
-    else:
-        image = image.convert(mode)
-    image.save(tmp_path / "a.tif")
-    expected = predictor(tmp_path / "a.tif", threshold=0)
-    assert_same(predictor(image, threshold=0), expected)
-
-
 def test_a_file_is_turned_upright_and_pixels_are_taken_as_they_are(predictor, served, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder, address = served
