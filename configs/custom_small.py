@@ -49,8 +49,7 @@ dataloader.train.total_batch_size = 8
 optimizer.weight_decay = 0.05
 train.init_checkpoint = ""
 train.clip_grad_norm = None
-for _key, _share in (("max_iter", 1.0), ("eval_period", 0.1)):
-    train[_key] = L(fit_num_iterations)(
-        names=_names, batch_size="${dataloader.train.total_batch_size}", share=_share
-    )
-train.checkpointer.period = "${train.eval_period}"
+_steps = dict(names=_names, batch_size="${dataloader.train.total_batch_size}")
+train.max_iter = L(fit_num_iterations)(share=1.0, **_steps)
+train.eval_period = L(fit_num_iterations)(share=0.1, **_steps)
+train.checkpointer.period = L(fit_num_iterations)(share=0.1, **_steps)  # eval_period may be 0

@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from omegaconf import OmegaConf
 
 from smca.checkpoint import provenance_of
-from smca.config import fit_to_data, use_classes
+from smca.config import fit_to_data, load_config, use_classes
 from smca.data import fit_max_size, fit_num_iterations, fit_num_queries, fit_short_sides
 
 
@@ -98,3 +98,9 @@ def test_a_training_puts_values_in_the_config_and_a_checkpoint_brings_them_back(
     anew.data.names = "gone"
     use_classes(anew, provenance_of({"smca": {"fitted": fitted}, "model": {}}))
     assert (anew.model.num_queries, anew.mapper.sides) == (60, [192])
+
+
+def test_custom_small_may_evaluate_at_the_end_alone():
+    paths = [f"data.{split}_{kind}=." for split in ("train", "val") for kind in ("json", "images")]
+    cfg = load_config("custom_small", [*paths, "train.eval_period=0"])
+    assert cfg.train.checkpointer.period.share == 0.1
