@@ -21,8 +21,6 @@ model.encoder = L(PyramidEncoder)(
 # Queries come from stride 4 as well, whose cells are too many to attend to.
 model.decoder.update(num_layers=3, ffn_dim=512, read=[1, 2])
 model.denoising.groups = 1
-model.dense_head.deep = False
-model.queries.project = False
 model.num_queries = 40
 model.embed_dim = 128
 model.dropout = 0.0
