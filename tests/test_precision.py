@@ -157,26 +157,3 @@ def test_heads_look_where_float32_says_of_the_same_queries(name, dtype):
         for actual, expected in zip(maps, modulation(queries, center, scales), strict=True):
             assert largest(actual.centers, expected.centers) < 1e-4
             torch.testing.assert_close(actual.spreads, expected.spreads)
-
-
-@every_type
-@pytest.mark.parametrize("name", ["multi_scale", "conv"])
-def test_scales_are_weighed_in_float32_and_the_encoder_computes_in_the_half_type(name, dtype):
-    model, dtypes, hooks = make_model(name), {}, []
-    watched = {"ffn": model.encoder.layers[0].ffn.linear1}
-    for index, layer in enumerate(model.decoder.layers):
-        watched[f"scale_weight {index}"] = layer.scale_weight
-        watched[f"value {index}"] = layer.co_attention.out_proj
-    for key, module in watched.items():
-        hooks.append(
-            module.register_forward_hook(
-                lambda module, args, output, key=key: dtypes.update({key: output.dtype})
-            )
-        )
-    with autocast(dtype), torch.no_grad():
-        model.forward_features(model.preprocess(make_batch()))
-    for hook in hooks:
-        hook.remove()
-    assert dtypes == {
-        key: torch.float32 if key.startswith("scale_weight") else dtype for key in watched
-    }

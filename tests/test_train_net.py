@@ -362,23 +362,6 @@ def test_early_stopping_without_evaluations_is_an_error(trained, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "override, read, value",
-    [
-        # An argument that the config leaves at its default.
-        (
-            "optimizer.amsgrad=True",
-            lambda c: instantiate({**c.optimizer, "params": [nn.Parameter()]}).defaults["amsgrad"],
-            True,
-        ),
-        ("+train.note=mine", lambda cfg: cfg.train.note, "mine"),
-        ("train.output_dir=${train.device}", lambda cfg: cfg.train.output_dir, "cpu"),
-    ],
-)
-def test_a_right_override_has_its_value(trained, override, read, value):
-    assert read(load_config(trained[0], [override])) == value
-
-
-@pytest.mark.parametrize(
     "text, words",
     [
         (None, "config.py does not exist"),

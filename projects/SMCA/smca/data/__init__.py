@@ -27,7 +27,7 @@ from .coco_checks import (
 from .errors import DatasetError
 from .evaluator import CocoEvaluator
 from .fitted import fit_max_size, fit_num_iterations, fit_num_queries, fit_short_sides
-from .loader import build_train_loader, set_start_batch, set_start_sample, spare_shared_memory
+from .loader import build_train_loader, set_start_sample, spare_shared_memory
 from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
 from .voc import coco_from_voc
@@ -69,7 +69,6 @@ __all__ = [
     "register_shapes",
     "remarks_on",
     "require_dataset",
-    "set_start_batch",
     "set_start_sample",
     "spare_shared_memory",
     "source_of",

@@ -19,7 +19,7 @@ from smca.errors import ConfigError, UserError
 
 from .errors import DatasetError
 
-__all__ = ["build_train_loader", "set_start_batch", "set_start_sample", "spare_shared_memory"]
+__all__ = ["build_train_loader", "set_start_sample", "spare_shared_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def build_train_loader(
     """An endless loader of training batches.
 
     Batch number n of a process depends, to the last bit, only on the seed, the rank, the number of
-    processes and n: not on `num_workers`, nor on the batch it was started at (`set_start_batch`).
+    processes and n: not on `num_workers`, nor on the sample it was started at (`set_start_sample`).
     All processes together see every image once a pass. The global random states are not touched,
     except for `numpy.random` where there is no seed.
 
@@ -239,35 +239,17 @@ def _has_no_objects(item: Mapping[str, Any]) -> bool:
     return annotations is not None and all(each.get("iscrowd") for each in annotations)
 
 
-def set_start_batch(loader: DataLoader, num_batches: int) -> None:
-    """Make the next ``iter(loader)`` begin with batch number `num_batches` of this process, counted
-    from 0.
-
-    Args:
-        loader: from `build_train_loader`.
-        num_batches: not negative.
+def set_start_sample(loader: DataLoader, num_samples: int) -> None:
+    """Make the next ``iter()`` of a loader of `build_train_loader` begin after so many samples of
+    all processes together, in batches of whatever size.
 
     Raises:
         TypeError: the loader is of another kind and cannot start in the middle.
-        ValueError: `num_batches` is negative.
     """
-    if num_batches < 0:
-        raise ValueError(f"num_batches must not be negative, but is {num_batches}.")
-    sampler = _batch_sampler(loader)
-    sampler.start_sample = num_batches * sampler.batch_size * sampler.world_size
-
-
-def set_start_sample(loader: DataLoader, num_samples: int) -> None:
-    """As `set_start_batch`, after so many samples of all processes together, in batches of whatever
-    size."""
-    _batch_sampler(loader).start_sample = num_samples
-
-
-def _batch_sampler(loader: DataLoader) -> _EndlessBatches:
     sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(sampler, _EndlessBatches):
         raise TypeError(
             f"A {type(loader).__name__} cannot start in the middle of its data: build "
             "dataloader.train with smca.data.build_train_loader."
         )
-    return sampler
+    sampler.start_sample = num_samples
