@@ -133,12 +133,12 @@ def test_images_may_have_any_name(trained, tmp_path, capsys):
         write_image(tmp_path / "a.png")
         (tmp_path / "a.png").rename(tmp_path / "in" / name)
     out = tmp_path / "out"
-    assert (
-        run(trained, "--input", *(tmp_path / "in" / name for name in names), "--output", out) == 0
-    )
+    paths = [tmp_path / "in" / name for name in names]
+    assert run(trained, "--input", *paths, "--output", out, "--confidence-threshold", 1) == 0
     assert sorted(os.listdir(out)) == sorted([*names, demo.JSON_NAME])
     printed = capsys.readouterr().out
     assert all(name.encode("utf-8", "backslashreplace").decode() in printed for name in names)
+    assert printed.endswith("after a short training: lower --confidence-threshold.\n")
 
 
 def test_broken_images_are_skipped_and_told(trained, tmp_path, capsys):

@@ -105,6 +105,9 @@ def run_on_images(args: argparse.Namespace) -> int:
                 detections.draw().save(output)
             results += detections.to_coco(file_name=path, image_id=image_id)
             _say(f"{path}: {len(detections)} detections, drawn in {output}")
+    if not results and num_failed < len(paths):
+        least = f"No score is {args.confidence_threshold} or more"
+        print(f"{least}, as after a short training: lower --confidence-threshold.")
     if num_failed:
         print(f"{num_failed} of {len(paths)} images could not be read.", file=sys.stderr)
     return 1 if num_failed else 0
