@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -329,7 +330,10 @@ def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> No
     state = _state_of_files(images, image_root)
     if is_stamped(path, state):
         return
+    start = time.perf_counter()
     problems = [found for found in file_problems(images, image_root) if found is not None]
+    seconds = time.perf_counter() - start
+    logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
     raise_problems(source_of(data, json_file), problems)
     stamp(path, state)
 
