@@ -35,14 +35,14 @@ def _short_sides(*factors):
     return L(fit_short_sides)(names=_names, stride=_stride, factors=list(factors))
 
 
-_size = dict(max_size=L(fit_max_size)(names=_names, stride=_stride))
-dataloader.test.mapper.augmentations.update(short_sides=_short_sides(1.0), **_size)
+_max_size = L(fit_max_size)(names=_names, stride=_stride)
+dataloader.test.mapper.augmentations.update(short_sides=_short_sides(1.0), max_size=_max_size)
 dataloader.test.num_workers = 0
 # No larger than in evaluation, which saves time; objects become larger in the crops.
-_size.update(short_sides=_short_sides(0.7, 0.8, 0.9, 1.0), color_jitter=0.3)
-dataloader.train.mapper.augmentations.update(_size)
+_train = dict(short_sides=_short_sides(0.7, 0.8, 0.9, 1.0), max_size=_max_size, color_jitter=0.3)
+dataloader.train.mapper.augmentations.update(_train)
 dataloader.train.mapper.augmentations_with_crop.update(
-    crop_short_sides=_short_sides(1.0, 1.2, 1.4), crop_range=_short_sides(0.6, 1.0), **_size
+    crop_short_sides=_short_sides(1.0, 1.2, 1.4), crop_range=_short_sides(0.6, 1.0), **_train
 )
 dataloader.train.num_workers = 0
 dataloader.train.total_batch_size = 8

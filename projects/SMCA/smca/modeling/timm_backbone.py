@@ -3,6 +3,7 @@
 import math
 from typing import Any, Dict, List, Sequence
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -46,7 +47,8 @@ class TimmBackbone(Backbone):
         if not timm.is_model(name):
             similar = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
             raise ValueError(f"timm has no model {name!r}: {similar}.")
-        whole: Any = timm.create_model(name, features_only=True, **kwargs)
+        with torch.device("meta"):  # only to see what features there are
+            whole: Any = timm.create_model(name, features_only=True, **kwargs)
         info = whole.feature_info
         indices = {f"res{int(math.log2(r))}": i for i, r in enumerate(info.reduction())}
         unknown = [feature for feature in out_features if feature not in indices]
