@@ -180,6 +180,18 @@ def test_a_wrong_path_is_named_before_there_is_a_run(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_paths_below_home_exist_and_other_settings_of_the_data_are_no_paths(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"train_json": "~/cut.json", "train_images": "~", "val_json": "~/cut.json"}
+    settings = [f"data.{key}='{path}'" for key, path in {**paths, "val_images": "~"}.items()]
+    (tmp_path / "cut.json").write_text("{")
+    words = ["--config-file", "custom_small", *settings, "+data.tag=mine"]
+    assert train.main([*words, f"train.output_dir={tmp_path / 'run'}"]) == 1
+    assert f"{tmp_path}/cut.json is not a JSON file" in capsys.readouterr().err.splitlines()[-1]
+
+
 CUSTOM_COCO = ROOT / "configs" / "custom_coco.py"
 SMALL = ["model.backbone.depth=18", "model.backbone.norm=GN", "model.embed_dim=32"]
 SMALL += ["+model.backbone.width=32"]

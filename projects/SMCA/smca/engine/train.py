@@ -57,6 +57,13 @@ logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]  # {task: {metric: value}}
 
+# Keys of the section `data` that are paths of files and folders, or lists of them.
+_PATHS = [
+    f"{split}_{kind}"
+    for split in ("train", "val")
+    for kind in ("json", "images", "annotations", "list")
+] + ["yaml"]
+
 
 def main(args: argparse.Namespace) -> Results:
     """Train or evaluate, in one process of possibly several.
@@ -126,10 +133,11 @@ def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _require_files(data: Mapping[str, Any]) -> None:
     """Name a wrong path of the data before another run's files are set aside."""
-    for key, value in data.items():
-        for path in value if isinstance(value, ListConfig) else [value]:
-            is_path = isinstance(path, str) and "://" not in path and key != "names"
-            if is_path and not os.path.exists(path):
+    for key in _PATHS:
+        for path in data[key] if isinstance(data.get(key), ListConfig) else [data.get(key)]:
+            if not isinstance(path, str) or "://" in path:
+                continue
+            if not os.path.exists(os.path.expanduser(path)):
                 raise ConfigError(f"data.{key}={path} does not exist: correct the path.")
 
 
