@@ -100,7 +100,16 @@ def test_a_training_puts_values_in_the_config_and_a_checkpoint_brings_them_back(
     assert (anew.model.num_queries, anew.mapper.sides) == (60, [192])
 
 
-def test_custom_small_may_evaluate_at_the_end_alone():
+def _custom_small(*overrides):
     paths = [f"data.{split}_{kind}=." for split in ("train", "val") for kind in ("json", "images")]
-    cfg = load_config("custom_small", [*paths, "train.eval_period=0"])
-    assert cfg.train.checkpointer.period.share == 0.1
+    return load_config("custom_small", [*paths, *overrides])
+
+
+def test_custom_small_may_evaluate_at_the_end_alone():
+    assert _custom_small("train.eval_period=0").train.checkpointer.period.share == 0.1
+
+
+def test_what_follows_from_the_data_can_be_set():
+    sides = "dataloader.train.mapper.augmentations.short_sides"
+    cfg = _custom_small(f"{sides}=[160,192]", "model.num_queries=70")
+    assert (OmegaConf.select(cfg, sides), cfg.model.num_queries) == ([160, 192], 70)

@@ -192,6 +192,8 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
     if not override.is_add():
         _check_override(cfg, key, value)
     try:
+        if isinstance(value, list) and isinstance(OmegaConf.select(cfg, key), DictConfig):
+            OmegaConf.update(cfg, key, None, merge=False)  # a list cannot be merged into a call
         LazyConfig.apply_overrides(cfg, [text])
     except (KeyError, OmegaConfBaseException) as error:
         raise ConfigError(f"Override {text!r} is not possible: {error.args[0]}") from error
