@@ -120,7 +120,7 @@ def workspace(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.name not in (".git", "output"):
             (folder / path.name).symlink_to(path)
-    settings = ["train.max_iter=2", "train.num_pictures=0", "train.output_dir=output/demo"]
+    settings = ["train.max_iter=2", "train.output_dir=output/demo"]
     for split in ("train", "val"):
         settings += [f"data.{split}_json={split}.json", f"data.{split}_images=images"]
     with pytest.MonkeyPatch.context() as patch:

@@ -232,7 +232,7 @@ def write_tiny_config(folder, **changes):
         lr_multiplier = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[2, 4])
         train = dict(default_train)
         train.update(output_dir="{folder}/run", device="cpu", max_iter=4, eval_period=2)
-        train.update(log_period=1, num_pictures=0, checkpointer=dict(period=2, max_to_keep=5))
+        train.update(log_period=1, checkpointer=dict(period=2, max_to_keep=5))
         train.update(model_ema=dict(enabled=True, decay=0.9))
         train.update({changes!r})
     """
@@ -270,7 +270,7 @@ _SMCA_CONFIG = """
     dataloader.test.dataset.names = "smca_shapes_val"
     optimizer.lr = 1e-4
     lr_multiplier = dict()
-    train.update(device="cpu", num_pictures=0, output_dir="{folder}/run")
+    train.update(device="cpu", output_dir="{folder}/run")
 """
 
 

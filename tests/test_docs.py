@@ -57,10 +57,11 @@ def test_a_config_with_sections_of_the_page_trains_and_detects(sections, in_work
     Path(f"{name}.py").write_text("\n".join(modules))
     code = "\n".join(blocks(HEAD) + list(configs)).replace("my_parts", name)
     Path("my_config.py").write_text(code)
-    settings = ["train.max_iter=1", "train.checkpointer.period=1", "train.num_pictures=0"]
+    settings = ["train.max_iter=1", "train.checkpointer.period=1"]
+    settings.append(f"train.output_dir=output/{name}")
     if "del data" not in code:
         settings += [f"data.{split}_json={split}.json" for split in ("train", "val")]
         settings += [f"data.{split}_images=images" for split in ("train", "val")]
     assert train.main(["--config-file", "my_config.py", *settings]) == 0
-    weights = "output/my_config/model_final.pth"
+    weights = f"output/{name}/model_final.pth"
     assert len(Predictor(weights)("photo.jpg", threshold=0)) > 0

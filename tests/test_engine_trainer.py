@@ -6,12 +6,7 @@ from detectron2.engine import HookBase
 
 from helpers import MeanLoss
 from smca.checkpoint import SMCACheckpointer
-from smca.engine.hooks import (
-    BestCheckpointer,
-    EmergencyCheckpointer,
-    ModelEMA,
-    PeriodicCheckpointer,
-)
+from smca.engine.hooks import EmergencyCheckpointer, ModelEMA
 from smca.engine.trainer import BoundedStorage, Trainer
 from smca.errors import NonFiniteError
 
@@ -106,11 +101,11 @@ def test_buffers_are_averaged_like_weights(model):
 def test_state_of_the_average_loads_into_the_model_and_goes_on(model):
     ema = ModelEMA(model, decay=0.75)
     train(model, batches(3), 3, hooks=[ema])
-    state = ema.averaged.state_dict()
+    state = ema.model.state_dict()
     MeanLoss().load_state_dict(state)
 
     restored = ModelEMA(model, decay=0.75)
-    restored.averaged.load_state_dict(copy.deepcopy(state))
+    restored.model.load_state_dict(copy.deepcopy(state))
     for each in (ema, restored):
         each.after_step()
     assert torch.equal(restored.model.layer.weight, ema.model.layer.weight)
@@ -148,38 +143,6 @@ def test_an_update_that_breaks_off_is_not_saved(model, tmp_path):
     with pytest.raises(OSError):
         trainer.train(0, 3)
     assert not checkpointer.has_checkpoint()
-
-
-class Metric(HookBase):
-    """Stores one value an iteration, None for no value."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def after_step(self):
-        value = self.values[self.trainer.iter]
-        if value is not None:
-            self.trainer.storage.put_scalar("bbox/AP", value, smoothing_hint=False)
-
-
-def test_best_checkpoint_is_that_of_the_highest_metric(model, tmp_path):
-    checkpointer = SMCACheckpointer(model, str(tmp_path))
-    values = [None, float("nan"), 20.0, 30.0, 25.0, float("nan"), 0.0]
-    train(
-        model,
-        batches(7),
-        7,
-        hooks=[
-            Metric(values),
-            PeriodicCheckpointer(checkpointer, 1),
-            BestCheckpointer(1, checkpointer, "bbox/AP"),
-        ],
-    )
-    best = saved(tmp_path / "model_best.pth")
-    assert best["best"] == {"metric": "bbox/AP", "value": 30.0, "iteration": 3}
-    expected = saved(tmp_path / "model_0000003.pth")["model"]["layer.weight"]
-    assert torch.equal(best["model"]["layer.weight"], expected)
-    assert checkpointer.get_checkpoint_file().endswith("model_final.pth")
 
 
 def test_the_metrics_of_long_ago_are_not_kept(model):

@@ -28,10 +28,11 @@ from helpers import (
     write_weights,
 )
 from smca.cli import export as tool
-from smca.inference import Predictor, load_detector, save_pretrained
+from smca.inference import Predictor, save_pretrained
 from smca.inference.export import (
     METADATA_NAME,
     OLDEST_TORCH,
+    OUTPUTS,
     ExportableDetector,
     count_nodes,
     export_detector,
@@ -129,27 +130,23 @@ def assert_same(outputs, expected, box_tolerance, score_tolerance=1e-5):
         assert difference <= box_tolerance * max(wanted.image_size)
 
 
-@needs_onnx
-def test_onnx_runtime_gives_the_models_detections_for_every_size_and_batch(exported):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    predictor, path, _ = exported
-    session = onnxruntime.InferenceSession(path)
-    for sizes in BATCHES:
-        images, padded, image_sizes = make_batch(sizes)
-        outputs = session.run(None, {"images": padded, "image_sizes": image_sizes})
-        assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
-
-
-@needs_onnx
-def test_openvino_gives_the_models_detections(exported):
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    predictor, path, _ = exported
+def run_in(runtime, path):
+    if runtime.__name__ == "onnxruntime":
+        session = runtime.InferenceSession(path)
+        return lambda inputs: session.run(None, inputs)
     # Its plug-in for the CPU may else take bfloat16.
-    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = runtime.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda inputs: [compiled(inputs)[name] for name in OUTPUTS]
+
+
+@needs_onnx
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_runtimes_give_the_models_detections_for_every_size_and_batch(exported, runtime):
+    predictor, path, _ = exported
+    run = run_in(pytest.importorskip(runtime), path)
     for sizes in BATCHES:
         images, padded, image_sizes = make_batch(sizes)
-        outputs = compiled({"images": padded, "image_sizes": image_sizes})
-        outputs = [outputs[name] for name in ("boxes", "scores", "labels")]
+        outputs = run({"images": padded, "image_sizes": image_sizes})
         assert_same(outputs, detect(predictor.model, images), box_tolerance=1e-5)
 
 
@@ -253,7 +250,8 @@ def test_the_average_of_the_weights_and_a_published_folder_can_be_exported(
     average = {name: value * 2 for name, value in torch.load(tiny[3])["model"].items()}
     config = ["--config-file", tiny[1]]
     weights = write_weights(tmp_path, tiny[1], model_ema=average)
-    save_pretrained(load_detector(weights, tiny[1], weights="ema"), str(tmp_path / "published"))
+    averaged = Predictor(weights, config_file=tiny[1], weights="ema")
+    save_pretrained(averaged, str(tmp_path / "published"))
     for given in (
         [*config, "--weights", weights, "--weights-kind", "ema"],
         ["--weights", str(tmp_path / "published")],
@@ -319,28 +317,13 @@ def test_unknown_formats_and_other_names_of_the_file_are_refused(tiny, tmp_path,
 
 
 @needs_export
-def test_an_output_that_cannot_be_written_is_said_at_once_and_nothing_is_left(
-    tiny, tmp_path, capsys
-):
-    (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "model.pt2"
-    message = error_of(capsys, tool.main, *tiny, "--format", "pt2", "--output", output)
-    assert f"{output.parent} cannot be written" in message
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@needs_export
-def test_other_models_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Only an SMCA or DETR model .* not Linear"):
-        export_detector(
-            Predictor.from_model(torch.nn.Linear(1, 1)), str(tmp_path / "model.pt2"), "pt2"
-        )
-
-
-@needs_export
-def test_other_preprocessing_than_a_resize_is_refused(tiny, tmp_path):
+def test_other_models_and_other_preprocessing_than_a_resize_are_refused(tiny, tmp_path):
     predictor = load_predictor(tiny)
     predictor.augmentations = T.AugmentationList([T.RandomFlip()])
-    with pytest.raises(ValueError, match="keep T.ResizeShortestEdge of one size"):
-        export_detector(predictor, str(tmp_path / "model.pt2"), "pt2")
+    for other, words in (
+        (predictor, "keep T.ResizeShortestEdge of one size"),
+        (Predictor.from_model(torch.nn.Linear(1, 1)), "Only an SMCA or DETR model .* not Linear"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export_detector(other, str(tmp_path / "model.pt2"), "pt2")
     assert os.listdir(tmp_path) == []

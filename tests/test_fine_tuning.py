@@ -2,17 +2,14 @@
 
 import json
 import logging
-import shutil
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from omegaconf import DictConfig, OmegaConf
 
 import smca
 from helpers import (
     ROOT,
-    MeanLoss,
     TinyDetector,
     arguments,
     error_of,
@@ -27,13 +24,13 @@ from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.config import load_config
 from smca.data import num_images
-from smca.engine import Trainer, main, run
-from smca.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
-from smca.errors import CheckpointError, ConfigError, UserError
+from smca.engine import main, run
+from smca.errors import ConfigError, UserError
 from smca.inference import load_test_dataset
 from smca.solver import layer_lr_factor, steps_of_epochs
 
 FINE_TUNE = str(ROOT / "configs" / "fine_tune.py")
+MISSING = "model.num_queries='???'"
 
 
 def save(path, model, class_names=None):
@@ -109,40 +106,6 @@ def test_the_first_queries_are_kept(tmp_path, caplog, count):
     assert words[count] in caplog.text
 
 
-def test_a_trained_detector_has_to_have_its_classes_and_queries(tmp_path):
-    config = write_smca_config(tmp_path)
-    path = save(tmp_path / "old.pth", make_smca(config))
-    model = LazyConfig.load(config).model
-    new = instantiate({**model, "num_queries": 4, "num_classes": 2})
-    with pytest.raises(CheckpointError) as error:
-        load(new, path, need_detector=True)
-    assert "with 3 classes and 6 queries, the config says 2 and 4: set" in str(
-        error.value
-    ) or "with 6 queries and 3 classes, the config says 4 and 2: set" in str(error.value)
-    assert "model.num_queries=6" in str(error.value) and "model.num_classes=3" in str(error.value)
-
-
-# Yesterday's names
-
-
-def yesterdays(weights):
-    """Weights of a model by the names that they had in the last release."""
-    names = {name: name.replace(".center.", ".centre.") for name in weights}
-    assert any(name != old for name, old in names.items())
-    return {old: weights[name] for name, old in names.items()}
-
-
-def test_a_detector_by_yesterdays_names_is_loaded(tmp_path):
-    config = write_smca_config(tmp_path)
-    model = make_smca(config)
-    average = {name: 1.01 * value for name, value in model.state_dict().items()}
-    old = {"model": yesterdays(model.state_dict()), "model_ema": yesterdays(average)}
-    torch.save(old, tmp_path / "old.pth")
-    predictor = smca.Predictor(tmp_path / "old.pth", config_file=config, weights="ema")
-    found = predictor.model.state_dict()
-    assert all(torch.equal(found[name], value) for name, value in average.items())
-
-
 # The config
 
 
@@ -154,7 +117,7 @@ def own(tmp_path):
     weights = write_weights(tmp_path, base, smca={"class_names": ["square", "dog", "cat"]})
     data = [f"data.{split}_json={tmp_path}/truth.json" for split in ("train", "val")]
     data += [f"data.{split}_images={tmp_path}" for split in ("train", "val")]
-    quick = ["train.device=cpu", "train.num_pictures=0", f"train.output_dir={tmp_path}/run"]
+    quick = ["train.device=cpu", f"train.output_dir={tmp_path}/run"]
     quick += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
     quick += ["dataloader.train.mapper.augmentations.short_sides=[32]"]
     quick += ["dataloader.train.mapper.augmentations_with_crop=null"]
@@ -192,54 +155,19 @@ def test_a_fine_tuned_detector_is_found_by_its_file_alone(tmp_path, own):
         smca.Predictor(weights)
 
 
-def save_to_fill_in(cfg, path):
-    """With the "???" of its missing values, which LazyConfig.save does not write."""
-    cfg = OmegaConf.create(cfg)
-    for key in missing_keys(cfg):
-        OmegaConf.update(cfg, key, "TO FILL IN")
-    LazyConfig.save(cfg, str(path))
-    path.write_text(path.read_text().replace("TO FILL IN", "'???'"))
-
-
-def missing_keys(node, prefix=""):
-    for key in node.keys():
-        if OmegaConf.is_missing(node, key):
-            yield f"{prefix}{key}"
-        elif not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
-            yield from missing_keys(node[key], f"{prefix}{key}.")
-
-
-def test_a_detector_does_not_need_what_only_training_needs(tmp_path, own):
-    """Neither where the config beside it is the one to fill in, nor where it is given."""
-    base = LazyConfig.load(own[-1].removeprefix("base.config="))
-    cfg = LazyConfig.load(FINE_TUNE)
-    cfg.model = {**base.model, "num_classes": cfg.model.num_classes}
-    cfg.train.device = "cpu"
-    (tmp_path / "other").mkdir()
-    save_to_fill_in(cfg, tmp_path / "other" / "config.yaml")
-    weights = own[0].removeprefix("train.init_checkpoint=")
-    shutil.copy(weights, tmp_path / "other" / "model.pth")
-    predictor = smca.Predictor(tmp_path / "other" / "model.pth")
+def test_a_detector_does_not_need_what_only_training_needs(own):
+    weights, base = (own[n].partition("=")[2] for n in (0, -1))
+    overrides = [f"base.config={base}", "train.device=cpu"]
+    predictor = smca.Predictor(weights, config_file=FINE_TUNE, overrides=overrides)
     assert predictor.class_names == ["square", "dog", "cat"]
     assert len(predictor(make_image(), threshold=0)) == 6
-    given = smca.Predictor(weights, config_file=tmp_path / "other" / "config.yaml")
-    assert given.class_names == predictor.class_names
     with pytest.raises(ConfigError) as error:
         load_test_dataset(predictor.cfg)
     assert str(error.value).startswith("The config needs values for data.")
     assert all(f" data.{key}=..." in str(error.value) for key in ("val_json", "val_images"))
     assert "init_checkpoint" not in str(error.value)
-
-
-def test_a_value_that_a_detector_lacks_is_named(tmp_path):
-    key = "dataloader.test.mapper.image_format"
-    config = write_smca_config(tmp_path)
-    cfg = LazyConfig.load(config)
-    OmegaConf.update(cfg, key, "???")
-    save_to_fill_in(cfg, tmp_path / "config.yaml")
-    with pytest.raises(ConfigError) as error:
-        smca.Predictor(write_weights(tmp_path, config))
-    assert f"config.yaml needs values for {key}: add {key}=..." in str(error.value)
+    with pytest.raises(ConfigError, match="needs values for model.num_queries: add model.num_que"):
+        smca.Predictor(weights, config_file=FINE_TUNE, overrides=[*overrides, MISSING])
 
 
 def test_a_base_gives_its_model_and_image_sizes_but_not_its_classes(own):
@@ -282,52 +210,7 @@ def test_the_longest_beginning_in_whole_words_decides_the_rate():
     assert factor("encoders.weight") == 1.0
 
 
-def test_a_rate_of_a_part_that_the_model_lacks_is_named(own):
-    factors = "optimizer.params.lr_factor_func.factors"
-    words = ["--config-file", FINE_TUNE, *own, f"+{factors}.encodr=0.5"]
-    message = f"{factors} names encodr, but no parameter .*, did you mean encoder"
-    with pytest.raises(ConfigError, match=message):
-        main(arguments(*words))
-
-
 # Early stopping
-
-
-def train(folder, values, patience, num_iters=20, start_from=None, period=2):
-    """Trains a layer whose evaluations give `values` one after the other.
-
-    Returns:
-        int: iterations done in all.
-    """
-    torch.manual_seed(0)
-    model, values = MeanLoss(), iter(values)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, list(torch.randn(50, 4, 3)), optimizer)
-    checkpointer = SMCACheckpointer(model, str(folder), trainer=trainer)
-    trainer.register_hooks(
-        [
-            PeriodicCheckpointer(checkpointer, 100),
-            EvalHook(period, lambda: {"bbox": {"AP": next(values)}}, eval_after_train=False),
-            BestCheckpointer(period, checkpointer, "bbox/AP", patience),
-        ]
-    )
-    start = 0
-    if start_from is not None:
-        trainer.load_state_dict(start_from)
-        start = trainer.iter + 1
-    trainer.train(start, num_iters)
-    return trainer.iter
-
-
-NAN = float("nan")
-
-
-def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
-    assert train(tmp_path, [5, 4, NAN], 2, num_iters=20) == 6
-    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    state = torch.load(tmp_path / "model_final.pth", weights_only=True)["trainer"]
-    assert train(tmp_path, [3], 2, start_from=state) == 6  # it has ended
-    assert train(tmp_path, [3, 4, 6, 5, 5, 5, 5], 4, start_from=state) == 18  # more patience
 
 
 def test_a_run_stops_early_and_resuming_leaves_it_at_that(tmp_path):

@@ -33,7 +33,7 @@ def reached(*args, **kwargs):
 
 
 def test_a_training_on_the_second_gpu_makes_it_the_current_one(gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(smca.engine.train, "claim", reached)
+    monkeypatch.setattr(smca.engine.train, "log_to", reached)
     with pytest.raises(Reached):
         train_command.main(["--config-file", write_tiny_config(tmp_path), "train.device=cuda:1"])
     assert gpus == ["cuda:1"]

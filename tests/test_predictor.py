@@ -266,15 +266,6 @@ def test_what_is_no_image_is_named(predictor, tmp_path, monkeypatch):
             assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_alone_needs_its_config(checkpoint, predictor, tmp_path):
-    alone = tmp_path / "alone.pth"
-    alone.write_bytes(checkpoint.read_bytes())
-    with pytest.raises(UserError, match="alone.pth does not say which .* config_file=FILE"):
-        smca.Predictor(alone)
-    found = smca.Predictor(alone, config_file=checkpoint.with_name("config.yaml"))(make_image())
-    assert_same(found, predictor(make_image()))
-
-
 def test_wrong_settings_are_named(checkpoint, predictor):
     for threshold in (-0.1, 50, float("nan"), "0.5", None):
         with pytest.raises(UserError, match="The threshold has to be "):

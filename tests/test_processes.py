@@ -8,20 +8,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-from helpers import write_dataset, write_smca_config
+from helpers import arguments, write_dataset, write_smca_config
 from smca.engine import Trainer, launch, main
 
 # Objects of the images. Any two have as many as there are processes: the losses are divided by the
 # number of objects of a process on average, but at least by 1, and so differ for fewer.
 TRAIN_OBJECTS, VAL_OBJECTS = [3, 2, 0, 2], [1, 2, 0, 1, 3]
 NUM_ITERS, ACCUMULATE = 4, 2
-
-
-def arguments(*args):
-    return default_argument_parser().parse_args([str(arg) for arg in args])
 
 
 def write_images(folder, num_objects):

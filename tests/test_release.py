@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import smca
-from smca.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
@@ -92,17 +91,6 @@ def test_the_workflow_runs_targets_of_the_makefile_and_pins_its_actions():
     commands = {step["run"] for step in steps if "run" in step}
     assert commands == {"make lint", "make test"} <= {f"make {target}" for target in targets}
     assert all(re.search(r"@v\d+$", step["uses"]) for step in steps if "uses" in step)
-
-
-def test_an_installation_finds_configs_by_name():
-    from smca.config import find_config_file
-
-    for name in ("smca_shapes", "ablations/head_shared.py"):
-        found = Path(find_config_file(name)).resolve()
-        assert found == ROOT / "configs" / f"{name.removesuffix('.py')}.py"
-    assert find_config_file(str(ROOT / "README.md")) == str(ROOT / "README.md")
-    with pytest.raises(ConfigError, match="^There is no config nothing"):
-        find_config_file("nothing")
 
 
 def test_the_wheel_has_every_file_of_the_package(tmp_path):

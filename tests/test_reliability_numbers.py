@@ -1,13 +1,12 @@
 """Numbers that go wrong, names that are wrong, other settings at a resume, unchanged images."""
 
-import json
 import os
 import textwrap
 
 import pytest
 
 from helpers import TinyDetector, write_dataset, write_tiny_config
-from reliability_cases import Job, files, iteration_of, load
+from reliability_cases import Job, iteration_of, load
 
 
 def train(folder, *args, prepare=None):
@@ -31,12 +30,10 @@ def test_gradients_that_never_become_finite_in_float16_end_the_training(tmp_path
     fp16 = ["train.amp.enabled=True", "train.amp.dtype=fp16"]
     code, output = train(tmp_path, "--config-file", config, *fp16, prepare=prepare)
     assert code == 1
-    assert "even with a loss scale of 6.1e-05" in output
-    assert "Error: The norm of the gradient is nan" in output
-    assert "at iteration 30" in output
+    assert "Error: The norm of the gradient became nan at iteration 30" in output
 
 
-def test_a_gradient_that_is_not_finite_leaves_a_report(tmp_path):
+def test_a_gradient_that_is_not_finite_is_reported_with_its_images(tmp_path):
     def prepare():
         original = TinyDetector.__init__
 
@@ -52,18 +49,12 @@ def test_a_gradient_that_is_not_finite_leaves_a_report(tmp_path):
         TinyDetector.__init__, TinyDetector.spoil = init, spoil
 
     config = write_tiny_config(tmp_path, eval_period=0, max_iter=6)
-    flags, run = ["--config-file", config], tmp_path / "run"
-    code, output = train(tmp_path, *flags, prepare=prepare)
+    code, output = train(tmp_path, "--config-file", config, prepare=prepare)
     assert code == 1
-    (name,) = [x for x in files(run) if x.startswith("nonfinite")]
-    assert f"({run}/{name} names the images)" in output
-    report = json.loads((run / name).read_text())
-    assert report["iteration"] == 3
-    assert report["last_checkpoint"] == "model_0000001.pth"
-    assert not report["grad_norm"] < float("inf")
-    (own,) = report["processes"]
-    assert len(own["images"]) == 4
-    assert set(own["losses_by_batch"][0]) == {"loss_ce", "loss_bbox"} == set(report["losses"])
+    assert "at iteration 3: lower the learning rate" in output
+    assert f"--resume continues from {tmp_path}/run/model_0000001.pth" in output
+    images = output.splitlines()[-1].partition("the boxes of: ")[2].split(", ")
+    assert len(images) == 4 and all(os.path.isfile(image) for image in images)
 
 
 def test_a_misspelled_metric_is_said_at_the_first_evaluation(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, assert_same_bits, error_of, write_tiny_config
+from helpers import ROOT, assert_same_bits, child_environment, error_of, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
 from smca.cli import train as train_command
 from smca.data.errors import DatasetError
@@ -169,46 +169,13 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
 
 
 def environment(**others):
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "tests"),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-        **others,
-    }
+    return {**child_environment(), "OMP_NUM_THREADS": "1", **others}
 
 
 def test_several_machines_need_torchrun(tmp_path, capsys):
     config = write_tiny_config(tmp_path)
     words = ["--config-file", config, "--num-machines", "2", "train.device=cpu"]
     assert "use torchrun --nnodes or Slurm" in error_of(capsys, train_command.main, *words)
-
-
-def test_torchrun_trains_like_one_process(tmp_path):
-    plain = ["model.dropout=0", "model.batch_norm=False", "train.max_iter=3"]
-    plain += ["train.accumulate=2"]
-    config = write_tiny_config(tmp_path)
-    train = [ROOT / "train_net.py", "--config-file", config]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    under_torchrun = subprocess.Popen(
-        map(
-            str,
-            [sys.executable, *torchrun, *train, f"train.output_dir={tmp_path}/torchrun", *plain],
-        ),
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    alone = Job(tmp_path, "--config-file", config, f"train.output_dir={tmp_path}/one", *plain)
-    assert alone.wait() == 0, alone.output
-    output = under_torchrun.communicate()[0]
-    assert under_torchrun.returncode == 0, output
-    one, two = (load(tmp_path / name / "model_final.pth") for name in ("one", "torchrun"))
-    assert two["trainer"]["world_size"] == 2
-    for key in ("model", "model_ema"):
-        for weight, value in one[key].items():
-            torch.testing.assert_close(two[key][weight], value, atol=1e-6, rtol=0)
 
 
 def descendants(pid):

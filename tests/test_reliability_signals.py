@@ -105,7 +105,7 @@ def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
     job.signal_group(signal.SIGTERM)
     # Its loader's workers are then given five seconds by PyTorch.
     assert job.wait() == 143
-    assert "before there was anything to save" in job.output
+    assert "and nothing is saved" in job.output
 
 
 def test_signals_in_the_middle_of_a_file_wait_until_it_is_whole(tmp_path):

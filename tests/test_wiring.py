@@ -9,11 +9,10 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import default_argument_parser
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 
-from helpers import TinyDetector, write_dataset, write_tiny_config
+from helpers import TinyDetector, arguments, write_dataset, write_tiny_config
 from smca.engine import Trainer, main
 
 
@@ -95,31 +94,20 @@ class Run(NamedTuple):
         return {row["iteration"]: row[key] for row in rows if key in row}
 
 
-def drive(folder, *overrides, steps=True, error=None, **changes):
-    """
-    Train a `WatchedDetector` in `folder` from a config file.
-
-    Args:
-        overrides: of the command line. changes: of the file's ``train``.
-        steps: False: all is built, and nothing trained.
-        error: what is raised, if anything.
-    """
+def drive(folder, *overrides, **changes):
+    """Train a `WatchedDetector` in `folder` from a config file, with overrides of the command line
+    and changes of the file's ``train``."""
     config = write_tiny_config(folder, **changes)
     overrides = [f"model._target_={target(WatchedDetector)}", *overrides]
-    args = default_argument_parser().parse_args(["--config-file", config, *overrides])
-    trainers, results, train = [], None, Trainer.train
+    trainers, train = [], Trainer.train
 
     def watched_train(self, *positions):
         trainers.append(self)
-        return train(self, *positions) if steps else None
+        return train(self, *positions)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train", watched_train)
-        if error is None:
-            results = main(args)
-        else:
-            with pytest.raises(error):
-                main(args)
+        results = main(arguments("--config-file", config, *overrides))
     return Run(folder / "run", trainers[0], results)
 
 
@@ -234,15 +222,6 @@ def test_it_is_evaluated_every_eval_period_and_at_the_end(run):
 # What is written
 
 
-def test_checkpoints_come_every_period_and_the_last_ones_are_kept(run):
-    present = {path.name for path in run.folder.glob("*.pth")}
-    expected = {"model_0000005.pth", "model_0000007.pth", "model_best.pth", "model_final.pth"}
-    assert present == expected
-    for iteration in (5, 7):
-        state = run.checkpoint(f"model_{iteration:07d}.pth")
-        assert state["trainer"]["iteration"] == iteration
-
-
 def test_the_best_checkpoint_is_that_of_the_best_metric(run, weights):
     best = run.checkpoint("model_best.pth")
     assert best["best"] == {"metric": "bbox/peak", "value": 50, "iteration": 5}
@@ -276,12 +255,3 @@ def test_the_model_computes_in_the_type_of_the_config(tmp_path, enabled, name, d
     # Only float16 scales the loss.
     has_scale = bool(done.checkpoint("model_final.pth")["trainer"]["grad_scaler"])
     assert has_scale == (dtype == torch.float16)
-
-
-# Everything random
-
-
-# Interruptions
-
-
-# Settings that are read before the first step

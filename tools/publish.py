@@ -5,10 +5,10 @@ It holds what inference needs of a checkpoint (model.safetensors, config.yaml) a
 (README.md); `smca.Predictor.from_pretrained` and demo.py read it:
 
     publish.py --weights output/demo/model_best.pth --output published --license cc-by-4.0
-    publish.py --weights FILE --output DIR --license mit --data "My photographs" --push me/my-smca
+    publish.py --weights FILE --output DIR --license mit --data "My photographs"
 
-AP in the card is what the training's metrics.json says of the checkpoint's iteration. --push
-uploads the folder to the Hugging Face Hub; log in before, with `hf auth login`.
+AP in the card is what the training's metrics.json says of the checkpoint's iteration.
+`hf upload USER/NAME DIR` brings the folder to the Hugging Face Hub.
 """
 
 import argparse
@@ -16,24 +16,17 @@ import hashlib
 import math
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Optional
 
 from smca.analysis import read_metrics
 from smca.checkpoint.files import steps_of
 from smca.config import dataset_names
 from smca.errors import UserError, exit_code
-from smca.inference import (
-    CARD_NAME,
-    TrainedDetector,
-    add_weights_kind,
-    load_detector,
-    need_extra,
-    save_pretrained,
-)
+from smca.inference import CARD_NAME, Predictor, add_weights_kind, save_pretrained
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from tabulate import tabulate
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -48,7 +41,7 @@ An SMCA object detector ([Fast Convergence of DETR with Spatially Modulated Co-A
 ```python
 from smca import Predictor
 
-predictor = Predictor.from_pretrained("{name}")
+predictor = Predictor.from_pretrained("{name}")  # the folder, or its repository on the Hub
 detections = predictor("photo.jpg", threshold=0.5)
 detections.draw().save("drawn.jpg")
 ```
@@ -85,52 +78,52 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--title", help="of the model card; default: the config's name")
     parser.add_argument("--data", metavar="TEXT", help="what it was trained on; default: the name")
-    parser.add_argument("--push", metavar="USER/NAME", help="upload it to the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="a repository that --push makes is")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 
 def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of the files."""
-    hub = need_extra("huggingface_hub") if args.push else None
-    detector = load_detector(args.weights, args.config_file, args.opts, args.weights_kind, "cpu")
-    published = save_pretrained(detector, args.output)
+    predictor = Predictor(
+        args.weights,
+        config_file=args.config_file,
+        overrides=args.opts,
+        weights=args.weights_kind,
+        device="cpu",
+    )
+    published = save_pretrained(predictor, args.output)
     path = Path(args.output, CARD_NAME)
-    path.write_text(model_card(args, detector, published), encoding="utf-8")
-    if hub is not None:
-        _push(hub, args)
+    path.write_text(model_card(args, predictor, published), encoding="utf-8")
     return [str(file) for file in sorted(Path(args.output).iterdir())]
 
 
-def model_card(
-    args: argparse.Namespace, detector: TrainedDetector, published: Dict[str, Any]
-) -> str:
+def model_card(args: argparse.Namespace, predictor: Predictor, published: Dict[str, Any]) -> str:
     """The text of the model card, with the front matter that the Hub reads.
 
     Args:
         args: of the command line.
-        detector: what is published.
+        predictor: what is published.
         published: what its config file says.
     """
-    provenance = detector.checkpoint.get("smca") or {}
+    provenance = predictor.checkpoint.get("smca") or {}
     config_name = Path(args.config_file or provenance.get("config") or "").stem or "SMCA"
-    title = args.title or config_name
-    cfg: Any = detector.cfg  # a LazyConfig, as `save_pretrained` requires
-    data = args.data or ", ".join(dataset_names(cfg, "train")) or "not said"
-    max_iter = _max_iter(cfg, provenance)
-    model, steps = published["model"], steps_of(detector.checkpoint, max_iter)
+    data = args.data or ", ".join(dataset_names(predictor.cfg, "train")) or "not said"
+    # A config may compute the iterations from data that need not be here.
+    said = [OmegaConf.select(predictor.cfg, "train.max_iter"), provenance.get("max_iter")]
+    max_iter = next((number for number in said if isinstance(number, int)), None)
+    model, steps = published["model"], steps_of(predictor.checkpoint, max_iter)
     # Others would tell paths of the machine that trained it.
     overrides = [*(provenance.get("overrides") or []), *args.opts]
     overrides = [text for text in overrides if text.lstrip("+").startswith("model.")]
-    num_parameters = sum(p.numel() for p in detector.model.parameters())
+    num_parameters = sum(p.numel() for p in predictor.model.parameters())
+    kind = "their moving average (ema)" if predictor.weights == "ema" else "as trained"
     rows = [
         ("config", config_name),
         ("overrides", ", ".join(overrides)),
         ("parameters", f"{num_parameters:,}"),
         ("queries", model.get("num_queries")),
         ("weight maps", ((model.get("decoder") or {}).get("modulation") or {}).get("map")),
-        ("weights", _kind(detector.weights)),
+        ("weights", kind),
         ("iterations", steps and f"{steps:,}"),
         ("trained on", data),
         ("licence of the weights", args.license),
@@ -144,25 +137,14 @@ def model_card(
         "tags": ["detectron2", "object-detection", "smca"],
     }
     card = _CARD.format(
-        title=title,
-        name=args.push or Path(args.output).name,
+        title=args.title or config_name,
+        name=Path(args.output).name,
         model=tabulate([row for row in rows if row[1]], ["", ""], "github", disable_numparse=True),
-        classes=_classes(detector.class_names, model.get("num_classes")),
-        results=_results(cfg, args.weights, detector.weights, steps, max_iter),
+        classes=_classes(predictor.class_names, model.get("num_classes")),
+        results=_results(predictor, args.weights, steps, max_iter),
         files=_files(args.output),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}"
-
-
-def _max_iter(cfg: DictConfig, provenance: Mapping[str, Any]) -> Optional[int]:
-    """Iterations of the whole training, None where neither config nor checkpoint says them."""
-    # A config may compute them from data that need not be here.
-    said = [OmegaConf.select(cfg, "train.max_iter"), provenance.get("max_iter")]
-    return next((number for number in said if isinstance(number, int)), None)
-
-
-def _kind(weights: str) -> str:
-    return "their moving average (ema)" if weights == "ema" else "as trained"
 
 
 def _classes(names: List[str], number: Optional[int]) -> str:
@@ -174,10 +156,10 @@ def _classes(names: List[str], number: Optional[int]) -> str:
 
 
 def _results(
-    cfg: DictConfig, weights: str, kind: str, steps: Optional[int], max_iter: Optional[int]
+    predictor: Predictor, weights: str, steps: Optional[int], max_iter: Optional[int]
 ) -> str:
     """A table of the evaluation that the training made of these weights."""
-    prefix = "ema/" if kind == "ema" else ""
+    prefix = "ema/" if predictor.weights == "ema" else ""
     try:
         metrics = read_metrics(str(Path(weights).with_name("metrics.json")))
     except UserError:  # there is none, or nothing in it
@@ -193,7 +175,7 @@ def _results(
             found[name] = f"{values[iteration]:.1f}"
     if not found:
         return "The training made no evaluation of this checkpoint."
-    data = ", ".join(dataset_names(cfg, "test")) or "the validation data"
+    data = ", ".join(dataset_names(predictor.cfg, "test")) or "the validation data"
     table = tabulate([found.values()], found.keys(), "github", disable_numparse=True)
     return f"COCO's box AP in % on {data}:\n\n{table}"
 
@@ -205,17 +187,6 @@ def _files(folder: str) -> str:
             content = file.read_bytes()
             rows.append([file.name, f"{len(content):,}", hashlib.sha256(content).hexdigest()])
     return tabulate(rows, ["file", "bytes", "sha256"], "github", disable_numparse=True)
-
-
-def _push(hub: Any, args: argparse.Namespace) -> None:
-    api = hub.HfApi()
-    try:
-        api.create_repo(args.push, private=args.private, exist_ok=True)
-        url = api.upload_folder(repo_id=args.push, folder_path=args.output)
-    except Exception as error:  # of huggingface_hub, httpx and the system
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{args.output} could not be uploaded as {args.push}: {reason}") from error
-    print(f"Uploaded: {url}")
 
 
 def main() -> None:

@@ -3,5 +3,3 @@
 from .checkpointer import SMCACheckpointer
 from .provenance import provenance_of, read_provenance
 from .timm_weights import TimmWeights
-
-__all__ = ["SMCACheckpointer", "TimmWeights", "provenance_of", "read_provenance"]

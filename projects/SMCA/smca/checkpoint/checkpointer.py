@@ -12,25 +12,24 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from smca.checkpoint.files import (
+    by_time,
     find_checkpoints,
     load_arrays,
     load_tensors,
-    numbered_checkpoints,
     read_tag,
     reading,
-    rename_parameters,
     write_atomically,
 )
-from smca.checkpoint.fine_tuning import adapt, has_class_rows, has_query_rows
+from smca.checkpoint.fine_tuning import adapt
 from smca.errors import CheckpointError, differing, some
 from smca.version import __version__
 
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "backbone."
-# Above this share of its weights, a file is taken for the same backbone's. Published files lack
+# The share of a backbone's weights that a file may lack, or have beside them. Published files lack
 # a few (the norms that Swin has before its outputs) and have a few more (the classifier).
-_SAME_BACKBONE = 0.9
+_TOLERATED = 0.1
 # Detectron2's own model zoo, whose pickles are opened like any program of Detectron2.
 _MODEL_ZOO = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
 
@@ -94,7 +93,7 @@ class SMCACheckpointer(DetectionCheckpointer):
         if tag:
             self.tag_last_checkpoint(f"{name}.pth")
         if self.max_to_keep is not None:
-            for path in numbered_checkpoints(self.save_dir)[: -self.max_to_keep]:
+            for path in by_time(self.save_dir, "model_[0-9]*.pth")[: -self.max_to_keep]:
                 if os.path.basename(path) != read_tag(self.save_dir):
                     os.remove(path)
 
@@ -174,20 +173,16 @@ class SMCACheckpointer(DetectionCheckpointer):
             content = contents[0]
         if content is None:
             return self.load(path)
-        checkpoint = _with_current_names(content)
-        self._load_model(checkpoint)
+        self._load_model(content)
         for key, checkpointable in self.checkpointables.items():
-            if key in checkpoint:
-                checkpointable.load_state_dict(checkpoint.pop(key))
-        return checkpoint
+            if key in content:
+                checkpointable.load_state_dict(content.pop(key))
+        return content
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith(".pkl") or self._path.startswith(_MODEL_ZOO):
-            return _with_current_names(super()._load_file(filename))
-        data = load_arrays(filename)
-        if not {"model", "__author__"} <= data.keys():
-            raise ValueError("it does not have the keys model and __author__ of Detectron2's files")
-        return _with_current_names(data)
+            return super()._load_file(filename)
+        return load_arrays(filename)
 
     def _torch_load(self, f: str) -> Any:
         return load_tensors(f)
@@ -259,8 +254,6 @@ class SMCACheckpointer(DetectionCheckpointer):
             left_over = [key for key in unexpected if match_names or key.startswith(_BACKBONE)]
             self._check_backbone(backbone, found - wrong_shape, left_over)
         elif missing or wrong_shape or unexpected:
-            if self.need_detector and not missing:
-                self._check_counts(incompatible.incorrect_shapes)
             shapes = [
                 f"{key}: {old} in the file, {new} here"
                 for key, old, new in incompatible.incorrect_shapes
@@ -282,43 +275,17 @@ class SMCACheckpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"{self._path} holds the weights of a backbone only, a trained detector is needed."
             )
-        lacking = sorted(backbone - loaded)
-        text = f"{len(loaded)} of the backbone's {len(backbone)} weights are in {self._path}"
-        if len(loaded) < _SAME_BACKBONE * len(backbone):
-            raise CheckpointError(
-                f"Only {text}, it is another backbone's: these do not fit: {some(lacking)}."
-            )
-        if len(left_over) > (1 - _SAME_BACKBONE) * len(backbone):
-            raise CheckpointError(
-                f"{self._path} is another backbone's, it has {len(left_over)} weights too many: "
-                f"{some(left_over)}."
-            )
-        logger.info("%s; all others start from scratch.", text)
-        if lacking:
-            logger.warning("Weights of the backbone that start from scratch: %s", some(lacking))
-
-    def _check_counts(self, wrong_shape: Sequence[Tuple[str, Any, Any]]) -> None:
-        """Raise if all would fit but for the number of classes or of queries."""
-        counts = {}
-        for key, old, new in wrong_shape:
-            if not (has_class_rows(key) or has_query_rows(key)) or old[1:] != new[1:]:
-                return
-            counts["classes" if has_class_rows(key) else "queries"] = (old[0], new[0])
-        if counts:
-            old = " and ".join(f"{old} {what}" for what, (old, _) in counts.items())
-            new = " and ".join(str(new) for _, new in counts.values())
-            keys = " ".join(f"model.num_{what}={old}" for what, (old, _) in counts.items())
-            raise CheckpointError(
-                f"{self._path} was trained with {old}, the config says {new}: set {keys}; to "
-                "train for others from these weights, give them as train.init_checkpoint."
-            )
-
-
-def _with_current_names(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    for key in ("model", "model_ema"):
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint[key] = rename_parameters(checkpoint[key])
-    return checkpoint
+        lacking, tolerated = sorted(backbone - loaded), _TOLERATED * len(backbone)
+        if max(len(lacking), len(left_over)) > tolerated:
+            kinds = differing({"missing": lacking, "unexpected": left_over})
+            raise CheckpointError(f"{self._path} holds the weights of another backbone: {kinds}.")
+        logger.info(
+            "%d of the backbone's %d weights are in %s; all others start from scratch%s.",
+            len(loaded),
+            len(backbone),
+            self._path,
+            f", among them {some(lacking)}" if lacking else "",
+        )
 
 
 def _strip_backbone_prefix(weights: Dict[str, Any]) -> Dict[str, Any]:

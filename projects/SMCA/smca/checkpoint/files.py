@@ -8,6 +8,7 @@ import re
 import tempfile
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 from smca.errors import CheckpointError
 
 _TEMPORARY = ".tmp"
-_NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 class RefusedCode(Exception):
@@ -44,79 +44,50 @@ def write_atomically(path: str, content: Union[bytes, Callable[[IO[bytes]], Any]
             if isinstance(content, bytes):
                 file.write(content)
             else:
-                _call(content, file)
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except RuntimeError as error:  # PyTorch's, of a full disk for one
+        raise OSError(str(error).splitlines()[0]) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def _call(write: Callable[[IO[bytes]], Any], file: IO[bytes]) -> None:
-    """PyTorch's writer hides why a file cannot grow; another attempt shows it."""
-    try:
-        write(file)
-    except RuntimeError as error:
-        file.write(bytes(1 << 16))
-        file.flush()
-        raise OSError(str(error).splitlines()[0]) from error
-
-
 def remove_temporary_files(folder: str) -> None:
     """Remove what :func:`write_atomically` left in a process that was killed."""
-    for name in _names(folder):
-        if re.search(r"\.[a-z0-9_]{8}\.tmp$", name):  # as `tempfile` makes names
-            os.remove(os.path.join(folder, name))
+    for path in Path(folder).glob(f"*{_TEMPORARY}"):
+        if re.search(r"\.[a-z0-9_]{8}\.tmp$", path.name):  # as `tempfile` makes names
+            path.unlink()
 
 
 def read_tag(folder: str) -> str:
     """The file name in ``last_checkpoint``; "" where that is absent, empty or no text."""
     try:
-        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
-            name = file.read().strip()
+        name = Path(folder, "last_checkpoint").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
     return name if name.isprintable() else ""
 
 
-def numbered_checkpoints(folder: str) -> List[str]:
-    """Paths of ``model_<iteration>.pth``, in the order in which they were written."""
-    paths = [os.path.join(folder, name) for name in _names(folder) if _NUMBERED.fullmatch(name)]
-    return sorted(paths, key=lambda path: (os.stat(path).st_mtime_ns, path))
+def by_time(folder: str, pattern: str) -> List[str]:
+    """Paths of a folder's files in the order in which they were written."""
+    paths = Path(folder).glob(pattern)
+    return [str(p) for p in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name))]
 
 
 def find_checkpoints(folder: str) -> List[str]:
     """Paths of a run's checkpoints in the order in which to try them: the one that
     ``last_checkpoint`` names (though it may be gone), then from the newest to the oldest, and
     the best only at last."""
-    tagged = read_tag(folder)
-    iterations = {}
-    for name in _names(folder):
-        numbered = _NUMBERED.fullmatch(name)
-        if numbered:
-            iterations[name] = int(numbered[1])
-        elif name == "model_final.pth":
-            iterations[name] = _iteration(os.path.join(folder, name))
-    names = [tagged] if tagged else []
-    names += sorted(iterations, key=lambda name: (iterations[name], name), reverse=True)
-    if os.path.isfile(os.path.join(folder, "model_best.pth")):
-        names.append("model_best.pth")
-    return [os.path.join(folder, name) for name in dict.fromkeys(names)]
-
-
-def _names(folder: str) -> List[str]:
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-
-
-def _iteration(path: str) -> int:
-    try:
-        return int(peek(path)["trainer"]["iteration"])
-    except (KeyError, TypeError, ValueError):  # it is tried, and named, later
-        return -1
+    tagged, best = read_tag(folder), os.path.join(folder, "model_best.pth")
+    paths = [os.path.join(folder, tagged)] if tagged else []
+    paths += reversed(by_time(folder, "model_*.pth"))
+    return list(dict.fromkeys(sorted(paths, key=lambda path: path == best)))
 
 
 def peek(path: str) -> Dict[str, Any]:
@@ -203,22 +174,6 @@ def reading(path: str) -> Iterator[None]:
                 f"another kind: {reason}."
             )
         raise CheckpointError(problem) from error
-
-
-# Former names of parameters (regular expressions) and today's, so that weights of the last release
-# still load. An entry goes with the release after the renaming.
-RENAMED = {r"(decoder\.layers\.\d+)\.centre\.": r"\1.center."}
-
-
-def rename_parameters(state_dict: Mapping[str, Any]) -> Dict[str, Any]:
-    """The same weights in the same order by today's names, with or without a prefix such as
-    ``module.``."""
-    renamed = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in RENAMED.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
 
 
 def steps_of(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:

@@ -7,17 +7,13 @@ from torch import Tensor
 
 from smca.errors import some
 
+_QUERIES = "query_embed.weight"
 _CLASS_ROWS = re.compile(r"(.*\.)?(class_embed(\.\d+)?\.(weight|bias)|label_embed\.weight)")
 
 
 def has_class_rows(name: str) -> bool:
     """Whether a weight of that name has a row for each class."""
     return bool(_CLASS_ROWS.fullmatch(name))
-
-
-def has_query_rows(name: str) -> bool:
-    """Whether a weight of that name has a row for each query."""
-    return name == "query_embed.weight"
 
 
 def adapt(
@@ -62,10 +58,10 @@ def adapt(
                 notes.append(f"{len(anew)} of {num_new} classes start anew ({some(anew, 8)})")
             if len(kept) < num_old:
                 notes.append(f"{num_old - len(kept)} of {num_old} old classes are left out")
-    for key in filter(has_query_rows, known_rows):
-        num_old, num_new = len(weights[key]), len(initial[key])
+    if _QUERIES in known_rows:
+        num_old, num_new = len(weights[_QUERIES]), len(initial[_QUERIES])
         kept = {row: row for row in range(min(num_old, num_new))}
-        weights[key] = _with_rows(initial[key], weights[key], kept)
+        weights[_QUERIES] = _with_rows(initial[_QUERIES], weights[_QUERIES], kept)
         if num_new > num_old:
             notes.append(f"{num_new - num_old} of {num_new} queries start anew")
         elif num_new < num_old:

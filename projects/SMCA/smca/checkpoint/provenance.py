@@ -3,19 +3,11 @@
 from typing import Any, Dict, Mapping, Optional
 
 from detectron2.utils.file_io import PathManager
-from torch import Tensor
 
 from .files import peek
 from .fine_tuning import has_class_rows
 
-# Keys of a checkpoint's entry "smca", with the types of a value and of the items of a list.
-_TYPES: Dict[str, Any] = {
-    "config": (str, None),
-    "fitted": (dict, None),
-    "overrides": (list, str),
-    "class_names": (list, str),
-    "category_ids": (list, (int, str)),
-}
+_TYPES = dict(config=str, overrides=list, fitted=dict, class_names=list, category_ids=list)
 
 
 def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
@@ -35,18 +27,10 @@ def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         that followed from the training data, by their keys), ``class_names``, ``category_ids``
         (the ids of the classes in the training data's JSON), and ``num_classes``.
     """
-    # A stranger's file may hold anything under these names.
-    provenance, state = (
-        value if isinstance(value, Mapping) else {}
-        for value in (checkpoint.get("smca"), checkpoint.get("model"))
-    )
-    result: Dict[str, Any] = {
-        name: provenance[name]
-        for name, (type_, item_type) in _TYPES.items()
-        if isinstance(provenance.get(name), type_)
-        and (item_type is None or all(isinstance(x, item_type) for x in provenance[name]))
-    }
-    rows = next((state[name] for name in state if has_class_rows(name)), None)
-    if isinstance(rows, Tensor) and rows.dim() > 0:
+    said = checkpoint.get("smca")  # a stranger's file may hold anything under this name
+    said = said if isinstance(said, dict) else {}
+    result = {key: said[key] for key, kind in _TYPES.items() if isinstance(said.get(key), kind)}
+    rows = next((x for name, x in checkpoint["model"].items() if has_class_rows(name)), None)
+    if rows is not None:
         result["num_classes"] = len(rows)
     return result

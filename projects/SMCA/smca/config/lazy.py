@@ -187,15 +187,13 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
             f"Override {text!r} gives several values: a list needs brackets, {key}=[a,b], and a "
             "text with a comma quotes inside quotes, '\"a,b\"'."
         )
-    if override.is_delete():
-        raise ConfigError(f"Override {text!r} would delete a key, which is not possible.")
     if not override.is_add():
         _check_override(cfg, key, value)
     try:
         if isinstance(value, list) and isinstance(OmegaConf.select(cfg, key), DictConfig):
             OmegaConf.update(cfg, key, None, merge=False)  # a list cannot be merged into a call
         LazyConfig.apply_overrides(cfg, [text])
-    except (KeyError, OmegaConfBaseException) as error:
+    except (KeyError, NotImplementedError, OmegaConfBaseException) as error:
         raise ConfigError(f"Override {text!r} is not possible: {error.args[0]}") from error
 
 
@@ -214,12 +212,9 @@ def _check_override(cfg: DictConfig, key: str, value: Any) -> None:
         node = _child(node, name)
         if node is None:  # a key without a value takes anything
             return
-    is_text = isinstance(value, str) and "${" not in value
-    if isinstance(node, bool):
-        if is_text or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            raise ConfigError(f"{key} has to be true or false, it cannot be {value!r}.")
-    elif isinstance(node, (int, float)) and (is_text or isinstance(value, bool)):
-        raise ConfigError(f"{key} has to be a number, it cannot be {value!r}.")
+    # "no" is a text, and true. What is built of the config checks other types.
+    if isinstance(node, bool) and not isinstance(value, bool) and "${" not in str(value):
+        raise ConfigError(f"{key} has to be true or false, it cannot be {value!r}.")
 
 
 def _child(node: Any, name: str) -> Any:

@@ -1,6 +1,5 @@
 """The configs that come with this package, by name."""
 
-import builtins
 import importlib.util
 import os
 from pathlib import Path
@@ -16,17 +15,14 @@ def _config_files() -> Dict[str, Path]:
     """Paths by name, in the repository or in the installation."""
     # The configs import this package, so it does not import them.
     spec = importlib.util.find_spec("smca.configs")
-    folders = list(spec.submodule_search_locations or []) if spec else []
+    assert spec and spec.submodule_search_locations, "the installation lacks the configs"
+    folder = Path(spec.submodule_search_locations[0])
     files = {
         path.relative_to(folder).with_suffix("").as_posix(): path
-        for folder in folders
-        for path in sorted(Path(folder).rglob("*.py"))
+        for path in sorted(folder.rglob("*.py"))
+        if path.stem != "__init__"
     }
-    return {
-        name: path
-        for name, path in files.items()
-        if path.stem != "__init__" and not name.startswith("common/")
-    }
+    return {name: path for name, path in files.items() if not name.startswith("common/")}
 
 
 def list_configs() -> List[str]:
@@ -62,11 +58,7 @@ def load_file(config_file: str) -> DictConfig:
     """``LazyConfig.load``, and ``train.output_dir`` after the config's name where it has none:
     ``output/smca_r50_50ep``, ``output/ablations/head_shared``.
     """
-    importer = builtins.__import__
-    try:
-        cfg = LazyConfig.load(config_file)
-    finally:
-        builtins.__import__ = importer  # where a config fails, Detectron2 leaves its own
+    cfg = LazyConfig.load(config_file)
     if isinstance(cfg.get("train"), DictConfig) and not cfg.train.get("output_dir"):
         own = {path.resolve(): name for name, path in _config_files().items()}
         path = Path(config_file).resolve()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Callable, Dict, List, Optional, cast
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf, ValidationError
+from omegaconf import DictConfig, OmegaConf, ValidationError
 
 from smca.errors import ConfigError
 
@@ -21,13 +21,6 @@ def _limited(default: Any, words: str, accepts: Callable[[Any], bool]) -> Any:
 
 def _at_least(least: int, default: int) -> Any:
     return _limited(default, f"a whole number of at least {least}", lambda value: value >= least)
-
-
-def _list_of_calls() -> Any:
-    def accepts(items: ListConfig) -> bool:
-        return all(map(_is_call, items))
-
-    return field(default_factory=list, metadata={"words": "a list of calls", "accepts": accepts})
 
 
 @dataclass
@@ -90,16 +83,12 @@ class TrainConfig:
     early_stopping: int = _at_least(0, default=0)
     log_period: int = _at_least(1, default=20)
     # L(MyWriter)(...), beside TensorBoard, metrics.json, and log.txt, which are always written
-    writers: List[Any] = _list_of_calls()
-    hooks: List[Any] = _list_of_calls()  # L(MyHook)(...), which come before the writers
-    # Pictures of detections and weight maps that the writers get at each evaluation.
-    num_pictures: int = _at_least(0, default=4)
+    writers: List[Dict[str, Any]] = field(default_factory=list)
+    # L(MyHook)(...), which come before the writers
+    hooks: List[Dict[str, Any]] = field(default_factory=list)
     cudnn_benchmark: bool = False
     # A few steps, an evaluation on a few images and a checkpoint, in output_dir/fast_dev_run.
     fast_dev_run: bool = False
-
-
-_WORDS = {bool: "true or false", str: "a text", Optional[str]: "a text or null"}
 
 
 def check_train(train: DictConfig) -> None:
@@ -114,30 +103,30 @@ def check_train(train: DictConfig) -> None:
 
 
 def _check(section: DictConfig, schema: DictConfig, section_name: str) -> None:
+    defaults = cast(Dict[str, Any], OmegaConf.to_container(schema))
     for setting in fields(cast(Any, OmegaConf.get_type(schema))):
         name = setting.name
         if name not in section.keys():
-            section[name] = cast(Dict[str, Any], OmegaConf.to_container(schema))[name]
-        if OmegaConf.is_missing(section, name) or _is_call(section[name]):
+            section[name] = defaults[name]
+        if OmegaConf.is_missing(section, name):
             continue
         value, key = section[name], f"{section_name}.{name}"
-        if is_dataclass(setting.type) and isinstance(value, DictConfig):
+        if isinstance(value, DictConfig) and "_target_" in value:
+            continue
+        if isinstance(value, DictConfig) and is_dataclass(setting.type):
             _check(value, schema[name], key)
             continue
         try:
             schema[name] = value  # converts a number that is given as a text
-            is_possible = setting.metadata.get("accepts", lambda _: True)(schema[name])
-        except ValidationError:
-            is_possible = False
-        if not is_possible:
-            words = setting.metadata.get("words", _WORDS.get(setting.type, "a section"))
-            raise ConfigError(f"{key} has to be {words}, it cannot be {value!r}.")
+        except ValidationError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(f"{key} is not possible: {reason}.") from error
+        if not setting.metadata.get("accepts", lambda _: True)(schema[name]):
+            raise ConfigError(
+                f"{key} has to be {setting.metadata['words']}, it cannot be {value!r}."
+            )
         if value != schema[name]:
             section[name] = schema[name]
-
-
-def _is_call(value: Any) -> bool:
-    return isinstance(value, DictConfig) and "_target_" in value
 
 
 def amp_dtype(name: str, device: torch.device) -> Optional[torch.dtype]:

@@ -6,7 +6,7 @@ main settings. Nothing is defined twice."""
 import functools
 from typing import Any, Dict
 
-from detectron2.config import CfgNode, configurable, instantiate
+from detectron2.config import CfgNode, LazyCall, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
@@ -19,6 +19,7 @@ from smca.errors import ConfigError
 _SETTINGS = (
     "num_classes",
     "num_queries",
+    "in_features",
     "dropout",
     "max_detections",
     "encoder.pattern",
@@ -35,12 +36,13 @@ _SETTINGS = (
 
 
 def add_smca_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.SMCA``: ``CONFIG``, the LazyConfig's name (``"smca_r50_50ep"``), and a key for
-    each setting, in capitals (``NUM_CLASSES``, ``ENCODER.PATTERN``, ...).
+    """Add ``MODEL.SMCA``: ``CONFIG``, the LazyConfig's name (``"smca_r50_50ep"``), a key for each
+    setting, in capitals (``NUM_CLASSES``, ``ENCODER.PATTERN``, ...), and ``TIMM``, the name of a
+    model of timm that gives the features ``IN_FEATURES`` in place of the LazyConfig's backbone.
 
-    The LazyConfig also says the backbone: yacs' own keys for backbones are not read. Of the rest,
-    ``MODEL.WEIGHTS``, ``MODEL.DEVICE`` and ``INPUT`` are used as always."""
-    cfg.MODEL.SMCA = CfgNode({"CONFIG": "smca_r50_50ep"})
+    yacs' own keys for backbones are not read. Of the rest, ``MODEL.WEIGHTS``, ``MODEL.DEVICE`` and
+    ``INPUT`` are used as always."""
+    cfg.MODEL.SMCA = CfgNode({"CONFIG": "smca_r50_50ep", "TIMM": ""})
     for setting in _SETTINGS:
         *sections, name = setting.upper().split(".")
         node = cfg.MODEL.SMCA
@@ -64,6 +66,10 @@ class SMCA(modeling.SMCA):
             ConfigError: the LazyConfig's model has no such setting.
         """
         model = get_config(cfg.MODEL.SMCA.CONFIG).model
+        if cfg.MODEL.SMCA.TIMM:
+            model.backbone = LazyCall(modeling.TimmBackbone)(
+                name=cfg.MODEL.SMCA.TIMM, out_features="${..in_features}"
+            )
         for setting in _SETTINGS:
             value = functools.reduce(getattr, setting.upper().split("."), cfg.MODEL.SMCA)
             if value is None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from smca.config import build, build_model, check_train, dataset_names
 from smca.data import require_dataset, spare_shared_memory
 from smca.engine.run_folder import SavedRun
-from smca.errors import ConfigError, did_you_mean
+from smca.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
-    _check_rates(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     schedule = build(cfg.lr_multiplier, "lr_multiplier")
@@ -59,7 +58,7 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
 
 
 def build_evaluation(cfg: DictConfig, saved: SavedRun) -> Tuple[nn.Module, Iterable[Any], Any]:
-    """Build the model, the test loader, and the evaluator, as :func:`build_run` does."""
+    """The model, the test loader, and the evaluator of a config."""
     (test_loader,) = _build_loaders(cfg, ["test"], saved)
     evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     return build_model(cfg), test_loader, evaluator
@@ -123,17 +122,4 @@ def _check_classes(cfg: DictConfig, split: str, saved: Optional[SavedRun]) -> No
                 f"Data set '{name}' has {len(names)} classes, the model {num_classes}: set "
                 f"model.num_classes={len(names)}, or dataloader.{split}.dataset.names to data with "
                 "the model's classes."
-            )
-
-
-def _check_rates(cfg: DictConfig, model: nn.Module) -> None:
-    """Raise if `smca.solver.layer_lr_factor` gives a rate to a part that the model lacks."""
-    key = "optimizer.params.lr_factor_func.factors"
-    names = [name.split(".") for name, _ in model.named_parameters()]
-    known = {".".join(words[:count]) for words in names for count in range(1, len(words) + 1)}
-    for prefix, factor in (OmegaConf.select(cfg, key) or {}).items():
-        if factor != 1 and prefix not in known:
-            raise ConfigError(
-                f"{key} names {prefix}, but no parameter of the model begins so"
-                f"{did_you_mean(str(prefix), known)}"
             )

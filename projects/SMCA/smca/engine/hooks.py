@@ -1,46 +1,22 @@
 """Hooks of a training: they average the weights, save, evaluate, and end a training early."""
 
+import copy
 import logging
 import os
-from typing import Any, Dict, Mapping
+from typing import Any, Optional
 
 import torch
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventStorage
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from smca.checkpoint.files import peek
-from smca.engine.signals import React, stop_error
+from smca.engine.signals import stop_error
 
 logger = logging.getLogger(__name__)
-
-
-class _AveragedWeights(AveragedModel):
-    """An average whose state dict has the keys of the model itself, so that it loads as one."""
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]
-        return self.module.state_dict(*args, **kwargs)
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        # PyTorch's own copies a number to the GPU in each step, and waits for it.
-        own, new = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-        pairs = list(zip(own, new))
-        floats = [(a, b) for a, b in pairs if self.n_averaged and a.is_floating_point()]
-        if floats:
-            averages, values = map(list, zip(*floats))
-            self.multi_avg_fn(averages, values, self.n_averaged)  # type: ignore[misc,arg-type]
-        for average, value in pairs:
-            if not (self.n_averaged and average.is_floating_point()):
-                average.copy_(value)
-        self.n_averaged += 1
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Zero would make the next update start over with a copy of the weights.
-        self.n_averaged.fill_(1)
-        return self.module.load_state_dict(state_dict, *args, **kwargs)
 
 
 class ModelEMA(HookBase):
@@ -53,20 +29,32 @@ class ModelEMA(HookBase):
         decay: a number in [0, 1).
 
     Attributes:
-        averaged: the average and its state, for the checkpointer (``model_ema=hook.averaged``).
-        model: the average as a model, for evaluation.
+        model: the average, for the checkpointer (``model_ema=hook.model``) and for evaluation.
+        has_begun: there were weights to average, or an average was loaded into the model.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
         self._source = model
-        self.averaged = _AveragedWeights(
-            model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
-        self.averaged.requires_grad_(False)
-        self.model: nn.Module = self.averaged.module
+        self._average = get_ema_multi_avg_fn(decay)
+        self.has_begun = False
+        self.model.register_load_state_dict_post_hook(self._begin)
 
+    def _begin(self, *args: Any) -> None:
+        self.has_begun = True
+
+    @torch.no_grad()
     def after_step(self) -> None:
-        self.averaged.update_parameters(self._source)
+        # PyTorch's AveragedModel copies a number to the GPU in each step, and waits for it.
+        own, new = ([*m.parameters(), *m.buffers()] for m in (self.model, self._source))
+        is_averaged = [self.has_begun and x.is_floating_point() for x in own]
+        for average, value, skip in zip(own, new, is_averaged):
+            if not skip:
+                average.copy_(value)
+        if self.has_begun:
+            floats = ([x for x, use in zip(each, is_averaged) if use] for each in (own, new))
+            self._average(*floats, 1)
+        self.has_begun = True
 
 
 class PeriodicCheckpointer(HookBase):
@@ -100,21 +88,17 @@ class EmergencyCheckpointer(HookBase):
     training ends by an error, Ctrl-C, SIGTERM, or SIGUSR1. ``--resume`` continues from there.
 
     Register this hook after those that change what is saved (schedule, average of the weights).
-    A signal takes effect after the iteration, which is the same one in all processes. A second
-    signal takes effect at once, unless the weights are being updated: half an update cannot be
-    resumed. The first signal takes effect at once in an evaluation (:class:`EvalHook`), and while
-    a single process waits for data.
+    A signal takes effect after the iteration, which is the same one in all processes; at once in an
+    evaluation (:class:`EvalHook`), and while a single process waits for data.
     """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self._checkpointer = checkpointer
 
     def before_train(self) -> None:
-        self._last_complete = self.trainer.start_iter - 1
         self.trainer.signals.install()
 
     def after_step(self) -> None:
-        self._last_complete = self.trainer.iter
         self.trainer.is_updating = False
         number = self.trainer.stop_signal
         if comm.get_world_size() == 1:
@@ -131,24 +115,19 @@ class EmergencyCheckpointer(HookBase):
             comm.synchronize()
 
     def _save(self, error: BaseException) -> None:
-        trainer, iteration = self.trainer, self._last_complete
-        name = f"model_{iteration:07d}"
-        is_saved = os.path.isfile(os.path.join(self._checkpointer.save_dir, name + ".pth"))
-        # An update of the weights that has begun is not undone.
-        is_lost = isinstance(error, FloatingPointError) or trainer.is_updating
+        trainer, iteration = self.trainer, self.trainer.last_iter
         if iteration >= trainer.start_iter:
             # What is saved here, and the last line of the metrics, stand at this iteration.
             trainer.iter = trainer.storage.iter = iteration
-            if not (is_saved or is_lost):
+            # An update of the weights that has begun is not undone.
+            if not (isinstance(error, FloatingPointError) or trainer.is_updating):
                 trainer.restore_statistics()
                 try:
-                    self._checkpointer.save(name, iteration=iteration)
+                    self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
                 except Exception as save_error:  # which must not hide the first error
                     logger.error("The state could not be saved: %s", save_error)
         last = self._checkpointer.get_checkpoint_file()
-        where = (
-            f"; --resume continues from {last}" if last else " before there was anything to save"
-        )
+        where = f"; --resume continues from {last}" if last else ", and nothing is saved"
         logger.error("The training ended early (%s)%s.", type(error).__name__, where)
 
 
@@ -168,7 +147,7 @@ class EvalHook(hooks.EvalHook):
             trainer.storage.iter = start
 
     def _do_eval(self) -> None:
-        with self.trainer.signals.reacting(React.AT_ONCE):
+        with self.trainer.signals.interruptible():
             super()._do_eval()
 
     def after_train(self) -> None:
@@ -240,3 +219,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self._patience,
             )
             self.trainer.stopped_early = True
+
+
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's progress line, which divides by zero where a training fails in its first
+    iterations and the line is written twice."""
+
+    def _get_eta(self, storage: EventStorage) -> Optional[str]:
+        if self._last_write is not None and self._last_write[0] == storage.iter:
+            return None
+        return super()._get_eta(storage)

@@ -23,7 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from smca.config import load_config, resolve_device
 from smca.engine.signals import STOP_SIGNALS
 from smca.engine.train import main
-from smca.errors import ConfigError, UserError
+from smca.errors import ConfigError, UserError, exit_code
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # Detectron2's
 _START_METHOD = "spawn"  # CUDA cannot be used after a fork
@@ -39,38 +39,29 @@ def run(args: argparse.Namespace) -> int:
             often the processes are started again when one of them fails.
 
     Returns:
-        The exit code. What the user can put right is printed without a traceback, with 1;
-        after a signal the training is saved, and the code is 128 + the signal's number.
+        The exit code, see :func:`smca.errors.exit_code`. After a signal the training is saved, and
+        the code is 128 + the signal's number.
     """
     # Detectron2 logs errors in training with their traceback.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+    return exit_code(_run, args)
+
+
+def _run(args: argparse.Namespace) -> int:
     is_started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-    try:
-        if args.num_machines != 1 or (is_started and args.num_gpus != 1):
-            raise ConfigError(
-                "--num-gpus starts processes on one machine: for several machines use torchrun "
-                "--nnodes or Slurm, whose processes take neither --num-gpus nor --num-machines."
-            )
-        if args.num_gpus != 1:
-            return _launch(args)
-        if is_started:  # by torchrun or Slurm
-            if _device(args).type == "cuda":
-                _own_gpu()
-            record(_work)(args)
-        else:
-            main(args)
-    except UserError as error:
-        return _report(str(error))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 1
+    if args.num_machines != 1 or (is_started and args.num_gpus != 1):
+        raise ConfigError(
+            "--num-gpus starts processes on one machine: for several machines use torchrun "
+            "--nnodes or Slurm, whose processes take neither --num-gpus nor --num-machines."
+        )
+    if args.num_gpus != 1:
+        return _launch(args)
+    if is_started:  # by torchrun or Slurm
+        _device(args)
+        record(_work)(args)
+    else:
+        main(args)
     return 0
-
-
-def _report(text: str, code: int = 1) -> int:
-    print(f"Error: {text}", file=sys.stderr, flush=True)
-    return code
 
 
 def _is_no_user_error(record: logging.LogRecord) -> bool:
@@ -121,7 +112,9 @@ def _launch(args: argparse.Namespace) -> int:
         return 128 + error.sigval
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-    return _report(text, code) if text else code
+    if text:
+        print(f"Error: {text}", file=sys.stderr, flush=True)
+    return code
 
 
 def _raise_signal(number: int, frame: Optional[FrameType]) -> None:

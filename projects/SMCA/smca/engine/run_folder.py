@@ -1,13 +1,10 @@
-"""The output folder of a run, which holds one run's files at a time."""
+"""The output folder of a run."""
 
-import errno
-import fcntl
-import fnmatch
 import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, TypeVar
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
@@ -16,21 +13,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer, provenance_of
-from smca.checkpoint.files import remove_temporary_files, write_atomically
-from smca.errors import CheckpointError, ConfigError, UserError, writing
+from smca.checkpoint.files import find_checkpoints, remove_temporary_files, write_atomically
+from smca.errors import ConfigError, UserError, writing
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-_LOCKED: Dict[str, IO[str]] = {}  # by folder; closing one gives up its lock
-
-_CHECKPOINTS = ("last_checkpoint", "model_*.pth")
-_TRAINED = (*_CHECKPOINTS, "metrics.json")
-# All files of a run but log.txt, to which Detectron2 appends; the last ones are drawn by tools.
-_FILES = [*_TRAINED, "config.yaml", "events.out.tfevents.*", "nonfinite_*.json"]
-_FILES += ["pictures", "curves.png", "validation.png", "gaussians.png", "modulation.*"]
-_FILES += ["examples.jpg"]
 
 
 def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
@@ -48,30 +36,13 @@ def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
     return result
 
 
-def claim(folder: str) -> None:
-    """Lock the output folder until this process ends or calls `release`. Without the lock, a second
-    training would move the files of the first one away."""
-    with writing(f"train.output_dir={folder}"):
-        os.makedirs(folder, exist_ok=True)
-        # Open as long as the lock is held.
-        file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
-    try:
-        # With `flock`, the workers of a killed training would keep the lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # else there are no locks
-            file.close()
-            raise ConfigError(
-                f"train.output_dir={folder} is in use by another training: wait for its end, or "
-                "choose another folder."
-            ) from error
-    _LOCKED[folder] = file
-
-
-def release(folder: str) -> None:
-    """Unlock a folder."""
-    if folder in _LOCKED:
-        _LOCKED.pop(folder).close()
+def refuse_trained(folder: str) -> None:
+    """Raise if a folder holds the checkpoints of a training, which a new one would replace."""
+    if find_checkpoints(folder):
+        raise ConfigError(
+            f"train.output_dir={folder} holds a training: continue it with --resume, choose "
+            "another folder, or remove this one."
+        )
 
 
 def log_to(folder: str, name: str = "log.txt") -> None:
@@ -92,35 +63,6 @@ def save_config(cfg: DictConfig, folder: str) -> None:
         for path in Path(scratch).iterdir():
             write_atomically(os.path.join(folder, path.name), path.read_bytes())
     logger.info("Full config saved to %s", os.path.join(folder, "config.yaml"))
-
-
-def set_previous_run_aside(train: DictConfig) -> Tuple[Optional[str], str]:
-    """Move the files of a run that is not to be continued into a folder ``previous_<n>`` of their
-    own, where that run can still be resumed.
-
-    Returns:
-        The folder, None if there was no run; and where the weights of
-        ``train.init_checkpoint`` are now.
-    """
-    folder, weights = train.output_dir, train.init_checkpoint
-    if not _matching(folder, _TRAINED):
-        return None, weights
-    remove_temporary_files(folder)
-    numbers = [int(path.rpartition("_")[2]) for path in _previous_runs(folder)]
-    previous = os.path.join(folder, f"previous_{max(numbers, default=0) + 1}")
-    try:
-        os.mkdir(previous)
-        for name in _matching(folder, _FILES):
-            source, target = os.path.join(folder, name), os.path.join(previous, name)
-            if weights and os.path.exists(weights) and os.path.samefile(weights, source):
-                weights = target
-            os.rename(source, target)
-    except OSError as error:
-        raise ConfigError(
-            f"The files of another run in {folder} cannot be moved to {previous} ({error}): choose "
-            "another train.output_dir."
-        ) from error
-    return previous, weights
 
 
 class SavedRun(NamedTuple):
@@ -147,7 +89,7 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
         need_trainer: the training is to go on, for which weights alone are not enough.
 
     Raises:
-        CheckpointError: none can be read, or they are those of the run before.
+        CheckpointError: none can be read.
     """
     contents: List[Dict[str, Any]] = []
 
@@ -156,13 +98,6 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
             remove_temporary_files(folder)
         found = SMCACheckpointer(nn.Module(), folder).find_resumable(need_trainer)
         if found is None:
-            with_checkpoints = [x for x in _previous_runs(folder) if _matching(x, _CHECKPOINTS)]
-            if need_trainer and with_checkpoints:
-                raise CheckpointError(
-                    f"There is no checkpoint in {folder}, but {with_checkpoints[-1]} has those of "
-                    f"the run before: resume with train.output_dir={with_checkpoints[-1]}, or "
-                    "start anew without --resume."
-                )
             logger.warning("There is no checkpoint in %s: starting anew.", folder)
             return None
         path, content = found
@@ -171,14 +106,3 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
 
     saved = from_main_process(read)
     return saved._replace(content=contents[0]) if saved and contents else saved
-
-
-def _matching(folder: str, patterns: Sequence[str]) -> List[str]:
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
-
-
-def _previous_runs(folder: str) -> List[str]:
-    """Folders ``previous_<n>``, in the order of their numbers."""
-    paths = Path(folder).glob("previous_[0-9]*")
-    return [str(path) for path in sorted(paths, key=lambda path: (len(path.name), path.name))]

@@ -1,12 +1,10 @@
 """Signals that end a training: Ctrl-C, and what schedulers send before they end a job."""
 
 import contextlib
-import enum
 import functools
 import os
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -14,20 +12,10 @@ from torch.utils.data import DataLoader
 
 # SIGUSR1 is what Slurm can send ahead of the time limit.
 STOP_SIGNALS: List[int] = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-# A group's signal may come twice: to each process, and handed on by the launcher.
-_SECOND_AFTER = 1.0  # seconds
-
-
-class React(enum.Enum):
-    """When a signal takes effect."""
-
-    AT_ONCE = enum.auto()  # the handler raises
-    AFTER_STEP = enum.auto()  # the training looks at it after the step; a second signal raises
-    LATER = enum.auto()  # no signal raises
 
 
 class StopSignals:
-    """Handles the stop signals by raising :func:`stop_error`.
+    """Notes stop signals, which the training looks at after each step.
 
     Attributes:
         received: the first signal.
@@ -35,8 +23,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
-        self._time = 0.0
-        self._react = React.LATER
+        self._is_interruptible = False
         self._pid = os.getpid()
         self._previous: Dict[int, Any] = {}
 
@@ -54,24 +41,23 @@ class StopSignals:
         self._previous = {}
 
     @contextlib.contextmanager
-    def reacting(self, react: React) -> Iterator[None]:
-        """Change what signals do inside the block; one that waits takes effect if it can."""
-        before, self._react = self._react, react
+    def interruptible(self, enabled: bool = True) -> Iterator[None]:
+        """Let signals, and one that waits, raise :func:`stop_error` at once inside the block."""
+        self._is_interruptible = enabled
         try:
-            if self.received is not None and react is React.AT_ONCE:
+            if enabled and self.received is not None:
                 raise stop_error(self.received)
             yield
         finally:
-            self._react = before
+            self._is_interruptible = False
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != self._pid:  # a forked process, such as a data loader's worker
             return
-        now = time.monotonic()
         if self.received is None:
-            self.received, self._time = number, now
-        is_second = now - self._time > _SECOND_AFTER
-        if self._react is React.AT_ONCE or (self._react is React.AFTER_STEP and is_second):
+            self.received = number
+        if self._is_interruptible:
+            self._is_interruptible = False  # the launcher may hand the same signal on
             raise stop_error(number)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, cast
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import create_ddp_model, default_setup, hooks
+from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
@@ -36,33 +36,26 @@ from smca.engine.hooks import (
     EvalHook,
     ModelEMA,
     PeriodicCheckpointer,
+    ProgressPrinter,
 )
-from smca.engine.pictures import EvaluationPictures
 from smca.engine.run_folder import (
     SavedRun,
-    claim,
     from_main_process,
     log_to,
     open_run,
-    release,
+    refuse_trained,
     save_config,
-    set_previous_run_aside,
 )
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
-from smca.engine.writers import build_writers
 from smca.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 Results = Dict[str, Any]  # {task: {metric: value}}
 
-# Keys of the section `data` that are paths of files and folders, or lists of them.
-_PATHS = [
-    f"{split}_{kind}"
-    for split in ("train", "val")
-    for kind in ("json", "images", "annotations", "list")
-] + ["yaml"]
+# Keys of the section `data` that end so are paths of files and folders, or lists of them.
+_PATHS = ("json", "images", "annotations", "list", "yaml")
 
 
 def main(args: argparse.Namespace) -> Results:
@@ -97,30 +90,17 @@ def main(args: argparse.Namespace) -> Results:
     # Started again by our launcher, or by torchrun.
     if getattr(args, "restart", 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = bool(from_main_process(find_checkpoints, train.output_dir))
-    if train.fast_dev_run and not args.resume:
-        from_main_process(shutil.rmtree, train.output_dir, True)
-    previous = saved = None
-    try:
-        from_main_process(claim, train.output_dir)
-        if not args.resume:
-            previous, train.init_checkpoint = from_main_process(set_previous_run_aside, train)
-        log_to(train.output_dir)
-        if previous:
-            logger.warning(
-                "%s holds another run, whose files are now in %s; --resume would have continued "
-                "it.",
-                train.output_dir,
-                previous,
-            )
-        if args.resume:
-            saved = open_run(train.output_dir)
-        if train.seed < 0:
-            drawn = from_main_process(random.SystemRandom().randrange, 2**31)
-            train.seed = saved.seed if saved else drawn
-        _setup(cfg, args)
-        return do_train(cfg, args, saved)
-    finally:
-        release(train.output_dir)
+    if not args.resume:
+        if train.fast_dev_run:
+            from_main_process(shutil.rmtree, train.output_dir, True)
+        from_main_process(refuse_trained, train.output_dir)
+    log_to(train.output_dir)
+    saved = open_run(train.output_dir) if args.resume else None
+    if train.seed < 0:
+        drawn = from_main_process(random.SystemRandom().randrange, 2**31)
+        train.seed = saved.seed if saved else drawn
+    _setup(cfg, args)
+    return do_train(cfg, args, saved)
 
 
 def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -132,13 +112,12 @@ def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _require_files(data: Mapping[str, Any]) -> None:
-    """Name a wrong path of the data before another run's files are set aside."""
-    for key in _PATHS:
-        for path in data[key] if isinstance(data.get(key), ListConfig) else [data.get(key)]:
-            if not isinstance(path, str) or "://" in path:
-                continue
-            if not os.path.exists(os.path.expanduser(path)):
-                raise ConfigError(f"data.{key}={path} does not exist: correct the path.")
+    """Name a wrong path of the data before the first of them is read, which may take minutes."""
+    for key in data:
+        for path in data[key] if isinstance(data[key], ListConfig) else [data[key]]:
+            if key.endswith(_PATHS) and isinstance(path, str) and "://" not in path:
+                if not os.path.exists(os.path.expanduser(path)):
+                    raise ConfigError(f"data.{key}={path} does not exist: correct the path.")
 
 
 def do_train(
@@ -152,8 +131,8 @@ def do_train(
         args: arguments of Detectron2's `default_argument_parser`.
         saved: the checkpoint of this training to go on from; None starts anew.
     """
-    fitted = fit_to_data(cfg)
-    train, to_save, results = cfg.train, copy.deepcopy(cfg), {}
+    fitted = fit_to_data(cfg, saved.provenance.get("fitted", {}) if saved else {})
+    train, to_save = cfg.train, copy.deepcopy(cfg)
     if saved:
         use_classes(cfg, saved.provenance)
     run = build_run(cfg, saved)
@@ -170,19 +149,20 @@ def do_train(
     trainer = _build_trainer(cfg, run)
     checkpointer.add_checkpointable("trainer", trainer)
     if ema:
-        checkpointer.add_checkpointable("model_ema", ema.averaged)
-    pictures = EvaluationPictures(cfg)
+        checkpointer.add_checkpointable("model_ema", ema.model)
     forget_files()
+    results: Results = {}
 
     def evaluate() -> Results:
         results.update(do_test(run.model, run.test_loader, run.evaluator))
         if ema:
             results.update(do_test(ema.model, run.test_loader, run.evaluator, prefix="ema/"))
-        drawn = ema.model if ema and train.best_metric.startswith("ema/") else run.model
-        pictures.put(drawn, trainer.storage)
         # All processes end early by the results of the first.
         return comm.all_gather(dict(results))[0]
 
+    best = BestCheckpointer(
+        train.eval_period, checkpointer, train.best_metric, train.early_stopping
+    )
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -192,9 +172,7 @@ def do_train(
             # Checkpoints before evaluations, which may fail.
             PeriodicCheckpointer(checkpointer, train.checkpointer.period),
             EvalHook(train.eval_period, evaluate),
-            BestCheckpointer(
-                train.eval_period, checkpointer, train.best_metric, train.early_stopping
-            ),
+            best,
             *build(train.hooks, "train.hooks"),
         ]
     )
@@ -202,7 +180,9 @@ def do_train(
     # A config that is refused above must not replace the one that fits the run's checkpoints.
     from_main_process(save_config, to_save, train.output_dir)
     if comm.is_main_process():
-        trainer.register_hooks([hooks.PeriodicWriter(build_writers(train), train.log_period)])
+        writers = [ProgressPrinter(train.max_iter), *build(train.writers, "train.writers")]
+        writers += default_writers(train.output_dir, train.max_iter)[1:]
+        trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
     trainer.train(start_iter, train.max_iter)
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
     _log_summary(results, checkpointer.get_checkpoint_file(), train.output_dir, names)
@@ -288,7 +268,6 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
         clip_grad_norm=train.clip_grad_norm,
         seed=train.seed,
         total_batch_size=cfg.dataloader.train.get("total_batch_size"),
-        report_dir=train.output_dir,
     )
 
 
@@ -299,9 +278,9 @@ def _resume(
     others = checkpointer.resume(saved.path, saved.content)
     # Checkpoints hold the number of the iteration that was just finished.
     start_iter = trainer.iter + 1
-    if ema is not None and not ema.averaged.n_averaged:
+    if ema is not None and not ema.has_begun:
         logger.warning("The checkpoint has no average of the weights: it starts here.")
-        ema.averaged.load_state_dict(copy.deepcopy(checkpointer.model.state_dict()))
+        ema.model.load_state_dict(checkpointer.model.state_dict())
     if "model_ema" in others:
         logger.warning(
             "The checkpoint's average of the weights is dropped, since "

@@ -1,9 +1,7 @@
 import collections
 import contextlib
-import json
 import logging
 import math
-import os
 import random
 import time
 from typing import Any, Dict, Iterable, List, Optional, Tuple
@@ -19,10 +17,9 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smca.checkpoint.files import read_tag, write_atomically
 from smca.data.loader import set_start_sample
-from smca.engine.signals import STOP_SIGNALS, React, StopSignals
-from smca.errors import CheckpointError, NonFiniteError
+from smca.engine.signals import STOP_SIGNALS, StopSignals
+from smca.errors import CheckpointError, NonFiniteError, some
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +61,6 @@ class Trainer(SimpleTrainer):
         seed: a number that is not negative, the same in all processes.
         total_batch_size: number of images of a batch in all processes, by which a resumed run
             knows how far it has got in the data.
-        report_dir: folder of a report about an iteration whose loss or gradient is not finite.
 
     Attributes:
         is_updating: True from the beginning of the optimizer's step until a hook has seen the
@@ -87,7 +83,6 @@ class Trainer(SimpleTrainer):
         clip_grad_norm: Optional[float] = None,
         seed: int = 0,
         total_batch_size: Optional[int] = None,
-        report_dir: Optional[str] = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.amp_dtype = amp_dtype
@@ -95,7 +90,6 @@ class Trainer(SimpleTrainer):
         self.clip_grad_norm = clip_grad_norm or math.inf
         self.seed = seed
         self.total_batch_size = total_batch_size
-        self.report_dir = report_dir
         self.signals = StopSignals()
         self.stopped_early = False
         self.is_updating = False
@@ -166,8 +160,7 @@ class Trainer(SimpleTrainer):
         assert self.model.training, "the model was changed to eval mode"
         # The forward pass of an iteration that fails later changes these.
         self._statistics = [buffer.clone() for buffer in self._running]
-        with self.signals.reacting(React.AFTER_STEP):
-            self._compute_gradients()
+        self._compute_gradients()
         self.is_updating = True
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -187,8 +180,7 @@ class Trainer(SimpleTrainer):
         for micro_batch in range(self.accumulate):
             start = time.perf_counter()
             # One of several processes must not stop in an iteration that the others complete.
-            is_alone = comm.get_world_size() == 1
-            with self.signals.reacting(React.AT_ONCE if is_alone else React.AFTER_STEP):
+            with self.signals.interruptible(comm.get_world_size() == 1):
                 data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
             losses = self._forward_backward(data, micro_batch)
@@ -202,11 +194,7 @@ class Trainer(SimpleTrainer):
         total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         means = {k: sum(each[k] for each in own_losses) / self.accumulate for k in own_losses[0]}
         values, grad_norm, scale = self._to_host(means, total_norm)
-        problem = self._nonfinite(values, grad_norm, scale)
-        if problem is not None:
-            by_batch = [{k: v.item() for k, v in each.items()} for each in own_losses]
-            own = {"images": file_names, "losses_by_batch": by_batch}
-            self._fail(problem, {"losses": values, "grad_norm": grad_norm}, own)
+        self._require_finite(values, grad_norm, scale, file_names)
         metrics = {"data_time": data_time, "total_loss": sum(values.values()), **values}
         if math.isfinite(grad_norm):
             metrics["grad_norm"] = grad_norm
@@ -260,34 +248,22 @@ class Trainer(SimpleTrainer):
         self.stop_signal = next((n for n, count in zip(STOP_SIGNALS, counts) if count), None)
         return dict(zip(losses, numbers)), norm, scale
 
-    def _nonfinite(self, losses: Dict[str, float], grad_norm: float, scale: float) -> Optional[str]:
-        """What is not finite, in words, or None."""
+    def _require_finite(
+        self, losses: Dict[str, float], grad_norm: float, scale: float, file_names: List[str]
+    ) -> None:
+        """Raise, in all processes, if the losses or the gradient are not finite. `file_names` are
+        this process's images, all else is the same in all of them."""
         if not all(map(math.isfinite, losses.values())):
             terms = ", ".join(f"{name}: {value:.4g}" for name, value in losses.items())
-            return f"The loss became nan or infinite ({terms})"
-        if math.isfinite(grad_norm):
-            return None
-        if not self.grad_scaler.is_enabled():
-            return f"The norm of the gradient became {grad_norm}"
-        if scale <= _LEAST_SCALE:
-            return f"The norm of the gradient is {grad_norm} even with a loss scale of {scale:.2g}"
-        return None  # the scaler skips the step and lowers its scale, as is normal
-
-    def _fail(self, problem: str, values: Dict[str, Any], own: Dict[str, Any]) -> None:
-        """Report what is not finite (`problem`, in words), and raise. `values` are the same in all
-        processes, `own` are images and losses of this one."""
-        see = ""
-        if self.report_dir is not None:
-            path = os.path.join(self.report_dir, f"nonfinite_{self.iter:07d}.json")
-            see = f" ({path} names the images)"
-            last = read_tag(self.report_dir) or None
-            report = {"iteration": self.iter, **values, "last_checkpoint": last}
-            report["processes"] = comm.gather(own)
-            if comm.is_main_process():
-                write_atomically(path, json.dumps(report, indent=1).encode())
+            problem = f"The loss became nan or infinite ({terms})"
+        elif math.isfinite(grad_norm) or (self.grad_scaler.is_enabled() and scale > _LEAST_SCALE):
+            return  # the scaler skips the step and lowers its scale, as is normal
+        else:
+            problem = f"The norm of the gradient became {grad_norm}"
+        images = some([name for names in comm.all_gather(file_names) for name in names], 16)
         raise NonFiniteError(
             f"{problem} at iteration {self.iter}: lower the learning rate, or use "
-            f"train.amp.dtype=bf16 or no mixed precision, and check the boxes of the data{see}."
+            f"train.amp.dtype=bf16 or no mixed precision, and check the boxes of: {images}"
         )
 
     def _stream(self) -> Dict[str, Any]:

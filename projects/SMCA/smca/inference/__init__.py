@@ -1,6 +1,6 @@
 """A trained detector as a function of images."""
 
-from .build import TrainedDetector, load_detector, load_test_dataset, load_weights
+from .build import load_test_dataset, load_weights
 from .command_line import (
     add_predictor_arguments,
     add_weights_kind,
@@ -11,20 +11,3 @@ from .command_line import (
 from .detections import Detections
 from .predictor import Predictor
 from .pretrained import CARD_NAME, need_extra, save_pretrained
-
-__all__ = [
-    "CARD_NAME",
-    "Detections",
-    "Predictor",
-    "TrainedDetector",
-    "add_predictor_arguments",
-    "add_weights_kind",
-    "load_detector",
-    "load_test_dataset",
-    "load_weights",
-    "make_folder",
-    "need_extra",
-    "predictor_of",
-    "save_pretrained",
-    "score",
-]

@@ -16,8 +16,8 @@ def add_predictor_arguments(parser: argparse.ArgumentParser, device: bool = True
     parser.add_argument(
         "--config-file",
         metavar="FILE",
-        help="LazyConfig (.py, .yaml, or the name of one that comes with the package) or yacs "
-        "(.yaml); not needed where the weights say it",
+        help="LazyConfig, or the name of one that comes with the package; not needed where the "
+        "weights say it",
     )
     parser.add_argument(
         "--weights",

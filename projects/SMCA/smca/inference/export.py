@@ -38,6 +38,8 @@ METADATA_NAME = "metadata.json"  # the file in a .pt2
 # .pt2 files of 2.9 refuse sizes that they could compute.
 OLDEST_TORCH = {"onnx": "2.9", "pt2": "2.14"}
 
+_Save = Callable[[str, Dict[str, Any]], None]  # writes a file of that path with that metadata
+
 
 class ExportableDetector(nn.Module):
     """A copy of a model as a function of tensors alone, for batches and images of any size.
@@ -125,9 +127,9 @@ def export_detector(
         "threshold": threshold,
         "smca_version": __version__,
     }
-    program = _trace(ExportableDetector(predictor.model, predictor.image_format))
+    save = FORMATS[format](_trace(ExportableDetector(predictor.model, predictor.image_format)))
     with writing(f"The output {output}"):
-        write_atomically(output, lambda file: FORMATS[format](program, metadata, file.name))
+        write_atomically(output, lambda file: save(file.name, metadata))
 
 
 def count_nodes(path: str) -> Dict[str, int]:
@@ -166,9 +168,9 @@ def _trace(detector: ExportableDetector) -> torch.export.ExportedProgram:
         return torch.export.export(detector, (images, image_sizes), dynamic_shapes=shapes)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, metadata: Dict[str, Any], path: str) -> None:
+def _as_onnx(program: torch.export.ExportedProgram) -> _Save:
     with _quiet():
-        onnx_program = torch.onnx.export(
+        onnx_program: Any = torch.onnx.export(
             program,
             input_names=INPUTS,
             output_names=OUTPUTS,
@@ -177,20 +179,22 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: Dict[str, Any],
             dynamo=True,
             verbose=False,
         )
-    assert onnx_program is not None
     for node in onnx_program.model.graph:
         node.metadata_props.clear()  # the lines of Python that it comes from
-    onnx_program.model.metadata_props.update(
-        {key: json.dumps(value) for key, value in metadata.items()}
-    )
-    onnx_program.save(path, external_data=False)
+
+    def save(path: str, metadata: Dict[str, Any]) -> None:
+        values = {key: json.dumps(value) for key, value in metadata.items()}
+        onnx_program.model.metadata_props.update(values)
+        onnx_program.save(path, external_data=False)
+
+    return save
 
 
-def _write_pt2(program: torch.export.ExportedProgram, metadata: Dict[str, Any], path: str) -> None:
-    try:
+def _as_pt2(program: torch.export.ExportedProgram) -> _Save:
+    def save(path: str, metadata: Dict[str, Any]) -> None:
         torch.export.save(program, path, extra_files={METADATA_NAME: json.dumps(metadata)})
-    except RuntimeError as error:  # of a full disk, for one
-        raise OSError(str(error)) from error
+
+    return save
 
 
 @contextlib.contextmanager
@@ -203,6 +207,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-_Writer = Callable[[torch.export.ExportedProgram, Dict[str, Any], str], None]
-
-FORMATS: Dict[str, _Writer] = {"onnx": _write_onnx, "pt2": _write_pt2}
+FORMATS: Dict[str, Callable[[torch.export.ExportedProgram], _Save]] = {
+    "onnx": _as_onnx,
+    "pt2": _as_pt2,
+}

@@ -7,12 +7,24 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 import numpy as np
 import torch
 from detectron2.data import transforms as T
+from omegaconf import OmegaConf
 from torch import nn
 
 from smca.analysis.detections import class_name
-from smca.config import AMP_DTYPES, amp_dtype
-from smca.errors import UserError
-from smca.inference.build import TrainedDetector, load_detector
+from smca.checkpoint import read_provenance
+from smca.config import (
+    AMP_DTYPES,
+    amp_dtype,
+    build,
+    build_model,
+    dataset_names,
+    load_config,
+    require_values,
+    resolve_device,
+    use_classes,
+)
+from smca.errors import ConfigError, UserError
+from smca.inference.build import classes_of, find_config, load_weights
 from smca.inference.detections import Detections
 from smca.inference.images import ImageSource, rgb_array
 from smca.inference.pretrained import load_pretrained
@@ -30,10 +42,10 @@ class Predictor:
 
     Args:
         checkpoint: path or URL of a detector's checkpoint; None: the one that the config names.
-        config_file: LazyConfig (.py or .yaml) or yacs (.yaml) config. None: the ``config.yaml``
-            that training wrote beside the checkpoint, else the config of that name that comes with
-            this package, with the overrides of the training.
-        overrides: texts ``key=value``, or ``KEY VALUE`` pairs for a yacs config.
+        config_file: LazyConfig (.py or .yaml). None: the ``config.yaml`` that training wrote
+            beside the checkpoint, else the config of that name that comes with this package, with
+            the overrides of the training.
+        overrides: texts ``key=value``.
         weights: "model" for the trained weights, "ema" for their average. None: the average where
             the checkpoint is the best one by the average's metric
             (``train.best_metric=ema/bbox/AP``), else the trained weights.
@@ -45,12 +57,18 @@ class Predictor:
         class_names: may be empty, if nothing says them.
         category_ids: from class index to the id in the data set's JSON; empty where the data set
             is not known, whose ids are then the indices.
-        cfg: the config (LazyConfig or yacs), overrides included; None if built from none.
+        cfg: the config, overrides included; None if built from none.
         weights: "model" or "ema", which the model has.
+        checkpoint: what the file says beside weights and optimizer: ``smca``, where it comes from,
+            ``iteration`` and ``best``, if it has them.
 
     Raises:
         UserError: a file is missing, is of another kind, or does not fit the others.
     """
+
+    cfg: Any = None
+    weights = "model"
+    checkpoint: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -63,7 +81,28 @@ class Predictor:
         dtype: str = "fp32",
     ):
         path, config = (x if x is None else os.fspath(x) for x in (checkpoint, config_file))
-        self._use(load_detector(path, config, overrides, weights, device), dtype)
+        provenance = read_provenance(path)
+        if not config:
+            config, trained_with = find_config(path, provenance)
+            overrides = [*trained_with, *overrides]
+        # What only training needs may be missing, as in configs/fine_tune.py.
+        cfg = load_config(config, overrides, needed=())
+        path = path or OmegaConf.select(cfg, "train.init_checkpoint")
+        if not path:
+            raise ConfigError(
+                "No checkpoint given: add --weights with the file of a trained detector."
+            )
+        use_classes(cfg, provenance)
+        require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config)
+        cfg.train.device = str(resolve_device(device or cfg.train.device))
+        model, mapper = build_model(cfg), cfg.dataloader.test.mapper
+        self.weights, others = load_weights(model, path, weights)
+        num_classes = getattr(model, "num_classes", None)
+        names, ids = classes_of(provenance, dataset_names(cfg, "test"), num_classes)
+        augmentations = build(mapper.augmentations, "dataloader.test.mapper.augmentations")
+        self._use(model, augmentations, mapper.get("image_format", "RGB"), names, ids, dtype)
+        self.cfg = cfg
+        self.checkpoint = {k: others[k] for k in ("smca", "iteration", "best") if k in others}
 
     @classmethod
     def from_model(
@@ -87,8 +126,7 @@ class Predictor:
             dtype: see the class.
         """
         predictor = cls.__new__(cls)
-        names, ids = list(class_names), dict(category_ids or {})
-        predictor._use(TrainedDetector(model, augmentations, image_format, names, ids), dtype)
+        predictor._use(model, augmentations, image_format, class_names, category_ids, dtype)
         return predictor
 
     @classmethod
@@ -110,20 +148,29 @@ class Predictor:
         Raises:
             UserError: there is none, it cannot be read, or asks for more than parts of detectors.
         """
-        predictor = cls.__new__(cls)
-        predictor._use(load_pretrained(os.fspath(name), revision=revision, device=device), dtype)
+        published = load_pretrained(os.fspath(name), revision)
+        published["model"].to(resolve_device(device))
+        weights = published.pop("weights")
+        predictor = cls.from_model(**published, dtype=dtype)
+        predictor.weights = weights
         return predictor
 
-    def _use(self, detector: TrainedDetector, dtype: str) -> None:
+    def _use(
+        self,
+        model: nn.Module,
+        augmentations: Sequence[T.Augmentation],
+        image_format: str,
+        class_names: Sequence[str],
+        category_ids: Optional[Mapping[int, int]],
+        dtype: str,
+    ) -> None:
         if dtype not in ("fp32", *AMP_DTYPES):
             raise UserError(f"dtype has to be fp32, {' or '.join(AMP_DTYPES)}, not {dtype!r}.")
-        self.model: nn.Module = detector.model.eval()
-        self.augmentations = T.AugmentationList(list(detector.augmentations))
-        self.image_format = detector.image_format
-        self.class_names: List[str] = detector.class_names
-        self.category_ids: Dict[int, int] = detector.category_ids
-        self.cfg: Any = detector.cfg
-        self.weights: str = detector.weights
+        self.model: nn.Module = model.eval()
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.class_names = list(class_names)
+        self.category_ids = dict(category_ids or {})
         device = next(self.model.parameters(), torch.empty(0)).device
         self._amp_dtype = amp_dtype(dtype, device)
 

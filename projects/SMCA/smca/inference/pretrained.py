@@ -9,18 +9,18 @@ import importlib
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional
 
 import yaml
-from detectron2.config import instantiate
 from detectron2.utils.registry import _convert_target_to_string, locate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from smca.checkpoint.files import rename_parameters
-from smca.config import resolve_device
+from smca.config.build import build
 from smca.errors import CheckpointError, ConfigError, UserError
-from smca.inference.build import TrainedDetector
 from smca.version import __version__
+
+if TYPE_CHECKING:  # it imports this module
+    from smca.inference.predictor import Predictor
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
@@ -35,14 +35,15 @@ _PARTS = (
     "detectron2.data.transforms.",
     "torch.nn.modules.",
 )
-_KEYS = {"model", "augmentations", "image_format", "class_names", "category_ids", "weights"}
+_PART_KEYS = ("model", "augmentations")
+_KEYS = (*_PART_KEYS, "image_format", "class_names", "category_ids", "weights")
 
 
-def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
+def save_pretrained(predictor: "Predictor", folder: str) -> Dict[str, Any]:
     """Write what inference needs of a detector, for `smca.Predictor.from_pretrained`.
 
     Args:
-        detector: a detector that was built from a LazyConfig.
+        predictor: a detector that has its config.
         folder: a new folder, or one that this wrote before.
 
     Returns:
@@ -59,9 +60,7 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
     foreign = sorted(present - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
     if foreign:
         raise UserError(f"{folder} holds other files ({foreign[0]}): give a new folder.")
-    cfg = detector.cfg
-    if not isinstance(cfg, DictConfig):
-        raise ConfigError("A detector of a yacs config cannot be published: use its LazyConfig.")
+    cfg = predictor.cfg
     model = _plain(OmegaConf.to_container(cfg.model, resolve=True))
     if "criterion" in model:  # which only training needs
         model["criterion"] = None
@@ -70,10 +69,10 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
         "smca_version": __version__,
         "model": model,
         "augmentations": mapper["augmentations"],
-        "image_format": detector.image_format,
-        "class_names": list(detector.class_names),
-        "category_ids": dict(detector.category_ids),
-        "weights": detector.weights,
+        "image_format": predictor.image_format,
+        "class_names": predictor.class_names,
+        "category_ids": predictor.category_ids,
+        "weights": predictor.weights,
     }
     try:
         text = yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
@@ -85,7 +84,7 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
     _check_parts(published, "The detector's config")
     try:
         os.makedirs(folder, exist_ok=True)
-        safetensors.save_model(detector.model, os.path.join(folder, WEIGHTS_NAME))
+        safetensors.save_model(predictor.model, os.path.join(folder, WEIGHTS_NAME))
         # The last, without which the folder is no detector.
         Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
     except (OSError, safetensors_error) as error:
@@ -93,10 +92,11 @@ def save_pretrained(detector: TrainedDetector, folder: str) -> Dict[str, Any]:
     return published
 
 
-def load_pretrained(
-    name: str, *, revision: Optional[str] = None, device: str = "auto"
-) -> TrainedDetector:
+def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]:
     """A published detector; `smca.Predictor.from_pretrained` describes the arguments.
+
+    Returns:
+        ``weights`` ("model" or "ema"), and the arguments of `smca.Predictor.from_model`.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be read.
@@ -112,25 +112,13 @@ def load_pretrained(
                 "tools/publish.py writes one."
             )
     published = _read_config(config)
+    model, augmentations = (build(OmegaConf.create(published[k]), k) for k in _PART_KEYS)
     try:
-        model = instantiate(published["model"])
-        augmentations = instantiate(published["augmentations"])
-    except UserError:
-        raise
-    except Exception as error:  # whatever the called part says to its arguments
-        raise ConfigError(f"{config} cannot be built: {error}") from error
-    try:
-        model.load_state_dict(rename_parameters(safetensors.load_file(weights)))
+        model.load_state_dict(safetensors.load_file(weights))
     except Exception as error:  # SafetensorError is no type of Python's own errors
         raise CheckpointError(f"{weights} cannot be read or does not fit: {error}") from error
-    return TrainedDetector(
-        model.to(resolve_device(device)),
-        augmentations,
-        published["image_format"],
-        published["class_names"],
-        published["category_ids"],
-        weights=published["weights"],
-    )
+    others = {key: published[key] for key in _KEYS}
+    return {**others, "model": model, "augmentations": augmentations}
 
 
 def need_extra(module: str) -> ModuleType:
@@ -172,7 +160,7 @@ def _read_config(path: str) -> Dict[str, Any]:
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} cannot be read as plain YAML: {reason}") from error
-    absent = _KEYS - set(published if isinstance(published, dict) else ())
+    absent = set(_KEYS) - set(published if isinstance(published, dict) else ())
     if absent:
         raise ConfigError(
             f"{path} is no published detector's config, it lacks {', '.join(sorted(absent))}."

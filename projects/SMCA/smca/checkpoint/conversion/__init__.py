@@ -1,5 +1,3 @@
 """Checkpoints of other origin in Detectron2's format."""
 
 from .convert import CLASS_CHOICES, convert, convert_file, read_state_dict
-
-__all__ = ["CLASS_CHOICES", "convert", "convert_file", "read_state_dict"]

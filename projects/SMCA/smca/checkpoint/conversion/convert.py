@@ -78,15 +78,13 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
         conversion = convert(state_dict, classes)
     except CheckpointError as error:
         raise CheckpointError(f"{input_path} {error}") from error
-    provenance: Dict[str, Any] = {
+    provenance = {
         "config": None if conversion.config is None else f"{conversion.config}.py",
         "overrides": conversion.overrides,
         "class_names": conversion.class_names or [],
         "converted_from": os.path.basename(input_path),
         "version": __version__,
     }
-    if "class_embed.bias" in conversion.model:
-        provenance["num_classes"] = len(conversion.model["class_embed.bias"])
     checkpoint = {"model": conversion.model, "smca": provenance}
     with writing(f"The output {output_path}"):
         write_atomically(output_path, lambda file: torch.save(checkpoint, file))
