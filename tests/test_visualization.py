@@ -1,6 +1,5 @@
 import io
 import json
-import warnings
 from dataclasses import replace
 
 import matplotlib
@@ -23,6 +22,8 @@ from helpers import (
     write_smca_config,
 )
 from smca.analysis import (
+    NoModulationError,
+    Recorder,
     draw_contact_sheet,
     draw_curves,
     draw_gaussians,
@@ -32,7 +33,6 @@ from smca.analysis import (
     write_pictures,
 )
 from smca.analysis.pictures import draw_pictures
-from smca.analysis.training import draw_examples
 from smca.data import read_image
 from smca.errors import UserError
 from smca.inference import Predictor
@@ -81,22 +81,19 @@ DETECTIONS = boxes_of(
 # Detections and truth
 
 
-def test_a_large_image_keeps_its_size_and_a_small_one_grows_by_a_whole_factor():
-    assert draw_instances(make_image(301, 485), DETECTIONS).shape == (301, 485, 3)
-    assert draw_instances(make_image(60, 80), DETECTIONS).shape == (360, 480, 3)
-    assert draw_instances(make_image(1, 1), DETECTIONS[:0]).shape == (480, 480, 3)
-
-
-def test_a_box_is_drawn_around_its_object_and_nowhere_else():
-    image = np.zeros((480, 480, 3), dtype=np.uint8)
-    instances = Instances((480, 480))
-    instances.pred_boxes = Boxes(torch.tensor([[200.0, 250, 300, 400]]))
+def test_a_box_is_drawn_around_its_object_and_a_small_image_grows_by_a_whole_factor():
+    image = np.zeros((160, 160, 3), dtype=np.uint8)
+    instances = Instances((160, 160))
+    instances.pred_boxes = Boxes(torch.tensor([[200.0, 250, 300, 400]]) / 3)
     instances.scores, instances.pred_classes = torch.tensor([0.5]), torch.tensor([0])
     changed = draw_instances(image, instances, [""]).any(axis=2)
+    assert changed.shape == (480, 480)
     rows, columns = np.nonzero(changed[300:])
     assert abs(rows.max() + 300 - 400) <= 3
     assert abs(columns.min() - 200) <= 3 and abs(columns.max() - 300) <= 3
     assert not changed[300:380, 210:290].any()
+    assert draw_instances(make_image(301, 485), DETECTIONS).shape == (301, 485, 3)
+    assert draw_instances(make_image(1, 1), DETECTIONS[:0]).shape == (480, 480, 3)
 
 
 def test_a_class_may_have_any_name(multi_scale):
@@ -107,7 +104,6 @@ def test_a_class_may_have_any_name(multi_scale):
     (maps, *_) = modulation_maps(multi_scale, make_image())
     maps = [replace(maps, class_index=index) for index in classes.tolist()]
     draw_gaussians(maps, ODD_NAMES).savefig(io.BytesIO(), dpi=30)
-    draw_examples({1: maps}, ODD_NAMES).savefig(io.BytesIO(), dpi=30)
     names = [f"{name}.jpg" for name in ODD_NAMES]
     draw_contact_sheet([picture] * len(names), names).savefig(io.BytesIO(), dpi=30)
 
@@ -131,9 +127,8 @@ def font_of(path, *letters):
     return str(path)
 
 
-def test_letters_of_any_installed_font_are_drawn_and_others_are_said_once(
-    tmp_path, monkeypatch, caplog
-):
+@pytest.mark.filterwarnings("error")
+def test_letters_of_any_installed_font_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
     manager = matplotlib.font_manager.fontManager
     monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
@@ -141,16 +136,9 @@ def test_letters_of_any_installed_font_are_drawn_and_others_are_said_once(
         manager.addfont(font_of(tmp_path / f"{name}.ttf", *letters))
     label, classes = "cat \u4e00 \u0915", torch.tensor([0])
     instances = boxes_of(pred_boxes=Boxes([[5, 5, 50, 50]]), pred_classes=classes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        picture = draw_instances(make_image(60, 80), instances, [label])
-        draw_contact_sheet([picture], [label]).savefig(io.BytesIO())
-        assert matplotlib.rcParams["font.family"] == ["sans-serif", "Tiny", "Little"]
-        assert not caplog.messages
-        for _ in range(2):
-            draw_instances(make_image(60, 80), instances, ["\U000f0000"])
-    (message,) = caplog.messages
-    assert message.startswith("No installed font has the letters \U000f0000")
+    picture = draw_instances(make_image(60, 80), instances, [label])
+    draw_contact_sheet([picture], [label]).savefig(io.BytesIO())
+    assert matplotlib.rcParams["font.family"] == ["sans-serif", "Tiny", "Little"]
 
 
 # Gaussian maps
@@ -172,6 +160,7 @@ def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
         layer, lambda: modulation_maps(predictor, image, layer=1)
     )
     assert detection.image.shape == (288, 384, 3)
+    assert detection.center == pytest.approx(3.2 * inputs[1][0, detection.query].numpy(), abs=1e-3)
     spread = {shape: name for name, shape in MAPS.items()}[layer.shape]
     for index, (scale, weight_map) in enumerate(zip(inputs[2], weight_maps, strict=True)):
         # (1, 1, H', ...) of the detection's query
@@ -186,15 +175,6 @@ def test_maps_equal_the_formula_at_each_pixels_place_in_cells(predictor):
             expected = reference.log_weights(1, 1, centers - place, spreads, spread, 8.0, factor)
             weights = detection.maps[index, :, row, column]
             assert weights == pytest.approx(expected.exp()[0, :, 0, 0].numpy(), abs=1e-5)
-
-
-def test_the_shared_center_is_the_decoders_reference(predictor):
-    image = make_image()
-    (_, decoded), (detection,) = record_call(
-        predictor.model.decoder, lambda: modulation_maps(predictor, image)
-    )
-    x, y = decoded.references[-1, 0, detection.query].sigmoid().tolist()
-    assert detection.center == pytest.approx([384 * x, 288 * y], abs=1e-3)
 
 
 def test_maps_are_of_the_same_place_whatever_size_the_model_sees(multi_scale):
@@ -244,12 +224,16 @@ def test_every_head_has_a_panel(tmp_path, variant):
     assert sum(len(images) == 2 for images in shown) == 2 * num_heads  # with a map on top
 
 
-def test_a_single_scale_can_be_drawn_and_an_unknown_one_is_an_error(multi_scale):
+def test_a_single_scale_can_be_drawn_and_what_the_model_lacks_is_an_error(multi_scale, tmp_path):
     detections = modulation_maps(multi_scale, make_image())
     figure = draw_gaussians(detections, CLASS_NAMES, scale=2)
     assert "stride 64" in figure.subfigs[0].get_suptitle()
     with pytest.raises(UserError, match="no scale 3, the model has 3"):
         draw_gaussians(detections, scale=3)
+    with pytest.raises(UserError, match="no decoder layer 2, the model has 2"):
+        modulation_maps(multi_scale, make_image(), layer=2)
+    with pytest.raises(NoModulationError, match="modulation=null"):
+        Recorder(make_smca(write_smca_config(tmp_path, "detr")))
 
 
 # Curves
@@ -364,6 +348,5 @@ def test_gaussians_are_of_the_surest_detections(multi_scale, dataset_dicts):
 
 
 def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
-    model = make_smca(write_smca_config(tmp_path, "detr"))
-    paths = write_pictures(Predictor.from_model(model), dataset_dicts, tmp_path / "pictures")
-    assert [path.split("/")[-1] for path in paths] == ["validation.png"]
+    predictor = Predictor.from_model(make_smca(write_smca_config(tmp_path, "detr")))
+    assert list(draw_pictures(predictor, dataset_dicts)) == ["validation.png"]

@@ -9,8 +9,6 @@ from matplotlib.ticker import ScalarFormatter
 from smca.analysis.detections import DPI
 from smca.errors import UserError
 
-__all__ = ["draw_curves", "read_metrics"]
-
 # Of each metric its iterations and values.
 Metrics = Dict[str, Tuple[List[int], List[float]]]
 

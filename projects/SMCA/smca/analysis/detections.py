@@ -1,9 +1,7 @@
 """Pictures of detections: boxes with class and score, beside the truth, many on a sheet."""
 
 import functools
-import logging
 import math
-import warnings
 from typing import Any, Dict, FrozenSet, Sequence, Set
 
 import matplotlib
@@ -16,21 +14,6 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
-
-__all__ = [
-    "DPI",
-    "aspect",
-    "class_color",
-    "class_name",
-    "draw_contact_sheet",
-    "draw_instances",
-    "draw_truth_and_detections",
-    "plain_text",
-    "resize",
-    "truth_of",
-]
-
-logger = logging.getLogger(__name__)
 
 _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the objects
 DPI = 120
@@ -185,12 +168,6 @@ def _use_fonts_for(letters: FrozenSet[str]) -> None:
             families = [*families, font.name]
             missing -= _letters_of(font.fname)
     matplotlib.rcParams["font.family"] = families
-    if missing:
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        logger.warning(
-            "No installed font has the letters %s: they are drawn as boxes.",
-            " ".join(map(chr, sorted(missing))),
-        )
 
 
 def _letters_of(font_file: str) -> Set[int]:

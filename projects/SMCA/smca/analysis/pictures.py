@@ -4,6 +4,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from smca.analysis.curves import draw_curves, read_metrics
@@ -14,8 +15,6 @@ from smca.data import read_image
 
 if TYPE_CHECKING:  # it imports this package
     from smca.inference import Predictor
-
-__all__ = ["draw_pictures", "evenly", "write_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def draw_pictures(
         num_detections: in ``gaussians.png``; 0 leaves that picture out.
         confidence_threshold: least score in ``validation.png``.
         layer, scale: of the maps, see `modulation_maps` and `draw_gaussians`.
-        progress: wraps the images, once for each picture, as `tqdm.tqdm` does.
+        progress: wraps the images, as `tqdm.tqdm` does.
 
     Returns:
         ``validation.png`` (truth and detections) and ``gaussians.png`` (maps of the best
@@ -79,20 +78,26 @@ def draw_pictures(
     Raises:
         UserError: an image cannot be read, or the model has no such layer or scale.
     """
-    chosen = evenly(dataset_dicts, num_images)
-    figures: Dict[str, Figure] = {}
-    if chosen:
-        drawn = _draw_validation(predictor, progress(chosen), confidence_threshold)
-        figures["validation.png"] = drawn
-    if chosen and num_detections:
-        best: List[DetectionMaps] = []
+    pictures: List[np.ndarray] = []
+    captions: List[str] = []
+    best: List[DetectionMaps] = []
+    for item in progress(evenly(dataset_dicts, num_images)):
+        image = read_image(item["file_name"], item["height"], item["width"])
+        truth, detections = truth_of(item), predictor(image, threshold=confidence_threshold)
+        pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
+        captions.append(
+            f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
+            f"detections from {100 * confidence_threshold:.0f}% ({len(detections)})"
+        )
         try:
-            for item in progress(chosen):
-                image = read_image(item["file_name"], item["height"], item["width"])
-                best += modulation_maps(predictor, image, layer=layer)
+            best += modulation_maps(predictor, image, layer=layer) if num_detections else []
         except NoModulationError as error:
             logger.warning("%s", error)
-            return figures
+            num_detections = 0
+    figures: Dict[str, Figure] = {}
+    if pictures:
+        figures["validation.png"] = draw_contact_sheet(pictures, captions)
+    if best:
         best.sort(key=lambda detection: -detection.score)
         maps = draw_gaussians(best[:num_detections], predictor.class_names, scale)
         figures["gaussians.png"] = maps
@@ -103,18 +108,3 @@ def evenly(items: Sequence[Item], count: int) -> List[Item]:
     """`count` items (or all, if there are fewer) at equal distances."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
-
-
-def _draw_validation(
-    predictor: "Predictor", dataset_dicts: Iterable[Dict[str, Any]], threshold: float
-) -> Figure:
-    pictures, captions = [], []
-    for item in dataset_dicts:
-        image = read_image(item["file_name"], item["height"], item["width"])
-        truth, detections = truth_of(item), predictor(image, threshold=threshold)
-        pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
-        captions.append(
-            f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
-            f"detections from {100 * threshold:.0f}% ({len(detections)})"
-        )
-    return draw_contact_sheet(pictures, captions)

@@ -3,17 +3,14 @@
 import contextlib
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smca.errors import UserError
-from smca.modeling.decoder import DecoderOutput
 from smca.modeling.weight_map import HALF_CELL, WeightMap
-
-__all__ = ["LayerRecord", "NoModulationError", "Recorder"]
 
 
 class NoModulationError(UserError):
@@ -52,31 +49,29 @@ class LayerRecord:
     def head_centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, L, H', 2)"""
         scales = self._maps_and_cells(queries, size)
-        return _stack((m.centers[0].transpose(0, 1) + _shift(m)) * cell for m, cell in scales)
-
-    def radii_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(K, L, H', 2) distances along x and y at which a head's log-weight is -1/2: the standard
-        deviation of a Gaussian."""
-        scales = self._maps_and_cells(queries, size)
-        return _stack(radii(weight_map)[0].transpose(0, 1) * cell for weight_map, cell in scales)
+        found = [(m.centers[0].transpose(0, 1) + shift) * cell for m, shift, cell in scales]
+        return torch.stack(found, dim=1)
 
     def maps(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
         """(K, L, H', h, w) weights exp(log-weight); row i and column j are at y = i and x = j."""
         x, y = (torch.arange(n, device=self.image_sizes.device) for n in size[::-1])
         found = []
-        for weight_map, (width, height) in self._maps_and_cells(queries, size):
-            shift = _shift(weight_map)
+        for weight_map, shift, (width, height) in self._maps_and_cells(queries, size):
             log_weights = weight_map.log_weights(x / width - shift, y / height - shift)
             found.append(log_weights[0].transpose(0, 1).exp())
-        return _stack(found)
+        return torch.stack(found, dim=1)
 
     def _maps_and_cells(
         self, queries: Tensor, size: Tuple[int, int]
-    ) -> Iterator[Tuple[WeightMap, Tensor]]:
-        """Each scale's map of these queries alone, B = 1, and its cells' (width, height)."""
+    ) -> Iterator[Tuple[WeightMap, float, Tensor]]:
+        """Each scale's map of these queries alone, B = 1, in float32; where in its cells it has its
+        positions, in cells from their corners; and its cells' (width, height)."""
         for weight_map, stride in zip(self.weight_maps, self.strides):
-            cell = stride * self._scaling(size)
-            yield _converted(weight_map.of_queries(queries), torch.float32), cell
+            chosen = weight_map.of_queries(queries)
+            values = {name: getattr(chosen, name) for name in ("centers", "spreads", "unit")}
+            first = {name: v[:1].float() for name, v in values.items() if v is not None}
+            shift = 0.0 if weight_map.unit is None else HALF_CELL
+            yield replace(chosen, **first), shift, stride * self._scaling(size)
 
     def _scaling(self, size: Tuple[int, int]) -> Tensor:
         return self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
@@ -94,9 +89,6 @@ class Recorder:
     Args:
         model: an `SMCA`.
 
-    Attributes:
-        output: what the decoder returned in its last call.
-
     Raises:
         NoModulationError: the model has no modulation.
     """
@@ -108,7 +100,6 @@ class Recorder:
                 "This model has no spatial modulation (model.decoder.modulation=null, as in DETR), "
                 "so there are no weight maps to draw."
             )
-        self.output: DecoderOutput
         self._decoder = decoder
         self._handles: List[RemovableHandle] = []
         self._uncompiled = contextlib.ExitStack()
@@ -133,10 +124,7 @@ class Recorder:
         if self._decoder._compiled_call_impl is not None:
             # It would not call hooks that it did not have when it was compiled.
             self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-        self._handles = [
-            self._decoder.register_forward_pre_hook(self._keep_sizes),
-            self._decoder.register_forward_hook(self._keep_output),
-        ]
+        self._handles = [self._decoder.register_forward_pre_hook(self._keep_sizes)]
         for index, layer in enumerate(self._decoder.layers):
             for module, keep in (
                 (layer.modulation, self._keep_weight_maps),
@@ -150,16 +138,10 @@ class Recorder:
     def __exit__(self, *exc_info: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         self._uncompiled.close()
 
     def _keep_sizes(self, module: nn.Module, inputs: Tuple[Any, ...]) -> None:
         self._image_sizes = inputs[2]
-
-    def _keep_output(
-        self, module: nn.Module, inputs: Tuple[Any, ...], output: DecoderOutput
-    ) -> None:
-        self.output = output
 
     def _keep_weight_maps(
         self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: List[WeightMap]
@@ -173,37 +155,3 @@ class Recorder:
         self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor
     ) -> None:
         self._layers[index].scale_weights = output.float().softmax(dim=-1)
-
-
-def _stack(scales: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(scales), dim=1)
-
-
-def _shift(weight_map: WeightMap) -> float:
-    """Where in its cells a map has its positions, in cells from their corners."""
-    return 0.0 if weight_map.unit is None else HALF_CELL
-
-
-def radii(weight_map: WeightMap) -> Tensor:
-    """(B, H', Q, 2) distances from the heads' centers along x and y, in cells, at which log-weights
-    are -1/2; infinite where they never are. Bisection finds them for any shape of a map."""
-    zero = torch.zeros_like(weight_map.centers[..., :1, None], dtype=torch.float64)
-    exact = _converted(weight_map, torch.float64)
-    found = []
-    for axis in (0, 1):
-        low, high = torch.full_like(zero, 1e-9), torch.full_like(zero, 1e9)
-        for _ in range(80):  # halves the ratio of the bounds
-            middle = (low * high).sqrt()
-            distances = (middle, zero) if axis == 0 else (zero, middle)
-            inside = exact.log_weights_at(*distances) > -0.5
-            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-        found.append(torch.where(high < 1e9, high, torch.inf)[..., 0, 0])
-    result = torch.stack(found, dim=-1).to(weight_map.centers.dtype)
-    return result if weight_map.unit is None else result * weight_map.unit[:, :1]
-
-
-def _converted(weight_map: WeightMap, dtype: torch.dtype) -> WeightMap:
-    """The maps of a batch's first image in another type."""
-    values = {name: getattr(weight_map, name) for name in ("centers", "spreads", "unit")}
-    first = {name: value[:1].to(dtype) for name, value in values.items() if value is not None}
-    return replace(weight_map, **first)

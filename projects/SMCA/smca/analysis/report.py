@@ -7,7 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import jinja2
 import numpy as np
@@ -18,15 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from smca.analysis.detections import draw_truth_and_detections, plain_text, truth_of
-from smca.analysis.evaluation import Evaluation, worst_images
+from smca.analysis.evaluation import RECALLS, Evaluation
 from smca.data import read_image
-
-__all__ = [
-    "draw_calibration",
-    "draw_confusion",
-    "draw_precision_recall",
-    "write_report",
-]
 
 _DPI = 100
 _MAX_CLASS_CURVES = 12
@@ -80,8 +73,11 @@ def write_report(
         num_images=len(by_id),
         num_objects=sum(sum(c[::2]) for c in evaluations[0].counts.values()),
         metrics=_metric_rows(evaluations),
-        classes=_class_rows(evaluations),
-        thresholds=[evaluation.threshold for evaluation in evaluations],
+        classes=[
+            _row(name, str(evaluations[0].classes[key]["objects"]),
+                 [evaluation.classes[key]["AP"] for evaluation in evaluations])
+            for name, key in zip(evaluations[0].class_names, evaluations[0].category_ids)
+        ],
         precision_recall=_png(draw_precision_recall(evaluations)),
         confusion=_png(draw_confusion(evaluations)),
         calibration=_png(draw_calibration(evaluations)),
@@ -90,7 +86,7 @@ def write_report(
             for evaluation in evaluations
             for keys in [worst_images(evaluation, num_worst)]
         ],
-    )
+    )  # fmt: skip
     os.makedirs(output_dir, exist_ok=True)
     html_file, json_file = (Path(output_dir) / f"report.{kind}" for kind in ("html", "json"))
     html_file.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -107,30 +103,16 @@ def write_report(
 
 
 def _metric_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
-    rows = [
-        _row(name, meaning, [e.average_precision.overall[name] for e in evaluations])
-        for name, meaning in _METRICS.items()
-    ]
     thresholds = [evaluation.threshold for evaluation in evaluations]
-    errors = [100 * evaluation.calibration.error for evaluation in evaluations]
+    errors = [100 * evaluation.calibration_error for evaluation in evaluations]
     times = [evaluation.milliseconds for evaluation in evaluations]
     return [
-        *rows,
+        *(_row(k, text, [e.overall[k] for e in evaluations]) for k, text in _METRICS.items()),
         _row("F1", "IoU 0.5, at the threshold below", [e.f1 for e in evaluations]),
         _row("threshold", "of the scores", thresholds, digits=3, best=None),
         _row("ECE", "expected calibration error, %", errors, best=min),
         _row("ms", "an image, median, without reading its file", times, best=min),
     ]
-
-
-def _class_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
-    rows = []
-    for name, category_id in zip(evaluations[0].class_names, evaluations[0].category_ids):
-        classes = [evaluation.average_precision.classes[category_id] for evaluation in evaluations]
-        row = _row(name, str(classes[0]["objects"]), [values["AP"] for values in classes])
-        row["details"] = [f"AP50 {c['AP50']:.1f}, AP75 {c['AP75']:.1f}" for c in classes]
-        rows.append(row)
-    return rows
 
 
 def _row(
@@ -142,7 +124,7 @@ def _row(
     marked = []
     if best is not None and len(values) > 1 and known:
         marked = [index for index, value in enumerate(values) if value == best(known)]
-    return {"title": title, "meaning": meaning, "cells": cells, "best": marked, "details": None}
+    return {"title": title, "meaning": meaning, "cells": cells, "best": marked}
 
 
 # Figures
@@ -151,10 +133,10 @@ def _row(
 def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
     """Precision over recall with IoU 0.5: the mean of all classes, and the classes with most
     objects; a line for each detector."""
-    first = evaluations[0].average_precision
+    first = evaluations[0].classes
     names = dict(zip(evaluations[0].category_ids, evaluations[0].class_names))
-    with_objects = [key for key, values in first.classes.items() if values["objects"]]
-    with_objects.sort(key=lambda key: -first.classes[key]["objects"])
+    with_objects = [key for key, values in first.items() if values["objects"]]
+    with_objects.sort(key=lambda key: -first[key]["objects"])
     shown = with_objects[:_MAX_CLASS_CURVES]
     num_columns = min(4, 1 + len(shown))
     num_rows = math.ceil((1 + len(shown)) / num_columns)
@@ -164,13 +146,13 @@ def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
         axes.set_axis_off()
     for axes, key in zip(grid, [None, *shown]):
         for evaluation in evaluations:
-            found = evaluation.average_precision
             keys = with_objects if key is None else [key]
-            curve = np.mean([found.curves[k] for k in keys], axis=0) if keys else found.recalls * 0
-            axes.plot(found.recalls, curve, label=plain_text(evaluation.name))
-        count = "" if key is None else f" ({first.classes[key]['objects']} objects)"
-        title = "mean of the classes" if key is None else names[key]
-        _finish(axes, "recall", "precision", title + count)
+            curves = [evaluation.curves[k] for k in keys] or [0 * RECALLS]
+            axes.plot(RECALLS, np.mean(curves, axis=0), label=plain_text(evaluation.name))
+        title = "mean of the classes"
+        if key is not None:
+            title = f"{names[key]} ({first[key]['objects']} objects)"
+        _finish(axes, "recall", "precision", title)
     grid[0].legend(fontsize=8)
     return figure
 
@@ -182,9 +164,8 @@ def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
     side = 2.2 + (0.55 if has_numbers else 0.13) * (num_classes + 1)
     size = ((side + 0.8) * len(evaluations), side)
     figure = Figure(size, dpi=_DPI, layout="constrained")
-    for axes, evaluation in zip(
-        figure.subplots(1, len(evaluations), squeeze=False)[0], evaluations
-    ):
+    grid = figure.subplots(1, len(evaluations), squeeze=False)[0]
+    for axes, evaluation in zip(grid, evaluations):
         matrix = evaluation.confusion
         shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -211,36 +192,42 @@ def draw_calibration(evaluations: Sequence[Evaluation]) -> Figure:
     figure = Figure(size, dpi=_DPI, layout="constrained")
     grid = figure.subplots(2, len(evaluations), squeeze=False, sharex=True, height_ratios=[3, 1])
     for (axes, counts), evaluation in zip(grid.T, evaluations):
-        bins = evaluation.calibration.bins
-        lows, highs, numbers, scores, precisions = np.array(
-            [list(each.values()) for each in bins]
-        ).T
+        rows = [list(each.values()) for each in evaluation.bins]
+        lows, highs, numbers, scores, precisions = np.array(rows).T
         centers, width = (lows + highs) / 2, 0.9 * (highs - lows)
         axes.bar(centers, precisions, width, label="precision")
         axes.plot([0, 1], [0, 1], "--", color="gray", label="perfect")
         axes.plot(scores, precisions, "o", color="#d1495b", markersize=4, label="at the mean score")
-        error = 100 * evaluation.calibration.error
-        _finish(axes, "", "share that is right", f"{evaluation.name}: ECE {error:.1f} %")
+        title = f"{evaluation.name}: ECE {100 * evaluation.calibration_error:.1f} %"
+        _finish(axes, "", "share that is right", title)
         axes.legend(fontsize=8)
         counts.bar(centers, numbers, width, color="gray")
         counts.set_yscale("symlog", linthresh=1)
-        counts.set_ylabel("detections")
-        counts.set_xlabel("score")
+        counts.set(xlabel="score", ylabel="detections")
         counts.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _finish(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=xlabel, ylabel=ylabel)
     axes.set_title(plain_text(title), fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 # Pictures
+
+
+def worst_images(evaluation: Evaluation, count: int) -> List[int]:
+    """Ids of the images with the lowest F1, those with most mistakes first among equals; images
+    without a mistake are left out."""
+
+    def quality(image_id: int) -> Tuple[float, int]:
+        found, false, missed = evaluation.counts[image_id]
+        return 2 * found / (2 * found + false + missed), -(false + missed)
+
+    wrong = [key for key, (_, false, missed) in evaluation.counts.items() if false + missed]
+    return sorted(wrong, key=quality)[:count]
 
 
 def _picture(evaluation: Evaluation, item: Dict[str, Any]) -> Dict[str, str]:
@@ -268,15 +255,15 @@ def _picture(evaluation: Evaluation, item: Dict[str, Any]) -> Dict[str, str]:
     return {
         "title": os.path.basename(item["file_name"]),
         "text": f"found {right}, false {false}, missed {missed}",
-        "source": _data_uri(buffer.getvalue(), "jpeg"),
+        "source": _data_uri(buffer, "jpeg"),
     }
 
 
 def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return _data_uri(buffer.getvalue(), "png")
+    return _data_uri(buffer, "png")
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _data_uri(file: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

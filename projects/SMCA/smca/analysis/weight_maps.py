@@ -17,32 +17,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from smca.analysis.detections import (
-    DPI,
-    aspect,
-    class_color,
-    class_name,
-    plain_text,
-    resize,
-)
+from smca.analysis.detections import DPI, aspect, class_color, class_name, plain_text, resize
 from smca.analysis.recorder import LayerRecord, Recorder
 from smca.errors import UserError
 
 if TYPE_CHECKING:  # it imports this package
     from smca.inference import Predictor
-
-__all__ = [
-    "DetectionMaps",
-    "dimmed",
-    "draw_box",
-    "draw_center",
-    "draw_gaussians",
-    "maps_of",
-    "modulation_maps",
-    "number_heads",
-    "overlay_map",
-    "show_image",
-]
 
 _MAP_LONG_SIDE = 384  # pixels of the images under the maps
 _SCALE_MARKERS = "osD^vP"
@@ -83,10 +63,6 @@ class DetectionMaps:
     def combined(self) -> np.ndarray:
         """(H', h, w), the maps of all scales, weighted with the query's scale weights."""
         return np.tensordot(self.scale_weights, self.maps, axes=1)
-
-    def mean_head_centers(self) -> np.ndarray:
-        """(H', 2) means of the heads' centers over the scales, weighted with the scale weights."""
-        return np.tensordot(self.scale_weights, self.head_centers, axes=1)
 
 
 def modulation_maps(
@@ -200,23 +176,27 @@ def _draw_detection_row(
         num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
     )
     overview = figure.add_subplot(grid[:, 0])
-    show_image(overview, detection.image, "detection and heads' centers")
-    draw_box(overview, detection)
-    centers = detection.head_centers
-    number_heads(overview, detection.mean_head_centers() if scale is None else centers[scale])
-    draw_center(overview, detection)
+    _show_image(overview, detection.image, "detection and heads' centers")
+    _draw_box(overview, detection, linewidth=2)
+    shares = detection.scale_weights if scale is None else np.eye(len(detection.strides))[scale]
+    centers = np.tensordot(shares, detection.head_centers, axes=1)
+    style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True, fontsize=6.5)
+    for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
+        overview.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
+        overview.text(x, y, str(head + 1), color="black", **style)
+    _draw_center(overview, detection, markersize=11)
 
     maps = detection.combined() if scale is None else detection.maps[scale]
-    background = dimmed(detection.image)
+    gray = 0.55 * np.asarray(Image.fromarray(detection.image).convert("L"))
+    background = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
     for head, weights in enumerate(maps):
         axes = figure.add_subplot(grid[head // num_columns, 1 + head % num_columns])
-        name = f"head {head + 1}" if len(maps) > 1 else "all heads"
-        show_image(axes, background, name)
-        overlay_map(axes, weights)
-        draw_box(axes, detection, linewidth=1)
+        _show_image(axes, background, f"head {head + 1}" if len(maps) > 1 else "all heads")
+        _overlay_map(axes, weights)
+        _draw_box(axes, detection, linewidth=1)
         for index in range(len(detection.strides)) if scale is None else [scale]:
             _draw_head_center(axes, detection, index, head)
-        draw_center(axes, detection, markersize=7)
+        _draw_center(axes, detection, markersize=7)
 
 
 def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optional[int]) -> str:
@@ -233,22 +213,16 @@ def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optio
     return "   ·   ".join(parts)
 
 
-def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
-    """Draw an (h, w, 3) image. One unit of the axes is a pixel."""
+def _show_image(axes: Axes, image: np.ndarray, title: str) -> None:
+    """One unit of the axes is a pixel."""
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
-    axes.set_title(plain_text(title), fontsize=9)
+    axes.set_title(title, fontsize=9)
 
 
-def dimmed(image: np.ndarray) -> np.ndarray:
-    """An (h, w, 3) uint8 image in gray and darker, as the background of maps."""
-    gray = np.asarray(Image.fromarray(image).convert("L"))
-    return np.repeat((0.55 * gray).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def overlay_map(axes: Axes, weights: np.ndarray) -> None:
+def _overlay_map(axes: Axes, weights: np.ndarray) -> None:
     """Draw (h, w) weights from 0 to 1 over an image of h x w pixels."""
     height, width = weights.shape
     colors = colormaps["inferno"](weights)
@@ -258,8 +232,7 @@ def overlay_map(axes: Axes, weights: np.ndarray) -> None:
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None:
-    """The box in its class's color."""
+def _draw_box(axes: Axes, detection: DetectionMaps, linewidth: float) -> None:
     x0, y0, x1, y1 = detection.box
     style: Dict[str, Any] = dict(fill=False, linewidth=linewidth, label="box")
     style.update(edgecolor=class_color(detection.class_index))
@@ -267,19 +240,10 @@ def draw_box(axes: Axes, detection: DetectionMaps, linewidth: float = 2) -> None
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
 
 
-def draw_center(axes: Axes, detection: DetectionMaps, markersize: float = 11) -> None:
-    """A plus at the predicted center, which the heads share."""
+def _draw_center(axes: Axes, detection: DetectionMaps, markersize: float) -> None:
     style: Dict[str, Any] = dict(color="white", markersize=markersize, markeredgewidth=2)
     style.update(path_effects=[withStroke(linewidth=4, foreground="black")])
     axes.plot(*detection.center, "+", label="predicted center, shared by the heads", **style)
-
-
-def number_heads(axes: Axes, centers: np.ndarray) -> None:
-    """Numbered dots at (H', 2) positions; none if the heads share theirs."""
-    style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True, fontsize=6.5)
-    for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
-        axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
-        axes.text(x, y, str(head + 1), color="black", **style)
 
 
 def _draw_head_center(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig
@@ -15,8 +16,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from smca.analysis import evenly
-from smca.analysis.evaluation import Evaluation, detect, device_name, evaluate
-from smca.analysis.metrics import load_truth
+from smca.analysis.evaluation import Evaluation, detect, evaluate, load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import image_ids, read_coco
@@ -149,16 +149,13 @@ def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
     """Raise a UserError if a detector's classes are known to be others than the data set's."""
     expected = list(MetadataCatalog.get(dataset).get("thing_classes", []))
     count = getattr(predictor.model, "num_classes", len(expected))
-    if expected and count != len(expected):
+    names = sorted(predictor.class_names)
+    if (expected and count != len(expected)) or (names and names != sorted(expected)):
+        classes = f"the classes {predictor.class_names}" if names else f"{count} classes"
         raise UserError(
-            f"{weights} has {count} classes, the data set '{dataset}' {len(expected)}: evaluate it "
-            "on a data set with its own classes (dataloader.test.dataset.names or data.val_json)."
-        )
-    if predictor.class_names and sorted(predictor.class_names) != sorted(expected):
-        raise UserError(
-            f"{weights} has the classes {predictor.class_names}, the data set '{dataset}' has "
-            f"{expected}: evaluate it on a data set with its own classes "
-            "(dataloader.test.dataset.names or data.val_json)."
+            f"{weights} has {classes}, the data set '{dataset}' has {len(expected)}, {expected}: "
+            "evaluate it on a data set with its own classes (dataloader.test.dataset.names or "
+            "data.val_json)."
         )
 
 
@@ -182,19 +179,21 @@ def column_names(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -
     return [f"{name}, {dtype}" for name in short for dtype in dtypes] if dtypes else short
 
 
+def device_name(model: torch.nn.Module) -> str:
+    """The device that a model is on, for people."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, threads: {torch.get_num_threads()}"
+
+
 def summary(evaluations: Sequence[Evaluation]) -> str:
     """The main numbers as a table."""
     rows = [
-        [
-            evaluation.name,
-            *(evaluation.average_precision.overall[key] for key in ("AP", "AP50", "AP75")),
-            evaluation.f1,
-            evaluation.threshold,
-            100 * evaluation.calibration.error,
-            evaluation.milliseconds,
-        ]
-        for evaluation in evaluations
-    ]
+        [e.name, *(e.overall[key] for key in ("AP", "AP50", "AP75")), e.f1, e.threshold,
+         100 * e.calibration_error, e.milliseconds]
+        for e in evaluations
+    ]  # fmt: skip
     headers = ["", "AP", "AP50", "AP75", "F1", "threshold", "ECE (%)", "ms an image"]
     return tabulate(rows, headers, floatfmt=["", *[".1f"] * 4, ".3f", ".1f", ".0f"])
 
