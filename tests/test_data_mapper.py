@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from smca.data import (
     DatasetError,
@@ -176,7 +176,7 @@ def test_of_several_frames_the_first_is_read_and_it_is_said(tmp_path, caplog, su
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("kind", ["iCCP", "zTXt", "iTXt"])
 def test_a_png_with_a_large_profile_or_text_is_read(tmp_path, kind, where):
-    large = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    large = zlib.compress(bytes(2**21))  # more than Pillow reads of itself
     heads = {"iCCP": b"name\0\0", "zTXt": b"Comment\0\0", "iTXt": b"Comment\0\1\0\0\0"}
     chunk = (kind.encode(), heads[kind] + large)
     before, after = ((chunk,), ()) if where == "before" else ((), (chunk,))

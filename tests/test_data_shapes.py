@@ -14,7 +14,7 @@ from smca.data import (
     shapes,
     write_shapes,
 )
-from smca.data.cache import create_once, is_stamped, stamp
+from smca.data.cache import create_once
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +167,3 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_
     (tmp_path / "set.lock").mkdir()
     with pytest.raises(DatasetError, match="cannot be written to .*SMCA_CACHE"):
         create_once(tmp_path / "set", lambda partial: partial.mkdir())
-
-
-def test_without_a_cache_that_can_be_written_nothing_is_noted(tmp_path):
-    (tmp_path / "file").touch()
-    stamp(tmp_path / "file" / "note", "state")
-    assert not is_stamped(tmp_path / "file" / "note", "state")
-    stamp(tmp_path / "folder" / "note", "state")
-    assert is_stamped(tmp_path / "folder" / "note", "state")
-    assert not is_stamped(tmp_path / "folder" / "note", "another")

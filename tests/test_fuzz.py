@@ -138,7 +138,7 @@ def check_coco(folder, text, check_images):
         Image.new("RGB", (image["width"], image["height"])).save(images / image["file_name"])
     path.write_bytes(text)
     try:
-        name = register_coco(path, images, name="fuzz", check_images=check_images)
+        name = register_coco(path, images, check_images=check_images)
     except UserError as error:
         return refused(error, path)
     try:
@@ -155,7 +155,6 @@ def check_coco(folder, text, check_images):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-        register_coco.__globals__["_registered"].pop(name)
     return True
 
 

@@ -2,22 +2,20 @@
 
 import collections
 import hashlib
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
 from detectron2.utils.env import seed_all_rng
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from smca.analysis.detections import DPI, draw_contact_sheet, draw_instances, plain_text
+from smca.analysis.detections import draw_contact_sheet, draw_instances
 from smca.analysis.pictures import evenly
 from smca.data import (
     DatasetError,
     Problem,
-    check_same_categories,
+    check_classes,
     class_names,
     dataset_dicts,
     file_problems,
@@ -30,18 +28,6 @@ from smca.data.coco import sorted_by_id
 from smca.data.coco_checks import existing
 from smca.data.mapper import reading_remark
 
-__all__ = [
-    "DataSplit",
-    "Statistics",
-    "collect_statistics",
-    "draw_statistics",
-    "draw_training_images",
-    "examine",
-    "find_remarks",
-    "training_splits",
-]
-
-_MAX_CLASSES_DRAWN = 40
 _FEW_OBJECTS = 20  # of a class
 _MIXED_LEVELS = (
     "images of more than 8 bits are read by different levels: scale all files to 16 bits if their "
@@ -98,8 +84,9 @@ def examine(
     order: Optional[List[str]] = None
     if categories_from is not None:
         try:
-            check_same_categories(json_file, categories_from)
-            order = class_names(categories_from)
+            names = class_names(categories_from)
+            check_classes(json_file, names, categories_from)
+            order = names
         except DatasetError as error:
             problems.append(Problem("categories differ", str(error), data["categories"]))
     bad = {id(problem.record) for problem in problems}
@@ -135,57 +122,27 @@ class Statistics:
     """Sizes and numbers of a data set; crowds are left out.
 
     Attributes:
-        class_names: of the C classes.
-        image_sizes: (I, 2) int, width and height in pixels.
-        classes: (N,) class index of each object.
-        boxes: (N, 4) XYWH in pixels.
-        images: (N,) index of each object's image.
+        objects_per_class: by the name of each class.
+        columns: ``image_width`` and ``image_height`` in pixels and ``objects_per_image`` of all
+            images, ``object_size`` (square root of the box's area, in pixels) and
+            ``object_width_by_height`` of all objects.
     """
 
-    class_names: List[str]
-    image_sizes: np.ndarray
-    classes: np.ndarray
-    boxes: np.ndarray
-    images: np.ndarray
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """(N,) square root of each box's area, in pixels."""
-        return np.sqrt(self.boxes[:, 2] * self.boxes[:, 3])
-
-    @property
-    def aspect_ratios(self) -> np.ndarray:
-        """(N,) width by height of each box."""
-        return self.boxes[:, 2] / self.boxes[:, 3]
-
-    @property
-    def objects_per_image(self) -> np.ndarray:
-        """(I,)."""
-        return np.bincount(self.images, minlength=len(self.image_sizes))
-
-    @property
-    def objects_per_class(self) -> np.ndarray:
-        """(C,)."""
-        return np.bincount(self.classes, minlength=len(self.class_names))
+    objects_per_class: Dict[str, int]
+    columns: Dict[str, np.ndarray]
 
     def to_json(self) -> Dict[str, Any]:
         """A summary in plain types."""
-        columns = {
-            "image_width": self.image_sizes[:, 0],
-            "image_height": self.image_sizes[:, 1],
-            "objects_per_image": self.objects_per_image,
-            "object_size": self.sizes,
-            "object_width_by_height": self.aspect_ratios,
+        percentiles = {
+            name: np.percentile(v, [5, 25, 50, 75, 95]).round(3).tolist() if len(v) else None
+            for name, v in self.columns.items()
         }
         return {
-            "images": len(self.image_sizes),
-            "objects": len(self.boxes),
-            "objects_of_classes": dict(zip(self.class_names, self.objects_per_class.tolist())),
-            "percentiles_5_25_50_75_95": {
-                name: np.percentile(v, [5, 25, 50, 75, 95]).round(3).tolist() if len(v) else None
-                for name, v in columns.items()
-            },
-            "most_objects_in_an_image": int(self.objects_per_image.max(initial=0)),
+            "images": len(self.columns["image_width"]),
+            "objects": len(self.columns["object_size"]),
+            "objects_of_classes": self.objects_per_class,
+            "percentiles_5_25_50_75_95": percentiles,
+            "most_objects_in_an_image": int(self.columns["objects_per_image"].max(initial=0)),
         }
 
 
@@ -200,14 +157,20 @@ def collect_statistics(*splits: DataSplit) -> Statistics:
         for a in item["annotations"]
         if not a["iscrowd"]
     ]
-    columns = np.array(objects, dtype=np.float64).reshape(-1, 6)
-    sizes = [(item["width"], item["height"]) for item in items]
+    table = np.array(objects, dtype=np.float64).reshape(-1, 6)
+    images, classes = table[:, :2].astype(np.int64).T
+    widths, heights = table[:, 4:].T
+    image_sizes = np.array([(item["width"], item["height"]) for item in items]).reshape(-1, 2)
+    counts = np.bincount(classes, minlength=len(names))
     return Statistics(
-        class_names=names,
-        image_sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
-        images=columns[:, 0].astype(np.int64),
-        classes=columns[:, 1].astype(np.int64),
-        boxes=columns[:, 2:],
+        objects_per_class=dict(zip(names, counts.tolist())),
+        columns={
+            "image_width": image_sizes[:, 0],
+            "image_height": image_sizes[:, 1],
+            "objects_per_image": np.bincount(images, minlength=len(items)),
+            "object_size": np.sqrt(widths * heights),
+            "object_width_by_height": widths / heights,
+        },
     )
 
 
@@ -230,8 +193,7 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
     groups = {"train": list(training.values())}
     groups.update({name: [split] for name, split in splits.items() if name not in training})
     for name, group in groups.items():
-        counts = collect_statistics(*group).objects_per_class.tolist()
-        for class_name, count in zip(group[0].class_names, counts):
+        for class_name, count in collect_statistics(*group).objects_per_class.items():
             if count < (_FEW_OBJECTS if name == "train" else 1):
                 remarks.append(f"{name}: class '{class_name}' has {_count(count, 'object')}.")
     for name, split in splits.items():
@@ -285,75 +247,10 @@ def _same_files(splits: Mapping[str, DataSplit]) -> List[Tuple[str, str]]:
 # Pictures
 
 
-def draw_statistics(statistics: Mapping[str, Statistics]) -> Figure:
-    """Classes, sizes, aspect ratios, objects an image, image sizes and centers.
-
-    Args:
-        statistics: of each split, by its name; the first one has objects.
-    """
-    figure = Figure((15, 8.5), dpi=DPI, layout="constrained")
-    (classes, sizes, ratios), (counts, images, centers) = figure.subplots(2, 3)
-    _draw_classes(classes, statistics)
-    _draw_shares(sizes, {name: found.sizes for name, found in statistics.items()})
-    _draw_shares(ratios, {name: found.aspect_ratios for name, found in statistics.items()})
-    _draw_shares(counts, {name: found.objects_per_image for name, found in statistics.items()}, 1)
-    for name, found in statistics.items():
-        images.plot(*found.image_sizes.T, ".", alpha=0.4, label=name)
-    sizes.set_xlabel("square root of an object's area (pixels)")
-    ratios.set_xlabel("width by height of an object")
-    counts.set_xlabel("objects in an image")
-    images.set(xlabel="width of an image (pixels)", ylabel="height (pixels)")
-    images.set_xlim(left=0)
-    images.set_ylim(bottom=0)
-    for axes in (classes, sizes, ratios, counts, images):
-        axes.legend(fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    first = next(iter(statistics.values()))
-    places = (first.boxes[:, :2] + first.boxes[:, 2:] / 2) / first.image_sizes[first.images]
-    centers.hist2d(*places.T, bins=24, range=[[0, 1], [0, 1]], cmap="viridis")
-    centers.invert_yaxis()
-    centers.set_xlabel(f"where objects' centers are in the image ({next(iter(statistics))})")
-    return figure
-
-
-def _draw_classes(axes: Axes, statistics: Mapping[str, Statistics]) -> None:
-    """The classes with most objects, in the order of the first split."""
-    first = next(iter(statistics.values()))
-    order = np.argsort(-first.objects_per_class, kind="stable")[:_MAX_CLASSES_DRAWN]
-    names = [first.class_names[index] for index in order]
-    height = 0.8 / len(statistics)
-    for number, (split, found) in enumerate(statistics.items()):
-        counts = dict(zip(found.class_names, found.objects_per_class.tolist()))
-        places = np.arange(len(names)) + (number - (len(statistics) - 1) / 2) * height
-        axes.barh(places, [counts.get(name, 0) for name in names], height, label=split)
-    labels = [plain_text(name) for name in names]
-    axes.set_yticks(range(len(names)), labels, fontsize=9 if len(names) <= 20 else 5)
-    axes.invert_yaxis()
-    axes.set_xlabel("objects of a class")
-
-
-def _draw_shares(axes: Axes, values: Mapping[str, np.ndarray], step: float = 0) -> None:
-    """Histograms in percent, of each split: of logarithms, or of whole numbers with `step`."""
-    everything = np.concatenate(list(values.values()))
-    low, high = everything.min(), everything.max()
-    bins = np.geomspace(0.98 * low, 1.02 * high, 40) if not step else np.empty(0)
-    if step:
-        step = max(step, math.ceil((high - low + 1) / 40))
-        bins = np.arange(low, high + step + 1, step) - 0.5
-    else:
-        axes.set_xscale("log")
-    for label, of_split in values.items():
-        weights = np.full(len(of_split), 100 / max(len(of_split), 1))
-        style: Dict[str, Any] = dict(histtype="step", linewidth=1.5, label=label)
-        axes.hist(of_split, bins.tolist(), weights=weights, **style)
-    axes.set_ylabel("%")
-
-
 def draw_training_images(
     mapper: Callable[[Dict[str, Any]], Dict[str, Any]],
     split: DataSplit,
     count: int = 12,
-    *,
     image_format: str = "RGB",
     seed: int = 0,
 ) -> Figure:

@@ -2,11 +2,12 @@
 
 import argparse
 import collections
+import functools
 import json
 import os
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,26 +17,25 @@ from tqdm import tqdm
 from smca.analysis.dataset import (
     DataSplit,
     collect_statistics,
-    draw_statistics,
     draw_training_images,
     examine,
     find_remarks,
     training_splits,
 )
 from smca.config import fit_to_data, load_config
-from smca.data import require_dataset
+from smca.data import as_list, require_dataset
 from smca.errors import UserError, at_least, exit_code
 from smca.inference import make_folder
 
 _DESCRIPTION = """\
 Look at a data set before training on it. This counts every problem of its files, with examples,
-draws sizes, classes and training images, and says which settings follow from the data:
+draws training images, and says which settings follow from the data:
 
     %(prog)s --json train.json --images images --output check
     %(prog)s --config-file custom_small data.train_json=train.json \\
         data.train_images=images data.val_json=val.json data.val_images=images
 
-It writes check.json, statistics.png and training_images.jpg. The exit code is 1 if there are
+It writes check.json, with statistics, and training_images.jpg. The exit code is 1 if there are
 problems that training would stop at.
 """
 
@@ -63,25 +63,18 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """The command's work; gives its exit code."""
     cfg = load_config(*config_and_overrides(args))
-    files = annotation_files(cfg, only_train=bool(args.json))
+    files = annotation_files(cfg, ("train",) if args.json else ("train", "test"))
     make_folder(args.output)
     splits: Dict[str, DataSplit] = {}
     for name, (json_file, image_root) in files.items():
-
-        def progress(items: Iterable[Any], total: int, name: str = name) -> Iterable[Any]:
-            title = f"{name}: images"
-            return tqdm(items, total=total, desc=title, unit="image", disable=None)
-
-        first = next(iter(splits.values()), None)
         splits[name] = examine(
             json_file,
             image_root,
-            categories_from=None if first is None else first.json_file,
+            categories_from=next(iter(splits.values())).json_file if splits else None,
             check_images=not args.no_decode,
-            progress=progress,
+            progress=functools.partial(tqdm, desc=f"{name}: images", unit="image", disable=None),
         )
     statistics = {name: collect_statistics(split) for name, split in splits.items()}
-    train_name = next(iter(splits))
     remarks = find_remarks(splits)
     fitted = settings(cfg, splits)
     for name, split in splits.items():
@@ -89,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     print_list("Remarks", remarks)
     print_list(
         "Settings that follow from the training data",
-        (f"{key}={value}" for key, value in fitted.items()),
+        [f"{key}={value}" for key, value in fitted.items()],
     )
 
     paths = [os.path.join(args.output, "check.json")]
@@ -106,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
         "settings": fitted,
     }
     Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    if len(statistics[train_name].boxes):
-        paths += draw(cfg, splits[train_name], statistics, args)
+    train_name = next(iter(splits))
+    if statistics[train_name].to_json()["objects"] and not args.no_decode:
+        paths.append(draw(cfg, splits[train_name], args))
     print("Written:", *paths, sep="\n  ")
     return 1 if any(split.problems for split in splits.values()) else 0
 
@@ -124,42 +118,33 @@ def config_and_overrides(args: argparse.Namespace) -> Tuple[str, List[str]]:
     return config_file, [*(f"{key}={path}" for key, path in zip(keys, 2 * paths)), *args.opts]
 
 
-def annotation_files(cfg: DictConfig, only_train: bool = False) -> Dict[str, Tuple[str, str]]:
+def annotation_files(cfg: DictConfig, splits: Sequence[str]) -> Dict[str, Tuple[str, str]]:
     """The JSON and the image folder of each of a config's data sets, "train" and "val", numbered
     where there are several."""
     found: Dict[str, Tuple[str, str]] = {}
-    for split, title in (("train", "train"), ("test", "val")):
-        if only_train and split == "test":
-            continue
-        files = list(_files_of(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")))
+    for split in splits:
+        title = "val" if split == "test" else split
+        files = _files_of(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names"))
         for number, pair in enumerate(files, 1):
             found[title if len(files) == 1 else f"{title} {number}"] = pair
     return found
 
 
-def _files_of(names: Any) -> Iterable[Tuple[str, str]]:
+def _files_of(names: Any) -> List[Tuple[str, str]]:
     if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
-        files, roots = (_as_list(_value(names, key)) for key in ("json_file", "image_root"))
-        roots = roots * len(files) if len(roots) == 1 else roots
-        yield from zip(map(str, files), map(str, roots))
-        return
-    names = _as_list(names)
+        # Either may be a call as well, which converts other formats.
+        values = (names[key] for key in ("json_file", "image_root"))
+        files, roots = (as_list(instantiate(v) if isinstance(v, DictConfig) else v) for v in values)
+        return list(zip(map(str, files), map(str, roots * len(files))))
+    names = as_list(names)
     require_dataset(names)
+    pairs = []
     for name in names:
         metadata = MetadataCatalog.get(name)
         if metadata.get("json_file") is None:
             raise UserError(f"Data set '{name}' has no annotation file in COCO's format.")
-        yield metadata.json_file, metadata.image_root
-
-
-def _value(node: DictConfig, key: str) -> Any:
-    """A value, or what the function gives that the config calls for it."""
-    value = node[key]
-    return instantiate(value) if isinstance(value, DictConfig) else value
-
-
-def _as_list(value: Any) -> List[Any]:
-    return [value] if isinstance(value, (str, os.PathLike)) else list(value)
+        pairs.append((metadata.json_file, metadata.image_root))
+    return pairs
 
 
 def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
@@ -174,23 +159,13 @@ def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
     return fit_to_data(cfg)
 
 
-def draw(
-    cfg: DictConfig, train: DataSplit, statistics: Dict[str, Any], args: argparse.Namespace
-) -> List[str]:
-    """Write the pictures; gives their paths."""
-    paths = [os.path.join(args.output, "statistics.png")]
-    draw_statistics(statistics).savefig(paths[0])
-    if not args.no_decode:
-        mapper = cfg.dataloader.train.mapper
-        figure = draw_training_images(
-            instantiate(mapper),
-            train,
-            args.num_images,
-            image_format=mapper.get("image_format", "RGB"),
-        )
-        paths.append(os.path.join(args.output, "training_images.jpg"))
-        figure.savefig(paths[1], dpi=60)
-    return paths
+def draw(cfg: DictConfig, train: DataSplit, args: argparse.Namespace) -> str:
+    """Write the picture of training images; gives its path."""
+    mapper, path = cfg.dataloader.train.mapper, os.path.join(args.output, "training_images.jpg")
+    image_format = mapper.get("image_format", "RGB")
+    figure = draw_training_images(instantiate(mapper), train, args.num_images, image_format)
+    figure.savefig(path, dpi=60)
+    return path
 
 
 def count_kinds(split: DataSplit) -> Dict[str, int]:
@@ -214,13 +189,12 @@ def problems_text(name: str, split: DataSplit, num_examples: int) -> str:
     return "\n".join(lines)
 
 
-def print_list(title: str, texts: Iterable[str]) -> None:
+def print_list(title: str, texts: Sequence[str]) -> None:
     """Print sentences below a title, if there are any."""
     wrapper = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent="    ",
                                    break_long_words=False, break_on_hyphens=False)  # fmt: skip
-    wrapped = list(map(wrapper.fill, texts))
-    if wrapped:
-        print(title, *wrapped, sep="\n")
+    if texts:
+        print(title, *map(wrapper.fill, texts), sep="\n")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

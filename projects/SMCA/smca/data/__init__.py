@@ -5,8 +5,9 @@ size.
 """
 
 from .coco import (
+    as_list,
     category_ids,
-    check_same_categories,
+    check_classes,
     class_names,
     dataset_dicts,
     image_ids,
@@ -35,43 +36,3 @@ from .yolo import coco_from_yolo, yolo_images
 
 register_shapes()
 register_shapes(prefix="smca_shapes_10x", lengths=(12, 120))
-
-__all__ = [
-    "CocoEvaluator",
-    "DatasetError",
-    "DetrDatasetMapper",
-    "Problem",
-    "SHAPE_CLASSES",
-    "as_rgb",
-    "build_train_loader",
-    "category_ids",
-    "check_image",
-    "check_same_categories",
-    "class_names",
-    "coco_from_voc",
-    "coco_from_yolo",
-    "dataset_dicts",
-    "detr_augmentations",
-    "draw_scene",
-    "file_problems",
-    "forget_files",
-    "image_ids",
-    "fit_max_size",
-    "fit_num_iterations",
-    "fit_num_queries",
-    "fit_short_sides",
-    "num_classes",
-    "num_images",
-    "read_coco",
-    "read_image",
-    "record_problems",
-    "register_coco",
-    "register_shapes",
-    "remarks_on",
-    "require_dataset",
-    "set_start_sample",
-    "spare_shared_memory",
-    "source_of",
-    "write_shapes",
-    "yolo_images",
-]

@@ -10,8 +10,6 @@ from iopath.common.file_io import file_lock
 
 from .errors import DatasetError
 
-__all__ = ["cache_dir", "create_once", "is_stamped", "stamp"]
-
 
 def cache_dir() -> Path:
     """
@@ -50,28 +48,4 @@ def create_once(path: Path, write: Callable[[Path], Any]) -> None:
         if partial.is_dir():
             shutil.rmtree(partial)  # what a killed process left
         write(partial)
-        os.replace(partial, path)
-
-
-def is_stamped(path: Path, state: str) -> bool:
-    """
-    Args:
-        path: of a file in the cache.
-        state: of what was checked.
-
-    Returns:
-        Whether :func:`stamp` has noted that very state there.
-    """
-    try:
-        return path.read_text() == state
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def stamp(path: Path, state: str) -> None:
-    """Note that a check of this state has succeeded; without a writable cache, forget it."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(state)
         os.replace(partial, path)

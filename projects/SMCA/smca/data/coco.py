@@ -1,19 +1,20 @@
 """Data sets in COCO's format: checked before they are used, registered in Detectron2's catalog."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 
-from .cache import cache_dir, create_once, is_stamped, stamp
+from .cache import cache_dir, create_once
 from .coco_checks import (
     WRITTEN,
     PathLike,
@@ -31,32 +32,14 @@ from .coco_checks import (
 )
 from .errors import DatasetError
 
-__all__ = [
-    "category_ids",
-    "check_same_categories",
-    "class_names",
-    "dataset_dicts",
-    "image_ids",
-    "num_classes",
-    "num_images",
-    "register_coco",
-    "require_dataset",
-    "sorted_by_id",
-]
-
 logger = logging.getLogger(__name__)
 
 Paths = Union[PathLike, Sequence[PathLike]]
 
 
-# Of the data sets registered here: name -> JSON file, image folder, and perhaps classes
-_registered: Dict[str, Tuple[Any, ...]] = {}
-
-
 def register_coco(
     json_file: Paths,
     image_root: Paths,
-    name: Optional[str] = None,
     check_images: bool = True,
     categories_from: Optional[Paths] = None,
     classes: Optional[Sequence[str]] = None,
@@ -75,7 +58,6 @@ def register_coco(
             have categories of the same names, which the first one orders by their ids.
         image_root: the folder that ``file_name`` is relative to; one for all files, or one for
             each.
-        name: the name to register for a single file; None makes one from the paths.
         check_images: decode every image and compare its size with the JSON's. A note in the cache
             folder says that this was done, as long as the files' sizes and times stay the same.
         categories_from: another COCO JSON, usually the training set's, that must have categories
@@ -88,19 +70,15 @@ def register_coco(
     Raises:
         DatasetError: the data set cannot be used; lists the first problems and their number.
     """
-    files, roots = _as_list(json_file), _as_list(image_root)
+    files, roots = as_list(json_file) or [None], as_list(image_root) or [None]
     if len(roots) not in (1, len(files)):
         raise DatasetError(
             f"There are {len(roots)} image folders for {len(files)} annotation files: give one "
             "folder, or one for each file."
         )
-    if name is not None and len(files) > 1:
-        raise DatasetError(
-            f"'{name}' cannot be the name of {len(files)} annotation files: leave the name out."
-        )
     owner = "the model"
     if classes is None and (categories_from is not None or len(files) > 1):
-        owner = _as_list(categories_from or files)[0]
+        owner = as_list(categories_from or files)[0]
         if categories_from is not None and not os.path.isfile(os.path.expanduser(owner)):
             raise DatasetError(
                 f"The annotation file {owner}, whose categories {files[0]} has to have, does "
@@ -110,30 +88,23 @@ def register_coco(
             )
         classes = class_names(owner)
     for file in files if classes is not None else ():
-        _check_classes(file, classes or [], owner)
-    roots = roots * len(files) if len(roots) == 1 else roots
-    names = [_register(file, root, name, check_images, classes) for file, root in zip(files, roots)]
-    return names if _is_list(json_file) else names[0]
+        check_classes(file, classes or [], owner)
+    pairs = zip(files, roots * len(files))
+    names = [_register(file, root, check_images, classes) for file, root in pairs]
+    return names[0] if isinstance(json_file, (str, os.PathLike)) else names
 
 
 def _register(
-    json_file: PathLike,
-    image_root: PathLike,
-    name: Optional[str],
-    check_images: bool,
-    classes: Optional[Sequence[str]],
+    json_file: PathLike, image_root: PathLike, check_images: bool, classes: Optional[Sequence[str]]
 ) -> str:
     json_file = existing(json_file, os.path.isfile, "annotation file")
     image_root = existing(image_root, os.path.isdir, "image folder")
-    key: Tuple[Any, ...] = (json_file, image_root)
-    if classes is not None and list(classes) != class_names(json_file):
-        key = (*key, tuple(classes))
-    if name is None:
-        name = f"{Path(json_file).stem}_{_short_hash(repr(key))}"
+    if classes is not None and list(classes) == class_names(json_file):
+        classes = None
+    key = _short_hash(repr((json_file, image_root, classes)))
+    name = f"{Path(json_file).stem}_{key}"
     if name in DatasetCatalog.list():
-        if _registered.get(name) == key:
-            return name
-        raise DatasetError(f"Data set name '{name}' is taken already: choose another name.")
+        return name
 
     data = read_coco(json_file)
     raise_problems(source_of(data, json_file), record_problems(data))
@@ -158,7 +129,6 @@ def _register(
         category_ids=[written_id(category) for category in categories],
         image_ids=dict(zip(used[0], map(written_id, images))),
     )
-    _registered[name] = key
     return name
 
 
@@ -228,30 +198,23 @@ def class_names(json_file: Paths) -> List[str]:
         DatasetError: a file is missing or no COCO JSON, or its categories are unusable or not
             those of the first file.
     """
-    first, *others = _as_list(json_file)
-    for other in others:
-        check_same_categories(other, first)
+    first, *others = as_list(json_file)
     categories = read_coco(first)["categories"]
     raise_problems(first, category_problems(categories))
-    return [category["name"] for category in sorted_by_id(categories)]
+    names = [category["name"] for category in sorted_by_id(categories)]
+    for other in others:
+        check_classes(other, names, first)
+    return names
 
 
 def num_classes(json_file: Paths) -> int:
-    """Number of categories in a COCO JSON, or each of several, used or not.
-
-    Raises:
-        DatasetError: see :func:`class_names`.
-    """
+    """Number of categories in a COCO JSON, or each of several; errors as in :func:`class_names`."""
     return len(class_names(json_file))
 
 
 def num_images(json_file: Paths) -> int:
-    """Number of images in a COCO JSON, or in several together.
-
-    Raises:
-        DatasetError: see :func:`read_coco`.
-    """
-    return sum(len(read_coco(file)["images"]) for file in _as_list(json_file))
+    """Number of images in a COCO JSON, or in several together; errors as in :func:`read_coco`."""
+    return sum(len(read_coco(file)["images"]) for file in as_list(json_file))
 
 
 def require_dataset(names: Union[str, Sequence[str]]) -> None:
@@ -264,7 +227,7 @@ def require_dataset(names: Union[str, Sequence[str]]) -> None:
     Raises:
         DatasetError: a name is unknown, or its annotation file or image folder is missing.
     """
-    for name in [names] if isinstance(names, str) else names:
+    for name in as_list(names):
         if name not in DatasetCatalog.list():
             raise DatasetError(
                 f"Data set '{name}' is not registered: correct dataloader.train.dataset.names or "
@@ -273,12 +236,9 @@ def require_dataset(names: Union[str, Sequence[str]]) -> None:
         metadata = MetadataCatalog.get(name)
         if metadata.get("make_files") is not None:
             metadata.make_files()
-        for key, exists, kind in (
-            ("json_file", os.path.isfile, "annotation file"),
-            ("image_root", os.path.isdir, "image folder"),
-        ):
+        for key, kind in (("json_file", "annotation file"), ("image_root", "image folder")):
             path = metadata.get(key)
-            if path is not None and not exists(path):  # not every data set has both
+            if path is not None and not os.path.exists(path):  # not every data set has both
                 root = os.environ.get("DETECTRON2_DATASETS")
                 setting = f"is '{root}'" if root else "is not set, which means ./datasets"
                 raise DatasetError(
@@ -288,29 +248,26 @@ def require_dataset(names: Union[str, Sequence[str]]) -> None:
                 )
 
 
-def _is_list(paths: Any) -> bool:
-    return isinstance(paths, Sequence) and not isinstance(paths, str)
-
-
-def _as_list(paths: Any) -> List[Any]:
-    """At least one, if only None."""
-    return (list(paths) if _is_list(paths) else [paths]) or [None]
+def as_list(one_or_more: Any) -> List[Any]:
+    """One path or name, or a list of them, as a list."""
+    is_one = one_or_more is None or isinstance(one_or_more, (str, os.PathLike))
+    return [one_or_more] if is_one else list(one_or_more)
 
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def check_same_categories(json_file: PathLike, reference_file: PathLike) -> None:
+def check_classes(json_file: PathLike, classes: Sequence[str], owner: object) -> None:
     """
+    Args:
+        json_file: a COCO JSON.
+        classes: names that its categories must have, in whatever order.
+        owner: has these names, for the message.
+
     Raises:
-        DatasetError: two COCO JSONs do not have categories of the same names, or those of one are
-            unusable.
+        DatasetError: it has others, or its categories are unusable.
     """
-    _check_classes(json_file, class_names(reference_file), str(reference_file))
-
-
-def _check_classes(json_file: PathLike, classes: Sequence[str], owner: str) -> None:
     names = class_names(json_file)
     only_here = sorted(set(names) - set(classes))
     only_there = sorted(set(classes) - set(names))
@@ -325,23 +282,9 @@ def _check_classes(json_file: PathLike, classes: Sequence[str], owner: str) -> N
 def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> None:
     """Decode all images, unless that was done and they are as they were."""
     images = data["images"]
-    key = _short_hash(repr((json_file, image_root)))
-    path = cache_dir() / "checked" / f"{Path(json_file).stem}_{key}"
-    state = _state_of_files(images, image_root)
-    if is_stamped(path, state):
-        return
-    start = time.perf_counter()
-    problems = [found for found in file_problems(images, image_root) if found is not None]
-    seconds = time.perf_counter() - start
-    logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
-    raise_problems(source_of(data, json_file), problems)
-    stamp(path, state)
-
-
-def _state_of_files(images: List[Record], image_root: str) -> str:
-    """A digest of what decides whether the files can be read: names, sizes and times."""
 
     def state(image: Record) -> Any:
+        """What decides whether the file can be read."""
         try:
             status = os.stat(os.path.join(image_root, image["file_name"]))
         except (OSError, ValueError):  # not there, or no name that a file can have
@@ -349,7 +292,18 @@ def _state_of_files(images: List[Record], image_root: str) -> str:
         size = (image["height"], image["width"])
         return image["file_name"], size, status.st_size, status.st_mtime_ns
 
-    return hashlib.sha256(repr(list(in_threads(state, images))).encode()).hexdigest()
+    key = _short_hash(repr((json_file, image_root, list(in_threads(state, images)))))
+    note = cache_dir() / "checked" / f"{Path(json_file).stem}_{key}"
+    if note.exists():
+        return
+    start = time.perf_counter()
+    problems = [found for found in file_problems(images, image_root) if found is not None]
+    seconds = time.perf_counter() - start
+    logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
+    raise_problems(source_of(data, json_file), problems)
+    with contextlib.suppress(OSError):  # without a writable cache, they are checked again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 def _is_complete(data: Mapping[str, Any], json_file: str) -> bool:

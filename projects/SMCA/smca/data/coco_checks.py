@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import (
     Any,
@@ -23,27 +24,10 @@ from typing import (
 from .errors import DatasetError
 from .mapper import PathLike, check_image
 
-__all__ = [
-    "FAULT",
-    "REMARKS",
-    "SOURCE",
-    "WRITTEN",
-    "Problem",
-    "category_problems",
-    "existing",
-    "file_problems",
-    "forget_files",
-    "in_threads",
-    "raise_problems",
-    "read_coco",
-    "record_problems",
-    "remarks_on",
-    "source_of",
-    "written_id",
-]
-
 Record = Dict[str, Any]  # an image, category or annotation of the JSON
-Rule = Tuple[str, str]  # what is wrong: its kind, and the predicate of the sentence
+# A key, what its value must be, and whether it is so; without the key, the value is None.
+Rule = Tuple[str, str, Callable[[Any], bool]]
+Fault = Tuple[str, str]  # what is wrong: its kind, and the predicate of the sentence
 
 # Boxes drawn by hand or rounded often end a pixel beyond the image; they are clipped.
 _BORDER_TOLERANCE = 2  # pixels
@@ -60,17 +44,6 @@ _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ")  # gzip, zip, bz
 _HUGE = 1e15  # a number of pixels that is as good as infinite
 _MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
 
-# Keys that a record must have, and their types.
-_ID = (int, str)
-_IMAGE_KEYS = {"id": _ID, "file_name": str, "height": int, "width": int}
-_CATEGORY_KEYS = {"id": _ID, "name": str}
-_ANNOTATION_KEYS = {"image_id": _ID, "category_id": _ID, "bbox": list}
-_TYPE_NAMES = {
-    int: "a whole number",
-    str: "a text",
-    list: "a list",
-    _ID: "a whole number or a text",
-}
 _NUMBERS = {
     "images": ("id", "height", "width"),
     "annotations": ("image_id", "category_id"),
@@ -108,6 +81,9 @@ def in_threads(function: Callable[..., Any], *items: Collection[Any]) -> Iterato
     """`map` in a few threads."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         yield from pool.map(function, *items)
+
+
+# Reading
 
 
 @functools.lru_cache(maxsize=16)
@@ -174,15 +150,13 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
         data = _parse(json_file, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{json_file} {_why_unreadable(error)}") from error
-    if not isinstance(data, dict):
-        raise DatasetError(
-            f"{json_file} is not in COCO's format: it must hold an object with the keys "
-            "'images', 'annotations' and 'categories'."
-        )
-    missing = [f"the list '{key}'" for key in _NUMBERS if not isinstance(data.get(key), list)]
+    lists = data if isinstance(data, dict) else {}
+    missing = [f"'{key}'" for key in _NUMBERS if not isinstance(lists.get(key), list)]
     if missing:
-        text = f"{json_file} is not in COCO's format: it lacks {' and '.join(missing)}; add it."
-        raise DatasetError(text)
+        raise DatasetError(
+            f"{json_file} is not in COCO's format, an object with the lists 'images', "
+            f"'annotations' and 'categories': add {' and '.join(missing)}."
+        )
     return data
 
 
@@ -218,11 +192,60 @@ def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:
     raise DatasetError(f"{count} in {json_file}:{shown}{more}")
 
 
+# Rules
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value == value.encode("utf-8", "replace").decode()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_box(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return is_list and all(abs(v) < _HUGE for v in value) and min(value[2:]) > 0
+
+
+def _is_area(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 <= value <= _MAX_AREA)
+
+
+_ID = "a whole number or a text"
+_IMAGE_RULES: List[Rule] = [
+    ("id", _ID, _is_id),
+    ("file_name", "a text", lambda value: isinstance(value, str)),
+    ("height", "a whole number above 0", _is_size),
+    ("width", "a whole number above 0", _is_size),
+]
+_CATEGORY_RULES: List[Rule] = [("id", _ID, _is_id), ("name", "a Unicode text", _is_text)]
+_ANNOTATION_RULES: List[Rule] = [
+    ("image_id", _ID, _is_id),
+    ("category_id", _ID, _is_id),
+    ("bbox", "4 finite numbers, of which the width and height are above 0", _is_box),
+    ("area", f"a number from 0 to {_MAX_AREA:g}", _is_area),
+    ("iscrowd", "0 or 1", lambda value: value in (None, 0, 1)),
+    ("ignore", "0, since only 'iscrowd' is supported", lambda value: not value),
+]
+
+
 def record_problems(data: Mapping[str, Any]) -> List[Problem]:
     """All that is wrong with the records of a JSON from :func:`read_coco`; files are not read."""
-    images, annotations, categories = (data[key] for key in ("images", "annotations", "categories"))
-    problems = category_problems(categories) + _image_problems(images)
-    problems += _annotation_problems(annotations, images, categories)
+    images, annotations = data["images"], data["annotations"]
+    problems = category_problems(data["categories"])
+    problems += _problems("image", images, _IMAGE_RULES, {"id": (int, str)})
+    if not images:
+        problems.append(Problem("no images", "'images' is empty; add the images.", images))
+    problems += _annotation_problems(annotations, images, data["categories"])
     if annotations and all(isinstance(a, dict) and a.get("iscrowd") == 1 for a in annotations):
         text = (
             f"all {len(annotations)} annotations have iscrowd 1, which marks crowds: they are "
@@ -232,42 +255,119 @@ def record_problems(data: Mapping[str, Any]) -> List[Problem]:
     return problems
 
 
-def _problems(
-    kind: str,
-    records: Sequence[Any],
-    keys: Mapping[str, Any],
-    rule: Callable[[Record], Optional[Rule]],
+def category_problems(categories: Sequence[Any]) -> List[Problem]:
+    """What is wrong with the categories."""
+    if not categories:
+        return [Problem("no categories", "'categories' is empty; add the classes.", categories)]
+    # Results are listed by name.
+    return _problems("category", categories, _CATEGORY_RULES, {"id": (int, str), "name": str})
+
+
+def _annotation_problems(
+    annotations: Sequence[Any], images: Sequence[Any], categories: Sequence[Any]
 ) -> List[Problem]:
-    """Missing keys, wrong types, repeated ids, and what `rule` says of a record with good keys."""
-    problems, ids = [], set()
-    for index, record in enumerate(records):
-        found = _key_problem(record, keys)
-        # Annotations can do without an id, and one that is no number is not used.
-        if found is None and isinstance(record.get("id"), keys.get("id", int)):
-            if record["id"] in ids:
-                found = "repeated id", f"has the id of an earlier {kind}; make ids unique."
-            ids.add(record["id"])
-        found = found or rule(record)
-        if found is not None:
-            message = f"{_label(kind, index, record)} {found[1]}"
-            problems.append(Problem(f"{kind}: {found[0]}", message, record))
+    image_ids, category_ids = _ids(images), _ids(categories)
+    sizes = {
+        image["id"]: (image["height"], image["width"])
+        for image in images
+        if _fault_of(image, _IMAGE_RULES) is None
+    }
+    relative = {}  # index and record of annotations whose boxes seem to be so
+
+    def fault_of(index: int, annotation: Record) -> Optional[Fault]:
+        if image_ids is not None and annotation["image_id"] not in image_ids:
+            return _broken(annotation, "image_id", "the id of an image")
+        if category_ids is not None and annotation["category_id"] not in category_ids:
+            return _broken(annotation, "category_id", "the id of a category")
+        size, bbox = sizes.get(annotation["image_id"]), annotation["bbox"]
+        if size is None:
+            return None
+        hint = _why_outside(bbox, *size)
+        if hint is not None:
+            return _broken(annotation, "bbox", "inside its image", hint)
+        if max(map(abs, bbox)) <= 1 < max(size):
+            relative[index] = annotation
+        return None
+
+    # Annotations can do without an id, and one that is no number is not used.
+    problems = _problems("annotation", annotations, _ANNOTATION_RULES, {"id": int}, fault_of)
+    # A pixel in the corner is no fault by itself.
+    is_fault = any(v % 1 for annotation in relative.values() for v in annotation["bbox"])
+    if not is_fault and len(relative) < len(annotations):
+        return problems
+    for index, annotation in relative.items():
+        text = (
+            f"{_label('annotation', index, annotation)} has bbox {annotation['bbox']}, "
+            "relative to its image; multiply x and width by the width of the image in "
+            "pixels, y and height by its height."
+        )
+        problems.append(Problem("annotation: bbox from 0 to 1", text, annotation))
     return problems
 
 
-def _key_problem(record: Any, keys: Mapping[str, Any]) -> Optional[Rule]:
+def _ids(records: Sequence[Any]) -> Optional[Collection[Union[int, str]]]:
+    """None where a record has no valid id, so that it may be any: its annotations may be good."""
+    ids = {r["id"] for r in records if isinstance(r, dict) and _is_id(r.get("id"))}
+    return ids if len(ids) == len(records) else None
+
+
+def _why_outside(bbox: Sequence[float], height: int, width: int) -> Optional[str]:
+    """The image's size and how a box that lies outside may be meant; None for one inside."""
+    x, y, box_width, box_height = bbox
+    right, bottom, tolerance = x + box_width, y + box_height, _BORDER_TOLERANCE
+    is_within = min(x, y) >= -tolerance and right <= width + tolerance
+    is_within &= bottom <= height + tolerance
+    if is_within and x < width and y < height and right > 0 and bottom > 0:
+        return None
+    form = ", not [x1, y1, x2, y2]" if x < box_width <= width and y < box_height <= height else ""
+    return f" of {width} x {height} pixels ([x, y, width, height]{form})"
+
+
+def _problems(
+    kind: str,
+    records: Sequence[Any],
+    rules: Sequence[Rule],
+    unique: Mapping[str, Any],
+    more: Callable[[int, Record], Optional[Fault]] = lambda index, record: None,
+) -> List[Problem]:
+    """The first fault of each record.
+
+    Args:
+        kind: of the records, for messages.
+        records: from the file.
+        rules: for their values.
+        unique: keys whose values of these types must not repeat.
+        more: gives the fault of a record that follows the rules, from its index and itself.
+    """
+    problems, seen = [], set()
+    for index, record in enumerate(records):
+        fault = _fault_of(record, rules)
+        for key, type_ in unique.items() if fault is None else ():
+            if isinstance(record.get(key), type_):
+                if (key, record[key]) in seen:
+                    fault = fault or _broken(record, key, f"that of no other {kind}")
+                seen.add((key, record[key]))
+        fault = fault or more(index, record)
+        if fault is not None:
+            message = f"{_label(kind, index, record)} {fault[1]}"
+            problems.append(Problem(f"{kind}: {fault[0]}", message, record))
+    return problems
+
+
+def _fault_of(record: Any, rules: Sequence[Rule]) -> Optional[Fault]:
     if not isinstance(record, dict):
         text = f"is {json.dumps(record)[:40]}, not an object; correct or remove it."
         return "not an object", text
     if FAULT in record:
         return "cannot be read", record[FAULT]
-    for key, type_ in keys.items():
-        if key not in record:
-            return f"no '{key}'", f"has no '{key}'; add it."
-        if not isinstance(record[key], type_) or isinstance(record[key], bool):
-            name = _TYPE_NAMES[type_]
-            text = f"has {key} {record[key]!r}, which must be {name}; correct it."
-            return f"{key} is not {name}", text
-    return None
+    broken = (_broken(record, key, m) for key, m, holds in rules if not holds(record.get(key)))
+    return next(broken, None)
+
+
+def _broken(record: Record, key: str, must: str, hint: str = "") -> Fault:
+    value = f"{key} {reprlib.repr(record[key])}" if key in record else f"no {key}"
+    text = f"has {value}, which must be {must}{hint}; correct or remove it."
+    return f"{key} is not {must}", text
 
 
 def _label(kind: str, index: int, record: Any) -> str:
@@ -283,138 +383,6 @@ def _label(kind: str, index: int, record: Any) -> str:
     elif "image_id" in record:
         more = f" (of image {record['image_id']})"
     return f"{kind} {written_id(record)}{more}"
-
-
-def category_problems(categories: Sequence[Any]) -> List[Problem]:
-    """What is wrong with the categories."""
-    names = set()
-
-    def rule(category: Record) -> Optional[Rule]:
-        name = category["name"]
-        if name in names:  # results are listed by name
-            return "repeated name", f"has the name '{name}' of an earlier one; make names unique."
-        names.add(name)
-        if name != name.encode("utf-8", "replace").decode():
-            return (
-                "name is no text",
-                f"has the name {name!r}, which is no Unicode text; correct it.",
-            )
-        return None
-
-    if not categories:
-        text = "'categories' is empty; add the classes."
-        return [Problem("no categories", text, categories)]
-    return _problems("category", categories, _CATEGORY_KEYS, rule)
-
-
-def _image_problems(images: Sequence[Any]) -> List[Problem]:
-    def rule(image: Record) -> Optional[Rule]:
-        if min(image["height"], image["width"]) >= 1:
-            return None
-        size = f"{image['width']} x {image['height']}"
-        return "size is not positive", f"has the size {size}; correct it."
-
-    if not images:
-        return [Problem("no images", "'images' is empty; add the images.", images)]
-    return _problems("image", images, _IMAGE_KEYS, rule)
-
-
-def _annotation_problems(
-    annotations: Sequence[Any], images: Sequence[Any], categories: Sequence[Any]
-) -> List[Problem]:
-    image_ids, category_ids = _ids(images), _ids(categories)
-    sizes = {
-        image["id"]: (image["height"], image["width"])
-        for image in images
-        if _key_problem(image, _IMAGE_KEYS) is None
-    }
-    relative = []  # annotations whose boxes seem to be so
-
-    def rule(annotation: Record) -> Optional[Rule]:
-        if image_ids is not None and annotation["image_id"] not in image_ids:
-            return "unknown image_id", "has an image_id that no image has; correct or remove it."
-        if category_ids is not None and annotation["category_id"] not in category_ids:
-            text = (
-                f"has category_id {annotation['category_id']}, which no category has; add the "
-                "category, or correct or remove the annotation."
-            )
-            return "unknown category_id", text
-        size = sizes.get(annotation["image_id"])
-        found = _box_problem(annotation["bbox"], size) or _number_problem(annotation)
-        if found is None and max(map(abs, annotation["bbox"])) <= 1 < max(size or (2, 2)):
-            relative.append(annotation)
-        return found
-
-    problems = _problems("annotation", annotations, _ANNOTATION_KEYS, rule)
-    # A pixel in the corner is no fault by itself.
-    if len(relative) == len(annotations) or any(v % 1 for each in relative for v in each["bbox"]):
-        chosen = set(map(id, relative))
-        for index, annotation in enumerate(annotations):
-            if id(annotation) in chosen:
-                text = (
-                    f"{_label('annotation', index, annotation)} has bbox {annotation['bbox']}, "
-                    "relative to its image; multiply x and width by the width of the image in "
-                    "pixels, y and height by its height."
-                )
-                problems.append(Problem("annotation: bbox from 0 to 1", text, annotation))
-    return problems
-
-
-def _ids(records: Sequence[Any]) -> Optional[Collection[Union[int, str]]]:
-    """None where a record has no valid id, so that it may be any: its annotations may be good."""
-    ids = {r["id"] for r in records if isinstance(r, dict) and isinstance(r.get("id"), _ID)}
-    return ids if len(ids) == len(records) else None
-
-
-def _number_problem(annotation: Record) -> Optional[Rule]:
-    """What is wrong with the numbers that are not of the box."""
-    area = annotation.get("area")
-    if annotation.get("ignore"):
-        text = "has 'ignore' set, which is not supported; use 'iscrowd' or remove it."
-        return "'ignore' is set", text
-    if annotation.get("iscrowd") not in (None, 0, 1):
-        text = f"has iscrowd {annotation['iscrowd']!r}, which must be 0 or 1; correct it."
-        return "iscrowd is not 0 or 1", text
-    if area is not None and not _is_number(area):
-        text = f"has area {area!r}, which must be a number; correct or remove it."
-        return "area is not a number", text
-    if area is not None and not 0 <= area <= _MAX_AREA:  # nor is it NaN
-        text = f"has area {area}, which must be from 0 to {_MAX_AREA:g}; correct or remove it."
-        return "area is negative, too large or not finite", text
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _box_problem(bbox: Sequence[Any], size: Optional[Tuple[int, int]]) -> Optional[Rule]:
-    """What is wrong with an [x, y, width, height] box in an image of that (height, width)."""
-    if len(bbox) != 4 or not all(map(_is_number, bbox)):
-        text = f"has bbox {bbox}, which must be 4 numbers; correct or remove it."
-        return "bbox is not 4 numbers", text
-    if not all(abs(v) < _HUGE for v in bbox):
-        text = f"has bbox {bbox}, which is not finite; correct or remove it."
-        return "bbox is not finite", text
-    x, y, box_width, box_height = bbox
-    if box_width <= 0 or box_height <= 0:
-        text = f"has bbox {bbox}, whose width or height is not positive; correct or remove it."
-        return "bbox without area", text
-    height, width = size or (0, 0)
-    right, bottom, tolerance = x + box_width, y + box_height, _BORDER_TOLERANCE
-    is_within = min(x, y) >= -tolerance and right <= width + tolerance
-    is_within &= bottom <= height + tolerance
-    overlaps = x < width and y < height and right > 0 and bottom > 0
-    if min(height, width) < 1 or (is_within and overlaps):
-        return None
-    form = "[x, y, width, height]"
-    if x < box_width <= width and y < box_height <= height:
-        form += ", not [x1, y1, x2, y2]"
-    text = (
-        f"has bbox {bbox}, which lies outside its image of {width} x {height} pixels; correct it "
-        f"({form}) or remove it."
-    )
-    return "bbox outside the image", text
 
 
 def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[Optional[Problem]]:

@@ -22,23 +22,16 @@ from .coco_checks import FAULT, REMARKS, SOURCE, Record, in_threads
 from .errors import DatasetError
 from .mapper import PathLike, upright_size
 
-__all__ = [
-    "files_below",
-    "in_cache",
-    "label_remarks",
-    "make_coco",
-    "pair",
-    "read_text",
-    "size_record",
-]
-
-Coco = Dict[str, Any]
 States = Dict[str, Tuple[int, int]]  # path -> (size, time of the last change)
+# The path of each image's label, or None, by the image's path in its folder; and the labels that no
+# image has.
+Pairs = Tuple[Dict[str, Optional[str]], List[str]]
 # Of an image: what its record gets, and its objects with "name" and "bbox"
 Content = Tuple[Record, List[Record]]
 
-# The formats of images without a label; one with a label only has to be readable.
-_FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+# Pillow's names of the formats that have images; a folder may hold other files.
+_FORMATS = {"AVIF", "BMP", "DDS", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SGI"}
+_FORMATS |= {"TGA", "TIFF", "WEBP"}
 _LAYOUT = 2  # of the JSONs: a new number makes them anew
 _NUM_SHOWN = 3  # of files that a remark is about
 
@@ -66,19 +59,13 @@ def files_below(folder: str, suffix: str = "") -> States:
     return found
 
 
-def pair(
-    folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]
-) -> Tuple[Dict[str, Optional[str]], List[str]]:
+def pair(folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]) -> Pairs:
     """Find the label files of images.
 
     Args:
         folder: of the images.
         label_files: paths of the labels.
         stems: gives the paths without suffix that the label of an image may have.
-
-    Returns:
-        The path of each image's label, or None, by the image's path in `folder`; and the labels
-        that no image has.
     """
     labels = {os.path.splitext(path)[0]: path for path in label_files}
 
@@ -86,40 +73,12 @@ def pair(
         return next((labels[stem] for stem in stems(image) if stem in labels), None)
 
     formats = Image.registered_extensions()
-    pairs: Dict[str, Optional[str]] = {}
-    others: Dict[str, Optional[str]] = {}
-    for path in sorted(files_below(folder)):
-        is_image = formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
-        (pairs if is_image else others)[path] = label_of(path)
-    used = {None, *pairs.values()}
-    for path, label in others.items():
-        if label not in used and path != label and _opens(path):
-            pairs[path] = label
-    unused = sorted(set(labels.values()).difference(filter(None, pairs.values())))
-    return {os.path.relpath(path, folder): pairs[path] for path in sorted(pairs)}, unused
-
-
-def _opens(path: str) -> bool:
-    try:
-        with Image.open(path):
-            return True
-    except Exception:  # Pillow's plugins raise nearly every type there is
-        return False
-
-
-def label_remarks(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
-    """Remarks on label files that have several images or none."""
-    counts = collections.Counter(filter(None, pairs.values()))
-    shared = [label for label, count in counts.items() if count > 1]
-    return [
-        f"{len(labels)} label file{' has' if len(labels) == 1 else 's have'} {what}, such as "
-        f"{', '.join(labels[:_NUM_SHOWN])}: {advice}."
-        for labels, what, advice in (
-            (unused, "no image that can be read", "add the images"),
-            (shared, "several images", "give the images different names"),
-        )
-        if labels
-    ]
+    pairs = {
+        os.path.relpath(path, folder): label_of(path)
+        for path in sorted(files_below(folder))
+        if formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
+    }
+    return pairs, sorted(set(labels.values()).difference(filter(None, pairs.values())))
 
 
 def size_record(path: str) -> Record:
@@ -131,33 +90,56 @@ def size_record(path: str) -> Record:
     return {"height": height, "width": width}
 
 
-def make_coco(
-    folder: str,
-    pairs: Dict[str, Optional[str]],
+def convert(
+    images: str,
+    labels: str,
+    state: Any,
+    find: Callable[[], Pairs],
     read: Callable[[str, Optional[str]], Content],
     names: Optional[Sequence[str]],
-    labels: str,
-    remarks: List[str],
-) -> Coco:
-    """The content of a COCO JSON.
+) -> str:
+    """The JSON of two folders, converted unless it is there and nothing has changed.
 
     Args:
-        folder: of the images.
-        pairs: from `pair`.
+        images: their folder.
+        labels: their folder, which messages name.
+        state: what the JSON depends on, beside the images.
+        find: pairs images and labels.
         read: gives an image's size and objects.
         names: of the classes; None takes those of the objects.
-        labels: the folder that messages name.
-        remarks: on what is left out.
     """
+    text = repr((_LAYOUT, images, labels, state, sorted(files_below(images).items())))
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+    path = cache_dir() / "converted" / f"{Path(labels).name}_{digest}.json"
+
+    def write(partial: Path) -> None:
+        coco = _make_coco(images, labels, *find(), read, names)
+        for remark in coco["info"][REMARKS]:
+            log_first_n(logging.WARNING, remark, key="message", name=__name__)
+        partial.write_text(json.dumps(coco), encoding="utf-8")
+
+    create_once(path, write)
+    return str(path)
+
+
+def _make_coco(
+    folder: str,
+    labels: str,
+    pairs: Dict[str, Optional[str]],
+    unused: Sequence[str],
+    read: Callable[[str, Optional[str]], Content],
+    names: Optional[Sequence[str]],
+) -> Dict[str, Any]:
     if not pairs:
         raise DatasetError(f"{folder} has no images: correct the path.")
+    remarks = _remarks(folder, pairs, unused)
     paths = [os.path.join(folder, name) for name in pairs]
     contents = list(in_threads(read, paths, pairs.values()))
-    found = {item["name"]: item[SOURCE] for _, objects in contents for item in objects[::-1]
-             if "name" in item}  # fmt: skip
+    all_objects = [item for _, objects in contents for item in objects]
+    found = {item["name"]: item[SOURCE] for item in all_objects[::-1] if "name" in item}
     names = sorted(found) if names is None else names
     if not names:
-        faults = [f"{item[SOURCE]} {item[FAULT]}" for _, objects in contents for item in objects]
+        faults = [f"{item[SOURCE]} {item[FAULT]}" for item in all_objects]
         raise DatasetError(
             f"{labels} has no objects that say their classes: correct the path, or give the names "
             f"of the classes. {' '.join([*faults, *remarks][:1])}".strip()
@@ -179,8 +161,6 @@ def make_coco(
                 record["category_id"] = ids[record.pop("name")]
                 record["area"] = record["bbox"][2] * record["bbox"][3]
             annotations.append(record)
-    if not any(pairs.values()):
-        remarks = [f"None of the {len(images)} images of {folder} has a label file.", *remarks]
     return {
         "info": {SOURCE: labels, REMARKS: remarks},
         "images": images,
@@ -189,17 +169,19 @@ def make_coco(
     }
 
 
-def in_cache(images: str, labels: str, settings: Any, make: Callable[[], Coco]) -> str:
-    """The JSON of two folders, converted unless it is there and nothing has changed."""
-    state = repr((_LAYOUT, images, labels, settings, sorted(files_below(images).items())))
-    digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:8]
-    path = cache_dir() / "converted" / f"{Path(labels).name}_{digest}.json"
-
-    def write(partial: Path) -> None:
-        coco = make()
-        for remark in coco["info"][REMARKS]:
-            log_first_n(logging.WARNING, remark, key="message", name=__name__)
-        partial.write_text(json.dumps(coco), encoding="utf-8")
-
-    create_once(path, write)
-    return str(path)
+def _remarks(folder: str, pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
+    """Remarks on label files that have several images or none."""
+    counts = collections.Counter(filter(None, pairs.values()))
+    shared = [label for label, count in counts.items() if count > 1]
+    remarks = [
+        f"{len(labels)} label file{' has' if len(labels) == 1 else 's have'} {what}, such as "
+        f"{', '.join(labels[:_NUM_SHOWN])}: {advice}."
+        for labels, what, advice in (
+            (unused, "no image that can be read", "add the images"),
+            (shared, "several images", "give the images different names"),
+        )
+        if labels
+    ]
+    if not counts:
+        remarks.insert(0, f"None of the {len(pairs)} images of {folder} has a label file.")
+    return remarks

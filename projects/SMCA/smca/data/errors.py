@@ -2,8 +2,6 @@
 
 from smca.errors import UserError
 
-__all__ = ["DatasetError"]
-
 
 class DatasetError(UserError):
     """A data set that cannot be used as it is.

@@ -10,8 +10,6 @@ from detectron2.evaluation import COCOEvaluator
 
 from .coco import category_ids, image_ids
 
-__all__ = ["CocoEvaluator"]
-
 
 class CocoEvaluator(COCOEvaluator):
     """Detectron2's. Where `register_coco` had to make a JSON with other ids, this one evaluates

@@ -1,9 +1,8 @@
 """A training loader whose stream of samples is a function of the seed and the position in it."""
 
 import contextlib
-import io
+import functools
 import logging
-import pickle
 import random
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -13,13 +12,12 @@ import torch
 from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smca.errors import ConfigError, UserError
 
 from .errors import DatasetError
-
-__all__ = ["build_train_loader", "set_start_sample", "spare_shared_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -193,45 +191,25 @@ def spare_shared_memory(loader: DataLoader) -> None:
                 "empty it, give a container more (docker run --shm-size=1g), or load images in the "
                 "main process with dataloader.train.num_workers=0 dataloader.test.num_workers=0."
             ) from error
-    loader.collate_fn = _Collate(loader.collate_fn)
+    loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
 
 
-class _Collate:
-    """Collates samples to a batch, which in a worker is wrapped for its way to the main process."""
-
-    def __init__(self, collate: Callable[[List[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: List[Any]) -> Any:
-        batch = self.collate(samples)
-        return batch if torch.utils.data.get_worker_info() is None else _Parcel(batch)
+def _init_worker(others: Optional[Callable[[int], None]], worker_id: int) -> None:
+    if others is not None:
+        others(worker_id)
+    ForkingPickler.register(torch.Tensor, _reduce_tensor)  # in place of PyTorch's
 
 
-class _Parcel:
-    """Pickled, it becomes the batch itself."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __reduce__(self) -> Tuple[Callable[[bytes], Any], Tuple[bytes]]:
-        buffer = io.BytesIO()
-        _BatchPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(self.batch)
-        return pickle.loads, (buffer.getvalue(),)
-
-
-class _BatchPickler(ForkingPickler):
-    """Large tensors go through shared memory if there is room, all others by value."""
-
-    def reducer_override(self, value: Any) -> Any:
-        """How to pickle a value; NotImplemented: as usual."""
-        if type(value) is not torch.Tensor or value.device.type != "cpu":
-            return NotImplemented
-        if value.untyped_storage().nbytes() >= _SHARED_SIZE:
-            # Here and not in the pickling itself, whose errors PyTorch only prints.
-            with contextlib.suppress(RuntimeError):
-                value.share_memory_()
-                return NotImplemented
-        return torch.from_numpy, (value.numpy(),)
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
+    """How to pickle a tensor: large ones go through shared memory if there is room, all others by
+    value."""
+    if tensor.device.type != "cpu":
+        return reduce_tensor(tensor)
+    if tensor.untyped_storage().nbytes() >= _SHARED_SIZE:
+        with contextlib.suppress(RuntimeError):
+            tensor.share_memory_()
+            return reduce_tensor(tensor)
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def _has_no_objects(item: Mapping[str, Any]) -> bool:

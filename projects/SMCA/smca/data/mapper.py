@@ -14,7 +14,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from .errors import DatasetError
 
@@ -22,20 +22,12 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "DetrDatasetMapper",
-    "as_rgb",
-    "check_image",
-    "detr_augmentations",
-    "read_image",
-    "upright_size",
-]
+# Color profiles of a PNG are often larger than the million bytes for which Pillow refuses it.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-_MAX_TEXT = 1000  # bytes of a PNG's text; compressed, they may be the million that Pillow reads
 _DEEP_COLOR = "color of 16 bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
 
-_EXIF_ORIENTATION = 274
 # What turns an image of the EXIF orientation upright.
 _EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,7 +50,7 @@ def _open_image(source: Union[PathLike, BinaryIO]) -> Iterator[Image.Image]:
                 file: BinaryIO = source
             else:
                 file = stack.enter_context(PathManager.open(str(source), "rb"))
-            image = stack.enter_context(Image.open(_without_large_texts(file)))
+            image = stack.enter_context(Image.open(file))
             image.info[_DEEP_COLOR] = _has_deep_color(image)
             yield image
     except DatasetError:
@@ -97,33 +89,12 @@ def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
     return f"Image {path} cannot be decoded, perhaps it was cut short ({error}){advice}"
 
 
-def _without_large_texts(file: BinaryIO) -> BinaryIO:
-    """A PNG file without color profiles and texts that could be larger than Pillow reads, which
-    then refuses the whole image; any other file as it is."""
-    signature = file.read(8)
-    file.seek(0)
-    if signature != b"\x89PNG\r\n\x1a\n":
-        return file
-    content = file.read()
-    parts, start = [content[:8]], 8
-    while start < len(content):
-        # A chunk is its length (4 bytes), its kind (4), so many bytes, and a checksum (4).
-        length = int.from_bytes(content[start : start + 4], "big")
-        is_text = content[start + 4 : start + 8] in (b"iCCP", b"iTXt", b"tEXt", b"zTXt")
-        is_xmp = content[start + 8 : start + 25] == b"XML:com.adobe.xmp"  # says the orientation
-        end = start + 12 + length
-        if not is_text or is_xmp or length <= _MAX_TEXT:
-            parts.append(content[start:end])
-        start = end
-    return io.BytesIO(b"".join(parts))
-
-
 def _exif_transposes(
     image: Image.Image,
 ) -> Tuple[Optional[Image.Transpose], Optional[Image.Transpose]]:
     """What turns `image` upright, and what turns it back to how it is stored; None for nothing."""
     try:
-        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a malformed EXIF block says nothing about the orientation
         return None, None
     if image.format != "TIFF":

@@ -19,8 +19,6 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .cache import cache_dir, create_once
 
-__all__ = ["SHAPE_CLASSES", "Scene", "draw_scene", "register_shapes", "write_shapes"]
-
 SHAPE_CLASSES = ("ellipse", "rectangle", "triangle")
 _TEXTURES = ("ramp", "stripes", "checkerboard", "plain", "noise")
 # The first three are typical of the classes, in their order; this share of objects has its own

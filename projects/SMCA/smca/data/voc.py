@@ -3,27 +3,14 @@
 import codecs
 import math
 import os
-import re
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Set
+from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
 
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import (
-    Coco,
-    Content,
-    files_below,
-    in_cache,
-    label_remarks,
-    make_coco,
-    pair,
-    read_text,
-    size_record,
-)
+from .convert import Content, Pairs, convert, files_below, pair, read_text, size_record
 from .errors import DatasetError
 from .mapper import PathLike
-
-__all__ = ["coco_from_voc"]
 
 _UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
 
@@ -62,38 +49,33 @@ def coco_from_voc(
     def stems(image: str) -> Iterable[str]:
         return (os.path.splitext(os.path.join(annotations, os.path.relpath(image, images)))[0],)
 
-    def make() -> Coco:
+    def find() -> Pairs:
         pairs, unused = pair(images, label_files, stems)
         unused = _pair_by_file_name(pairs, unused)
-        if lines is not None:
-            pairs, unused = _chosen(pairs, lines, images), []
-        remarks = label_remarks(pairs, unused)
-        return make_coco(images, pairs, _read_voc, names, annotations, remarks)
+        return (pairs, unused) if lines is None else (_chosen(pairs, lines, images), [])
 
-    return in_cache(images, annotations, (names, lines, sorted(label_files.items())), make)
+    state = (names, lines, sorted(label_files.items()))
+    return convert(images, annotations, state, find, _read_voc, names)
 
 
 def _pair_by_file_name(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
     """Give XML files that are not named like an image to the one that their ``<filename>`` names,
-    with or without its folder and suffix, in capitals or not.
+    or their own name without its folder, in capitals or not.
 
     Returns:
         The XML files that are left.
     """
-    images: Dict[str, Set[str]] = {}
+    images: Dict[str, List[str]] = {}
     for image in pairs:
-        for name in (image, os.path.basename(image)):
-            for key in (name, os.path.splitext(name)[0]):
-                images.setdefault(key.casefold(), set()).add(image)
+        images.setdefault(Path(image).stem.casefold(), []).append(image)
     left = []
     for label in unused:
         try:
             file_name = (_parse(label).findtext("filename") or "").strip()
         except _UNREADABLE:
             file_name = ""
-        names = (file_name, re.split(r"[/\\]", file_name)[-1], Path(label).stem)
-        known = (images.get(name.casefold()) for name in names)
-        found = next(filter(None, known), set())
+        stems = (Path(file_name.replace("\\", "/")).stem, Path(label).stem)
+        found = next((images[s.casefold()] for s in stems if s.casefold() in images), [])
         free = [image for image in found if pairs[image] is None]
         if len(free) == 1:
             pairs[free[0]] = label

@@ -9,21 +9,9 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 import yaml
 
 from .coco_checks import FAULT, SOURCE, Record
-from .convert import (
-    Coco,
-    Content,
-    files_below,
-    in_cache,
-    label_remarks,
-    make_coco,
-    pair,
-    read_text,
-    size_record,
-)
+from .convert import Content, Pairs, convert, files_below, pair, read_text, size_record
 from .errors import DatasetError
 from .mapper import PathLike
-
-__all__ = ["coco_from_yolo", "yolo_images"]
 
 OneOrMore = Union[str, List[str]]
 
@@ -61,14 +49,12 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
         raise DatasetError(f"{file} has no 'names': add the names of the classes.")
     names = content["names"]
     if isinstance(names, dict):
-        for number in map(str, range(len(names))):
-            if number not in names:
-                raise DatasetError(
-                    f"{file} has no name of class {number}: number 'names' from 0 without gaps."
-                )
-        names = [names[key] for key in sorted(names, key=int)]
+        names = [names.get(str(number)) for number in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DatasetError(f"{file} has 'names' that are no list of names: write [dog, cat].")
+        raise DatasetError(
+            f"{file} has 'names' that are no list of names: write [dog, cat], or number them from "
+            "0 without gaps."
+        )
     if content.get("nc", str(len(names))) != str(len(names)):
         raise DatasetError(
             f"{file} has nc {content['nc']}, but {len(names)} 'names': make them agree."
@@ -113,11 +99,9 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
     names = content["names"]
-    num_keypoint_values = _keypoint_values(file, content)
-    settings = {"names": names, "num_keypoint_values": num_keypoint_values}
-    read = functools.partial(_read_yolo, **settings)
+    settings = {"names": names, "num_keypoint_values": _keypoint_values(file, content)}
 
-    def convert(images: str) -> str:
+    def convert_folder(images: str) -> str:
         labels = _yolo_labels(images)
         # The folder of labels need not exist.
         label_files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
@@ -126,26 +110,31 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
             stem = os.path.splitext(image)[0]
             return _yolo_labels(stem), stem
 
-        def make() -> Coco:
+        def find() -> Pairs:
             pairs, unused = pair(images, label_files, stems)
-            unused = list(filter(_is_yolo_label, unused))
-            return make_coco(images, pairs, read, names, labels, label_remarks(pairs, unused))
+            return pairs, list(filter(_is_yolo_label, unused))
 
-        return in_cache(images, labels, (settings, sorted(label_files.items())), make)
+        state = (settings, sorted(label_files.items()))
+        read = functools.partial(_read_yolo, **settings)
+        return convert(images, labels, state, find, read, names)
 
     folders = yolo_images(file, split)
-    return convert(folders) if isinstance(folders, str) else list(map(convert, folders))
+    if isinstance(folders, str):
+        return convert_folder(folders)
+    return [convert_folder(folder) for folder in folders]
 
 
 def _keypoint_values(file: Path, content: Dict[str, Any]) -> int:
     """How many numbers of keypoints follow a box."""
     shape = content.get("kpt_shape", ["0", "0"])
-    if not (isinstance(shape, list) and len(shape) == 2 and all(map(str.isdecimal, shape))):
+    try:
+        num_keypoints, num_values = map(int, shape)
+    except (TypeError, ValueError) as error:
         raise DatasetError(
             f"{file} has kpt_shape {shape}: write the number of keypoints and of their values, "
             "[17, 3], or remove it."
-        )
-    return int(shape[0]) * int(shape[1])
+        ) from error
+    return num_keypoints * num_values
 
 
 def _read_yolo(
@@ -172,38 +161,29 @@ def _yolo_object(
 ) -> Record:
     """An object's name and its box in pixels, or what is wrong with its line."""
     text = f"is '{line.strip()[:60]}', "
+    fault = (
+        "which has to be the number of a class and 4 numbers of a box, or the points of a polygon, "
+        "relative to the image, from 0 to 1; correct or remove it."
+    )
     try:
         label, *values = map(float, line.split())
     except ValueError:
-        return {FAULT: f"{text}which has to be numbers; correct or remove it."}
+        return {FAULT: text + fault}
     if not label.is_integer() or not 0 <= label < len(names):
         return {
             FAULT: f"{text}but the classes are numbered from 0 to {len(names) - 1}; correct the "
             "line, or add the class to 'names'."
         }
+    bounds = [math.nan]
     if len(values) in (4, 5, 4 + num_keypoint_values):  # the fifth: a score or a track
         x, y, width, height = values[:4]
         bounds = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-    elif len(values) >= 6 and values[-1] >= 2 > max(values[:-1]):
-        return {
-            FAULT: f"{text}which ends with a number above 1, as trackers add to a box: remove it "
-            "(six or more numbers from 0 to 1 are a polygon)."
-        }
     elif len(values) >= 6:  # a polygon, with a score if the number is odd
         xs, ys = values[: len(values) // 2 * 2 : 2], values[1::2]
         bounds = [min(xs), min(ys), max(xs), max(ys)]
-    else:
-        return {
-            FAULT: f"{text}not the number of a class and 4 numbers of its box, or the points of a "
-            "polygon; correct or remove it."
-        }
-    if not all(map(math.isfinite, values)):
-        return {FAULT: f"{text}which is not finite; correct or remove it."}
-    if max(map(abs, bounds)) > 2:
-        return {
-            FAULT: f"{text}but boxes are relative to the image, from 0 to 1: divide pixels by its "
-            "width and height."
-        }
+    # Six numbers may be a box with a score and a track as well, which is no coordinate.
+    if not all(map(math.isfinite, values)) or not max(map(abs, bounds)) < 2:
+        return {FAULT: text + fault}
     left, top, right, bottom = bounds
     scale_x, scale_y = image["width"], image["height"]
     box = [left * scale_x, top * scale_y, (right - left) * scale_x, (bottom - top) * scale_y]
