@@ -12,10 +12,10 @@ from PIL import Image
 from helpers import ODD_NAMES, ROOT, write_smca_config
 from smca.analysis import draw_instances
 from smca.analysis.dataset import (
-    collect_statistics,
     draw_training_images,
     examine,
     find_remarks,
+    statistics_of,
 )
 from smca.cli import check_data as tool
 from smca.data import DetrDatasetMapper, detr_augmentations
@@ -108,13 +108,14 @@ def test_other_categories_than_the_training_sets_are_a_problem(tmp_path):
 
 
 def test_statistics_counted_by_hand(tmp_path):
-    statistics = collect_statistics(examine(*write_data(tmp_path, *GOOD)))
-    assert statistics.columns["objects_per_image"].tolist() == [2, 1, 0]  # without the crowd
-    assert statistics.columns["object_size"].tolist() == [20, 20, 20]
-    assert statistics.columns["image_width"].tolist() == [80] * 3
-    summary = statistics.to_json()
-    assert summary["objects_of_classes"] == {"dog": 1, "cat": 2}
-    assert summary["percentiles_5_25_50_75_95"]["object_width_by_height"][2] == 1
+    statistics = statistics_of(examine(*write_data(tmp_path, *GOOD)))
+    assert (statistics["images"], statistics["objects"]) == (3, 3)  # without the crowd
+    assert statistics["objects_of_classes"] == {"dog": 1, "cat": 2}
+    assert statistics["most_objects_in_an_image"] == 2
+    percentiles = statistics["percentiles_5_25_50_75_95"]
+    assert percentiles["objects_per_image"] == [0.1, 0.5, 1, 1.5, 1.9]
+    assert percentiles["object_size"] == [20] * 5 and percentiles["image_width"] == [80] * 5
+    assert percentiles["object_width_by_height"][2] == 1
 
 
 def test_remarks_name_what_may_not_be_meant(tmp_path):

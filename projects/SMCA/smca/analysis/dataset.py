@@ -117,61 +117,36 @@ def examine(
 # Statistics
 
 
-@dataclass
-class Statistics:
-    """Sizes and numbers of a data set; crowds are left out.
+def statistics_of(*splits: DataSplit) -> Dict[str, Any]:
+    """Sizes and numbers of what is valid of a data set, without crowds, or of several together:
+    those that have the first one's classes.
 
-    Attributes:
-        objects_per_class: by the name of each class.
-        columns: ``image_width`` and ``image_height`` in pixels and ``objects_per_image`` of all
-            images, ``object_size`` (square root of the box's area, in pixels) and
-            ``object_width_by_height`` of all objects.
+    Returns:
+        A dict for JSON. Sizes are in pixels; an object's is the square root of its box's area.
     """
-
-    objects_per_class: Dict[str, int]
-    columns: Dict[str, np.ndarray]
-
-    def to_json(self) -> Dict[str, Any]:
-        """A summary in plain types."""
-        percentiles = {
-            name: np.percentile(v, [5, 25, 50, 75, 95]).round(3).tolist() if len(v) else None
-            for name, v in self.columns.items()
-        }
-        return {
-            "images": len(self.columns["image_width"]),
-            "objects": len(self.columns["object_size"]),
-            "objects_of_classes": self.objects_per_class,
-            "percentiles_5_25_50_75_95": percentiles,
-            "most_objects_in_an_image": int(self.columns["objects_per_image"].max(initial=0)),
-        }
-
-
-def collect_statistics(*splits: DataSplit) -> Statistics:
-    """Statistics of what is valid of a data set, or of several together: those that have the first
-    one's classes."""
     names = splits[0].class_names
     items = [item for split in splits if split.class_names == names for item in split.dataset_dicts]
-    objects = [
-        (index, a["category_id"], *a["bbox"])
-        for index, item in enumerate(items)
-        for a in item["annotations"]
-        if not a["iscrowd"]
-    ]
-    table = np.array(objects, dtype=np.float64).reshape(-1, 6)
-    images, classes = table[:, :2].astype(np.int64).T
-    widths, heights = table[:, 4:].T
-    image_sizes = np.array([(item["width"], item["height"]) for item in items]).reshape(-1, 2)
-    counts = np.bincount(classes, minlength=len(names))
-    return Statistics(
-        objects_per_class=dict(zip(names, counts.tolist())),
-        columns={
-            "image_width": image_sizes[:, 0],
-            "image_height": image_sizes[:, 1],
-            "objects_per_image": np.bincount(images, minlength=len(items)),
-            "object_size": np.sqrt(widths * heights),
-            "object_width_by_height": widths / heights,
+    objects = [[a for a in item["annotations"] if not a["iscrowd"]] for item in items]
+    classes = [a["category_id"] for of_image in objects for a in of_image]
+    boxes = np.array([a["bbox"] for of_image in objects for a in of_image]).reshape(-1, 4)
+    columns = {
+        "image_width": [item["width"] for item in items],
+        "image_height": [item["height"] for item in items],
+        "objects_per_image": list(map(len, objects)),
+        "object_size": np.sqrt(boxes[:, 2] * boxes[:, 3]),
+        "object_width_by_height": boxes[:, 2] / boxes[:, 3],
+    }
+    counts = np.bincount(np.array(classes, dtype=np.int64), minlength=len(names))
+    return {
+        "images": len(items),
+        "objects": len(classes),
+        "objects_of_classes": dict(zip(names, counts.tolist())),
+        "percentiles_5_25_50_75_95": {
+            name: np.percentile(v, [5, 25, 50, 75, 95]).round(3).tolist() if len(v) else None
+            for name, v in columns.items()
         },
-    )
+        "most_objects_in_an_image": max(map(len, objects), default=0),
+    }
 
 
 def training_splits(splits: Mapping[str, DataSplit]) -> Dict[str, DataSplit]:
@@ -193,7 +168,7 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
     groups = {"train": list(training.values())}
     groups.update({name: [split] for name, split in splits.items() if name not in training})
     for name, group in groups.items():
-        for class_name, count in collect_statistics(*group).objects_per_class.items():
+        for class_name, count in statistics_of(*group)["objects_of_classes"].items():
             if count < (_FEW_OBJECTS if name == "train" else 1):
                 remarks.append(f"{name}: class '{class_name}' has {_count(count, 'object')}.")
     for name, split in splits.items():

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from smca.analysis.dataset import (
     DataSplit,
-    collect_statistics,
     draw_training_images,
     examine,
     find_remarks,
+    statistics_of,
     training_splits,
 )
 from smca.config import fit_to_data, load_config
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             check_images=not args.no_decode,
             progress=functools.partial(tqdm, desc=f"{name}: images", unit="image", disable=None),
         )
-    statistics = {name: collect_statistics(split) for name, split in splits.items()}
+    statistics = {name: statistics_of(split) for name, split in splits.items()}
     remarks = find_remarks(splits)
     fitted = settings(cfg, splits)
     for name, split in splits.items():
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             name: {
                 "json_file": split.json_file,
                 "problems": count_kinds(split),
-                "statistics": statistics[name].to_json(),
+                "statistics": statistics[name],
             }
             for name, split in splits.items()
         },
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     }
     Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
     train_name = next(iter(splits))
-    if statistics[train_name].to_json()["objects"] and not args.no_decode:
+    if statistics[train_name]["objects"] and not args.no_decode:
         paths.append(draw(cfg, splits[train_name], args))
     print("Written:", *paths, sep="\n  ")
     return 1 if any(split.problems for split in splits.values()) else 0
