@@ -9,13 +9,12 @@ products and norms (frozen ones are part of the convolutions), and the two produ
 attention, which fvcore does not know.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, List, Sequence, Tuple
 
 from smca.config import load_config
-from smca.errors import exit_code
+from smca.errors import command_line, exit_code
 
 import torch
 from detectron2.config import instantiate
@@ -83,9 +82,7 @@ def analyze_training(cfg: DictConfig, height: int, width: int) -> int:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("config", nargs="?", help="one config; the main models if left out")
     parser.add_argument("opts", nargs="*", help="LazyConfig overrides, key=value")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"))

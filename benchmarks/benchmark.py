@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from smca.config import AMP_DTYPES, load_config
 from smca.engine import Trainer
-from smca.errors import UserError, at_least, exit_code
+from smca.errors import UserError, at_least, command_line, exit_code
 from smca.modeling import SMCA
 from smca.modeling.kernels import attend
 from smca.modeling.weight_map import Gaussian
@@ -260,9 +260,7 @@ def row_of(job: Job, options: Options) -> List[str]:
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     what = f"measurements ({', '.join(MEASUREMENTS)}; default: all), then overrides, key=value"
     parser.add_argument("what", nargs="*", help=what)
     parser.add_argument("--config", action="append", metavar="FILE", help="can be repeated")

@@ -9,7 +9,6 @@ several sizes, with padding too. Differences are of boxes, in pixels of an image
 1000, and of scores. Times are of one image of the first size.
 """
 
-import argparse
 import importlib.util
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from smca.config import load_config
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, command_line, exit_code
 from smca.inference import Predictor
 from smca.inference.export import OUTPUTS, count_nodes, export_detector
 from smca.modeling import SMCA
@@ -145,9 +144,7 @@ def compare(config: str, options: Options) -> List[List[str]]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--config", action="append", metavar="FILE", help="can be repeated")
     parser.add_argument("--openvino", action="store_true", help="compare with OpenVINO too")
     add_options(parser)

@@ -14,7 +14,6 @@ random weights and see the same images with ten objects each. A training step is
 backward, clipping and the optimizer's step, as the peer's own recipe has it.
 """
 
-import argparse
 import contextlib
 import importlib
 import itertools
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
 from unittest import mock
 
-from smca.errors import UserError, at_least, exit_code
+from smca.errors import UserError, at_least, command_line, exit_code
 
 import torch
 import torchvision
@@ -298,9 +297,7 @@ def cells(found: Dict[str, List[Record]], name: str) -> List[str]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--official", metavar="DIR", help="a checkout of the official SMCA")
     among = f"among {', '.join(MODELS)}"

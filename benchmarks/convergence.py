@@ -26,7 +26,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set
 
 from smca.analysis import read_metrics
 from smca.config import load_config, quoted
-from smca.errors import UserError, at_least, did_you_mean, exit_code
+from smca.errors import UserError, at_least, command_line, did_you_mean, exit_code
 
 import numpy as np
 import torch
@@ -378,9 +378,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command; gives its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("study", metavar="STUDY", help="a YAML file")
     add("--output", metavar="DIR", type=Path, help="default: output/convergence/STUDY")

@@ -16,7 +16,7 @@ from typing import List, Optional, Sequence, Tuple
 from smca.checkpoint.files import write_atomically
 from smca.config import load_config
 from smca.data import SHAPE_CLASSES, register_shapes
-from smca.errors import UserError, at_least, exit_code
+from smca.errors import UserError, at_least, command_line, exit_code
 
 import torch
 import torch.nn.functional as F
@@ -139,9 +139,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("config_file", metavar="CONFIG", help="whose backbone it is")
     add("--output", metavar="FILE", default="output/backbones/shapes_10x.pth")

@@ -97,13 +97,13 @@ def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
             time.sleep(3600)
 
         _SeededMapDataset.__getitem__ = sleep
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds for workers to end
 
     config = write_tiny_config(tmp_path, eval_period=0)
     worker = "dataloader.train.num_workers=1"
     job = Job(tmp_path, "--config-file", config, worker, prepare=sleep_in_loading)
     job.wait_for("loading")
     job.signal_group(signal.SIGTERM)
-    # Its loader's workers are then given five seconds by PyTorch.
     assert job.wait() == 143
     assert "and nothing is saved" in job.output
 

@@ -15,13 +15,11 @@ import sys
 from typing import Optional, Sequence
 
 from smca.checkpoint.conversion import CLASS_CHOICES, convert_file
-from smca.errors import exit_code
+from smca.errors import command_line, exit_code
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--input", required=True, metavar="FILE", help="checkpoint to read")
     parser.add_argument("--output", required=True, metavar="FILE", help=".pth file to write")
     parser.add_argument(

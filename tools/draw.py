@@ -16,7 +16,7 @@ import sys
 from typing import List
 
 from smca.analysis import write_pictures
-from smca.errors import at_least, exit_code
+from smca.errors import at_least, command_line, exit_code
 from smca.inference import (
     add_predictor_arguments,
     load_test_dataset,
@@ -30,9 +30,7 @@ from tqdm import tqdm
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add_predictor_arguments(parser)
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=at_least(1), default=8, help="in validation.png")

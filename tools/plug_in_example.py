@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from smca.data import draw_scene
-from smca.errors import at_least, exit_code
+from smca.errors import at_least, command_line, exit_code
 from smca.modeling.weight_map import Modulation, WeightMapPredictor
 
 import numpy as np
@@ -148,9 +148,7 @@ def train(args: argparse.Namespace, plain: bool) -> Dict[int, List[str]]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=at_least(1), default=350)
     parser.add_argument("--period", type=at_least(1), default=50, help="steps between evaluations")
     parser.add_argument("--map", default="independent", help="the shape of the maps")

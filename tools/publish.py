@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional
 from smca.analysis import read_metrics
 from smca.checkpoint.files import steps_of
 from smca.config import dataset_names
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, command_line, exit_code
 from smca.inference import CARD_NAME, Predictor, add_weights_kind, save_pretrained
 
 import torch
@@ -66,9 +66,7 @@ detections.draw().save("drawn.jpg")
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a training")
     add_weights_kind(parser)
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")

@@ -18,7 +18,7 @@ from smca import Predictor
 from smca.analysis import evenly, write_pictures
 from smca.config import load_config, quoted
 from smca.engine import main
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, command_line, exit_code
 from smca.inference import load_test_dataset
 
 from detectron2.engine import default_argument_parser
@@ -28,9 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
     parser.add_argument(
         "--config-file", default=str(ROOT / "configs" / "smca_plus_shapes.py"), metavar="FILE"

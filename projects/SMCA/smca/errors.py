@@ -81,6 +81,13 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
 
 
+def command_line(description: Optional[str]) -> argparse.ArgumentParser:
+    """A parser whose help has the description as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """The type of an option that counts something, `least` times or more."""
 

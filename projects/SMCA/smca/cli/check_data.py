@@ -24,7 +24,7 @@ from smca.analysis.dataset import (
 )
 from smca.config import fit_to_data, load_config
 from smca.data import as_list, require_dataset
-from smca.errors import UserError, at_least, exit_code
+from smca.errors import UserError, at_least, command_line, exit_code
 from smca.inference import make_folder
 
 _DESCRIPTION = """\
@@ -42,9 +42,7 @@ problems that training would stop at.
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(_DESCRIPTION)
     parser.add_argument("--config-file", metavar="FILE", help="default: custom_small")
     parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
     parser.add_argument("--images", metavar="DIR", help="its images")

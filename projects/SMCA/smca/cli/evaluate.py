@@ -10,7 +10,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig
 from pycocotools.coco import COCO
 from tabulate import tabulate
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from smca.analysis.evaluation import Evaluation, detect, evaluate, load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import image_ids, read_coco
-from smca.errors import UserError, at_least, exit_code
+from smca.errors import UserError, at_least, command_line, exit_code
 from smca.inference import (
     Predictor,
     add_weights_kind,
@@ -43,9 +42,7 @@ page that needs no other file, and JSON:
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(_DESCRIPTION)
     parser.add_argument("--weights", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
     parser.add_argument("--output", default="output/report", metavar="DIR")
@@ -128,11 +125,8 @@ def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[
     Raises:
         UserError: there are several data sets, or they are not in COCO's format.
     """
-    if isinstance(cfg, DictConfig):
-        # A function that registers data, as in configs/custom_coco.py, gives their name again.
-        names = instantiate(cfg.dataloader.test.dataset.names)
-    else:
-        names = list(cfg.DATASETS.TEST)
+    # A function that registers data, as in configs/custom_coco.py, gives their name again.
+    names = instantiate(cfg.dataloader.test.dataset.names)
     names = [names] if isinstance(names, str) else list(names)
     if len(names) != 1:
         raise UserError(

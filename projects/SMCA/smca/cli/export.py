@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Optional, Sequence
 
-from smca.errors import exit_code
+from smca.errors import command_line, exit_code
 from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
 from smca.inference.export import check_export, count_nodes, export_detector
 
@@ -25,9 +25,7 @@ resize to and the threshold are in the file's metadata.
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(_DESCRIPTION)
     add_predictor_arguments(parser, device=False)
     parser.set_defaults(device="cpu", dtype="fp32")
     parser.add_argument("--format", default="onnx", help="onnx (default) or pt2")

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from smca.checkpoint.files import write_atomically
-from smca.errors import UserError, exit_code, writing
+from smca.errors import UserError, command_line, exit_code, writing
 from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
 from smca.inference.images import is_url
 
@@ -38,9 +38,7 @@ _MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is o
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(_DESCRIPTION)
     add_predictor_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

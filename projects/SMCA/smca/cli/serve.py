@@ -21,7 +21,7 @@ from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussia
 from smca.analysis.detections import class_color, class_name
 from smca.cli.predict import find_images
 from smca.data import DatasetError, read_image
-from smca.errors import UserError, exit_code
+from smca.errors import UserError, command_line, exit_code
 from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of, score
 
 __all__ = ["Viewer", "get_parser", "main", "make_server"]
@@ -45,9 +45,7 @@ Reply = Tuple[str, bytes]  # content type and content
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(_DESCRIPTION)
     add_predictor_arguments(parser)
     parser.add_argument("--examples", metavar="DIR", help="images that the page offers to try")
     parser.add_argument(
