@@ -11,7 +11,16 @@ from omegaconf import OmegaConf
 
 from smca.checkpoint import provenance_of
 from smca.config import fit_to_data, load_config, use_classes
-from smca.data import fit_max_size, fit_num_iterations, fit_num_queries, fit_short_sides
+from smca.data import (
+    fit_crop_range,
+    fit_in_features,
+    fit_max_size,
+    fit_num_extra_scales,
+    fit_num_iterations,
+    fit_num_queries,
+    fit_scales_to_read,
+    fit_short_sides,
+)
 
 
 @pytest.fixture
@@ -68,6 +77,19 @@ def test_one_object_in_ten_may_be_smaller(register):
     sizes[:11] = 3
     assert fit_short_sides(register(sizes.tolist()), 4) == [320]
     assert fit_short_sides(register([]), 4) == [160]
+
+
+def test_the_finest_scale_follows_from_small_objects(register):
+    # 32 of 160 pixels are 96 of 480.
+    small, large = register([(95, 95)] * 2 + [(400, 400)] * 8), register([(97, 97)])
+    assert fit_in_features(small) == ["res2", "res3", "res4"] and fit_num_extra_scales(small) == 0
+    assert fit_in_features(large) == ["res3", "res4"] and fit_num_extra_scales(large) == 1
+    assert fit_scales_to_read(small) == [1, 2] and fit_scales_to_read(large) is None
+
+
+def test_crops_do_not_cut_large_objects(register):
+    assert fit_crop_range(register([(140, 140)]), 4, (0.6, 1.0)) == [96, 160]
+    assert fit_crop_range(register([(20, 20)] + [(150, 150)] * 2), 4, (0.6, 1.0)) is None
 
 
 @pytest.mark.parametrize("images, iterations", [(3, 1000), (400, 1500), (9000, 5000)])

@@ -27,7 +27,16 @@ from .coco_checks import (
 )
 from .errors import DatasetError
 from .evaluator import CocoEvaluator
-from .fitted import fit_max_size, fit_num_iterations, fit_num_queries, fit_short_sides
+from .fitted import (
+    fit_crop_range,
+    fit_in_features,
+    fit_max_size,
+    fit_num_extra_scales,
+    fit_num_iterations,
+    fit_num_queries,
+    fit_scales_to_read,
+    fit_short_sides,
+)
 from .loader import build_train_loader, set_start_sample, spare_shared_memory
 from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
 from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes

@@ -5,18 +5,29 @@ starts, :func:`smca.config.fit_to_data` replaces each by its value and says it i
 """
 
 import math
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
-__all__ = ["fit_max_size", "fit_num_iterations", "fit_num_queries", "fit_short_sides"]
+__all__ = [
+    "fit_crop_range",
+    "fit_in_features",
+    "fit_max_size",
+    "fit_num_extra_scales",
+    "fit_num_iterations",
+    "fit_num_queries",
+    "fit_scales_to_read",
+    "fit_short_sides",
+]
 
 Names = Union[str, Sequence[str]]  # of registered data sets that train together
 
 _SMALL = 10  # percentile of objects' lengths
 _SMALL_CELLS = 3  # that a small object should span
+_SMALL_SIDE = 32  # pixels; COCO calls smaller objects small
+_LARGE = 0.3  # of an image; crops would cut most objects of this length
 _NUM_QUERIES = (40, 300)
 _SHORT_SIDES = (160, 320)  # pixels; a CPU takes too long for more
 _EPOCHS = 30
@@ -38,14 +49,8 @@ def fit_short_sides(names: Names, stride: int, factors: Sequence[float] = (1.0,)
         stride: of the model's finest scale, in pixels.
         factors: of the short side, for training at several.
     """
-    lengths = []  # of objects, relative to the short sides of their images
-    for image in _images(names):
-        side = min(image["width"], image["height"])
-        for item in image["annotations"]:
-            _, _, w, h = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS)
-            lengths.append(math.sqrt(w * h) / side)
-    small = max(np.percentile(lengths, _SMALL), 1e-3) if lengths else 1.0
-    side = _between(32 * math.ceil(_SMALL_CELLS * stride / small / 32), _SHORT_SIDES)
+    pixels = _SMALL_CELLS * stride / _length(names)
+    side = _between(32 * math.ceil(pixels / 32), _SHORT_SIDES)
     return [round(factor * side) for factor in factors]
 
 
@@ -53,6 +58,31 @@ def fit_max_size(names: Names, stride: int, factor: float = 1.0) -> int:
     """The longest that the other side may become: 1.6 times what :func:`fit_short_sides` gives for
     the factor."""
     return round(1.6 * fit_short_sides(names, stride, [factor])[0])
+
+
+def fit_in_features(names: Names) -> List[str]:
+    """The backbone's features: from stride 4 where objects are small (under 32 pixels in images of
+    160), else from stride 8, whose cells are fewer and see more of an object."""
+    is_small = _length(names) * _SHORT_SIDES[0] < _SMALL_SIDE
+    return ["res2", "res3", "res4"] if is_small else ["res3", "res4"]
+
+
+def fit_num_extra_scales(names: Names) -> int:
+    """As many as make three scales of the features of :func:`fit_in_features`."""
+    return 3 - len(fit_in_features(names))
+
+
+def fit_scales_to_read(names: Names) -> Optional[List[int]]:
+    """Without stride 4, whose cells are too many to attend to; None where that is no scale."""
+    return [1, 2] if len(fit_in_features(names)) == 3 else None
+
+
+def fit_crop_range(names: Names, stride: int, factors: Tuple[float, float]) -> Optional[List[int]]:
+    """The sides of crops in pixels, relative to what :func:`fit_short_sides` gives; None where half
+    of the objects are longer than 0.3 of their images, since crops would cut them."""
+    if _length(names, 50) > _LARGE:
+        return None
+    return fit_short_sides(names, stride, factors)
 
 
 def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int:
@@ -65,6 +95,17 @@ def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int
     """
     iterations = round(_EPOCHS * len(_images(names)) / batch_size)
     return round(share * _between(iterations, _NUM_ITERATIONS))
+
+
+def _length(names: Names, percentile: float = _SMALL) -> float:
+    """Of objects, relative to the short sides of their images; 1 without objects."""
+    lengths = []
+    for image in _images(names):
+        side = min(image["width"], image["height"])
+        for item in image["annotations"]:
+            _, _, w, h = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS)
+            lengths.append(math.sqrt(w * h) / side)
+    return max(np.percentile(lengths, percentile), 1e-3) if lengths else 1.0
 
 
 def _images(names: Names) -> List[Dict[str, Any]]:
