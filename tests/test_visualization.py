@@ -1,6 +1,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import matplotlib.font_manager
@@ -29,10 +30,10 @@ from smca.analysis import (
     draw_gaussians,
     draw_instances,
     modulation_maps,
+    pictures,
     read_metrics,
     write_pictures,
 )
-from smca.analysis.pictures import draw_pictures
 from smca.data import read_image
 from smca.errors import UserError
 from smca.inference import Predictor
@@ -323,30 +324,33 @@ def dataset_dicts(tmp_path):
     return items
 
 
-def test_a_run_gets_three_pictures(multi_scale, dataset_dicts, tmp_path):
-    metrics_file = write_metrics(tmp_path / "m.json", losses(0, 10))
-    paths = write_pictures(multi_scale, dataset_dicts, tmp_path / "pictures", metrics_file)
-    assert [path.split("/")[-1] for path in paths] == [
-        "validation.png",
-        "gaussians.png",
-        "curves.png",
-    ]
-    for path in paths:
-        with Image.open(path) as image:
-            image.load()
-
-
-def test_gaussians_are_of_the_surest_detections(multi_scale, dataset_dicts):
+def test_a_run_gets_pictures_of_its_surest_detections(
+    multi_scale, dataset_dicts, tmp_path, monkeypatch
+):
     best = [
         modulation_maps(multi_scale, read_image(item["file_name"]))[0] for item in dataset_dicts
     ]
     best.sort(key=lambda detection: detection.score, reverse=True)
     assert best[0].score > best[1].score > best[2].score
-    drawn = draw_pictures(multi_scale, dataset_dicts, num_detections=2)["gaussians.png"]
-    titles = [draw_gaussians([d], CLASS_NAMES).subfigs[0].get_suptitle() for d in best[:2]]
-    assert [figure.get_suptitle() for figure in drawn.subfigs[:2]] == titles
+    drawn = []
+    monkeypatch.setattr(
+        pictures,
+        "draw_gaussians",
+        lambda maps, *args: drawn.append(maps) or draw_gaussians(maps, *args),
+    )
+    metrics_file = write_metrics(tmp_path / "m.json", losses(0, 10))
+    paths = write_pictures(
+        multi_scale, dataset_dicts, tmp_path / "pictures", metrics_file, num_detections=2
+    )
+    assert [Path(path).name for path in paths] == ["validation.png", "gaussians.png", "curves.png"]
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+    assert [maps.query for maps in drawn[0]] == [maps.query for maps in best[:2]]
+    assert [maps.score for maps in drawn[0]] == [maps.score for maps in best[:2]]
 
 
 def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
     predictor = Predictor.from_model(make_smca(write_smca_config(tmp_path, "detr")))
-    assert list(draw_pictures(predictor, dataset_dicts)) == ["validation.png"]
+    paths = write_pictures(predictor, dataset_dicts, tmp_path / "pictures")
+    assert [Path(path).name for path in paths] == ["validation.png"]

@@ -1,11 +1,10 @@
 """All pictures of a trained model: detections, weight maps and curves, in one folder."""
 
-import logging
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from smca.analysis.curves import draw_curves, read_metrics
 from smca.analysis.detections import draw_contact_sheet, draw_truth_and_detections, truth_of
@@ -16,8 +15,6 @@ from smca.data import read_image
 if TYPE_CHECKING:  # it imports this package
     from smca.inference import Predictor
 
-logger = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
 
 
@@ -26,32 +23,6 @@ def write_pictures(
     dataset_dicts: Sequence[Dict[str, Any]],
     output_dir: str,
     metrics_file: Optional[str] = None,
-    **options: Any,
-) -> List[str]:
-    """Write the pictures of `draw_pictures`, and ``curves.png``.
-
-    Args:
-        predictor, dataset_dicts, options: arguments of `draw_pictures`.
-        output_dir: is made if it does not exist.
-        metrics_file: a training's ``metrics.json``; None draws no curves.
-
-    Returns:
-        Paths of the pictures.
-    """
-    os.makedirs(output_dir, exist_ok=True)
-    figures = draw_pictures(predictor, dataset_dicts, **options)
-    if metrics_file is not None:
-        figures["curves.png"] = draw_curves(read_metrics(metrics_file))
-    paths = []
-    for name, figure in figures.items():
-        paths.append(os.path.join(output_dir, name))
-        figure.savefig(paths[-1])
-    return paths
-
-
-def draw_pictures(
-    predictor: "Predictor",
-    dataset_dicts: Sequence[Dict[str, Any]],
     *,
     num_images: int = 8,
     num_detections: int = 4,
@@ -59,21 +30,24 @@ def draw_pictures(
     layer: int = -1,
     scale: Optional[int] = None,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> Dict[str, Figure]:
-    """Draw what a detector finds.
+) -> List[str]:
+    """Draw what a detector finds: ``validation.png`` (truth and detections), ``gaussians.png``
+    (maps of the best detections of different images; not for a model without modulation), and
+    ``curves.png``.
 
     Args:
         predictor: a detector.
         dataset_dicts: in Detectron2's format; images are taken evenly from it.
+        output_dir: is made if it does not exist.
+        metrics_file: a training's ``metrics.json``; None draws no curves.
         num_images: in ``validation.png``, at least 1.
-        num_detections: in ``gaussians.png``; 0 leaves that picture out.
+        num_detections: in ``gaussians.png``, at least 1.
         confidence_threshold: least score in ``validation.png``.
         layer, scale: of the maps, see `modulation_maps` and `draw_gaussians`.
         progress: wraps the images, as `tqdm.tqdm` does.
 
     Returns:
-        ``validation.png`` (truth and detections) and ``gaussians.png`` (maps of the best
-        detections of different images; not for a model without modulation).
+        Paths of the pictures.
 
     Raises:
         UserError: an image cannot be read, or the model has no such layer or scale.
@@ -89,19 +63,21 @@ def draw_pictures(
             f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
             f"detections from {100 * confidence_threshold:.0f}% ({len(detections)})"
         )
-        try:
-            best += modulation_maps(predictor, image, layer=layer) if num_detections else []
-        except NoModulationError as error:
-            logger.warning("%s", error)
-            num_detections = 0
-    figures: Dict[str, Figure] = {}
-    if pictures:
-        figures["validation.png"] = draw_contact_sheet(pictures, captions)
+        with contextlib.suppress(NoModulationError):
+            best += modulation_maps(predictor, image, layer=layer)
+    figures = {"validation.png": draw_contact_sheet(pictures, captions)}
     if best:
         best.sort(key=lambda detection: -detection.score)
         maps = draw_gaussians(best[:num_detections], predictor.class_names, scale)
         figures["gaussians.png"] = maps
-    return figures
+    if metrics_file is not None:
+        figures["curves.png"] = draw_curves(read_metrics(metrics_file))
+    os.makedirs(output_dir, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(os.path.join(output_dir, name))
+        figure.savefig(paths[-1])
+    return paths
 
 
 def evenly(items: Sequence[Item], count: int) -> List[Item]:
