@@ -233,6 +233,17 @@ def test_all_files_of_a_config_are_checked_and_training_takes_its_settings_from_
     assert not [remark for remark in check["remarks"] if "'dog'" in remark and "train" in remark]
 
 
+@pytest.mark.usefixtures("few_shapes")
+def test_registered_data_sets_can_be_checked(tmp_path):
+    out = tmp_path / "out"
+    assert run_tool("--config-file", "smca_shapes", "--output", out, "--no-decode") == 0
+    splits = json.loads((out / "check.json").read_text())["splits"]
+    assert {name: each["statistics"]["images"] for name, each in splits.items()} == {
+        "train": 1,
+        "val": 2,
+    }
+
+
 def test_options_that_contradict_are_refused(tmp_path):
     with pytest.raises(UserError, match="--json together with --images"):
         run_tool("--json", "a.json")

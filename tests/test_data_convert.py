@@ -255,11 +255,15 @@ def test_a_bad_voc_object_is_named(tmp_path, xml, words):
         register_coco(path, folder)
 
 
-def test_an_image_that_cannot_be_read_is_named_without_its_objects(tmp_path):
+def test_an_image_or_a_label_file_that_cannot_be_read_is_named(tmp_path):
     path = write_yolo(tmp_path / "data")
     image = tmp_path / "data" / "images" / "val" / "c.png"
     image.write_bytes(b"PNG")
     with pytest.raises(DatasetError, match=f"1 problem in .*val:\\s+{image} cannot be used"):
+        registered("custom_yolo.py", f"data.yaml={path}")
+    label = tmp_path / "data" / "labels" / "train" / "a.txt"
+    label.write_bytes(b"\xff")
+    with pytest.raises(DatasetError, match=f"1 problem in .*train:\\s+{label} cannot be read"):
         registered("custom_yolo.py", f"data.yaml={path}")
 
 
@@ -310,6 +314,7 @@ def test_labels_without_an_image_or_with_several_are_named(tmp_path, caplog):
     assert words in caplog.text and "classes.txt" not in caplog.text
     folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)], b=[("dog", 1, 1, 9, 9)])
     (folder / "b.jpg").rename(folder / "c.jpg")
+    (folder / "b.xml").write_text("<object>")
     Image.new("RGB", (80, 60)).save(folder / "a.png")
     coco_from_voc(folder, folder)
     assert f"1 label file has no image that can be read, such as {folder}/b.xml:" in caplog.text
@@ -357,7 +362,7 @@ STORED, UPRIGHT = (10, 20, 50, 30), (30, 10, 40, 50)
 
 
 @pytest.mark.parametrize(
-    "size, box", [((80, 60), STORED), ((60, 80), UPRIGHT), ((0, 0), UPRIGHT), (None, UPRIGHT)]
+    "size, box", [((80, 60), STORED), ((60, 80), UPRIGHT), ((0, "?"), UPRIGHT), (None, UPRIGHT)]
 )
 def test_the_size_in_the_xml_says_which_way_a_turned_photo_is_meant(tmp_path, size, box):
     write_turned(tmp_path / "voc" / "a.jpg")
