@@ -80,7 +80,7 @@ def operations(config):
                 with torch.autocast("cuda", dtype=torch.bfloat16):
                     out = model(items)
                 if model.training:
-                    sum(out.values()).backward()
+                    torch.stack(list(out.values())).sum().backward()
             found[name] = sum(counter.names.values()), driver.count_waits() - waits
     return found
 

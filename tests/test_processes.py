@@ -164,9 +164,9 @@ def train_with_dropout(case):
     forward_backward, notes = Trainer._forward_backward, {"losses": []}
 
     def watch(self, data, micro_batch):
-        losses = forward_backward(self, data, micro_batch)
-        notes["losses"].append({name: loss.item() for name, loss in losses.items()})
-        return losses
+        names, losses = forward_backward(self, data, micro_batch)
+        notes["losses"].append(dict(zip(names, losses.tolist())))
+        return names, losses
 
     Trainer._forward_backward = watch
     main(

@@ -173,7 +173,7 @@ class Trainer(SimpleTrainer):
             buffer.copy_(value)
 
     def _compute_gradients(self) -> None:
-        own_losses: List[Dict[str, Tensor]] = []
+        own_losses: List[Tensor] = []
         file_names: List[str] = []
         data_time = 0.0
         self.optimizer.zero_grad()
@@ -183,8 +183,8 @@ class Trainer(SimpleTrainer):
             with self.signals.interruptible(comm.get_world_size() == 1):
                 data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            losses = self._forward_backward(data, micro_batch)
-            own_losses.append({k: v.detach().float() for k, v in losses.items()})
+            names, losses = self._forward_backward(data, micro_batch)
+            own_losses.append(losses)
             if isinstance(data, list):
                 file_names += [x["file_name"] for x in data if "file_name" in x]
         self.after_backward()
@@ -192,8 +192,9 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        means = {k: sum(each[k] for each in own_losses) / self.accumulate for k in own_losses[0]}
-        values, grad_norm, scale = self._to_host(means, total_norm)
+        means = torch.stack(own_losses).mean(dim=0)
+        numbers, grad_norm, scale = self._to_host(means, total_norm)
+        values = dict(zip(names, numbers))
         self._require_finite(values, grad_norm, scale, file_names)
         metrics = {"data_time": data_time, "total_loss": sum(values.values()), **values}
         if math.isfinite(grad_norm):
@@ -202,7 +203,8 @@ class Trainer(SimpleTrainer):
             metrics["grad_scale"] = scale
         self.storage.put_scalars(**metrics)
 
-    def _forward_backward(self, data: Any, micro_batch: int) -> Dict[str, Tensor]:
+    def _forward_backward(self, data: Any, micro_batch: int) -> Tuple[List[str], Tensor]:
+        """The losses' names, and their values as one tensor, which a GPU adds up at once."""
         # Random states are a function of the position in the training, so that a checkpoint
         # need not hold them: the iteration number restores them, on any number of GPUs.
         batch = self.iter * self.accumulate + micro_batch
@@ -221,19 +223,18 @@ class Trainer(SimpleTrainer):
                 losses = self.model(data)
             if isinstance(losses, torch.Tensor):
                 losses = {"total_loss": losses}
-            self.grad_scaler.scale(sum(losses.values()) / self.accumulate).backward()
-        return losses
+            values = torch.stack(list(losses.values()))
+            self.grad_scaler.scale(values.sum() / self.accumulate).backward()
+        return list(losses), values.detach().float()
 
-    def _to_host(
-        self, losses: Dict[str, Any], grad_norm: Tensor
-    ) -> Tuple[Dict[str, float], float, float]:
+    def _to_host(self, losses: Tensor, grad_norm: Tensor) -> Tuple[List[float], float, float]:
         """The losses, averaged over the processes, the gradient's norm, and the loss's scale as
         numbers of Python. This also tells all processes of a signal that one of them was sent.
 
         The step waits for the device here only, before the optimizer steps: later, a nan would be
         in the weights already, and perhaps in a checkpoint.
         """
-        values = torch.cat([torch.stack(list(losses.values())), grad_norm.float().view(1)])
+        values = torch.cat([losses, grad_norm.float().view(1)])
         stop = values.new_zeros(len(STOP_SIGNALS))
         if self.signals.received is not None:
             stop[STOP_SIGNALS.index(self.signals.received)].fill_(1)
@@ -246,7 +247,7 @@ class Trainer(SimpleTrainer):
         numbers = torch.cat([values, stop, scale]).tolist()
         norm, *counts, scale = numbers[len(losses) :]
         self.stop_signal = next((n for n, count in zip(STOP_SIGNALS, counts) if count), None)
-        return dict(zip(losses, numbers)), norm, scale
+        return numbers[: len(losses)], norm, scale
 
     def _require_finite(
         self, losses: Dict[str, float], grad_norm: float, scale: float, file_names: List[str]
