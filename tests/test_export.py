@@ -153,7 +153,7 @@ def test_runtimes_give_the_models_detections_for_every_size_and_batch(exported, 
 @needs_onnx
 def test_graph_has_standard_operators_dynamic_sizes_and_metadata(exported):
     onnx = pytest.importorskip("onnx")
-    _, path, _ = exported
+    predictor, path, _ = exported
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
@@ -172,6 +172,12 @@ def test_graph_has_standard_operators_dynamic_sizes_and_metadata(exported):
     }
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert metadata.pop("smca_version")
+    # Those of the attention to each scale are named.
+    exact = set(metadata.pop("float32_nodes"))
+    kinds = {node.name: node.op_type for node in model.graph.node}
+    assert exact < set(kinds)
+    num_scales = predictor.model.decoder.num_scales
+    assert [kinds[name] for name in exact].count("Softmax") == num_scales
     assert metadata == {
         "class_names": CLASS_NAMES,
         "category_ids": [7, 9, 2],

@@ -34,6 +34,8 @@ OUTPUTS = ("boxes", "scores", "labels")
 # The oldest with all operators that the graph needs: what reads ONNX files reads this.
 OPSET = 18
 METADATA_NAME = "metadata.json"  # the file in a .pt2
+# What makes and uses weight maps, which half types round too much.
+_EXACT_MODULES = ("WeightMapPredictor", "CoAttention")
 # The oldest PyTorch whose files were seen to be right (docs/testing.md): 2.6 fails at ONNX, and
 # .pt2 files of 2.9 refuse sizes that they could compute.
 OLDEST_TORCH = {"onnx": "2.9", "pt2": "2.14"}
@@ -179,10 +181,15 @@ def _as_onnx(program: torch.export.ExportedProgram) -> _Save:
             dynamo=True,
             verbose=False,
         )
+    float32_nodes = []
     for node in onnx_program.model.graph:
+        modules = node.metadata_props.get("namespace", "")
+        if any(name in modules for name in _EXACT_MODULES):
+            float32_nodes.append(node.name)
         node.metadata_props.clear()  # the lines of Python that it comes from
 
     def save(path: str, metadata: Dict[str, Any]) -> None:
+        metadata = {**metadata, "float32_nodes": float32_nodes}
         values = {key: json.dumps(value) for key, value in metadata.items()}
         onnx_program.model.metadata_props.update(values)
         onnx_program.save(path, external_data=False)
