@@ -4,75 +4,76 @@
     python benchmarks/gpu_check.py --output gpu_report
     python benchmarks/gpu_check.py --device cpu --quick   # the same in miniature, to test this tool
 
-Of each main model: whether the GPU computes what the CPU does, losses and gradients; mixed
-precision; torch.compile; activation checkpointing with dropout; two processes that share a batch
-(NCCL, where there are two GPUs); then speed and memory of inference and of training steps in
-float32 and bfloat16. DIR/report.md is written anew after each of them. Weights and images are
-random.
+Checks whether the GPU computes what the CPU does, waits, plans anew for each image size, and runs
+all that trains and exports, on the main models with random weights and images. DIR/report.md is
+written anew after each check.
 
-Exit code: 0 if every check passed, 1 if one failed, 2 if there is no GPU.
+Exit code: 0 if every check passed, 1 if one failed, 2 if there is no GPU, 3 if the time was over.
 """
 
 import argparse
+import functools
+import gc
+import os
+import shutil
+import signal
 import socket
+import statistics
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from unittest import mock
 
+from smca.cli.train import main as train
 from smca.config import AMP_DTYPES, load_config
-from smca.errors import UserError, exit_code, writing
+from smca.errors import UserError, at_least, exit_code, writing
+from smca.inference import Predictor
+from smca.inference.export import export_detector
+from smca.modeling import kernels
 
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor, multiprocessing, nn
+from torch.export.passes import move_to_device_pass
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
-from benchmark import COLUMNS, build_model, jobs_of, parse_options, row_of
+from benchmark import build_model
 from measuring import CONFIGS, MAIN_MODELS, Options, provenance, random_batch
 
-NO_GPU = 2  # exit code
-# Relative differences of losses and of the gradient that rounding may make.
+NO_GPU, OUT_OF_TIME = 2, 3  # exit codes
+# Relative differences of losses and of a part's gradient that rounding may make.
 TOLERANCES = {"float32": (1e-4, 1e-2), "bf16": (5e-2, 0.5), "fp16": (2e-2, 0.2)}
 SCALES = [2.0**power for power in range(10, -15, -4)]  # of the loss in float16
+NUM_SIZES = 20  # of images whose first call is timed
 
 # Overrides of --quick: the same models with few and narrow layers.
 _TINY = ["model.embed_dim=16", "model.num_queries=6", "model.backbone.depth=18"]
 _TINY += ["+model.backbone.num_blocks=[1,1,1,1]", "+model.backbone.width=16"]
-_TINY += ["model.decoder.num_layers=2"]
-_TINY += ["model.decoder.ffn_dim=16", "model.decoder.num_heads=2", "model.encoder.ffn_dim=16"]
+_TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=16", "model.decoder.num_heads=2"]
+_TINY += ["model.encoder.ffn_dim=16"]
 
 Result = Tuple[Optional[bool], str]  # whether a check passed (None: it did not run), and figures
+Step = Dict[str, Tensor]  # the losses, and the gradient of each part, as vectors
 
 
-class Step(NamedTuple):
-    """The losses of a training step by name, and the gradients, as a vector for each part."""
-
-    losses: Dict[str, float]
-    gradients: Dict[str, Tensor]
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to. Weight maps, whose gradients are small, are one."""
-    return "weight maps" if "modulation" in name else name.removeprefix("module.").split(".")[0]
+# Here and in the processes that this one starts, a GPU does not round products to TF32.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 # ---- Models and steps
 
 
-def overrides_of(config: str, options: Options) -> List[str]:
-    """The overrides of a config with --quick."""
-    if not options.quick:
-        return []
-    if "conv" in config:
-        return [*_TINY, "model.encoder.num_layers=1"]
-    return [*_TINY, "model.encoder.pattern=I", "model.encoder.num_heads=2"]
-
-
-def make_model(config: str, options: Options, device: str, dropout: float = 0.0) -> Any:
-    """The config's model with random weights, the same ones on each device."""
+def make_model(config: str, options: Options, device: str, *overrides: str) -> Any:
+    """The config's model without dropout and with random weights, the same on each device."""
     torch.manual_seed(0)
-    overrides = [*overrides_of(config, options), f"model.dropout={dropout}"]
+    quick = [*_TINY, "model.encoder.pattern=I", "model.encoder.num_heads=2"]
+    if "conv" in config:
+        quick = [*_TINY, "model.encoder.num_layers=1"]
+    overrides = ("model.dropout=0", *(quick if options.quick else []), *overrides)
     cfg = load_config(str(CONFIGS / f"{config}.py"), overrides)
     return build_model(argparse.Namespace(device=device), cfg)
 
@@ -87,6 +88,11 @@ def make_batch(options: Options, is_padded: bool = True) -> List[Dict[str, Any]]
     return [item for size in sizes for item in random_batch(1, size)]
 
 
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to. Weight maps, whose gradients are small, are one."""
+    return "weight maps" if "modulation" in name else name.removeprefix("module.").split(".")[0]
+
+
 def take_step(
     model: nn.Module, batch: List[Dict[str, Any]], dtype: str = "float32", seed: int = 2
 ) -> Step:
@@ -98,183 +104,251 @@ def take_step(
         model.train().zero_grad()
         torch.manual_seed(seed)
         with torch.autocast(device, amp_dtype, enabled=amp_dtype is not None):
-            losses = model(batch)
-        (scale * sum(losses.values())).backward()
+            losses = torch.stack(list(model(batch).values()))
+        (scale * losses.sum()).backward()
         parts: Dict[str, List[Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 parts.setdefault(part_of(name), []).append(parameter.grad.flatten().cpu())
-        gradients = {name: torch.cat(part).float() / scale for name, part in parts.items()}
-        if all(gradient.isfinite().all() for gradient in gradients.values()):
+        step = {name: torch.cat(part).float() / scale for name, part in parts.items()}
+        if all(gradient.isfinite().all() for gradient in step.values()):
             break
-    return Step({name: loss.item() for name, loss in losses.items()}, gradients)
+    return {"losses": losses.detach().float().cpu(), **step}
 
 
-def compare(found: Step, expected: Step, dtype: str = "float32") -> Tuple[bool, str]:
-    """Whether two steps are the same but for rounding, and how far apart they are."""
-    loss, gradient = differences(found, expected)
-    most_loss, most_gradient = TOLERANCES[dtype]
-    text = f"{dtype}: losses {loss:.1e} (at most {most_loss:g}), gradient {gradient:.1e} "
-    return loss <= most_loss and gradient <= most_gradient, f"{text}(at most {most_gradient:g})"
+def compare(found: Step, expected: Step, dtype: str = "float32", name: str = "") -> Result:
+    """Whether two steps are the same but for rounding, and how far apart they are: the relative
+    difference of the losses, and the greatest of the parts' gradients. Infinity stands for nan."""
+    loss, *gradients = (
+        ((found[part] - value).norm() / value.norm()).nan_to_num(torch.inf, torch.inf)
+        for part, value in expected.items()
+    )
+    gradient, (most_loss, most_gradient) = torch.stack(gradients).max(), TOLERANCES[dtype]
+    text = f"{name or dtype}: losses {loss:.1e} (at most {most_loss:g}), gradient {gradient:.1e} "
+    passed = bool(loss <= most_loss and gradient <= most_gradient)
+    return passed, f"{text}(at most {most_gradient:g})"
 
 
-def differences(found: Step, expected: Step) -> Tuple[float, float]:
-    """The greatest relative differences of a loss, and of a part's gradient. Infinity stands for
-    nan."""
-    losses = [
-        abs(found.losses[name] - value) / max(abs(value), 1e-6)
-        for name, value in expected.losses.items()
-    ]
-    loss = torch.tensor(losses).nan_to_num(torch.inf, torch.inf).max()
-    distances = [
-        (found.gradients[part] - gradient).norm() / gradient.norm()
-        for part, gradient in expected.gradients.items()
-    ]
-    return float(loss), float(torch.stack(distances).nan_to_num(torch.inf, torch.inf).max())
-
-
-# ---- Checks
-
-
-def check_equality(config: str, options: Options) -> Result:
-    """The device's step is the CPU's."""
-    batch, devices = make_batch(options), (options.device, "cpu")
-    steps = [take_step(make_model(config, options, device), batch) for device in devices]
-    return compare(steps[0], steps[1])
-
-
-def check_amp(config: str, options: Options) -> Result:
-    """The steps of mixed precision are near that of float32."""
-    batch, model = make_batch(options), make_model(config, options, options.device)
-    expected = take_step(model, batch)
-    results = [compare(take_step(model, batch, dtype), expected, dtype) for dtype in AMP_DTYPES]
+def joined(results: Sequence[Result]) -> Result:
+    """Several results as one."""
     return all(passed for passed, _ in results), "; ".join(text for _, text in results)
 
 
-def check_compile(config: str, options: Options) -> Result:
-    """Compiled parts compute what they do in eager mode."""
+# ---- Checks of a model
+
+
+def check_equality(config: str, options: Options) -> Result:
+    """The device's step is the CPU's, also with weight maps as channels, which a GPU takes for
+    large maps, and with maps that have no channels and then are computed in chunks."""
+    batch, devices, results = make_batch(options), (options.device, "cpu"), []
+    for name in ["", *(["independent", "covariance"] if not config.startswith("detr") else [])]:
+        overrides = [f"model.decoder.modulation.map={name}"] if name else []
+        with mock.patch.object(kernels, "_MAX_ADDED", 0 if name else kernels._MAX_ADDED):
+            steps = [take_step(make_model(config, options, d, *overrides), batch) for d in devices]
+        results.append(compare(steps[0], steps[1], name=name))
+    return joined(results)
+
+
+def check_amp(config: str, options: Options) -> Result:
+    """The steps of mixed precision are near that of float32. Tells the kernels of attention."""
     batch, model = make_batch(options), make_model(config, options, options.device)
-    expected = take_step(model, batch)
-    torch._dynamo.reset()
-    model.compile_parts(**({"backend": "eager"} if options.quick else {}))
-    return compare(take_step(model, batch), expected)
+    expected, results = take_step(model, batch), []
+    for dtype in AMP_DTYPES:
+        with profile(activities=[ProfilerActivity.CPU]) as calls:
+            step = take_step(model, batch, dtype)
+        names = {event.key.removeprefix("aten::") for event in calls.key_averages()}
+        kernel = ", ".join(n for n in sorted(names) if n.startswith("_scaled_dot_product"))
+        passed, text = compare(step, expected, dtype)
+        results.append((passed, f"{text}, {kernel}"))
+    return joined(results)
+
+
+def check_waits(config: str, options: Options) -> Result:
+    """No forward pass waits for the GPU. (In training, the matcher does after it.)"""
+    batch, model = make_batch(options), make_model(config, options, options.device)
+    watch = torch.cuda.set_sync_debug_mode if options.device == "cuda" else str
+    try:
+        for mode in ("default", "error"):  # the first call makes what is kept
+            watch(mode)
+            with torch.autocast(options.device, torch.bfloat16):
+                model.train().forward_head(model.forward_features(model.preprocess(batch)))
+                model.eval()(batch)
+    finally:
+        watch("default")
+    return True, "no wait"
+
+
+def check_sizes(config: str, options: Options) -> Result:
+    """The first image of a size takes little longer than the second: nothing is planned anew."""
+    model, times = make_model(config, options, options.device).eval(), []
+    for index in range(2 * NUM_SIZES):
+        images = random_batch(1, (options.size[0] + 8 * (index // 2), options.size[1]))
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast(options.device, torch.bfloat16):
+            model(images)[0]["instances"].scores.cpu()
+        times.append(time.perf_counter() - start)
+    first, second = (statistics.median(times[start::2]) for start in (2, 3))
+    text = f"medians of {NUM_SIZES - 1} sizes: {first:.3f} s, then {second:.3f} s"
+    return first < 10 * second, f"{text}; the first call of all: {times[0]:.1f} s"
 
 
 def check_checkpointing(config: str, options: Options) -> Result:
-    """Layers that are computed again draw the same dropout."""
-    batch, model = make_batch(options), make_model(config, options, options.device, dropout=0.1)
-    steps = []
-    for checkpointing in (True, False):
-        model.encoder.checkpointing = checkpointing
-        steps.append(take_step(model, batch))
-    if differences(take_step(model, batch, seed=3), steps[1])[1] < 1e-3:
-        return False, "another seed changes nothing: there is no dropout"
-    return compare(steps[0], steps[1])
+    """Layers that are computed again draw the same dropout, in half types too."""
+    batch, results = make_batch(options), []
+    model = make_model(config, options, options.device, "model.dropout=0.1")
+    for dtype in TOLERANCES:
+        steps = []
+        for model.encoder.checkpointing in (True, False):
+            steps.append(take_step(model, batch, dtype))
+        if torch.equal(take_step(model, batch, dtype, seed=3)["losses"], steps[1]["losses"]):
+            return False, "another seed changes nothing: there is no dropout"
+        results.append(compare(steps[0], steps[1], dtype))
+    return joined(results)
 
 
-def check_processes(config: str, options: Options) -> Result:
-    """Two processes with an image each have the gradient of one process with both."""
-    if options.device == "cuda" and torch.cuda.device_count() < 2:
+def check_processes(
+    config: str, options: Options, count: int = 2, is_compiled: bool = False
+) -> Result:
+    """Processes with a share of the batch each have the gradient of one process with all of it."""
+    if options.device == "cuda" and torch.cuda.device_count() < count:
         return None, "not run: there is one GPU"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        arguments = (port, config, options, results)
-        multiprocessing.spawn(share_a_step, arguments, nprocs=2)  # type: ignore[no-untyped-call]
-        (losses, arrays), (other_losses, other_arrays) = (results[rank] for rank in range(2))
+        steps = manager.dict()
+        arguments = (port, steps, (config, options, count, is_compiled))
+        multiprocessing.spawn(share_a_step, arguments, count, daemon=True)  # type: ignore[no-untyped-call]
+        shares = [
+            {part: torch.from_numpy(array) for part, array in steps[rank].items()}
+            for rank in range(count)
+        ]
     # Without padding: the convolutions see it, and an image alone has none.
     batch = make_batch(options, is_padded=False)
     expected = take_step(make_model(config, options, options.device), batch)
-    if any((array != other_arrays[part]).any() for part, array in arrays.items()):
-        return False, "the processes' gradients differ"
-    losses = {name: (loss + other_losses[name]) / 2 for name, loss in losses.items()}
-    gradients = {part: torch.from_numpy(array) for part, array in arrays.items()}
-    return compare(Step(losses, gradients), expected)
+    losses = torch.stack([share["losses"] for share in shares]).mean(dim=0)
+    return joined([compare({**share, "losses": losses}, expected) for share in shares])
 
 
-def share_a_step(rank: int, port: int, config: str, options: Options, results: Any) -> None:
-    """A step on one image of the batch, in one of two processes."""
+def share_a_step(rank: int, port: int, steps: Any, job: Tuple[str, Options, int, bool]) -> None:
+    """A step on a share of the batch, in one of several processes."""
+    config, options, count, is_compiled = job
     on_gpu = options.device == "cuda"
-    torch.backends.cudnn.allow_tf32 = False
     if on_gpu:
         torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("nccl" if on_gpu else "gloo", address, world_size=2, rank=rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo", address, world_size=count, rank=rank)
     model = make_model(config, options, options.device)
+    if is_compiled:
+        model.compile_parts(**({"backend": "eager"} if options.quick else {}))
     parallel = DistributedDataParallel(model, device_ids=[rank] if on_gpu else None)
-    step = take_step(parallel, make_batch(options, is_padded=False)[rank : rank + 1])
+    step = take_step(parallel, make_batch(options, is_padded=False)[rank::count])
     # As arrays: tensors would go with the process.
-    results[rank] = step.losses, {part: g.numpy() for part, g in step.gradients.items()}
+    steps[rank] = {part: vector.numpy() for part, vector in step.items()}
     dist.destroy_process_group()
+
+
+def check_export(config: str, options: Options) -> Result:
+    """A .pt2 file that is moved to the device has the model's scores."""
+    model, batch = make_model(config, options, "cpu").eval(), make_batch(options, is_padded=False)
+    with tempfile.TemporaryDirectory() as folder:
+        export_detector(Predictor.from_model(model), f"{folder}/model.pt2", "pt2")
+        program = torch.export.load(f"{folder}/model.pt2")
+    graph = move_to_device_pass(program, options.device).module()
+    images = torch.stack([item["image"].float() for item in batch]).to(options.device)
+    sizes = torch.tensor([options.size] * len(batch)).to(options.device)
+    with torch.no_grad():
+        _, scores, _ = graph(images, sizes)
+        expected = [result["instances"].scores for result in model.to(options.device)(batch)]
+    difference = float((scores - torch.stack(expected)).abs().max())
+    return difference < 1e-4, f"scores {difference:.1e} (at most 1e-4)"
 
 
 CHECKS: Dict[str, Callable[[str, Options], Result]] = {
     "equal to the CPU": check_equality,
     "mixed precision": check_amp,
-    "torch.compile": check_compile,
+    "forward passes": check_waits,
+    "image sizes": check_sizes,
     "checkpointing with dropout": check_checkpointing,
+    "a compiled process": functools.partial(check_processes, count=1, is_compiled=True),
     "two processes": check_processes,
+    "export": check_export,
 }
+# Rounding decides which cells become queries, so that steps of such a model cannot be compared.
+PROPOSING_MODEL = "smca_plus_r50_50ep"
+ITS_CHECKS = ("forward passes", "image sizes", "checkpointing with dropout", "export")
 
 
-def measurements(options: Options) -> Iterator[Tuple[str, Callable[[], List[str]]]]:
-    """Inference and training steps in both types: their names, and functions that measure a row."""
-    height, width = map(str, options.size)
-    sizes = ["--image-size", height, width, "--train-size", height, width]
-    for dtype in ("float32", "bf16"):
-        for config in options.models:
-            words = ["--device", options.device, "--dtype", dtype, "--seconds", "3", *sizes]
-            words += ["--config", str(CONFIGS / f"{config}.py"), *overrides_of(config, options)]
-            settings = parse_options(["inference", "train_step", *words])
-            for name in settings.what:
-                for job in jobs_of(name, settings):
-                    yield name, lambda j=job, s=settings: [s.dtype, *row_of(j, s)]  # type: ignore
+# ---- A training, and all of it
+
+
+def check_training(config: str, options: Options) -> Result:
+    """A training in float16 with accumulation and averaged weights saves its state at a signal, and
+    goes on from there."""
+    folder = options.output / "training"
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [f"train.device={options.device}", f"train.output_dir={folder}"]
+    words += ["train.amp.enabled=True", "train.amp.dtype=fp16"]
+    words += ["train.accumulate=2", "train.model_ema.enabled=True", "train.log_period=1"]
+    if options.quick:
+        words += ["model.embed_dim=16", "dataloader.train.total_batch_size=2"]
+
+    def start(*more: str) -> Any:
+        context = multiprocessing.get_context("spawn")
+        command = ["--config-file", str(CONFIGS / f"{config}.py"), *more, *words]
+        process = context.Process(target=train, args=(command,), daemon=True)
+        process.start()
+        return process
+
+    process, metrics = start(), folder / "metrics.json"
+    while process.is_alive() and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    last = torch.load(folder / (folder / "last_checkpoint").read_text(), weights_only=True)
+    num_iterations = last["trainer"]["iteration"] + 3
+    start("--resume", f"train.max_iter={num_iterations}").join()
+    final = torch.load(folder / "model_final.pth", weights_only=True)
+    scale = final["trainer"]["grad_scaler"]["scale"]
+    changed = any((final["model"][name] != x).any() for name, x in final["model_ema"].items())
+    passed = final["trainer"]["iteration"] == num_iterations - 1 and changed
+    text = f"{num_iterations - 2} iterations, a signal, and 2 more"
+    return passed, f"{text}; the loss's scale is {scale:g}"
 
 
 def run(options: Options) -> int:
-    """Run all checks and measurements and write the report; gives the exit code."""
+    """Run all checks and write the report; gives the exit code."""
     options.threads = torch.get_num_threads()
-    torch.backends.cudnn.allow_tf32 = False  # measurements have processes of their own
-    checks: List[List[str]] = []
-    speeds: List[List[str]] = []
+    rows: List[List[str]] = []
 
     def add(name: str, config: str, result: Result) -> None:
-        words = {True: "yes", False: "NO", None: "-"}[result[0]]
-        checks.append([name, config, words, result[1]])
-        print(*checks[-1], sep="; ", flush=True)
-        write_report(options, checks, speeds)
+        rows.append([name, config, {True: "yes", False: "NO", None: "-"}[result[0]], result[1]])
+        print(*rows[-1], sep="; ", flush=True)
+        table = tabulate(rows, ["check", "model", "passed", "figures"], tablefmt="github")
+        text = f"# Check of a GPU\n\n{provenance(options)}\n\n{table}\n"
+        (options.output / "report.md").write_text(text, encoding="utf-8")
 
-    for config in options.models:
-        for name, check in CHECKS.items():
-            try:
-                add(name, config, check(config, options))
-            except Exception as error:  # whatever a GPU brings up is a finding
-                add(name, config, failure(error))
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
-    for name, measure in measurements(options):
+    def attempt(name: str, config: str, check: Callable[[str, Options], Result]) -> None:
         try:
-            speeds.append(measure())
-            print(*speeds[-1], flush=True)
-            write_report(options, checks, speeds)
-        except Exception as error:  # out of memory, for instance
-            add(f"speed of {name}", "", failure(error))
-    return int(any(row[2] == "NO" for row in checks))
+            result = check(config, options)
+        except Exception as error:  # whatever a GPU brings up is a finding, lack of memory too
+            result = False, f"{type(error).__name__}: {error}".splitlines()[0]
+        add(name, config, result)
+        gc.collect()
+        torch.cuda.empty_cache()  # for the processes that follow
 
+    def stop(*_: Any) -> None:
+        add("all checks", "", (False, f"out of time after {options.minutes} minutes"))
+        sys.exit(OUT_OF_TIME)
 
-def failure(error: Exception) -> Result:
-    """The result of a check that raised an error."""
-    return False, f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def write_report(options: Options, checks: List[List[str]], speeds: List[List[str]]) -> None:
-    """Write report.md."""
-    parts = [f"# Check of a GPU\n\n{provenance(options)}"]
-    parts.append(tabulate(checks, ["check", "model", "passed", "figures"], tablefmt="github"))
-    parts.append(tabulate(speeds, ["type", *COLUMNS], tablefmt="github", disable_numparse=True))
-    (options.output / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60 * options.minutes)
+    for config in options.models:
+        for name in ITS_CHECKS if config == PROPOSING_MODEL else CHECKS:
+            attempt(name, config, CHECKS[name])
+    attempt("a training, stopped and resumed", "smca_plus_shapes", check_training)
+    signal.alarm(0)
+    return int(any(row[2] == "NO" for row in rows))
 
 
 # ---- Command line
@@ -286,17 +360,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    models = [*MAIN_MODELS, PROPOSING_MODEL]
     add("--output", default="output/gpu_check", type=Path, metavar="DIR")
-    add("--models", nargs="+", default=MAIN_MODELS, metavar="NAME", help="names of configs")
+    add("--models", nargs="+", default=models, metavar="NAME", help="names of configs")
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--quick", action="store_true", help="tiny models and images")
+    add("--minutes", type=at_least(1), default=60, help="time limit; default: %(default)s")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No GPU can be used here, so there is nothing to check.", file=sys.stderr)
         return NO_GPU
     for name in options.models:
         if not (CONFIGS / f"{name}.py").is_file():
-            raise UserError(f"There is no config {name}: the default is {', '.join(MAIN_MODELS)}.")
+            raise UserError(f"There is no config {name}: the default is {', '.join(models)}.")
     options.size = (64, 96) if options.quick else (800, 1066)
     with writing(str(options.output)):
         options.output.mkdir(parents=True, exist_ok=True)
