@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reference import resize_mask
+import reference
 from smca import model_zoo
 from smca.modeling.matcher import Targets
 from smca.modeling.scales import Scale
@@ -253,6 +253,7 @@ def build_model(config, *overrides):
 
 _SMCA_CONFIG = """
     from detectron2.config import LazyConfig
+    from omegaconf import OmegaConf
 
     common = "{root}/configs/common/"
     model = LazyConfig.load(common + "models/{base}.py").model
@@ -264,7 +265,8 @@ _SMCA_CONFIG = """
     model.update(embed_dim=16, num_classes=3, num_queries=6)
     model.encoder.update(pattern="I", ffn_dim=16, num_heads=2)
     model.decoder.update(num_layers=2, ffn_dim=16, num_heads=2)
-    model.decoder.update({decoder!r})
+    for _key, _value in {decoder!r}.items():
+        OmegaConf.update(model.decoder, _key, _value)
     dataloader.test.mapper.augmentations.update(short_sides=96, max_size=160)
     dataloader.test.num_workers = 0
     dataloader.test.dataset.names = "smca_shapes_val"
@@ -275,7 +277,11 @@ _SMCA_CONFIG = """
 
 
 def write_smca_config(folder, base="smca", **decoder):
-    """A LazyConfig of a tiny variant of configs/common/models/{base}.py; changes of its decoder."""
+    """A LazyConfig of a tiny variant of configs/common/models/{base}.py.
+
+    Args:
+        decoder: changes of its decoder, by keys such as "modulation.map".
+    """
     path = folder / f"tiny_{base}.py"
     text = _SMCA_CONFIG.format(root=ROOT, base=base, folder=folder, decoder=decoder)
     path.write_text(textwrap.dedent(text))
@@ -354,12 +360,23 @@ def make_scales(strides, image_sizes=None, num_channels=32, seed=0):
             Scale(
                 tokens=torch.randn(shape, generator=generator),
                 position=torch.randn(shape, generator=generator),
-                padding_mask=resize_mask(mask, *size).flatten(1),
+                padding_mask=reference.resize_mask(mask, *size).flatten(1),
                 size=size,
                 stride=stride,
             )
         )
     return scales
+
+
+def bend_dropout(monkeypatch):
+    """Put a bend in place of dropout in the package and in the reference, so that results tell what
+    it was applied to."""
+
+    def bend(x, p=0.5, training=True, inplace=False):
+        return x + 0.3 * torch.sin(2 * x) if training and p else x
+
+    monkeypatch.setattr(F, "dropout", bend)
+    monkeypatch.setattr(reference, "dropout", bend)
 
 
 def random_predictions(num_layers, num_images, num_queries, num_classes, seed=0):

@@ -12,17 +12,12 @@ lists of scales run from fine to coarse.
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any, List, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torchvision.models import resnet50
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FrozenBatchNorm2d
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 # The squared distance of a scale is multiplied by this. Only models of several scales.
 SCALE_FACTORS = {16: 0.5, 32: 1.0, 64: 2.0}
@@ -34,15 +29,23 @@ LOSS_WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 class Settings:
     """What a state dict alone does not say about its model."""
 
-    encoder: str = "attention"  # or "conv"
-    encoder_pattern: str = "IIIIII"  # of the attention encoder
-    encoder_layers: int = 6  # of the conv encoder
     decoder_layers: int = 6
     num_heads: int = 8
     modulation: str = "multi_head"  # or "head_shared", "none"
     spread: str = "independent"  # or "fixed", "single", "covariance"
     beta: float = 8.0
     scale_selection: bool = False
+
+
+class Memory(NamedTuple):
+    """What the decoder reads: of each scale (B, S_l, d) tokens and positions, the (B, S_l) padding
+    mask, (h, w), and the stride."""
+
+    tokens: List[Any]
+    positions: List[Any]
+    padding_masks: List[Any]
+    shapes: List[Any]
+    strides: List[int]
 
 
 # -------------------------------------------------------------------------- positions and masks
@@ -83,10 +86,7 @@ def linear(state_dict, name, x):
 
 
 def layer_norm(state_dict, name, x):
-    centerd = x - x.mean(-1, keepdim=True)
-    variance = (centerd**2).mean(-1, keepdim=True)
-    normalized = centerd / torch.sqrt(variance + 1e-5)
-    return normalized * state_dict[name + ".weight"] + state_dict[name + ".bias"]
+    return F.layer_norm(x, x.shape[-1:], state_dict[name + ".weight"], state_dict[name + ".bias"])
 
 
 def dropout(x):
@@ -190,25 +190,16 @@ def log_weights(height, width, centers, spreads, mode, beta=8.0, factor=1.0):
 
 
 def modulated_co_attention(
-    state_dict,
-    name,
-    query,
-    memories,
-    positions,
-    padding_masks,
-    maps=None,
-    scale_weights=None,
-    num_heads=8,
+    state_dict, name, query, memory, maps=None, scale_weights=None, num_heads=8
 ):
     """Co-attention with the softmax taken within each scale.
 
-    query (B, Q, d), with its positions. memories, positions: lists of (B, S_l, d); padding_masks:
-    list of (B, S_l); maps: list of (B, H, Q, S_l) or None; scale_weights (B, Q, L), or None for 1
-    each. Returns (B, Q, d).
+    query (B, Q, d), with its positions; maps: list of (B, H, Q, S_l) or None; scale_weights
+    (B, Q, L), or None for 1 each. Returns (B, Q, d).
     """
     total = 0
-    for level, (memory, pos, mask) in enumerate(zip(memories, positions, padding_masks)):
-        q, k, v = project_qkv(state_dict, name, query, memory + pos, memory)
+    for level, (tokens, pos, mask, *_) in enumerate(zip(*memory)):
+        q, k, v = project_qkv(state_dict, name, query, tokens + pos, tokens)
         read = attend(q, k, v, num_heads, mask, None if maps is None else maps[level])
         if scale_weights is not None:
             read = read * scale_weights[:, :, level : level + 1]
@@ -260,22 +251,8 @@ def modulation_maps(state_dict, name, o, r, shapes, strides, image_sizes, settin
     return maps
 
 
-def decoder_layer(
-    state_dict,
-    name,
-    tgt,
-    query_pos,
-    r,
-    memories,
-    positions,
-    padding_masks,
-    shapes,
-    strides,
-    image_sizes,
-    settings,
-):
+def decoder_layer(state_dict, name, tgt, query_pos, r, memory, image_sizes, settings):
     """One layer. r is None at the first layer, which predicts it. Returns the new (tgt, r)."""
-    modulated = settings.modulation != "none"
     o = None  # where nothing reads it, its norm does not exist
     if name + ".norm4.weight" in state_dict:
         o = layer_norm(state_dict, name + ".norm4", tgt + query_pos)
@@ -284,74 +261,34 @@ def decoder_layer(
     tgt = layer_norm(state_dict, name + ".norm1", tgt + dropout(attended))
 
     maps, scale_weights = None, None
-    if modulated:
+    if settings.modulation != "none":
         r = center_logits(state_dict, name, o) if r is None else r
-        maps = modulation_maps(state_dict, name, o, r, shapes, strides, image_sizes, settings)
+        sizes = (memory.shapes, memory.strides, image_sizes)
+        maps = modulation_maps(state_dict, name, o, r, *sizes, settings)
     if settings.scale_selection:
         scale_weights = linear(state_dict, name + ".point4", o).softmax(-1)
+    attention, query = name + ".multihead_attn", tgt + query_pos
     read = modulated_co_attention(
-        state_dict,
-        name + ".multihead_attn",
-        tgt + query_pos,
-        memories,
-        positions,
-        padding_masks,
-        maps,
-        scale_weights,
-        settings.num_heads,
+        state_dict, attention, query, memory, maps, scale_weights, settings.num_heads
     )
     tgt = layer_norm(state_dict, name + ".norm2", tgt + dropout(read))
     tgt = layer_norm(state_dict, name + ".norm3", tgt + feed_forward(state_dict, name, tgt))
     return tgt, r
 
 
-def decoder(
-    state_dict,
-    query_pos,
-    memories,
-    positions,
-    padding_masks,
-    shapes,
-    strides,
-    image_sizes,
-    settings,
-):
+def decoder(state_dict, query_pos, memory, image_sizes, settings):
     """All layers' outputs after the final norm, a list of (B, Q, d), and r (B, Q, 2) or None.
 
-    query_pos (Q, d). memories, positions: lists of (B, S_l, d); padding_masks: list of (B, S_l).
+    query_pos (Q, d).
     """
     query_pos = query_pos[None].repeat(len(image_sizes), 1, 1)
     tgt, r = torch.zeros_like(query_pos), None
     outputs = []
     for i in range(settings.decoder_layers):
-        tgt, r = decoder_layer(
-            state_dict,
-            f"transformer.decoder.layers.{i}",
-            tgt,
-            query_pos,
-            r,
-            memories,
-            positions,
-            padding_masks,
-            shapes,
-            strides,
-            image_sizes,
-            settings,
-        )
+        name = f"transformer.decoder.layers.{i}"
+        tgt, r = decoder_layer(state_dict, name, tgt, query_pos, r, memory, image_sizes, settings)
         outputs.append(layer_norm(state_dict, "transformer.decoder.norm", tgt))
     return outputs, r
-
-
-def heads(state_dict, outputs, r):
-    """Logits (B, Q, C) and boxes (B, Q, 4), normalized cxcywh, of all layers: two lists."""
-    all_logits, all_boxes = [], []
-    for output in outputs:
-        all_logits.append(linear(state_dict, "class_embed", output))
-        box = mlp(state_dict, "bbox_embed", output)
-        if r is not None:
-            box = torch.cat([box[..., :2] + r, box[..., 2:]], -1)
-        all_boxes.append(box.sigmoid())
-    return all_logits, all_boxes
 
 
 # ------------------------------------------------------------------------------------- encoders
@@ -378,15 +315,8 @@ def attention_encoder(state_dict, tokens, positions, padding_masks, pattern, num
             ]
         else:
             lengths = [x.shape[1] for x in tokens]
-            merged = encoder_layer(
-                state_dict,
-                name,
-                torch.cat(tokens, 1),
-                torch.cat(positions, 1),
-                torch.cat(padding_masks, 1),
-                num_heads,
-            )
-            tokens = list(merged.split(lengths, 1))
+            merged = (torch.cat(x, 1) for x in (tokens, positions, padding_masks))
+            tokens = encoder_layer(state_dict, name, *merged, num_heads).split(lengths, 1)
     return tokens
 
 
@@ -437,93 +367,6 @@ def conv_encoder(state_dict, maps, positions, num_layers):
     return maps
 
 
-# --------------------------------------------------------------------------- the whole detector
-
-
-def batch_images(images):
-    """Normalize and pad uint8 (H, W, 3) RGB arrays; returns (B, 3, H, W), the mask, the sizes."""
-    sizes = [image.shape[:2] for image in images]
-    height = max(size[0] for size in sizes)
-    width = max(size[1] for size in sizes)
-    batch = torch.zeros(len(images), 3, height, width)
-    padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for b, (image, (h, w)) in enumerate(zip(images, sizes)):
-        pixels = torch.from_numpy(image).float()
-        normalized = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-        batch[b, :, :h, :w] = normalized.permute(2, 0, 1)
-        padding_mask[b, :h, :w] = False
-    return batch, padding_mask, sizes
-
-
-def backbone(state_dict, batch):
-    """C3, C4 and C5 of torchvision's ResNet-50 with frozen batch norm."""
-    prefix = "backbone.0.body."
-    weights = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    with torch.device("meta"):
-        resnet = resnet50(norm_layer=FrozenBatchNorm2d)
-    body = IntermediateLayerGetter(resnet, {"layer2": "c3", "layer3": "c4", "layer4": "c5"})
-    features = torch.func.functional_call(body, weights, (batch,), strict=True)
-    return features["c3"], features["c4"], features["c5"]
-
-
-def project_features(state_dict, c3, c4, c5, settings):
-    """The encoder's input maps (B, d, h, w), from fine to coarse, and their strides."""
-    if "input_proj.weight" in state_dict:
-        return [convolution(state_dict, "input_proj", c5)], [32]
-    maps = [
-        convolution(state_dict, "input_proj_1024", c4),
-        convolution(state_dict, "input_proj_2048", c5),
-        convolution(state_dict, "input_proj_2048_3", c5, stride=2),
-    ]
-    if settings.encoder == "conv":
-        return [convolution(state_dict, "input_proj_512", c3)] + maps, [8, 16, 32, 64]
-    return maps, [16, 32, 64]
-
-
-def scale_positions(state_dict, masks, num_channels):
-    """Each scale's sine encoding plus the scale embedding, where there is one: (B, d, h, w)."""
-    positions = [sine_position_encoding(mask, num_channels // 2) for mask in masks]
-    if "transformer.level_embed" in state_dict:
-        embeddings = state_dict["transformer.level_embed"]
-        positions = [p + e[None, :, None, None] for p, e in zip(positions, embeddings)]
-    return positions
-
-
-def encode(state_dict, maps, strides, padding_mask, settings):
-    """Encoder, then all that the decoder needs: memories, positions, masks, shapes, strides."""
-    masks = [resize_mask(padding_mask, *x.shape[-2:]) for x in maps]
-    positions = scale_positions(state_dict, masks, maps[0].shape[1])
-    if settings.encoder == "conv":
-        maps = conv_encoder(state_dict, maps, positions, settings.encoder_layers)
-        # The decoder reads stride 8 reduced to stride 16, with all else from stride 16.
-        maps = [convolution(state_dict, "transformer.conv", maps[0], stride=2)] + maps[1:]
-        positions = [positions[1]] + positions[1:]
-        masks = [masks[1]] + masks[1:]
-        strides = [16] + strides[1:]
-    shapes = [tuple(x.shape[-2:]) for x in maps]
-    tokens = [to_tokens(x) for x in maps]
-    positions = [to_tokens(x) for x in positions]
-    masks = [mask.flatten(1) for mask in masks]
-    if settings.encoder == "attention":
-        tokens = attention_encoder(
-            state_dict, tokens, positions, masks, settings.encoder_pattern, settings.num_heads
-        )
-    return tokens, positions, masks, shapes, strides
-
-
-def reference_model(state_dict, images, settings):
-    """Logits (B, Q, C) and normalized cxcywh boxes (B, Q, 4) of all decoder layers, two lists.
-
-    images: list of uint8 (H, W, 3) RGB arrays.
-    """
-    batch, padding_mask, sizes = batch_images(images)
-    c3, c4, c5 = backbone(state_dict, batch)
-    maps, strides = project_features(state_dict, c3, c4, c5, settings)
-    memory = encode(state_dict, maps, strides, padding_mask, settings)
-    outputs, r = decoder(state_dict, state_dict["query_embed.weight"], *memory, sizes, settings)
-    return heads(state_dict, outputs, r)
-
-
 # ---------------------------------------------------------------------------- matching and loss
 
 
@@ -571,20 +414,6 @@ def match(logits, boxes, labels, target_boxes):
     return list(zip(queries.tolist(), targets.tolist()))
 
 
-def match_by_brute_force(costs):
-    """Pairs (query, target) of the cheapest assignment of a small (Q, T) matrix."""
-    num_queries, num_targets = costs.shape
-    if num_targets > num_queries:
-        return sorted((q, t) for t, q in match_by_brute_force(costs.T))
-    best, best_cost = [], float("inf")
-    for queries in itertools.permutations(range(num_queries), num_targets):
-        pairs = [(q, t) for t, q in enumerate(queries)]
-        cost = sum(float(costs[q, t]) for q, t in pairs)
-        if cost < best_cost:
-            best, best_cost = pairs, cost
-    return sorted(best)
-
-
 def focal_loss(logit, is_object):
     """Sigmoid focal loss of one logit, alpha 0.25 and gamma 2."""
     if is_object:
@@ -592,23 +421,18 @@ def focal_loss(logit, is_object):
     return 0.75 * torch.sigmoid(logit) ** 2 * -F.logsigmoid(-logit)
 
 
-def layer_losses(logits, boxes, targets, pairs=None):
+def layer_losses(logits, boxes, targets):
     """Unweighted losses of one layer: logits (B, Q, C), boxes (B, Q, 4).
 
     targets: a dict an image with ``labels`` (T,) and ``boxes`` (T, 4), normalized cxcywh.
-    pairs: a list of (query, target) an image, in place of the matching.
     """
     num_boxes = max(sum(len(target["labels"]) for target in targets), 1)
     loss_ce, loss_bbox, loss_giou = logits.sum() * 0, boxes.sum() * 0, boxes.sum() * 0
     for b, target in enumerate(targets):
         labels, target_boxes = target["labels"], target["boxes"]
-        if pairs is None:
-            matched = match(logits[b], boxes[b], labels, target_boxes)
-        else:
-            matched = pairs[b]
         # Every logit is first taken for background, then the matched ones are put right.
         loss_ce = loss_ce + focal_loss(logits[b], False).sum()
-        for q, t in matched:
+        for q, t in match(logits[b], boxes[b], labels, target_boxes):
             logit = logits[b, q, labels[t]]
             loss_ce = loss_ce - focal_loss(logit, False) + focal_loss(logit, True)
             loss_bbox = loss_bbox + (boxes[b, q] - target_boxes[t]).abs().sum()
@@ -630,12 +454,9 @@ def losses(all_logits, all_boxes, targets):
     return result
 
 
-def total_loss(all_losses):
-    total = 0
-    for name, value in all_losses.items():
-        kind = "_".join(name.split("_")[:2])
-        total = total + LOSS_WEIGHTS[kind] * value
-    return total
+def weighted(all_losses):
+    """Losses times their weights."""
+    return {k: LOSS_WEIGHTS["_".join(k.split("_")[:2])] * v for k, v in all_losses.items()}
 
 
 def inference(logits, boxes, height, width, top_k):
@@ -647,31 +468,13 @@ def inference(logits, boxes, height, width, top_k):
     for q, c in itertools.product(range(logits.shape[0]), range(logits.shape[1])):
         candidates.append((float(torch.sigmoid(logits[q, c])), c, q))
     candidates.sort(key=lambda candidate: -candidate[0])
-    best = candidates[:top_k]
-    xyxy = []
-    for _, _, q in best:
-        x0, y0, x1, y1 = [float(value) for value in corners(boxes[q])]
-        xyxy.append([x0 * width, y0 * height, x1 * width, y1 * height])
-    scores = torch.tensor([score for score, _, _ in best])
-    labels = torch.tensor([label for _, label, _ in best], dtype=torch.int64)
-    return scores, labels, torch.tensor(xyxy).reshape(-1, 4)
+    scores, labels, queries = zip(*candidates[:top_k])
+    pixels = torch.tensor([width, height, width, height])
+    xyxy = [torch.stack(corners(boxes[q])) * pixels for q in queries]
+    return torch.tensor(scores), torch.tensor(labels), torch.stack(xyxy)
 
 
 # --------------------------------------------------------------------------------- golden cases
-
-
-def make_settings(case):
-    """Settings of a golden case, a dict read from its JSON file."""
-    conv = case["model"].startswith("conv")
-    return Settings(
-        encoder="conv" if conv else "attention",
-        encoder_pattern=case.get("encoder_pattern", "I" * case["encoder_layers"]),
-        encoder_layers=case["encoder_layers"],
-        decoder_layers=case["decoder_layers"],
-        spread=case["spread"],
-        beta=case["beta"],
-        scale_selection=case.get("scale_selection", conv),
-    )
 
 
 def draw_weight(random, key, shape):

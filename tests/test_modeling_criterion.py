@@ -27,11 +27,7 @@ def random_inputs(num_layers, num_objects, num_queries=Q, seed=0):
 def reference_losses(inputs, targets):
     """Weighted losses of all layers."""
     targets = [{"labels": t.labels, "boxes": t.boxes_cxcywh} for t in targets]
-    losses = reference.losses(list(inputs["logits"]), list(inputs["boxes"]), targets)
-    return {
-        name: value * reference.LOSS_WEIGHTS["_".join(name.split("_")[:2])]
-        for name, value in losses.items()
-    }
+    return reference.weighted(reference.losses(*map(list, inputs.values()), targets))
 
 
 @pytest.mark.parametrize(

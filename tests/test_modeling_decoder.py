@@ -6,20 +6,20 @@ import torch
 import reference
 from helpers import (
     IMAGE_SIZES,
-    LargestTensor,
     assert_close,
     assert_same_gradients,
     assert_uniform,
+    bend_dropout,
     make_scales,
     randomize,
     weighted_sum,
     with_leaves,
 )
 from official_names import official_state_dict
-from smca.modeling import kernels
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.queries import Queries
+from smca.modeling.scales import Scale
 from smca.modeling.weight_map import MAPS, Modulation, WeightMap
 
 D, H, FFN, Q = 32, 4, 48, 5
@@ -29,16 +29,15 @@ SIZES = dict(embed_dim=D, num_heads=H, ffn_dim=FFN, dropout=0.0)
 MODES = [(m, s) for m in ("multi_head", "head_shared") for s in MAPS] + [("none", "independent")]
 
 
-def make_decoder(num_scales=1, num_layers=2, dropout=0.0, **settings):
-    return Decoder(
-        num_layers=num_layers,
-        num_scales=num_scales,
-        embed_dim=D,
-        num_heads=H,
-        ffn_dim=FFN,
-        dropout=dropout,
-        **settings,
-    )
+def make_decoder(num_scales=1, num_layers=2, modulation="multi_head", dropout=0.0, **settings):
+    """With weight maps of a kind and a spread that the reference knows, or a `Modulation`."""
+    keys = {"spread": "map", "beta": "beta", "offset_gain": "offset_gain"}
+    maps = {keys[name]: settings.pop(name) for name in keys if name in settings}
+    if isinstance(modulation, str):
+        per_head = modulation == "multi_head"
+        modulation = None if modulation == "none" else Modulation(per_head=per_head, **maps)
+    sizes = dict(num_scales=num_scales, num_layers=num_layers, modulation=modulation)
+    return Decoder(**{**SIZES, **sizes, "dropout": dropout, **settings})
 
 
 def query_position(num_queries=Q):
@@ -56,20 +55,6 @@ def decode(decoder, scales, position=None, image_sizes=None):
     return decoder(scales, Queries(content, position), pixel_sizes(image_sizes))
 
 
-def reference_decode(state_dict, scales, position, settings, image_sizes=None):
-    return reference.decoder(
-        state_dict,
-        position,
-        [scale.tokens for scale in scales],
-        [scale.position for scale in scales],
-        [scale.padding_mask for scale in scales],
-        [scale.size for scale in scales],
-        [scale.stride for scale in scales],
-        image_sizes or IMAGE_SIZES,
-        settings,
-    )
-
-
 # Scales, modulation, spread, selection of scales, beta and number of layers.
 DECODERS = [([16, 32, 64], *mode, selects, 8.0, 2) for mode in MODES for selects in (False, True)]
 DECODERS += [([32], *mode, False, 8.0, 2) for mode in MODES]
@@ -80,34 +65,23 @@ DECODERS += [
 ]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
     "strides, modulation, spread, scale_selection, beta, num_layers", DECODERS, ids=str
 )
 def test_decoder_equals_the_reference(
-    strides, modulation, spread, scale_selection, beta, num_layers
+    strides, modulation, spread, scale_selection, beta, num_layers, dropout, monkeypatch
 ):
-    decoder = randomize(
-        make_decoder(
-            len(strides),
-            num_layers,
-            modulation=modulation,
-            spread=spread,
-            scale_selection=scale_selection,
-            beta=beta,
-        )
-    )
+    choices = dict(modulation=modulation, spread=spread, scale_selection=scale_selection, beta=beta)
+    decoder = randomize(make_decoder(len(strides), num_layers, dropout=dropout, **choices))
+    if dropout:
+        bend_dropout(monkeypatch)
     scales, inputs = with_leaves(make_scales(strides))
     inputs["query_position"] = query_position().requires_grad_()
     state_dict = official_state_dict(decoder, "decoder")
-    settings = reference.Settings(
-        decoder_layers=num_layers,
-        num_heads=H,
-        modulation=modulation,
-        spread=spread,
-        scale_selection=scale_selection,
-        beta=beta,
-    )
-    expected, r = reference_decode(state_dict, scales, inputs["query_position"], settings)
+    settings = reference.Settings(decoder_layers=num_layers, num_heads=H, **choices)
+    position, memory = inputs["query_position"], reference.Memory(*zip(*scales))
+    expected, r = reference.decoder(state_dict, position, memory, IMAGE_SIZES, settings)
     hidden, references = decode(decoder, scales, inputs["query_position"])
     assert hidden.shape == (num_layers, len(IMAGE_SIZES), Q, D)
     outputs, expected = [hidden], [torch.stack(expected)]
@@ -170,7 +144,7 @@ class Disc(WeightMap):
 def test_a_map_of_ones_own_is_a_setting(per_head, dropout):
     path = f"{__name__}.Disc"
     assert Modulation(path).map is Disc
-    decoder = make_decoder(2, 2, dropout, modulation=Modulation(Disc, per_head=per_head))
+    decoder = make_decoder(2, 2, Modulation(Disc, per_head=per_head), dropout)
     weighted_sum([decode(decoder, make_scales([16, 32])).hidden]).backward()
     for layer in decoder.layers:
         assert layer.modulation.spread.weight.grad.any()
@@ -188,26 +162,13 @@ def test_every_shape_compiles(spread):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "key, value", [("modulation", "sometimes"), ("spread", "wide"), ("spread", "os.path")]
-)
-def test_unknown_mode_is_an_error_that_names_it(key, value):
-    with pytest.raises(ValueError, match=value):
-        make_decoder(**{key: value})
+@pytest.mark.parametrize("name", ["wide", "os.path"])
+def test_an_unknown_map_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        Modulation(name)
 
 
 # ---------------------------------------------------------------------------- padding and batches
-
-
-@pytest.mark.parametrize("modulation, spread", MODES)
-def test_what_padding_holds_does_not_reach_encoder_and_decoder(modulation, spread, garbage=1e4):
-    encoder = randomize(TransformerEncoder(pattern="IMI", **SIZES))
-    decoder = randomize(make_decoder(3, 2, modulation=modulation, spread=spread))
-    scales = make_scales([16, 32, 64])
-    dirty = [
-        s._replace(tokens=s.tokens.masked_fill(s.padding_mask[..., None], garbage)) for s in scales
-    ]
-    assert_close(decode(decoder, encoder(dirty)).hidden, decode(decoder, encoder(scales)).hidden)
 
 
 @pytest.mark.parametrize("modulation, spread", MODES)
@@ -222,42 +183,10 @@ def test_an_image_gives_the_same_alone_and_padded_in_a_batch(modulation, spread)
         cells = torch.arange(scale.size[0] * scale.size[1]).view(scale.size)
         cells = cells[:height, :width].flatten()
         assert not scale.padding_mask[1, cells].any()
-        alone.append(
-            scale._replace(
-                tokens=scale.tokens[1:, cells],
-                position=scale.position[1:, cells],
-                padding_mask=None,
-                size=(height, width),
-            )
-        )
+        tokens, position = scale.tokens[1:, cells], scale.position[1:, cells]
+        alone.append(Scale(tokens, position, None, (height, width), scale.stride))
     expected = decode(decoder, encoder(alone), image_sizes=[small]).hidden[:, 0]
     assert_close(decode(decoder, encoder(batch)).hidden[:, 1], expected)
-
-
-# ------------------------------------------------------------------------------------ no full map
-
-
-@pytest.mark.parametrize("modulation, spread", MODES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_decoder_builds_no_full_map(modulation, spread, dropout, monkeypatch):
-    monkeypatch.setattr(kernels, "_MAX_CHUNK", 1 << 16)
-    sizes = [(320, 384), (200, 300)]
-    num_queries = 100
-    decoder = Decoder(
-        num_layers=1,
-        modulation=modulation,
-        spread=spread,
-        num_scales=2,
-        embed_dim=D,
-        num_heads=8,
-        ffn_dim=FFN,
-        dropout=dropout,
-    )
-    scales, _ = with_leaves(make_scales([16, 32], sizes))
-    with LargestTensor() as largest:
-        output = decode(decoder, scales, query_position(num_queries), sizes)
-        weighted_sum([output.hidden]).backward()
-    assert largest.num_elements < 2 * 8 * num_queries * scales[0].tokens.shape[1] / 2
 
 
 # --------------------------------------------------------------------------------- initial values
@@ -297,20 +226,9 @@ def test_initial_values(modulation, spread):
 )
 def test_offsets_start_with_their_gain_and_nothing_else_does(settings, gain):
     torch.manual_seed(0)
-    decoder = make_decoder(3, 2, modulation="multi_head", spread="independent", **settings)
-    plain = make_decoder(3, 2, modulation="multi_head", spread="independent")
+    decoder, plain = make_decoder(3, 2, **settings), make_decoder(3, 2)
     for (name, value), other in zip(decoder.named_parameters(), plain.parameters(), strict=True):
         if "offset.weight" in name:
             assert_uniform(value, gain * (6 / (value.shape[0] + value.shape[1])) ** 0.5)
         elif value.dim() > 1 and value.any():
             assert value.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1)
-
-
-def test_stacked_projection_has_the_bound_of_the_published_width():
-    torch.manual_seed(0)
-    decoder = Decoder(num_layers=1, num_scales=1)
-    for name, value in decoder.named_parameters():
-        if name.endswith("in_proj_weight"):
-            assert value.shape == (768, 256)
-            # 0.077; each (d, d) drawn alone would have 0.108.
-            assert_uniform(value, (6 / (768 + 256)) ** 0.5)

@@ -13,14 +13,14 @@ from helpers import (
     match_detections,
     randomize,
 )
-from official_names import official_state_dict
 from smca.errors import UserError
 from smca.modeling.backbone import build_resnet
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.criterion import SetCriterion
-from smca.modeling.decoder import Decoder
+from smca.modeling.decoder import DecoderOutput
 from smca.modeling.detector import SMCA, Predictions
 from smca.modeling.encoder import TransformerEncoder
+from test_modeling_decoder import make_decoder
 
 D, H, FFN, Q, C = 32, 4, 48, 7, 5
 MODELS = ["single scale", "multi scale", "conv"]
@@ -41,15 +41,9 @@ def make_model(
     else:
         arguments = dict(pattern=PATTERNS[kind], embed_dim=D, num_heads=H, ffn_dim=FFN)
         encoder = TransformerEncoder(**{**arguments, **encoder_settings}, dropout=dropout)
-    arguments = dict(num_layers=2, scale_selection=kind != "single scale")
-    decoder = Decoder(
-        **{**arguments, **decoder_settings},
-        num_scales=len(features) + num_extra_scales,
-        embed_dim=D,
-        num_heads=H,
-        ffn_dim=FFN,
-        dropout=dropout,
-    )
+    decoder_settings = {"scale_selection": kind != "single scale", **decoder_settings}
+    num_scales = len(features) + num_extra_scales
+    decoder = make_decoder(num_scales, dropout=dropout, **decoder_settings)
     defaults = dict(in_features=features, num_classes=C, num_queries=Q, embed_dim=D)
     defaults["criterion"] = SetCriterion()
     settings = {**defaults, **settings}
@@ -86,30 +80,6 @@ def make_inputs(num_objects=None, image_sizes=None):
     return inputs
 
 
-def reference_predictions(model, kind, inputs, encoder_settings=None, decoder_settings=None):
-    """Logits and boxes of all layers; only the backbone is the model's own."""
-    arrays = [x["image"].permute(1, 2, 0).numpy() for x in inputs]
-    batch, padding_mask, sizes = reference.batch_images(arrays)
-    features = model.backbone(batch)
-    encoder_settings, decoder_settings = encoder_settings or {}, dict(decoder_settings or {})
-    settings = reference.Settings(
-        encoder="conv" if kind == "conv" else "attention",
-        encoder_pattern=encoder_settings.get("pattern", PATTERNS.get(kind, "")),
-        encoder_layers=encoder_settings.get("num_layers", 2),
-        decoder_layers=decoder_settings.pop("num_layers", 2),
-        num_heads=H,
-        **{"scale_selection": kind != "single scale", **decoder_settings},
-    )
-    state_dict = official_state_dict(model)
-    maps, strides = reference.project_features(
-        state_dict, features.get("res3"), features.get("res4"), features["res5"], settings
-    )
-    memory = reference.encode(state_dict, maps, strides, padding_mask, settings)
-    position = state_dict["query_embed.weight"]
-    outputs, r = reference.decoder(state_dict, position, *memory, sizes, settings)
-    return reference.heads(state_dict, outputs, r)
-
-
 @pytest.mark.parametrize(
     "constraints, size",
     [({"square_size": 160}, (160, 160)), ({"size_divisibility": 50}, (100, 150))],
@@ -124,60 +94,15 @@ def test_images_are_padded_as_the_backbone_wants(monkeypatch, constraints, size)
 # ------------------------------------------------------------------------------- the whole detector
 
 
-# What a published model may be set to: kind of encoder, its settings, the decoder's.
-SETTINGS = [
-    ("single scale", {}, {}),
-    ("single scale", {}, {"modulation": "head_shared", "spread": "fixed"}),
-    ("single scale", {}, {"modulation": "none"}),
-    ("single scale", {"pattern": "MIM"}, {"beta": 3.0}),
-    ("multi scale", {}, {}),
-    ("multi scale", {"pattern": "IIMII"}, {"num_layers": 6}),
-    ("multi scale", {"pattern": "III"}, {"scale_selection": False}),
-    ("multi scale", {"pattern": "M"}, {"modulation": "head_shared", "spread": "covariance"}),
-    ("multi scale", {}, {"modulation": "none"}),
-    ("conv", {}, {}),
-    ("conv", {"share_cross_scale": False, "pointwise": False, "kernel_size": 7}, {}),
-    ("conv", {"num_layers": 3}, {"modulation": "head_shared", "spread": "covariance"}),
-    ("conv", {}, {"modulation": "none"}),
-]
-
-
-def settings_id(value):
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
-
-
-@pytest.mark.parametrize("kind, encoder_settings, decoder_settings", SETTINGS, ids=settings_id)
-def test_predictions_of_all_layers_equal_the_reference(kind, encoder_settings, decoder_settings):
-    settings = {"encoder_settings": encoder_settings, "decoder_settings": decoder_settings}
-    model = randomize(make_model(kind, **settings))
-    inputs = make_inputs([0, 0])
-    predictions = model.train().forward_head(model.forward_features(model.preprocess(inputs)))
-    logits, boxes = reference_predictions(model, kind, inputs, **settings)
-    assert_close(predictions.logits, torch.stack(logits))
-    assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
-
-
-@pytest.mark.parametrize("spread", ["independent", "covariance"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_dropout_is_where_the_reference_has_it(kind, spread, monkeypatch):
-    def bend(x):
-        """In place of dropout: tells by its result what it was applied to."""
-        return x + 0.3 * torch.sin(2 * x)
-
-    def dropout(x, p=0.5, training=True, inplace=False):
-        return bend(x) if training and p else x
-
-    settings = {"decoder_settings": {"spread": spread}}
-    model = randomize(make_model(kind, dropout=0.1, **settings)).train()
-    inputs = make_inputs([0, 0])
-    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
-    predictions = model.forward_head(model.forward_features(model.preprocess(inputs)))
-    straight, _ = reference_predictions(model, kind, inputs, **settings)
-    monkeypatch.setattr(reference, "dropout", bend)
-    logits, boxes = reference_predictions(model, kind, inputs, **settings)
-    assert_close(predictions.logits, torch.stack(logits))
-    assert_close(predictions.boxes_cxcywh, torch.stack(boxes))
-    assert (torch.stack(straight) - torch.stack(logits)).abs().max() > 0.1
+@pytest.mark.parametrize("center", [None, 0.3])
+def test_boxes_start_from_the_center(center):
+    model = randomize(make_model()).train()
+    hidden = torch.randn(2, 1, Q, D, generator=torch.Generator().manual_seed(0))
+    references = None if center is None else torch.full((2, 1, Q, 2), center)
+    logits, boxes = model.forward_head(DecoderOutput(hidden, references))
+    shift = torch.tensor([center or 0.0] * 2 + [0.0] * 2)
+    assert_close(boxes, (model.box_embed(hidden) + shift).sigmoid(), 1e-6)
+    assert_close(logits, model.class_embed(hidden), 1e-6)
 
 
 @pytest.mark.parametrize("pattern", ["MM", "IM"])
@@ -193,40 +118,12 @@ def test_multi_scale_model_of_one_scale_is_the_single_scale_model(pattern):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_training_losses_equal_the_reference(kind):
-    model = randomize(make_model(kind))
-    inputs = make_inputs([3, 2])
-    targets = []
-    for x, (height, width) in zip(inputs, IMAGE_SIZES, strict=True):
-        x0, y0, x1, y1 = x["instances"].gt_boxes.tensor.unbind(1)
-        center_x, center_y = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height
-        boxes = torch.stack([center_x, center_y, (x1 - x0) / width, (y1 - y0) / height], 1)
-        targets.append({"labels": x["instances"].gt_classes, "boxes": boxes})
-    expected = reference.losses(*reference_predictions(model, kind, inputs), targets)
-    losses = model.train()(inputs)
-    assert set(losses) == set(expected)
-    for name, value in expected.items():
-        weight = reference.LOSS_WEIGHTS["_".join(name.split("_")[:2])]
-        assert_close(losses[name], weight * value)
-
-
-@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("num_objects", [[2, 0], [0, 0], [12, 1]], ids=str)
 def test_every_parameter_gets_a_gradient(kind, num_objects):
     model = make_model(kind)
     sum(model.train()(make_inputs(num_objects)).values()).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-
-
-@pytest.mark.parametrize("kind", ["single scale", "multi scale"])
-def test_padded_pixels_are_the_mean_color(kind):
-    # Zero after the normalization, so that a padded image differs little from an unpadded one.
-    model = make_model(kind)
-    images = model.preprocess(make_inputs())
-    height, width = IMAGE_SIZES[1]
-    assert not images.tensor[1, :, height:].any() and not images.tensor[1, :, :, width:].any()
-    assert tuple(images.tensor.shape[-2:]) == IMAGE_SIZES[0]
 
 
 def test_dropout_is_on_in_training_and_off_in_eval():
@@ -305,24 +202,6 @@ def test_detections_equal_the_reference(max_detections):
         assert_close(detections.scores, scores, 1e-6)
         chosen = match_detections(detections, scores, labels, boxes)
         assert_close(detections.pred_boxes.tensor[chosen], boxes, 1e-5)
-
-
-def test_one_query_may_give_several_classes():
-    model = make_model()
-    predictions = random_predictions(1)
-    predictions.logits[0, 0, 2] = 9.0
-    detections = model.postprocess(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
-    assert sorted(detections.pred_classes[:C].tolist()) == list(range(C))
-    assert detections.query_indices[:C].tolist() == [2] * C
-
-
-def test_boxes_reach_over_the_edge_of_the_image():
-    model = make_model()
-    predictions = random_predictions(1)
-    predictions.boxes_cxcywh[0, 0] = torch.tensor([0.1, 0.5, 0.4, 0.2])
-    detections = model.postprocess(predictions, make_inputs()[:1], IMAGE_SIZES[:1])[0]["instances"]
-    width = make_inputs()[0]["width"]
-    assert_close(detections.pred_boxes.tensor[:, 0], torch.full((Q,), -0.1 * width), 1e-5)
 
 
 def test_without_a_height_and_width_boxes_are_in_pixels_of_the_image():

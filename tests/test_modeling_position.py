@@ -39,12 +39,6 @@ def test_is_finite_where_an_image_has_no_valid_cell():
     assert encoding.isfinite().all()
 
 
-def test_of_valid_cells_does_not_depend_on_the_padding():
-    alone = SinePositionEncoding(32)(cell_mask(4, 5, (4, 5)))
-    padded = SinePositionEncoding(32)(cell_mask(7, 9, (4, 5)))
-    torch.testing.assert_close(padded[:, :, :4, :5], alone)
-
-
 def test_half_precision_does_not_change_it():
     mask = cell_mask(6, 8, (6, 8), (4, 5))
     encode = SinePositionEncoding(32)
@@ -74,12 +68,6 @@ def test_padding_masks_are_the_pixel_mask_at_the_nearest_pixel(image_sizes):
         assert torch.equal(mask, reference.resize_mask(pixels, *size))
 
 
-def test_a_partly_padded_cell_is_valid():
-    # Cells of 32 pixels, of which the second image fills one, and one pixel of the next.
-    (mask,) = padding_masks([(64, 128), (64, 33)], (64, 128), [(2, 4)], CPU)
-    assert mask[1, 0].tolist() == [False, False, True, True]
-
-
 def test_an_unpadded_batch_has_no_padding_mask():
     assert padding_masks([(64, 96)] * 2, (64, 96), [(4, 6), (2, 3)], CPU) == [None, None]
 
@@ -88,8 +76,3 @@ def test_scales_have_masks_together():
     # Three pixels of padding are part of one cell of 32 pixels, and more than one of 2 pixels.
     fine, coarse = padding_masks([(64, 64), (61, 64)], (64, 64), [(32, 32), (2, 2)], CPU)
     assert fine.any() and not coarse.any()
-
-
-def test_every_image_keeps_a_valid_cell():
-    (mask,) = padding_masks([(640, 1333), (1, 1)], (640, 1333), [(10, 21)], CPU)
-    assert not mask.flatten(1).all(1).any()

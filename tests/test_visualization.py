@@ -42,12 +42,12 @@ from smca.modeling.weight_map import MAPS
 VARIANTS = {
     "several scales": ("smca", {}),
     "one scale": ("smca_single_scale", {}),
-    "head shared": ("smca", dict(modulation="head_shared")),
-    "covariance": ("smca", dict(spread="covariance")),
-    "fixed": ("smca_single_scale", dict(spread="fixed")),
-    "rotated": ("smca", dict(spread="rotated")),
-    "laplacian": ("smca", dict(spread="laplacian")),
-    "no scale selection": ("smca", dict(scale_selection=False)),
+    "head shared": ("smca", {"modulation.per_head": False}),
+    "covariance": ("smca", {"modulation.map": "covariance"}),
+    "fixed": ("smca_single_scale", {"modulation.map": "fixed"}),
+    "rotated": ("smca", {"modulation.map": "rotated"}),
+    "laplacian": ("smca", {"modulation.map": "laplacian"}),
+    "no scale selection": ("smca", {"scale_selection": False}),
 }
 
 

@@ -21,7 +21,6 @@ class Batch(NamedTuple):
 
     files: List[str]
     weights: Dict[str, torch.Tensor]
-    random: torch.Tensor
     dtype: torch.dtype  # that convolutions compute in
     losses: Dict[str, float]
 
@@ -33,14 +32,11 @@ class WatchedDetector(TinyDetector):
         super().__init__(**kwargs)
         self.batches = []
 
-    def compile_parts(self):
-        self.is_compiled = True
-
     def forward(self, batch):
         if not self.training:
             return super().forward(batch)
         weights = {name: p.detach().clone() for name, p in self.named_parameters()}
-        random, dtypes = torch.rand(4), []
+        dtypes = []
         watch = self.backbone["stem"].register_forward_hook(
             lambda module, args, output: dtypes.append(output.dtype)
         )
@@ -48,7 +44,7 @@ class WatchedDetector(TinyDetector):
         watch.remove()
         values = {name: loss.item() for name, loss in losses.items()}
         files = [x["file_name"] for x in batch]
-        self.batches.append(Batch(files, weights, random, dtypes[0], values))
+        self.batches.append(Batch(files, weights, dtypes[0], values))
         return losses
 
 

@@ -4,7 +4,7 @@ Co-attention adds the logarithm of a weight map to its logits: `weight_map.py` s
 and `kernels.py` computes it.
 """
 
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,7 @@ class MultiheadAttention(nn.Module):
     (DETR).
 
     Args:
-        embed_dim: d. num_heads: H. dropout: of the attention weights, in training.
-
-    Raises:
-        ValueError: d is no multiple of H.
+        embed_dim: d, a multiple of H. num_heads: H. dropout: of the attention weights, in training.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
@@ -42,71 +39,51 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, query: Tensor, key: Tensor, value: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> Tuple[Tensor, ...]:
         """(B, N, d), (B, S, d), (B, S, d) projected and cut into heads: (B, H, N or S, d_h)."""
         dtype = autocast_dtype(query)
         # Autocast would cast each part of them by itself.
         weight, bias = self.in_proj_weight.to(dtype), self.in_proj_bias.to(dtype)
         d = weight.shape[1]
         if query is key:  # one product
-            weights, biases = weight.split([2 * d, d]), bias.split([2 * d, d])
-            query, key = F.linear(query, weights[0], biases[0]).chunk(2, dim=2)
+            (both, last), (bias, last_bias) = weight.split([2 * d, d]), bias.split([2 * d, d])
+            query, key = F.linear(query, both, bias).chunk(2, dim=2)
+            value = F.linear(value, last, last_bias)
         else:
-            weights, biases = weight.split(d), bias.split(d)
-            query, key = (
-                F.linear(query, weights[0], biases[0]),
-                F.linear(key, weights[1], biases[1]),
+            query, key, value = (
+                F.linear(*x) for x in zip((query, key, value), weight.split(d), bias.split(d))
             )
-        value = F.linear(value, weights[-1], biases[-1])
-        query, key, value = (
+        return tuple(
             tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for tokens in (query, key, value)
         )
-        return query, key, value
-
-    def merge(self, heads: Tensor) -> Tensor:
-        """(B, H, N, d_h) results of the heads, joined and projected: (B, N, d)."""
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Optional[Tensor] = None
-    ) -> Tensor:
-        """
-        Args:
-            query: (B, N, d). key, value: (B, S, d).
-            padding_mask: of keys to leave out, as in `attend`.
-
-        Returns:
-            (B, N, d)
-        """
-        dropout = self.dropout if self.training else 0.0
-        return self.merge(attend(*self.project(query, key, value), padding_mask, dropout))
-
-    def within(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        num_cells: Sequence[int],
-        padding_masks: Sequence[Optional[Tensor]],
+        num_cells: Optional[List[int]] = None,
+        masks: Sequence[Optional[Tensor]] = (None,),
     ) -> Tensor:
-        """Self-attention within each of several parts, which are joined.
-
+        """
         Args:
-            query, key, value: (B, S, d).
-            num_cells: of each part.
-            padding_masks: of each part, as in `attend`.
+            query: (B, N, d). key, value: (B, S, d).
+            num_cells: lengths of the parts of all three that do not see one another; None: there is
+                one part.
+            masks: of each part, as in `attend`.
 
         Returns:
-            (B, S, d)
+            (B, N, d)
         """
+        heads = self.project(query, key, value)
+        parts = [heads] if num_cells is None else zip(*[x.split(num_cells, dim=2) for x in heads])
         dropout = self.dropout if self.training else 0.0
-        heads = [x.split(list(num_cells), dim=2) for x in self.project(query, key, value)]
-        parts = [
+        results = [
             attend(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
-            for q, k, v, mask in zip(*heads, padding_masks)
+            for (q, k, v), mask in zip(parts, masks)
         ]
-        return self.out_proj(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return self.out_proj(results[0] if len(results) == 1 else torch.cat(results, dim=1))
 
 
 class CoAttention(MultiheadAttention):
@@ -120,8 +97,8 @@ class CoAttention(MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        num_cells: Sequence[int],
-        padding_masks: Sequence[Optional[Tensor]],
+        num_cells: List[int],
+        masks: Sequence[Optional[Tensor]],
         weight_maps: Optional[Sequence[WeightMap]] = None,
         scale_weights: Optional[Tensor] = None,
     ) -> Tensor:
@@ -129,7 +106,7 @@ class CoAttention(MultiheadAttention):
         Args:
             query: (B, Q, d). key, value: (B, S, d), the scales joined from fine to coarse.
             num_cells: S_l of each scale.
-            padding_masks: of each scale, as in `attend`.
+            masks: of each scale, as in `attend`.
             weight_maps: of each scale; None: no modulation.
             scale_weights: (B, Q, L), how much a query reads from each scale; None: all 1.
 
@@ -138,16 +115,16 @@ class CoAttention(MultiheadAttention):
         """
         query, key, value = self.project(query, key, value)
         dropout = self.dropout if self.training else 0.0
-        keys, values = key.split(list(num_cells), dim=2), value.split(list(num_cells), dim=2)
         factors = None
         if scale_weights is not None:
             factors = scale_weights.to(query.dtype)[:, None, :, None].unbind(-1)
+        scales = zip(key.split(num_cells, dim=2), value.split(num_cells, dim=2), masks)
         result: Optional[Tensor] = None
-        for index, padding_mask in enumerate(padding_masks):
+        for index, (keys, values, mask) in enumerate(scales):
             weight_map = None if weight_maps is None else weight_maps[index]
-            out = attend(query, keys[index], values[index], padding_mask, dropout, weight_map)
+            out = attend(query, keys, values, mask, dropout, weight_map)
             if factors is not None:
                 out = out * factors[index]
             result = out if result is None else result + out
         assert result is not None
-        return self.merge(result)
+        return self.out_proj(result.transpose(1, 2).flatten(2))

@@ -38,9 +38,6 @@ def build_resnet(
         num_blocks: blocks of each stage in place of the depth's own, to make a smaller network.
         width: channels of the stem and of res2's 3x3 convolutions, 64 in pretrained weights. Each
             later stage has twice as many as the one before.
-
-    Raises:
-        ValueError: for another depth, a dilated ResNet of basic blocks, or unknown features.
     """
     if depth not in _NUM_BLOCKS:
         raise ValueError(f"depth={depth} must be one of {sorted(_NUM_BLOCKS)}.")
@@ -87,11 +84,9 @@ class FrozenNormConv2d(Conv2d):
 
     norm(conv(x)) = s (w * x) + b - s m = (s w) * x + (b - s m), with s = weight / sqrt(variance +
     eps). Folding costs a pass over the weights and saves two over the much larger output, in
-    training too. Parameters, buffers and their names stay as they are. With another norm in place
-    of the frozen one it is Detectron2's convolution again.
-
-    What does not change from call to call is kept, in autocast's type: the norm's factor and shift,
-    and without gradients the weight.
+    training too. Parameters, buffers and their names stay as they are. What does not change from
+    call to call is kept, in autocast's type: the norm's factor and shift, and without gradients the
+    weight.
     """
 
     norm: Optional[nn.Module]
@@ -154,13 +149,10 @@ class FrozenNormConv2d(Conv2d):
 
 
 def fold_frozen_norms(module: nn.Module) -> nn.Module:
-    """Replace every Detectron2 convolution in `module` that a `FrozenBatchNorm2d` follows by a
-    `FrozenNormConv2d` with the same parameters, buffers and names.
+    """The module with a `FrozenNormConv2d` of the same parameters, buffers and names in place of
+    every Detectron2 convolution that a `FrozenBatchNorm2d` follows.
 
     For a backbone of your own: ``L(fold_frozen_norms)(module=L(MyBackbone)(...))``.
-
-    Returns:
-        The module, or what replaces it if it is such a convolution itself.
     """
     if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
         return FrozenNormConv2d.like(module)

@@ -1,8 +1,8 @@
-"""Generalized IoU of boxes that broadcast. The rest of box arithmetic is torchvision's.
+"""IoU and generalized IoU of boxes that broadcast: of all pairs for the matcher, of matched pairs
+for the losses. The rest of box arithmetic is torchvision's.
 
 torchvision's GIoU loss picks elements with a Boolean mask, for which the host has to wait for a
-GPU, and its pairwise GIoU takes no batches in version 0.21. The functions here serve the matcher
-(every query with every object) and the losses (matched pairs) alike.
+GPU, and its pairwise GIoU takes no batches in version 0.21.
 """
 
 from typing import Tuple
@@ -11,22 +11,12 @@ import torch
 from torch import Tensor
 
 
-def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Generalized IoU (Rezatofighi et al., CVPR 2019). Arguments as of `iou_and_giou`.
-
-    Returns:
-        (...) in [-1, 1].
-    """
-    return iou_and_giou(boxes1_xyxy, boxes2_xyxy)[1]
-
-
 def iou_and_giou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tuple[Tensor, Tensor]:
-    """IoU and generalized IoU.
+    """IoU and generalized IoU (Rezatofighi et al., CVPR 2019).
 
     Args:
-        boxes1_xyxy: (..., 4) corners (x0, y0, x1, y1) in any one unit, x1 >= x0 and y1 >= y0.
-        boxes2_xyxy: (..., 4) corners in the same unit. The leading dimensions broadcast: (N, 1, 4)
-            with (M, 4) gives all pairs.
+        boxes1_xyxy, boxes2_xyxy: (..., 4) corners (x0, y0, x1, y1) in any one unit, x1 >= x0 and
+            y1 >= y0. The leading dimensions broadcast: (N, 1, 4) with (M, 4) gives all pairs.
 
     Returns:
         (...) in [0, 1] and (...) in [-1, 1]. A ratio of two areas of 0 (both boxes are empty)

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Tuple
 import torch
 from torch import Tensor, nn
 
-from .layers import mlp
+from .layers import class_head, mlp
 from .scales import Scale
 from .weight_map import float32_region
 
@@ -41,8 +41,7 @@ class CellHead(nn.Module):
     Args:
         embed_dim: d.
         num_classes: C.
-        project: with the linear layer and the LayerNorm; else the heads read the tokens, which
-            costs less.
+        project: with the first linear layer and the LayerNorm; without them it costs less.
         linear_boxes: the box head is linear, too, for heads that predict the boxes of all cells.
     """
 
@@ -52,9 +51,8 @@ class CellHead(nn.Module):
         super().__init__()
         self.projection = nn.Linear(embed_dim, embed_dim) if project else nn.Identity()
         self.norm = nn.LayerNorm(embed_dim) if project else nn.Identity()
-        self.class_embed = nn.Linear(embed_dim, num_classes)
+        self.class_embed = class_head(embed_dim, num_classes)
         self.box_embed = nn.Linear(embed_dim, 4) if linear_boxes else mlp(embed_dim, 4)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
         start_without_change(self.box_embed)
 
     def forward(self, scales: List[Scale], image_sizes: Tensor) -> Cells:
@@ -73,23 +71,13 @@ class CellHead(nn.Module):
         return Cells(hidden, logits, boxes, valid)
 
     def predict_boxes(self, hidden: Tensor, initial: Tensor) -> Tensor:
-        """(B, K, d) features and (B, K, 4) initial boxes of some cells to (B, K, 4) predicted boxes
-        cxcywh."""
+        """(B, K, d) features and (B, K, 4) initial boxes of some cells to predicted boxes."""
         with float32_region(hidden):
             return change_boxes(initial, self.box_embed(hidden.float()))
 
 
 def cell_boxes(scale: Scale, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
-    """The initial boxes of a scale's cells.
-
-    Args:
-        scale: S cells.
-        image_sizes: (B, 2) each image's own (width, height) in pixels.
-
-    Returns:
-        (B, S, 4) cxcywh relative to the image's own size, and (B, S) bool, True where the cell's
-        center is inside the image.
-    """
+    """`boxes` and `valid` of the `Cells` of a scale. `image_sizes` as in `CellHead`."""
     height, width = scale.size
     x, y = (torch.arange(n, device=image_sizes.device) + 0.5 for n in (width, height))
     x, y = x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()
@@ -100,8 +88,7 @@ def cell_boxes(scale: Scale, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def change_boxes(boxes: Tensor, change: Tensor) -> Tensor:
-    """Boxes changed in units of their own sides (Faster R-CNN, section 3.1.2), so that the same
-    change means the same for objects of all sizes.
+    """Boxes changed in units of their own sides (Faster R-CNN, section 3.1.2).
 
     Args:
         boxes: (..., 4) cxcywh.

@@ -1,7 +1,5 @@
-"""Class losses. Each is a module of logits and truth, both (..., C), and gives a loss for each.
-
-`uses_iou` says what the truth of a matched query's class is: 1, or the IoU of its box.
-"""
+"""Class losses: modules of (..., C) logits and truth that give the loss of each element. `uses_iou`
+says what the truth of a matched query's class is: 1, or the IoU of its box."""
 
 import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss
@@ -23,7 +21,7 @@ class FocalLoss(nn.Module):
         self.alpha, self.gamma = alpha, gamma
 
     def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """(..., C) logits and truth, which is 0 or 1, to the loss of each element."""
+        """Truth is 0 or 1."""
         return sigmoid_focal_loss(logits, truth, alpha=self.alpha, gamma=self.gamma)
 
 
@@ -43,7 +41,7 @@ class VarifocalLoss(nn.Module):
         self.alpha, self.gamma = alpha, gamma
 
     def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """(..., C) logits and truth, 0 or an IoU, to the loss of each element."""
+        """Truth is 0 or an IoU."""
         negative = self.alpha * logits.detach().sigmoid() ** self.gamma * (truth == 0)
         return F.binary_cross_entropy_with_logits(
             logits, truth, weight=negative + truth, reduction="none"

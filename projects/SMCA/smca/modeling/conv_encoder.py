@@ -24,14 +24,11 @@ class ConvEncoderLayer(nn.Module):
     """Convolutions within and between neighboring scales, then the FFN; post-norm.
 
     Args:
-        embed_dim: d.
-        num_scales: L.
         kernel_size: k of all depthwise convolutions, odd.
         share_cross_scale: one downward and one upward convolution for all pairs of scales, not
             one for each pair.
         pointwise: the two 1x1 convolutions around the depthwise ones, shared by the scales.
-        ffn_dim: width of the feed-forward block.
-        dropout: of the convolutions' and the feed-forward block's result.
+        others: as in `ConvEncoder`.
     """
 
     def __init__(
@@ -85,8 +82,7 @@ class ConvEncoder(nn.Module):
     Args:
         num_layers: 6 in the released logs, 5 in the released file.
         kernel_size: 7 in the logs, 5 in the file; odd.
-        share_cross_scale: one convolution for all pairs of scales, see `ConvEncoderLayer`.
-        pointwise: the two 1x1 convolutions of a layer.
+        share_cross_scale, pointwise: see `ConvEncoderLayer`.
         num_scales: L, fine to coarse; each scale has twice the stride of the one before.
         reduce_finest: before the decoder, the finest map goes through a 3x3 stride-2 convolution
             and takes over the position, mask and stride of the second scale (strides 8, 16, 32, 64
@@ -95,9 +91,6 @@ class ConvEncoder(nn.Module):
         ffn_dim: width of the feed-forward block.
         dropout: of each block's result.
         checkpointing: as in `TransformerEncoder`.
-
-    Raises:
-        ValueError: for an even kernel size, or one scale that should be reduced.
     """
 
     def __init__(

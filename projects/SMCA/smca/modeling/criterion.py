@@ -27,13 +27,9 @@ class SetCriterion(nn.Module):
         class_weight: factor of the class loss, and of the class cost in matching.
         box_weight: factor of the L1 loss and of the L1 cost.
         giou_weight: factor of the GIoU loss and of the GIoU cost.
-        alpha: as in `FocalLoss`, for the loss and the cost.
-        gamma: as in `FocalLoss`, for the loss and the cost.
+        alpha, gamma: as in `FocalLoss`, for the loss and the cost.
         class_loss: a loss from `class_loss.py` or one of your own; None: `FocalLoss`.
         matcher: replaces the Hungarian matcher with these same weights.
-
-    Raises:
-        ValueError: the matcher is not a module.
     """
 
     def __init__(
@@ -80,15 +76,12 @@ class SetCriterion(nn.Module):
             Weighted scalar losses, whose sum is the objective: ``loss_ce``, ``loss_bbox`` and
             ``loss_giou`` of the last layer, ``loss_ce_0`` and so on of the layers before it.
         """
-        losses = {
-            name: loss.unbind()
-            for name, loss in self.by_layer(predictions, targets, matching).items()
-        }
+        losses = self.by_layer(predictions, targets, matching)
         last = len(predictions.logits) - 1
         return {
-            name if layer == last else f"{name}_{layer}": loss[layer]
-            for layer in range(last + 1)
-            for name, loss in losses.items()
+            name if layer == last else f"{name}_{layer}": loss
+            for layer, of_layer in enumerate(zip(*(x.unbind() for x in losses.values())))
+            for name, loss in zip(losses, of_layer)
         }
 
     def by_layer(
@@ -136,8 +129,8 @@ class SetCriterion(nn.Module):
     def _compare_boxes(
         boxes: Tensor, matching: Matching, targets: List[Targets]
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        """(M,) L1 distance, generalized IoU and IoU of each pair. Weights, if pairs have any, are
-        factors of the distance and of 1 - GIoU."""
+        """(M,) L1 distance, generalized IoU and IoU of each pair. Weights of pairs are factors of
+        the distance and of 1 - GIoU."""
         truth = torch.cat([t.boxes_cxcywh for t in targets])[matching.targets]
         matched = boxes[matching.layers, matching.images, matching.queries]
         l1 = F.l1_loss(matched, truth, reduction="none").sum(dim=-1)
@@ -151,8 +144,7 @@ class SetCriterion(nn.Module):
     def _truth(
         self, logits: Tensor, matching: Matching, targets: List[Targets], iou: Tensor
     ) -> Tensor:
-        """(N, B, Q, C): 0, and at the classes of matched queries 1, the IoU or the pair's weight,
-        as class loss and matching say."""
+        """(N, B, Q, C): 0, and at a matched query's class 1, its IoU or the pair's weight."""
         labels = torch.cat([t.labels for t in targets])[matching.targets]
         where = (matching.layers, matching.images, matching.queries, labels)
         truth = torch.zeros_like(logits)

@@ -1,7 +1,6 @@
 """The SMCA decoder (section 3): each query says where to look, then reads from there."""
 
-from dataclasses import replace
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from .queries import Queries
 from .scales import Scale
 from .weight_map import Modulation, WeightMapPredictor, float32_region
 
-# The paper's.
 _DEFAULT = Modulation()
 # Predicts in layer i the change of boxes, see `change_boxes`: (i, (B, Q, d)) -> (B, Q, 4).
 BoxHead = Callable[[int, Tensor], Tensor]
@@ -25,16 +23,15 @@ class Memory(NamedTuple):
     """What all decoder layers read: the encoded scales, joined.
 
     Attributes:
-        scales: the encoded scales that the layers read.
-        num_cells: the number of cells of each scale.
-        padding_masks: of each scale, as in `attend`.
+        scales: the scales.
+        num_cells, masks: of each scale, as in `CoAttention`.
         key: (B, S, d) tokens with their positions.
         value: (B, S, d) tokens.
     """
 
     scales: List[Scale]
     num_cells: List[int]
-    padding_masks: List[Optional[Tensor]]
+    masks: List[Optional[Tensor]]
     key: Tensor
     value: Tensor
 
@@ -59,11 +56,9 @@ class DecoderLayer(nn.Module):
     training.
 
     Args:
-        predicts_center: this is the first layer of a modulated decoder, which predicts the centers
-            for all layers.
-        refine: queries have boxes, see `Decoder`.
-        embed_dim, num_heads, ffn_dim, dropout, num_scales, modulation, scale_selection: as in
-            `Decoder`.
+        predicts_center: this is the first layer, which predicts the centers for all layers.
+        num_scales: how many scales the layer reads.
+        others: as in `Decoder`.
     """
 
     def __init__(
@@ -123,12 +118,12 @@ class DecoderLayer(nn.Module):
             query_position: (Q, d) or (B, Q, d).
             memory: the encoded scales.
             image_sizes: (B, 1, 2) each image's own (width, height) in pixels.
-            reference: (B, Q, 2) center from the first layer, before its sigmoid, or (B, Q, 4) boxes
-                cxcywh; None in a first layer that predicts the center.
+            reference: what the boxes start from, see `DecoderOutput`; None in a first layer that
+                predicts it.
             num_groups, group_size: as in `Queries`.
 
         Returns:
-            (B, Q, d) queries, and the reference (None without modulation and boxes).
+            (B, Q, d) queries, and the reference.
         """
         located = queries + query_position
         weight_maps = scale_weights = None
@@ -144,8 +139,7 @@ class DecoderLayer(nn.Module):
                     half_sizes = reference[..., 2:] * image_sizes / 2
                 else:
                     center = reference.sigmoid() * image_sizes
-            arguments = (layer_input, center, memory.scales, half_sizes)
-            weight_maps = self.modulation(*arguments)
+            weight_maps = self.modulation(layer_input, center, memory.scales, half_sizes)
         if self.scale_weight is not None:
             with float32_region(layer_input):
                 scale_weights = self.scale_weight(layer_input).softmax(dim=-1)
@@ -158,7 +152,7 @@ class DecoderLayer(nn.Module):
             memory.key,
             memory.value,
             memory.num_cells,
-            memory.padding_masks,
+            memory.masks,
             weight_maps,
             scale_weights,
         )
@@ -173,8 +167,7 @@ class DecoderLayer(nn.Module):
             return self.self_attention(located, located, queries)
         sizes = [queries.shape[1] - num_groups * group_size, num_groups * group_size]
         (located, groups_located), (queries, groups) = (
-            located.split(sizes, 1),
-            queries.split(sizes, 1),
+            x.split(sizes, 1) for x in (located, queries)
         )
         groups_located, groups = (
             x.unflatten(1, (num_groups, group_size)).flatten(0, 1) for x in (groups_located, groups)
@@ -200,18 +193,13 @@ class Decoder(nn.Module):
         dropout: rate of dropout on attention weights and on each block's result.
         read: indices of the scales that the layers read, fine to coarse; None: all. Attention to
             a fine scale costs most, and queries may come from scales that are not read.
-        spread, beta, offset_gain: the last release's names of the settings in `modulation`
-            ("multi_head", "head_shared" and "none" are its kinds). They go with the next release.
-
-    Raises:
-        ValueError: there is no layer, or no such modulation.
     """
 
     def __init__(
         self,
         *,
         num_layers: int = 6,
-        modulation: Union[Modulation, str, None] = _DEFAULT,
+        modulation: Optional[Modulation] = _DEFAULT,
         refine: bool = False,
         scale_selection: bool = True,
         num_scales: int = 3,
@@ -220,12 +208,8 @@ class Decoder(nn.Module):
         ffn_dim: int = 1024,
         dropout: float = 0.1,
         read: Optional[Sequence[int]] = None,
-        spread: Optional[str] = None,
-        beta: Optional[float] = None,
-        offset_gain: Optional[float] = None,
     ):
         super().__init__()
-        modulation = _modulation(modulation, map=spread, beta=beta, offset_gain=offset_gain)
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers} must be at least 1.")
         self.num_scales = num_scales
@@ -234,7 +218,6 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"read={self.read} must name some of the scales 0 to {num_scales - 1}."
             )
-        num_scales = len(self.read)
         self.refine = refine
         self.modulated = modulation is not None
         self.layers = nn.ModuleList(
@@ -243,7 +226,7 @@ class Decoder(nn.Module):
                 num_heads=num_heads,
                 ffn_dim=ffn_dim,
                 dropout=dropout,
-                num_scales=num_scales,
+                num_scales=len(self.read),
                 modulation=modulation,
                 scale_selection=scale_selection,
                 predicts_center=index == 0 and not refine,
@@ -315,17 +298,3 @@ class Decoder(nn.Module):
         with float32_region(reference):
             encoded = encode_boxes(reference, self.embed_dim)
         return self.box_position(encoded)
-
-
-def _modulation(modulation: Union[Modulation, str, None], **old: Any) -> Optional[Modulation]:
-    """The settings, where some are given by the last release's names."""
-    if isinstance(modulation, str):
-        kinds = ("multi_head", "head_shared", "none")
-        if modulation not in kinds:
-            raise ValueError(f"modulation={modulation!r} must be one of {', '.join(kinds)}.")
-        modulation = (
-            None if modulation == "none" else Modulation(per_head=modulation == "multi_head")
-        )
-    if modulation is None:
-        return None
-    return replace(modulation, **{name: value for name, value in old.items() if value is not None})

@@ -68,13 +68,7 @@ class Denoising(nn.Module):
         self.weight = weight
 
     def forward(self, targets: List[Targets]) -> NoisyObjects:
-        """
-        Args:
-            targets: the objects of the B images.
-
-        Returns:
-            Groups for the largest number of objects of an image, at least 1.
-        """
+        """Groups for the largest number of objects of an image, at least 1."""
         labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
         boxes = nn.utils.rnn.pad_sequence([t.boxes_cxcywh for t in targets], batch_first=True)
         # At least one place, so that every parameter always has a gradient.
@@ -93,20 +87,13 @@ class Denoising(nn.Module):
         labels, boxes = labels[:, None, None].expand(shape), boxes[:, None, None].expand(*shape, 4)
         with torch.no_grad():
             reference = self._move(boxes.float())
-        content = self.label_embed(self._replace(labels))
+        replaced = torch.rand(shape, device=labels.device) < self.label_noise
+        random_labels = torch.randint_like(labels, self.label_embed.num_embeddings)
+        content = self.label_embed(torch.where(replaced, random_labels, labels))
         padding = padding[:, None, None].expand(shape)
         return NoisyObjects(
             content.flatten(1, 3), reference.flatten(1, 3), padding.flatten(1), self.groups
         )
-
-    def _replace(self, labels: Tensor) -> Tensor:
-        """Labels, some of them replaced by random ones."""
-        replaced = torch.rand(labels.shape, device=labels.device) < self.label_noise
-        return torch.where(replaced, torch.randint_like(labels, self.num_classes), labels)
-
-    @property
-    def num_classes(self) -> int:
-        return self.label_embed.num_embeddings
 
     def _move(self, boxes: Tensor) -> Tensor:
         """(B, G, 2, T, 4) boxes cxcywh with each side moved, the positives' less than the
@@ -122,25 +109,13 @@ class Denoising(nn.Module):
         return box_convert(torch.cat([low, high], dim=-1), "xyxy", "cxcywh").clamp(1e-3, 1)
 
     def matching(self, targets: List[Targets], num_layers: int) -> Matching:
-        """Which of the noisy objects are which objects: the positive query of each, in each group
-        and decoder layer.
-
-        Args:
-            targets: as in `forward`.
-            num_layers: N.
-        """
+        """The positive query of each object of `targets`, in each group and decoder layer."""
         counts = [len(t.labels) for t in targets]
         num_places = max(1, *counts)
         layer, group = torch.arange(num_layers)[:, None, None], torch.arange(self.groups)[:, None]
         image = torch.cat([torch.full((n,), index) for index, n in enumerate(counts)])
         place = torch.cat([torch.arange(n) for n in counts])
-        shape = (num_layers, self.groups, len(image))
-        fields = torch.stack(
-            [
-                layer.expand(shape),
-                image.expand(shape),
-                (group * 2 * num_places + place).expand(shape),
-                torch.arange(len(image)).expand(shape),
-            ]
-        )
-        return Matching(*fields.flatten(1).to(targets[0].labels.device, non_blocking=True))
+        query = group * 2 * num_places + place
+        fields = torch.broadcast_tensors(layer, image, query, torch.arange(len(image)))
+        indices = torch.stack(fields).flatten(1)
+        return Matching(*indices.to(targets[0].labels.device, non_blocking=True))

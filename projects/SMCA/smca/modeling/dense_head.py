@@ -76,7 +76,7 @@ class DenseHead(nn.Module):
         Args:
             cells: all cells.
             predicted: (B, S, 4) their boxes cxcywh.
-            targets: the objects of the B images.
+            targets: as in `forward`.
 
         Returns:
             For each image T times `num_cells` pairs, T being the largest number of objects of an

@@ -1,6 +1,5 @@
 """The meta-architecture: ResNet features -> scales -> encoder -> decoder -> classes and boxes."""
 
-import math
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -12,7 +11,7 @@ from torchvision.ops import box_convert
 from ..errors import UserError
 from .cell_head import IMPOSSIBLE, change_boxes, start_without_change
 from .decoder import DecoderOutput
-from .layers import mlp
+from .layers import class_head, mlp
 from .matcher import Predictions, Targets
 from .neck import ScaleProjection
 from .position_encoding import SinePositionEncoding
@@ -45,29 +44,24 @@ class SMCA(nn.Module):
 
     Args:
         backbone: a Detectron2 backbone.
-        in_features: names of the backbone's features to take as scales, from fine to coarse.
-        num_extra_scales: number of coarser scales to add, see `ScaleProjection`.
-        encoder: a `TransformerEncoder` or `ConvEncoder`.
+        in_features, num_extra_scales: the scales, see `ScaleProjection`.
+        encoder: a `TransformerEncoder`, `ConvEncoder` or `PyramidEncoder`.
         decoder: a `Decoder`.
         queries: where queries come from, see `queries.py`; None: `LearnedQueries`.
-        denoising: adds noisy objects to the queries in training, see `Denoising`; None: does not.
-        dense_head: has losses of its own on the encoder's cells in training, see `DenseHead`; None:
-            there are none.
+        denoising: adds noisy objects to the queries in training, see `Denoising`; or None.
+        dense_head: has losses of its own on the encoder's cells in training, see `DenseHead`; or
+            None.
         share_heads: all decoder layers have the same class head and the same box head.
         criterion: computes the losses in training; None for inference only.
         num_classes: C.
         num_queries: Q.
         embed_dim: d, the same in all parts.
         dropout: the rate that encoder and decoder were built with (their configs refer to it).
-        max_detections: number of detections returned for each image; None: as many as queries
-            (DETR).
-        pixel_mean: mean of the input image's channels (RGB, 0 to 255).
-        pixel_std: standard deviation of the input image's channels.
+        max_detections: number of an image's detections; None: as many as queries (DETR).
+        pixel_mean, pixel_std: of the input image's channels (RGB, 0 to 255).
 
     Raises:
-        ValueError: a number is too small, the width is no multiple of 4, the backbone does not give
-            the features, or a part is missing, made for another number of scales or does not fit
-            the others.
+        ValueError: a number is too small, or a part is missing or does not fit the others.
     """
 
     def __init__(
@@ -137,7 +131,7 @@ class SMCA(nn.Module):
         self.denoising: Any = denoising
         self.dense_head: Any = dense_head
         num_heads = None if share_heads else len(decoder.layers)  # type: ignore[arg-type]
-        self.class_embed = _repeat(num_heads, lambda: _class_head(embed_dim, num_classes))
+        self.class_embed = _repeat(num_heads, lambda: class_head(embed_dim, num_classes))
         self.box_embed = _repeat(num_heads, lambda: _box_head(embed_dim, self.refine))
 
         self.pixel_mean: Tensor
@@ -152,10 +146,8 @@ class SMCA(nn.Module):
         return self.pixel_mean.device
 
     def compile_parts(self, **kwargs: Any) -> None:
-        """Compile backbone, encoder and decoder in place, for images of any size.
-
-        The rest of the model works on lists of images and on the host. `compile` takes all of it,
-        and is slower.
+        """Compile backbone, encoder and decoder in place, for images of any size. (`compile` takes
+        the work on lists of images and on the host as well, and is slower.)
 
         Args:
             kwargs: arguments of ``torch.compile``.
@@ -180,8 +172,8 @@ class SMCA(nn.Module):
             ``scores``, ``pred_classes`` and ``query_indices``, best first.
 
         Raises:
-            UserError: in training without a criterion, or for an object of a class that the model
-                lacks.
+            UserError: there is no criterion to train with, or an object is of a class that the
+                model lacks.
         """
         images = self.preprocess(batched_inputs)
         if not self.training:
@@ -226,20 +218,13 @@ class SMCA(nn.Module):
         return scales
 
     def forward_features(self, images: ImageList) -> DecoderOutput:
-        """Everything up to the decoder's output.
-
-        Args:
-            images: as `preprocess` returns them.
-        """
+        """The decoder's output, of images as `preprocess` returns them."""
         scales, image_sizes = self._encode(images)
         queries = self.query_embed(scales, image_sizes)
         return self.decoder(scales, queries, image_sizes, self._change_boxes)
 
     def forward_head(self, output: DecoderOutput) -> Predictions:
-        """Class logits and boxes of all decoder layers, in evaluation of the last layer only.
-
-        The box head predicts a center in relation to the layer's reference, or how to change it.
-        """
+        """Class logits and boxes of all decoder layers, in evaluation of the last layer only."""
         hidden, references = output
         if not self.training:
             hidden = hidden[-1:]
@@ -256,10 +241,7 @@ class SMCA(nn.Module):
             return Predictions(logits, boxes.sigmoid())
 
     def top_detections(self, predictions: Predictions) -> TopDetections:
-        """The best of all Q * C pairs of query and class, of the last layer.
-
-        One query may give several detections. There is no non-maximum suppression (DETR).
-        """
+        """The best of all Q * C pairs of query and class, of the last layer (DETR)."""
         scores = predictions.logits[-1].sigmoid().flatten(1)
         scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         queries, classes = indices // self.num_classes, indices % self.num_classes
@@ -273,16 +255,12 @@ class SMCA(nn.Module):
         batched_inputs: List[Dict[str, Any]],
         image_sizes: Sequence[Tuple[int, int]],
     ) -> List[Dict[str, Instances]]:
-        """The best detections, boxes scaled to the original image.
+        """What `forward` returns in evaluation.
 
         Args:
             predictions: those of the last layer at least.
             batched_inputs: as in `forward`.
-            image_sizes: (height, width) of each image, unless its dict has ``height`` and
-                ``width``.
-
-        Returns:
-            What `forward` returns in evaluation.
+            image_sizes: (height, width) that boxes are scaled to where the dict has none.
         """
         image_sizes = [
             (item.get("height", height), item.get("width", width))
@@ -351,18 +329,17 @@ class SMCA(nn.Module):
     def _targets(self, item: Dict[str, Any]) -> Targets:
         """Labels, and boxes relative to the image."""
         instances = item["instances"]
-        self._check_classes(instances.gt_classes, item.get("file_name", "of a batch"))
-        boxes = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
-        boxes = box_convert(boxes, "xyxy", "cxcywh") / _corner_sizes([instances.image_size], boxes)
-        return Targets(instances.gt_classes.to(self.device, non_blocking=True), boxes)
-
-    def _check_classes(self, classes: Tensor, image: str) -> None:
+        classes = instances.gt_classes
         # Only on the host: to read classes that are on a GPU would wait for the GPU.
         if classes.device.type == "cpu" and len(classes) and classes.max() >= self.num_classes:
             raise UserError(
-                f"Image {image} has an object of class index {int(classes.max())}, the model has "
-                f"{self.num_classes} classes: set model.num_classes to the data set's number."
+                f"Image {item.get('file_name', 'of a batch')} has an object of class index "
+                f"{int(classes.max())}, the model has {self.num_classes} classes: set "
+                "model.num_classes to the data set's number."
             )
+        boxes = instances.gt_boxes.tensor.to(self.device, non_blocking=True)
+        boxes = box_convert(boxes, "xyxy", "cxcywh") / _corner_sizes([instances.image_size], boxes)
+        return Targets(classes.to(self.device, non_blocking=True), boxes)
 
 
 def _corner_sizes(image_sizes: Sequence[Size], boxes: Tensor) -> Tensor:
@@ -371,13 +348,6 @@ def _corner_sizes(image_sizes: Sequence[Size], boxes: Tensor) -> Tensor:
     `boxes.new_tensor` would wait for the GPU."""
     sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
     return sizes.to(boxes.device, non_blocking=True)
-
-
-def _class_head(embed_dim: int, num_classes: int) -> nn.Module:
-    head = nn.Linear(embed_dim, num_classes)
-    # Every query starts at a foreground probability of 0.01 (focal loss, section 4.1).
-    nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
-    return head
 
 
 def _box_head(embed_dim: int, refine: bool) -> nn.Module:

@@ -25,21 +25,20 @@ class EncoderLayer(nn.Module):
         self,
         tokens: Tensor,
         position: Tensor,
-        num_cells: Sequence[int],
-        padding_masks: Sequence[Optional[Tensor]],
+        num_cells: Optional[List[int]],
+        masks: Sequence[Optional[Tensor]],
     ) -> Tensor:
         """
         Args:
-            tokens: (B, S, d), joined parts that do not see one another.
+            tokens: (B, S, d).
             position: (B, S, d), added to queries and keys.
-            num_cells: of each part.
-            padding_masks: of each part, as in `attend`.
+            num_cells, masks: of parts that do not see one another, as in `MultiheadAttention`.
 
         Returns:
             (B, S, d)
         """
         located = tokens + position
-        attended = self.self_attention.within(located, located, tokens, num_cells, padding_masks)
+        attended = self.self_attention(located, located, tokens, num_cells, masks)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
 
 
@@ -57,9 +56,6 @@ class TransformerEncoder(nn.Module):
         dropout: of attention weights and of each block's result.
         checkpointing: in training, keep only each layer's input and compute the layer again in the
             backward pass: less memory for more time.
-
-    Raises:
-        ValueError: for another letter in `pattern`.
     """
 
     def __init__(
@@ -99,7 +95,7 @@ class TransformerEncoder(nn.Module):
         num_cells = [scale.tokens.shape[1] for scale in scales]
         parts = {
             "I": (num_cells, [additive_mask(scale.padding_mask, dtype) for scale in scales]),
-            "M": ([tokens.shape[1]], [additive_mask(join_padding_masks(scales), dtype)]),
+            "M": (None, [additive_mask(join_padding_masks(scales), dtype)]),
         }
         checkpointing = self.checkpointing and self.training
         for kind, layer in zip(self.pattern, self.layers):

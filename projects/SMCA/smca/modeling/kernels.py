@@ -1,11 +1,9 @@
-"""Attention through PyTorch's fused kernels. Nothing here is specific to the model.
+"""Attention through PyTorch's fused kernels.
 
 Log-weights are channels of queries and keys, so that no (B, H, N, S) map is made. On a GPU, maps
 that are not large are added to the logits instead: to start the operations that make channels takes
-longer than to compute the map, whose gradients are also rounded less.
-
-`attend_explicitly` serves the cases that the fused kernels do not: log-weights that are not dot
-products, and on the CPU dropout and very large logits.
+longer than to compute the map. `attend_explicitly` serves the cases that the fused kernels do not:
+log-weights that are not dot products, and on the CPU dropout and very large logits.
 """
 
 import math
@@ -43,21 +41,18 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    padding_mask: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
     dropout_p: float = 0.0,
     weight_map: Optional[WeightMap] = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d_h) + log-weights) v, as ``F.scaled_dot_product_attention`` with a
-    bias, without holding a large (B, H, N, S) map.
+    """softmax(q k^T / sqrt(d_h) + log-weights + mask) v, without holding a large (B, H, N, S) map.
 
-    In float32 the log-weights of a batch are computed in one of two ways, both exact to 1e-4.
-    Which one, depends on the largest: other images of a batch can change an image's result by that
-    rounding.
+    In float32 the largest log-weight of a batch decides which of two ways, both exact to 1e-4,
+    computes them, so that other images of a batch can change an image's result by that rounding.
 
     Args:
         query: (B, H, N, d_h). key, value: (B, H, S, d_h).
-        padding_mask: (B, S) bool, True on cells to leave out; what `additive_mask` makes of it, for
-            several calls; or None.
+        mask: (B, 1, 1, S), see `additive_mask`; None: no cell is padding.
         dropout_p: probability with which an attention weight is dropped.
         weight_map: of S cells, with H heads or one; None: no log-weights.
 
@@ -65,16 +60,13 @@ def attend(
         (B, H, N, d_h)
     """
     head_dim = query.shape[-1]
-    # In float32 the queries take the factor 1 / sqrt(d_h), for the CPU's kernel, given it, rounds
-    # logits differently in its backward pass: gradients of large ones, as maps have them, would be
-    # off. The half types would lose a digit by it, so there the kernel takes it.
+    # In float32 the queries take the factor, since the CPU's kernel, given it, rounds logits
+    # differently in its backward pass, which puts gradients of large ones off. The half types would
+    # lose a digit by it.
     logit_factor = head_dim**-0.5
     if query.dtype not in HALF_TYPES:
         query, logit_factor = query * logit_factor, 1.0
     fused = _can_fuse(query, key, logit_factor, dropout_p)
-    mask = padding_mask
-    if mask is not None and mask.dtype == torch.bool:
-        mask = additive_mask(mask, query.dtype)
     if weight_map is not None and _can_add(query, key):
         log_weights = weight_map.log_weights().flatten(3)
         if query.dtype == torch.float16:  # of infinities alone there is no softmax
@@ -116,11 +108,11 @@ def attend_explicitly(
     logit_factor: float,
     weight_map: Optional[WeightMap] = None,
 ) -> Tensor:
-    """The formula itself, in float32: dropout(softmax(q k^T logit_factor + log-weights + mask)) v.
+    """The formula itself, in float32: dropout(softmax(q k^T logit_factor + log-weights + mask)) v,
+    with the arguments of `attend`.
 
-    A large map is computed in chunks of queries, each of which, of a very large one, is computed
-    again in the backward pass. The mask is that of `additive_mask`, other arguments are those of
-    `attend`.
+    A large map is computed in chunks of queries, and the chunks of a very large one again in the
+    backward pass.
     """
     dtype, num_queries = query.dtype, query.shape[2]
     query, key, value = query.float() * logit_factor, key.float(), value.float()

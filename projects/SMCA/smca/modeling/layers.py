@@ -1,6 +1,7 @@
-"""What encoder, decoder and heads share: the feed-forward block, a small MLP, initialization,
+"""What encoder, decoder and heads share: the feed-forward block, small heads, initialization,
 activation checkpointing."""
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,13 @@ def mlp(embed_dim: int, out_dim: int) -> MLP:
     return MLP(embed_dim, [embed_dim, embed_dim, out_dim])
 
 
+def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
+    """A linear layer whose classes start at a probability of 0.01 (focal loss, section 4.1)."""
+    head = nn.Linear(embed_dim, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+    return head
+
+
 def xavier_uniform(module: nn.Module) -> None:
     """Xavier uniform for every weight of more than one dimension; the attentions' q, k and v are
     one stacked tensor and drawn as one (DETR)."""
@@ -47,9 +55,7 @@ def xavier_uniform(module: nn.Module) -> None:
 
 def run_layer(layer: nn.Module, checkpointing: bool, *args: Any) -> Any:
     """``layer(*args)``; with checkpointing its activations are not kept but computed again, with
-    the same dropout, in the backward pass.
-
-    Every tensor has to be an argument, or in a list, tuple or dict that is one."""
+    the same dropout, in the backward pass. Every tensor has to be in the arguments."""
     return _run_checkpointed(layer, *args) if checkpointing else layer(*args)
 
 

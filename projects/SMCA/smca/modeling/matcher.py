@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .box_ops import generalized_iou
+from .box_ops import iou_and_giou
 
 
 class Predictions(NamedTuple):
@@ -39,8 +39,7 @@ class Matching(NamedTuple):
     Attributes:
         layers, images, queries: (M,) indices of the predictions.
         targets: (M,) indices into the targets of all images, joined in order.
-        weights: (M,) how much each pair counts, and the truth of its class; None: all alike, as a
-            one-to-one matching has it.
+        weights: (M,) how much each pair counts, and the truth of its class; None: all alike.
     """
 
     layers: Tensor
@@ -64,8 +63,7 @@ class HungarianMatcher(nn.Module):
         class_weight: factor of the class cost.
         box_weight: factor of the L1 distance of the boxes.
         giou_weight: factor of the generalized IoU.
-        alpha: as in `FocalLoss`. The class cost is the change of the focal loss by a match.
-        gamma: as in `FocalLoss`.
+        alpha, gamma: as in `FocalLoss`, whose change by a match is the class cost.
     """
 
     def __init__(
@@ -92,8 +90,8 @@ class HungarianMatcher(nn.Module):
             targets: the objects of the B images.
 
         Returns:
-            For every layer the pairs of each image: as many as it has objects or queries, whichever
-            is less. Predictions that are not finite are matched last.
+            For every layer the pairs of each image. Predictions that are not finite are matched
+            last.
         """
         # The only transfer from the device is that of all layers and images together.
         costs = self.cost(logits, boxes_cxcywh, targets).cpu()
@@ -134,7 +132,7 @@ class HungarianMatcher(nn.Module):
 
         boxes = boxes_cxcywh.float()
         distance = torch.cdist(boxes, target_boxes.expand(num_layers, -1, -1, -1), p=1)
-        giou = generalized_iou(
+        _, giou = iou_and_giou(
             box_convert(boxes, "cxcywh", "xyxy")[:, :, :, None],
             box_convert(target_boxes, "cxcywh", "xyxy")[:, None],
         )

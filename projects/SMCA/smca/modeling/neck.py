@@ -15,10 +15,6 @@ class ScaleProjection(nn.Module):
         num_extra_scales: how many coarser scales to add: the first from the last feature, each
             further one from the one before.
         embed_dim: d.
-
-    Raises:
-        ValueError: for features that the backbone does not give, no features at all, or a negative
-            number of scales.
     """
 
     def __init__(

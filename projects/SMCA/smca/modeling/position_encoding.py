@@ -13,11 +13,8 @@ class SinePositionEncoding(nn.Module):
     (0, 2 pi], so that an image's encoding does not depend on how the batch was padded.
 
     Args:
-        embed_dim: d: half of it for y, half for x, each half sines and cosines.
+        embed_dim: d, a multiple of 4: half for y, half for x, each half sines and cosines.
         temperature: base of the geometric series of wave lengths.
-
-    Raises:
-        ValueError: if embed_dim is no multiple of 4.
     """
 
     def __init__(self, embed_dim: int, temperature: float = 10000.0):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import EncoderLayer
-from .layers import xavier_uniform
+from .kernels import additive_mask
+from .layers import autocast_dtype, xavier_uniform
 from .scales import Scale, as_tokens
 
 # Group norm, since batch norm needs large batches.
@@ -88,8 +89,8 @@ class PyramidEncoder(nn.Module):
         """
         maps = [norm(scale.as_map(scale.tokens)) for norm, scale in zip(self.input_norms, scales)]
         last, tokens = scales[-1], as_tokens(maps[-1])
-        tokens = self.attention(tokens, last.position, [tokens.shape[1]], [last.padding_mask])
-        maps[-1] = last.as_map(tokens)
+        mask = additive_mask(last.padding_mask, autocast_dtype(tokens))
+        maps[-1] = last.as_map(self.attention(tokens, last.position, None, [mask]))
         for fine in reversed(range(len(maps) - 1)):
             coarse = F.interpolate(maps[fine + 1], size=maps[fine].shape[-2:], mode="nearest")
             maps[fine] = self.to_fine[fine](maps[fine] + coarse)

@@ -1,8 +1,8 @@
 """Where queries come from: learned (DETR, SMCA) or proposed by the encoder (DINO).
 
-A source of queries is a module that is called with the encoded scales and the sizes of the images
-and returns `Queries`. `has_boxes` says whether these come with boxes, which decoders that refine
-boxes need.
+A source is a module that is called with the encoded scales and (B, 2) each image's own (width,
+height) in pixels, and gives `Queries`. `has_boxes` says whether these come with boxes, which
+decoders that refine boxes need.
 """
 
 from typing import List, NamedTuple, Optional
@@ -26,8 +26,8 @@ class Queries(NamedTuple):
         content: (B, Q, d) the first layer's input.
         position: (Q, d) added to queries and keys of attention; None where it follows from the
             reference.
-        reference: (B, Q, 4) boxes cxcywh, without a gradient; None where the
-            decoder predicts a center itself.
+        reference: (B, Q, 4) boxes cxcywh, without a gradient; None where the decoder predicts a
+            center itself.
         proposals: in training, the predictions that the queries were chosen by, (1, B, Q, ...).
         num_groups, group_size: the last num_groups * group_size queries are groups that neither see
             one another nor are seen by the queries before them.
@@ -57,11 +57,6 @@ class LearnedQueries(nn.Module):
         nn.init.normal_(self.weight)
 
     def forward(self, scales: List[Scale], image_sizes: Tensor) -> Queries:
-        """
-        Args:
-            scales: the encoded scales.
-            image_sizes: (B, 2) each image's own (width, height) in pixels.
-        """
         content = torch.zeros_like(self.weight).expand(image_sizes.shape[0], -1, -1)
         return Queries(content, position=self.weight)
 
@@ -78,7 +73,7 @@ class ProposedQueries(nn.Module):
         num_queries: Q.
         embed_dim: d.
         num_classes: C.
-        project: see `CellHead`.
+        project: as in `CellHead`.
     """
 
     has_boxes = True
@@ -90,7 +85,6 @@ class ProposedQueries(nn.Module):
         self.cells = CellHead(embed_dim, num_classes, project)
 
     def forward(self, scales: List[Scale], image_sizes: Tensor) -> Queries:
-        """Arguments as of `LearnedQueries`."""
         cells = self.cells(scales, image_sizes)
         num_queries = len(self.weight)
         scores = _scores_of_peaks(cells, scales)

@@ -14,16 +14,15 @@ Size = Tuple[int, int]  # (height, width)
 
 
 def count_scales(in_features: Sequence[str], num_extra_scales: int) -> int:
-    """The number of scales of a model with these features of the backbone and so many coarser
-    scales, for configs."""
+    """The number of a model's scales, for configs."""
     return len(in_features) + num_extra_scales
 
 
 class Scale(NamedTuple):
     """One scale of a batch, its cells as tokens in row-major order.
 
-    A tuple, so that torch finds the tensors in it wherever it looks through a function's arguments
-    (activation checkpointing does, for the devices whose random numbers it has to restore).
+    A tuple, so that activation checkpointing finds the tensors, whose devices' random numbers it
+    has to restore.
 
     Attributes:
         tokens: (B, S, d) features.
@@ -70,15 +69,14 @@ def padding_masks(
     """Each scale's padding mask: the pixel mask resized with nearest neighbor.
 
     Args:
-        image_sizes: (height, width) of each image in pixels, before the batch was padded. As a
-            (B, 2) tensor nothing is asked of its values, so that a graph holds for all of them.
+        image_sizes: (height, width) of each image in pixels, before the batch was padded.
         padded_size: (H, W) of the batch in pixels.
         sizes: (h, w) of each scale in cells.
         device: of the result.
 
     Returns:
-        (B, h, w) bool for each scale, True on padding; None for all if no cell of any is padding
-        (never for a tensor).
+        (B, h, w) bool for each scale, True on padding. None for all if no cell of any is padding,
+        but not for a tensor of sizes, so that a graph holds for all values.
     """
     if not isinstance(image_sizes, Tensor):
         last_cells = [(n, m, h, w) for n, m in image_sizes for h, w in sizes]

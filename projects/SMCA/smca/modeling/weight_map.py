@@ -7,8 +7,7 @@ cell at distance (dx, dy), in cells, from the head's center is
     -(a_x^2 dx^2 + a_y^2 dy^2) * factor,      factor = stride / 32 / beta,
 
 with the spread (a_x, a_y) multiplying the distance (the inverse of the paper's s); a model of one
-scale has the factor 1 / beta. Other shapes are further classes below. To add one, derive it from
-`WeightMap`, give it `log_weights_at`, and name it in the config: `Modulation(map=MyMap)`.
+scale has the factor 1 / beta. Other shapes are further classes below, or one of your own.
 
 Where queries have boxes, distances are in units of the box: a head's center is the box's center
 plus an offset times half its sides, and the map falls to 1 / e at half a side / spread.
@@ -31,7 +30,6 @@ from typing import (
     List,
     NamedTuple,
     Optional,
-    Protocol,
     Sequence,
     Tuple,
     Type,
@@ -60,8 +58,7 @@ def float32_region(tensor: Tensor) -> ContextManager[Any]:
 
 class Channels(NamedTuple):
     """Log-weights written as dot products of queries and cells. Any attention kernel adds them to
-    its logits when the channels are appended to queries and keys. They may miss a term that all
-    cells of a query share, since the softmax cancels it.
+    its logits when the channels are appended to queries and keys.
 
     Attributes:
         query: (B, H', Q, k) float32.
@@ -79,8 +76,8 @@ class Channels(NamedTuple):
 class WeightMap(ABC):
     """The maps of all queries and heads on one scale.
 
-    A shape has to define `log_weights_at`. If its log-weights are dot products, it can define
-    `channels` too, and then runs in the fast kernels.
+    A shape defines `log_weights_at`, and if its log-weights are dot products `channels` too, with
+    which it runs in the fast kernels.
 
     Attributes:
         centers: (B, H', Q, 2) heads' centers (x, y) in cells.
@@ -201,8 +198,7 @@ class FixedGaussian(Gaussian):
 class CovarianceGaussian(WeightMap):
     """-(a_x^2 dx^2 + a_y^2 dy^2 + a_xy^2 dx^2 dy^2), the official code's "type4".
 
-    It has no channels: products grow with the fourth power of the distance, and the small
-    log-weights near the center would be lost among them."""
+    It has no channels, since products would grow with the fourth power of the distance."""
 
     initial_spreads = (1.0, 1.0, 1.0)
 
@@ -263,9 +259,6 @@ MAPS: Dict[str, Type[WeightMap]] = {
 }
 
 
-# ---- The settings
-
-
 @dataclass
 class Modulation:
     """The settings of a decoder's weight maps.
@@ -281,7 +274,7 @@ class Modulation:
             proportion for any beta: sqrt(beta / 8). Not used for boxes.
 
     Raises:
-        ValueError: there is no such map, or beta or the gain is not a positive number.
+        ValueError: there is no such map, or a number is not positive.
     """
 
     map: Union[str, Type[WeightMap]] = Gaussian
@@ -306,16 +299,6 @@ class Modulation:
 
 
 # ---- What a query predicts
-
-
-class Grid(Protocol):
-    """One scale's cells, as in `smca.modeling.scales.Scale`: (h, w) cells of `stride` pixels."""
-
-    @property
-    def size(self) -> Tuple[int, int]: ...
-
-    @property
-    def stride(self) -> int: ...
 
 
 class WeightMapPredictor(nn.Module):
@@ -360,7 +343,12 @@ class WeightMapPredictor(nn.Module):
         """Spreads start the same for every query. Offsets start at random, so that heads differ;
         in a box, heads also start in different directions, halfway between center and sides."""
         if self.offset is not None:
-            nn.init.xavier_uniform_(self.offset.weight, self._offset_gain())
+            gain = self.settings.offset_gain
+            if self.in_boxes:
+                gain = 0.3
+            elif gain is None:
+                gain = (self.settings.beta / PUBLISHED_BETA) ** 0.5
+            nn.init.xavier_uniform_(self.offset.weight, gain)
             if self.in_boxes:
                 angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
                 directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -372,48 +360,33 @@ class WeightMapPredictor(nn.Module):
             with torch.no_grad():
                 self.spread.bias.copy_(initial.repeat(self.num_scales * self.num_heads))
 
-    def _offset_gain(self) -> float:
-        if self.in_boxes:
-            return 0.3
-        gain, beta = self.settings.offset_gain, self.settings.beta
-        return (beta / PUBLISHED_BETA) ** 0.5 if gain is None else gain
-
     def forward(
         self,
         queries: Tensor,
         center: Tensor,
-        grids: Sequence[Grid],
+        scales: Sequence[Any],
         half_sizes: Optional[Tensor] = None,
     ) -> List[WeightMap]:
         """
         Args:
             queries: (B, Q, d), the layer's normalized input.
             center: (B, Q, 2), (x, y) in pixels.
-            grids: the L scales.
+            scales: the L scales, each with its `size` (h, w) in cells and `stride` in pixels.
             half_sizes: (B, Q, 2) half of the boxes' width and height in pixels; None unless
                 `in_boxes`.
 
         Returns:
             A map for each scale.
         """
-        with float32_region(queries):
-            offsets, spreads = (
-                # (B, Q, L * H' * n) -> L times (B, H', Q, n)
-                None
-                if linear is None
-                else linear(queries)
-                .unflatten(2, (self.num_scales, self.num_heads, -1))
-                .permute(2, 0, 3, 1, 4)
-                .unbind()
-                for linear in (self.offset, self.spread)
-            )
+        offsets, spreads = (self._predict(x, queries) for x in (self.offset, self.spread))
         maps = []
-        for index, grid in enumerate(grids):
-            centers = (center / grid.stride)[:, None]
+        for index, scale in enumerate(scales):
+            centers = (center / scale.stride)[:, None]
             offset = None if offsets is None else offsets[index]
-            factor, unit = self._factor(grid.stride), None
+            factor = scale.stride / REFERENCE_STRIDE if self.num_scales > 1 else 1.0
+            factor, unit = factor / self.settings.beta, None
             if half_sizes is not None:
-                half = (half_sizes / grid.stride)[:, None]
+                half = (half_sizes / scale.stride)[:, None]
                 offset = None if offset is None else offset * half
                 # A map narrower than a cell would read nothing where it lies between two.
                 factor, unit = 1.0, half.clamp(min=0.5)
@@ -421,8 +394,15 @@ class WeightMapPredictor(nn.Module):
             if offset is not None:
                 centers = centers + offset
             values = centers[..., :0] if spreads is None else spreads[index]
-            maps.append(self.shape(centers, values, factor, grid.size, unit))
+            maps.append(self.shape(centers, values, factor, scale.size, unit))
         return maps
 
-    def _factor(self, stride: int) -> float:
-        return (stride / REFERENCE_STRIDE if self.num_scales > 1 else 1.0) / self.settings.beta
+    def _predict(
+        self, linear: Optional[nn.Linear], queries: Tensor
+    ) -> Optional[Tuple[Tensor, ...]]:
+        """(B, H', Q, n) for each scale."""
+        if linear is None:
+            return None
+        with float32_region(queries):
+            values = linear(queries).unflatten(2, (self.num_scales, self.num_heads, -1))
+        return values.permute(2, 0, 3, 1, 4).unbind()
