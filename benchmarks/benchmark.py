@@ -13,7 +13,6 @@ multiply-add as two; the share is of the rate of a large matrix product of the s
 by the same process. --profile prints the operators of PyTorch's profiler as well.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -47,7 +46,6 @@ from measuring import (
     add_options,
     in_fresh_process,
     measure,
-    mebibytes,
     print_table,
     random_batch,
     random_images,
@@ -250,7 +248,7 @@ def row_of(job: Job, options: Options) -> List[str]:
         cost = images * job.cost(load_config(job.config, options.overrides), *job.arguments["size"])
         gflops = 2e-9 * cost / measurement.seconds
         speed, share = f"{gflops:.0f}", f"{gflops / found['rate']:.0%}"
-    memory = [mebibytes(n) for n in (measurement.extra_bytes, measurement.peak_bytes)]
+    memory = [f"{n / 2**20:.0f}" for n in (measurement.extra_bytes, measurement.peak_bytes)]
     name = [job.name, Path(job.config).stem, job.size]
     return [*name, f"{measurement.seconds:.3g}", speed, share, *memory]
 
@@ -258,8 +256,8 @@ def row_of(job: Job, options: Options) -> List[str]:
 # ---- Command line
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parse_options(argv: Optional[Sequence[str]] = None) -> Options:
+    """The command line, checked and completed."""
     parser = command_line(__doc__)
     what = f"measurements ({', '.join(MEASUREMENTS)}; default: all), then overrides, key=value"
     parser.add_argument("what", nargs="*", help=what)
@@ -275,12 +273,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=at_least(1), default=2, help="of the training step")
     parser.add_argument("--profile", action="store_true", help="print the operators")
     add_options(parser)
-    return parser
-
-
-def parse_options(argv: Optional[Sequence[str]] = None) -> Options:
-    """The command line, checked and completed."""
-    options = get_parser().parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
     options.overrides = [word for word in options.what if "=" in word]
     options.what = [word for word in options.what if "=" not in word] or MEASUREMENTS
     options.config = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]

@@ -43,7 +43,6 @@ from measuring import (
     autocast,
     in_fresh_process,
     measure,
-    mebibytes,
     print_table,
     random_batch,
     random_images,
@@ -287,7 +286,7 @@ def cells(found: Dict[str, List[Record]], name: str) -> List[str]:
         return ["", "", found[name][-1]["missing"], ""]
     seconds = statistics.median(record["seconds"] for record in found[name])
     memory = statistics.median(record["bytes"] for record in found[name])
-    texts = [f"{seconds:.2f}", mebibytes(memory)]
+    texts = [f"{seconds:.2f}", f"{memory / 2**20:.0f}"]
     others = found.get(MODELS[name].ours or "", [])
     for key in ("seconds", "bytes"):
         ratios = [a[key] / b[key] for a, b in zip(found[name], others) if key in b]

@@ -17,7 +17,6 @@ import gc
 import os
 import shutil
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from unittest import mock
 
 from smca.cli.train import main as train
 from smca.config import AMP_DTYPES, load_config
-from smca.errors import UserError, at_least, exit_code, writing
+from smca.errors import at_least, command_line, exit_code, writing
 from smca.inference import Predictor
 from smca.inference.export import export_detector
 from smca.modeling import kernels
@@ -44,17 +43,13 @@ from torch.profiler import ProfilerActivity, profile
 from benchmark import build_model
 from measuring import CONFIGS, MAIN_MODELS, Options, provenance, random_batch
 
-NO_GPU, OUT_OF_TIME = 2, 3  # exit codes
 # Relative differences of losses and of a part's gradient that rounding may make.
 TOLERANCES = {"float32": (1e-4, 1e-2), "bf16": (5e-2, 0.5), "fp16": (2e-2, 0.2)}
-SCALES = [2.0**power for power in range(10, -15, -4)]  # of the loss in float16
-NUM_SIZES = 20  # of images whose first call is timed
 
 # Overrides of --quick: the same models with few and narrow layers.
-_TINY = ["model.embed_dim=16", "model.num_queries=6", "model.backbone.depth=18"]
-_TINY += ["+model.backbone.num_blocks=[1,1,1,1]", "+model.backbone.width=16"]
+_TINY = ["model.embed_dim=16", "model.num_queries=6", "model.encoder.ffn_dim=16"]
 _TINY += ["model.decoder.num_layers=2", "model.decoder.ffn_dim=16", "model.decoder.num_heads=2"]
-_TINY += ["model.encoder.ffn_dim=16"]
+_TINY += [f"+model.backbone.{x}" for x in ("depth=18", "num_blocks=[1,1,1,1]", "width=16")]
 
 Result = Tuple[Optional[bool], str]  # whether a check passed (None: it did not run), and figures
 Step = Dict[str, Tensor]  # the losses, and the gradient of each part, as vectors
@@ -70,10 +65,10 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 def make_model(config: str, options: Options, device: str, *overrides: str) -> Any:
     """The config's model without dropout and with random weights, the same on each device."""
     torch.manual_seed(0)
-    quick = [*_TINY, "model.encoder.pattern=I", "model.encoder.num_heads=2"]
-    if "conv" in config:
-        quick = [*_TINY, "model.encoder.num_layers=1"]
-    overrides = ("model.dropout=0", *(quick if options.quick else []), *overrides)
+    encoder = ["model.encoder.pattern=I", "model.encoder.num_heads=2"]
+    encoder = ["model.encoder.num_layers=1"] if "conv" in config else encoder
+    quick = [*_TINY, *encoder] if options.quick else []
+    overrides = ("model.dropout=0", *quick, *overrides)
     cfg = load_config(str(CONFIGS / f"{config}.py"), overrides)
     return build_model(argparse.Namespace(device=device), cfg)
 
@@ -88,11 +83,6 @@ def make_batch(options: Options, is_padded: bool = True) -> List[Dict[str, Any]]
     return [item for size in sizes for item in random_batch(1, size)]
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to. Weight maps, whose gradients are small, are one."""
-    return "weight maps" if "modulation" in name else name.removeprefix("module.").split(".")[0]
-
-
 def take_step(
     model: nn.Module, batch: List[Dict[str, Any]], dtype: str = "float32", seed: int = 2
 ) -> Step:
@@ -100,7 +90,7 @@ def take_step(
     less until the gradient is finite, as training finds its scale."""
     device = next(model.parameters()).device.type
     amp_dtype = AMP_DTYPES.get(dtype)
-    for scale in SCALES if dtype == "fp16" else (1.0,):
+    for scale in [2.0**power for power in range(10, -15, -4)] if dtype == "fp16" else [1.0]:
         model.train().zero_grad()
         torch.manual_seed(seed)
         with torch.autocast(device, amp_dtype, enabled=amp_dtype is not None):
@@ -108,8 +98,11 @@ def take_step(
         (scale * losses.sum()).backward()
         parts: Dict[str, List[Tensor]] = {}
         for name, parameter in model.named_parameters():
+            part = name.removeprefix("module.").split(".")[0]
+            if "modulation" in name:  # weight maps have small gradients
+                part = "weight maps"
             if parameter.grad is not None:
-                parts.setdefault(part_of(name), []).append(parameter.grad.flatten().cpu())
+                parts.setdefault(part, []).append(parameter.grad.flatten().cpu())
         step = {name: torch.cat(part).float() / scale for name, part in parts.items()}
         if all(gradient.isfinite().all() for gradient in step.values()):
             break
@@ -167,29 +160,26 @@ def check_waits(config: str, options: Options) -> Result:
     """No forward pass waits for the GPU. (In training, the matcher does after it.)"""
     batch, model = make_batch(options), make_model(config, options, options.device)
     watch = torch.cuda.set_sync_debug_mode if options.device == "cuda" else str
-    try:
-        for mode in ("default", "error"):  # the first call makes what is kept
-            watch(mode)
-            with torch.autocast(options.device, torch.bfloat16):
-                model.train().forward_head(model.forward_features(model.preprocess(batch)))
-                model.eval()(batch)
-    finally:
-        watch("default")
+    for mode in ("default", "error"):  # the first call makes what is kept
+        watch(mode)
+        with torch.autocast(options.device, torch.bfloat16):
+            model.train().forward_head(model.forward_features(model.preprocess(batch)))
+            model.eval()(batch)
     return True, "no wait"
 
 
 def check_sizes(config: str, options: Options) -> Result:
-    """The first image of a size takes little longer than the second: nothing is planned anew."""
+    """The first image of each of 20 sizes takes little longer than the second: nothing is planned
+    anew."""
     model, times = make_model(config, options, options.device).eval(), []
-    for index in range(2 * NUM_SIZES):
+    for index in range(2 * 20):
         images = random_batch(1, (options.size[0] + 8 * (index // 2), options.size[1]))
         start = time.perf_counter()
         with torch.no_grad(), torch.autocast(options.device, torch.bfloat16):
             model(images)[0]["instances"].scores.cpu()
         times.append(time.perf_counter() - start)
     first, second = (statistics.median(times[start::2]) for start in (2, 3))
-    text = f"medians of {NUM_SIZES - 1} sizes: {first:.3f} s, then {second:.3f} s"
-    return first < 10 * second, f"{text}; the first call of all: {times[0]:.1f} s"
+    return first < 10 * second, f"medians of all sizes: {first:.3f} s, then {second:.3f} s"
 
 
 def check_checkpointing(config: str, options: Options) -> Result:
@@ -200,8 +190,6 @@ def check_checkpointing(config: str, options: Options) -> Result:
         steps = []
         for model.encoder.checkpointing in (True, False):
             steps.append(take_step(model, batch, dtype))
-        if torch.equal(take_step(model, batch, dtype, seed=3)["losses"], steps[1]["losses"]):
-            return False, "another seed changes nothing: there is no dropout"
         results.append(compare(steps[0], steps[1], dtype))
     return joined(results)
 
@@ -212,17 +200,10 @@ def check_processes(
     """Processes with a share of the batch each have the gradient of one process with all of it."""
     if options.device == "cuda" and torch.cuda.device_count() < count:
         return None, "not run: there is one GPU"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        steps = manager.dict()
-        arguments = (port, steps, (config, options, count, is_compiled))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (folder, config, options, count, is_compiled)
         multiprocessing.spawn(share_a_step, arguments, count, daemon=True)  # type: ignore[no-untyped-call]
-        shares = [
-            {part: torch.from_numpy(array) for part, array in steps[rank].items()}
-            for rank in range(count)
-        ]
+        shares = [torch.load(f"{folder}/{rank}") for rank in range(count)]
     # Without padding: the convolutions see it, and an image alone has none.
     batch = make_batch(options, is_padded=False)
     expected = take_step(make_model(config, options, options.device), batch)
@@ -230,21 +211,21 @@ def check_processes(
     return joined([compare({**share, "losses": losses}, expected) for share in shares])
 
 
-def share_a_step(rank: int, port: int, steps: Any, job: Tuple[str, Options, int, bool]) -> None:
+def share_a_step(
+    rank: int, folder: str, config: str, options: Options, count: int, is_compiled: bool
+) -> None:
     """A step on a share of the batch, in one of several processes."""
-    config, options, count, is_compiled = job
     on_gpu = options.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(rank)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("nccl" if on_gpu else "gloo", address, world_size=count, rank=rank)
+    backend, store = "nccl" if on_gpu else "gloo", f"file://{folder}/store"
+    dist.init_process_group(backend, store, world_size=count, rank=rank)
     model = make_model(config, options, options.device)
     if is_compiled:
         model.compile_parts(**({"backend": "eager"} if options.quick else {}))
     parallel = DistributedDataParallel(model, device_ids=[rank] if on_gpu else None)
     step = take_step(parallel, make_batch(options, is_padded=False)[rank::count])
-    # As arrays: tensors would go with the process.
-    steps[rank] = {part: vector.numpy() for part, vector in step.items()}
+    torch.save(step, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -290,8 +271,6 @@ def check_training(config: str, options: Options) -> Result:
     words = [f"train.device={options.device}", f"train.output_dir={folder}"]
     words += ["train.amp.enabled=True", "train.amp.dtype=fp16"]
     words += ["train.accumulate=2", "train.model_ema.enabled=True", "train.log_period=1"]
-    if options.quick:
-        words += ["model.embed_dim=16", "dataloader.train.total_batch_size=2"]
 
     def start(*more: str) -> Any:
         context = multiprocessing.get_context("spawn")
@@ -309,11 +288,9 @@ def check_training(config: str, options: Options) -> Result:
     num_iterations = last["trainer"]["iteration"] + 3
     start("--resume", f"train.max_iter={num_iterations}").join()
     final = torch.load(folder / "model_final.pth", weights_only=True)
-    scale = final["trainer"]["grad_scaler"]["scale"]
-    changed = any((final["model"][name] != x).any() for name, x in final["model_ema"].items())
-    passed = final["trainer"]["iteration"] == num_iterations - 1 and changed
-    text = f"{num_iterations - 2} iterations, a signal, and 2 more"
-    return passed, f"{text}; the loss's scale is {scale:g}"
+    passed = final["trainer"]["iteration"] == num_iterations - 1
+    passed = passed and bool(final["trainer"]["grad_scaler"]) and bool(final["model_ema"])
+    return passed, f"{num_iterations - 2} iterations, a signal, and 2 more"
 
 
 def run(options: Options) -> int:
@@ -333,13 +310,15 @@ def run(options: Options) -> int:
             result = check(config, options)
         except Exception as error:  # whatever a GPU brings up is a finding, lack of memory too
             result = False, f"{type(error).__name__}: {error}".splitlines()[0]
+        if options.device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
         add(name, config, result)
         gc.collect()
         torch.cuda.empty_cache()  # for the processes that follow
 
     def stop(*_: Any) -> None:
         add("all checks", "", (False, f"out of time after {options.minutes} minutes"))
-        sys.exit(OUT_OF_TIME)
+        sys.exit(3)
 
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(60 * options.minutes)
@@ -351,28 +330,19 @@ def run(options: Options) -> int:
     return int(any(row[2] == "NO" for row in rows))
 
 
-# ---- Command line
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; gives the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
-    models = [*MAIN_MODELS, PROPOSING_MODEL]
     add("--output", default="output/gpu_check", type=Path, metavar="DIR")
-    add("--models", nargs="+", default=models, metavar="NAME", help="names of configs")
+    add("--models", nargs="+", default=[*MAIN_MODELS, PROPOSING_MODEL], help="names of configs")
     add("--device", default="cuda", choices=("cuda", "cpu"))
     add("--quick", action="store_true", help="tiny models and images")
     add("--minutes", type=at_least(1), default=60, help="time limit; default: %(default)s")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No GPU can be used here, so there is nothing to check.", file=sys.stderr)
-        return NO_GPU
-    for name in options.models:
-        if not (CONFIGS / f"{name}.py").is_file():
-            raise UserError(f"There is no config {name}: the default is {', '.join(models)}.")
+        return 2
     options.size = (64, 96) if options.quick else (800, 1066)
     with writing(str(options.output)):
         options.output.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ from smca.config import AMP_DTYPES
 from smca.errors import UserError, at_least
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
@@ -115,7 +114,7 @@ def tame(model: nn.Module) -> nn.Module:
     """Let the frozen norms of a model with random weights halve what they get. Norms that do
     nothing would double the features in each block."""
     for module in model.modules():
-        if isinstance(module, FrozenBatchNorm2d) or "FrozenBatchNorm" in type(module).__name__:
+        if "FrozenBatchNorm" in type(module).__name__:
             module.weight.fill_(0.5)  # type: ignore[operator,union-attr]
     return model
 
@@ -188,8 +187,3 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
-
-
-def mebibytes(count: float) -> str:
-    """A number of bytes in MiB, rounded."""
-    return f"{count / 2**20:.0f}"
