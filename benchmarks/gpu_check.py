@@ -343,7 +343,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No GPU can be used here, so there is nothing to check.", file=sys.stderr)
         return 2
-    options.size = (64, 96) if options.quick else (800, 1066)
+    options.size = (72, 96) if options.quick else (800, 1066)  # several cells on all scales
     with writing(str(options.output)):
         options.output.mkdir(parents=True, exist_ok=True)
     return run(options)

@@ -16,7 +16,7 @@ CONFIG = "smca_single_scale_r50_50ep"
 
 @pytest.fixture
 def options(tmp_path):
-    settings = dict(device="cpu", quick=True, size=(64, 96), minutes=60)
+    settings = dict(device="cpu", quick=True, size=(72, 96), minutes=60)
     return argparse.Namespace(**settings, models=[CONFIG], output=tmp_path)
 
 
