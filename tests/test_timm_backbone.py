@@ -92,7 +92,11 @@ def test_what_is_frozen_does_not_change():
 def test_another_model_takes_the_place_of_the_config_s_as_the_page_says():
     cfg = load_config(
         "custom_small_pretrained",
-        ["model.backbone.name=resnet18", "model.backbone.freeze=[conv1,bn1]", "data.train_json=a"],
+        [
+            "model.backbone.name=resnet18",
+            "model.backbone.freeze=[conv1,bn1]",
+            "model.in_features=[res2,res3,res4]",
+        ],
         needed=["model.backbone"],
     )
     shapes = instantiate(cfg.model.backbone).output_shape()
