@@ -32,8 +32,8 @@ _names = "${dataloader.train.dataset.names}"
 model.num_classes = L(num_classes)(json_file="${data.train_json}")
 model.num_queries = L(fit_num_queries)(names=_names)
 model.in_features = L(fit_in_features)(names=_names)
-model.num_extra_scales = L(fit_num_extra_scales)(names=_names)
-model.decoder.read = L(fit_scales_to_read)(names=_names)
+model.num_extra_scales = L(fit_num_extra_scales)(in_features="${model.in_features}")
+model.decoder.read = L(fit_scales_to_read)(in_features="${model.in_features}")
 # Stride 4 has many cells, for which linear heads save a tenth of a step.
 model.dense_head.deep = model.queries.project = False
 

@@ -82,9 +82,21 @@ def test_one_object_in_ten_may_be_smaller(register):
 def test_the_finest_scale_follows_from_small_objects(register):
     # 32 of 160 pixels are 96 of 480.
     small, large = register([(95, 95)] * 2 + [(400, 400)] * 8), register([(97, 97)])
-    assert fit_in_features(small) == ["res2", "res3", "res4"] and fit_num_extra_scales(small) == 0
-    assert fit_in_features(large) == ["res3", "res4"] and fit_num_extra_scales(large) == 1
-    assert fit_scales_to_read(small) == [1, 2] and fit_scales_to_read(large) is None
+    fine, coarse = fit_in_features(small), fit_in_features(large)
+    assert fine == ["res2", "res3", "res4"] and coarse == ["res3", "res4"]
+    assert [fit_num_extra_scales(x) for x in (fine, coarse)] == [0, 1]
+    assert [fit_scales_to_read(x) for x in (fine, coarse)] == [[1, 2], None]
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    "features, extra, read", [("res3,res4", 1, None), ("res2,res3,res4", 0, [1, 2])]
+)
+def test_scales_follow_from_features_that_are_set(register, small, features, extra, read):
+    cfg = _custom_small(f"model.in_features=[{features}]")
+    cfg.dataloader.train.dataset.names = register([(20, 20)] if small else [(300, 300)])
+    fit_to_data(cfg)
+    assert (cfg.model.num_extra_scales, cfg.model.decoder.read) == (extra, read)
 
 
 def test_crops_do_not_cut_large_objects(register):

@@ -263,7 +263,10 @@ def test_a_yaml_file_with_python_objects_is_refused(copy, tmp_path):
 
 def test_folders_that_are_no_detectors_are_named(copy, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model_best.pth").touch()
     for folder, words in (
+        (tmp_path / "run", "run/model_best.pth."),
         (tmp_path / "empty", "empty is no published detector, config.yaml is not in it"),
         (tmp_path / "gone", "gone does not exist"),
         ("./gone/there", "The folder ./gone/there does not exist"),

@@ -374,7 +374,15 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys, text, words):
         (["--config-file", "CONFIG", "--eval-only", "OUT"], "train.init_checkpoint=FILE"),
         (
             ["--config-file", "CONFIG", "OUT", "train.init_checkpoint=RUN"],
-            "run is a folder: name a checkpoint in it, such as model_final.pth",
+            "run is a folder: name a checkpoint in it, such as model_best.pth",
+        ),
+        (
+            ["--config-file", "CONFIG", "--eval-only", "OUT", "train.init_checkpoint=RUN"],
+            "run is a folder: name a checkpoint in it",
+        ),
+        (
+            ["--config-file", "custom_small", "--eval-only", "OUT", "train.init_checkpoint=no.pth"],
+            "no.pth does not exist",
         ),
     ],
 )

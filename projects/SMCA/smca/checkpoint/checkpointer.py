@@ -167,7 +167,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             What no checkpointable object took.
         """
         self.need_detector, self._path = True, path
-        if not all(comm.all_gather(os.path.isfile(path))):
+        if comm.get_world_size() > 1 and not all(comm.all_gather(os.path.isfile(path))):
             contents = [content]
             dist.broadcast_object_list(contents)
             content = contents[0]

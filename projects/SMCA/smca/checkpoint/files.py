@@ -13,6 +13,7 @@ from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, U
 
 import numpy as np
 import torch
+from detectron2.utils.file_io import PathManager
 
 from smca.errors import CheckpointError
 
@@ -166,14 +167,21 @@ def reading(path: str) -> Iterator[None]:
         if "://" in path and isinstance(error, (OSError, AssertionError)):
             problem = f"{path} cannot be downloaded: give a local copy of it."
         elif os.path.isdir(path):
-            problem = f"{path} is a folder: name a checkpoint in it, such as model_final.pth."
+            problem = f"{path} is a folder: name a checkpoint in it, such as model_best.pth."
         elif "://" in path or os.path.isfile(path):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason.split(" In PyTorch")[0].rstrip(".")  # advice that would run code
             problem = (
                 f"The checkpoint {path} cannot be read, perhaps it was cut short or is of "
                 f"another kind: {reason}."
             )
         raise CheckpointError(problem) from error
+
+
+def require_file(path: str) -> None:
+    """Raise a CheckpointError if there is no such file, or if a URL cannot be downloaded."""
+    with reading(path):
+        open(PathManager.get_local_path(path), "rb").close()
 
 
 def steps_of(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:

@@ -67,14 +67,14 @@ def fit_in_features(names: Names) -> List[str]:
     return ["res2", "res3", "res4"] if is_small else ["res3", "res4"]
 
 
-def fit_num_extra_scales(names: Names) -> int:
-    """As many as make three scales of the features of :func:`fit_in_features`."""
-    return 3 - len(fit_in_features(names))
+def fit_num_extra_scales(in_features: Sequence[str]) -> int:
+    """As many as make three scales of the features, which :func:`fit_in_features` may give."""
+    return max(0, 3 - len(in_features))
 
 
-def fit_scales_to_read(names: Names) -> Optional[List[int]]:
-    """Without stride 4, whose cells are too many to attend to; None where that is no scale."""
-    return [1, 2] if len(fit_in_features(names)) == 3 else None
+def fit_scales_to_read(in_features: Sequence[str]) -> Optional[List[int]]:
+    """All but stride 4, whose cells are too many to attend to; None where that is no scale."""
+    return list(range(1, max(3, len(in_features)))) if "res2" in in_features else None
 
 
 def fit_crop_range(names: Names, stride: int, factors: Tuple[float, float]) -> Optional[List[int]]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer, read_provenance
-from smca.checkpoint.files import find_checkpoints
+from smca.checkpoint.files import find_checkpoints, require_file
 from smca.config import (
     amp_dtype,
     build,
@@ -203,6 +203,7 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
             raise ConfigError(
                 "Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE."
             )
+        from_main_process(require_file, path)
         saved = SavedRun(path, from_main_process(read_provenance, path))
     use_classes(cfg, saved.provenance)
     needed = ["model", "dataloader.test", "dataloader.evaluator"]

@@ -107,9 +107,10 @@ def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]
     config, weights = (os.path.join(folder, file) for file in (CONFIG_NAME, WEIGHTS_NAME))
     for path in (config, weights):
         if not os.path.isfile(path):
+            best = os.path.join(name, "model_best.pth")
+            advice = f"give {best}" if os.path.isfile(best) else "tools/publish.py writes one"
             raise CheckpointError(
-                f"{name} is no published detector, {os.path.basename(path)} is not in it: "
-                "tools/publish.py writes one."
+                f"{name} is no published detector, {os.path.basename(path)} is not in it: {advice}."
             )
     published = _read_config(config)
     model, augmentations = (build(OmegaConf.create(published[k]), k) for k in _PART_KEYS)
