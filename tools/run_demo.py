@@ -16,6 +16,7 @@ from pathlib import Path
 
 from smca import Predictor
 from smca.analysis import evenly, write_pictures
+from smca.checkpoint.files import find_checkpoints
 from smca.config import load_config, quoted
 from smca.engine import main
 from smca.errors import UserError, command_line, exit_code
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> str:
     if os.path.isfile(weights):
         print(f"{run_dir} holds a finished training: it is evaluated and drawn again.")
 
-    arguments = ["--config-file", args.config_file, "--resume", *overrides]
+    resume = ["--resume"] if find_checkpoints(run_dir) else []
+    arguments = ["--config-file", args.config_file, *resume, *overrides]
     results = main(default_argument_parser().parse_args(arguments))
     predictor = Predictor(weights, config_file=args.config_file, overrides=overrides)
     dataset_dicts = load_test_dataset(predictor.cfg)
