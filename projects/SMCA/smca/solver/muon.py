@@ -93,11 +93,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    factor = identity = torch.eye(gram.shape[-1], device=gram.device)
-    for _ in range(_NUM_STEPS):
+    identity = torch.eye(gram.shape[-1], device=gram.device)
+    factor = step = a * identity + b * gram + c * (gram @ gram)
+    for _ in range(_NUM_STEPS - 1):
+        gram = step @ gram @ step
         step = a * identity + b * gram + c * (gram @ gram)
         factor = step @ factor
-        gram = step @ gram @ step
     x = factor @ x
     return (x if wide else x.mT).to(matrices.dtype)
 
