@@ -7,6 +7,7 @@ The picture in the documentation is the last test's, of the demo's model:
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -130,11 +132,19 @@ def test_detr_has_detections_and_no_maps(tmp_path):
 
 def test_what_the_server_cannot_answer_is_said(address, monkeypatch):
     status, text = refused(f"{address}/detect", b"no image")
-    assert status == 400 and text.startswith("The file is no image that can be read")
+    assert (status, text) == (400, "The file is no image that can be read.")
+    for length in ("abc", "-1"):
+        headers = {"Content-Length": length}
+        request = urllib.request.Request(f"{address}/detect", method="POST", headers=headers)
+        assert refused(request) == (400, "The Content-Length of the request is no number of bytes.")
     for path in ("/nothing", "/maps", "/image?number=a"):
         assert refused(address + path) == (404, "There is no such page.")
     monkeypatch.setattr(serve, "_MAX_IMAGES", 1)
     number = detect(address, make_image())["id"]
+    for key, value in itertools.product(("index", "layer"), (-1, 9999)):
+        query = urllib.parse.urlencode({"index": 0, "layer": 0, "number": number, key: value})
+        status, text = refused(f"{address}/maps?{query}")
+        assert status == 400 and text.startswith("There is no ") and f" {value}:" in text
     detect(address, make_image())
     status, text = refused(f"{address}/image?number={number}")
     assert status == 400 and "give it again" in text
@@ -242,6 +252,9 @@ def test_in_a_browser_images_get_boxes_to_filter_click_and_save(viewer, address,
         saved = until(lambda: list(tmp_path.glob("detections.json")), "the file")[0]
         rows = json.loads(saved.read_text())
         assert [row["category_name"] for row in rows if row["file_name"] == "b.png"] == kept
+        found = {"file_name": "ü", "category_id": "a,b", "category_name": 'c"', "bbox": [1]}
+        text = driver.execute_script("return asCsv([arguments[0]])", found)
+        assert text.startswith("\ufeff") and '"ü",,"a,b","c""",1,\n' in text
         driver.save_screenshot(str(tmp_path / "page.png"))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
 from smca.analysis.detections import class_color, class_name
@@ -157,6 +157,8 @@ class Viewer:
     def draw_maps(self, number: int, index: int, layer: int, scale: Optional[int] = None) -> bytes:
         """Where the query of a detection looks, see `smca.analysis.draw_gaussians`, as PNG."""
         seen = self._seen(number)
+        _check_index("detection", index, len(seen.detections))
+        _check_index("layer", layer, len(seen.layers))
         file = io.BytesIO()
         with self._lock:  # Matplotlib is not made for threads
             (maps,) = maps_of(seen.detections[[index]], seen.layers[layer], seen.image)
@@ -225,14 +227,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _example(self, number: int) -> np.ndarray:
-        if not 0 <= number < len(self.viewer.examples):
-            raise UserError(f"There is no example {number}.")
+        _check_index("example", number, len(self.viewer.examples))
         return _read(self.viewer.examples[number], self.viewer.examples[number])
 
     def _detect(self, number: Optional[int]) -> Dict[str, Any]:
         if number is not None:
             return self.viewer.detect(self._example(number))
-        length = int(self.headers.get("Content-Length") or 0)
+        try:
+            length = int(self.headers.get("Content-Length") or 0)
+        except ValueError:
+            length = -1
+        if length < 0:
+            raise UserError("The Content-Length of the request is no number of bytes.")
         if length > _MAX_BYTES:
             raise UserError(f"The image has more than {_MAX_BYTES // 10**6} MB.")
         return self.viewer.detect(_read(io.BytesIO(self.rfile.read(length)), "The file"))
@@ -241,12 +247,19 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing is logged of a request."""
 
 
+def _check_index(kind: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise UserError(f"There is no {kind} {index}: give one from 0 to below {count}.")
+
+
 def _read(file: Any, name: str) -> np.ndarray:
     try:
         return read_image(file)
     except DatasetError as error:
         reason = error.__cause__ or error
-        raise UserError(f"{name} is no image that can be read: {reason}") from error
+        # Pillow says no more of these than the name, which is a repr for what was sent.
+        ending = "." if isinstance(reason, UnidentifiedImageError) else f": {reason}"
+        raise UserError(f"{name} is no image that can be read{ending}") from error
 
 
 def _css_color(class_index: int) -> str:
