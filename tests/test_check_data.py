@@ -195,7 +195,7 @@ def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
 
 
 def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
-    json_file, image_root = write_data(tmp_path, *GOOD)
+    json_file, image_root = write_data(tmp_path / "my photos ü", *GOOD)
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
     break_an_image(image_root)
     assert run_tool(*command, "--no-decode") == 0
@@ -203,13 +203,18 @@ def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
     assert not (tmp_path / "out" / "training_images.jpg").exists()
 
 
-def test_a_data_set_without_objects_is_only_reported(tmp_path):
+def test_data_without_objects_are_a_problem_of_a_training_and_else_a_remark(tmp_path, capsys):
     json_file, image_root = write_data(tmp_path)
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
     assert run_tool(*command) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["check.json"]
     check = json.loads((tmp_path / "out" / "check.json").read_text())
     assert f"train: {json_file} has no objects: there is nothing" in "".join(check["remarks"])
+    val = write_data(tmp_path / "val", *GOOD)
+    keys = ("train_json", "train_images", "val_json", "val_images")
+    overrides = [f"data.{key}={path}" for key, path in zip(keys, (json_file, image_root, *val))]
+    assert run_tool("--config-file", "custom_small", *command[4:], *overrides) == 1
+    assert f"{json_file} has no objects: add" in capsys.readouterr().out
 
 
 def test_all_files_of_a_config_are_checked_and_training_takes_its_settings_from_them(tmp_path):

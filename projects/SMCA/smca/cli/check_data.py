@@ -22,8 +22,8 @@ from smca.analysis.dataset import (
     statistics_of,
     training_splits,
 )
-from smca.config import fit_to_data, load_config
-from smca.data import as_list, require_dataset
+from smca.config import fit_to_data, load_config, quoted
+from smca.data import Problem, as_list, require_dataset
 from smca.errors import UserError, at_least, command_line, exit_code
 from smca.inference import make_folder
 
@@ -73,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
             progress=functools.partial(tqdm, desc=f"{name}: images", unit="image", disable=None),
         )
     statistics = {name: statistics_of(split) for name, split in splits.items()}
+    training = training_splits(splits)
+    trains = any(s.problems or statistics[name]["objects"] for name, s in training.items())
+    if not args.json and not trains:
+        for split in training.values():
+            message = f"{split.source} has no objects: add their annotations."
+            split.problems.append(Problem("no objects to train on", message, []))
     remarks = find_remarks(splits)
     fitted = settings(cfg, splits)
     for name, split in splits.items():
@@ -111,7 +117,7 @@ def config_and_overrides(args: argparse.Namespace) -> Tuple[str, List[str]]:
         return config_file, args.opts
     if args.config_file or not (args.json and args.images):
         raise UserError("Give --json together with --images, or --config-file.")
-    paths = [json.dumps(os.path.abspath(path)) for path in (args.json, args.images)]
+    paths = [quoted(os.path.abspath(path)) for path in (args.json, args.images)]
     keys = [f"data.{split}_{kind}" for split in ("train", "val") for kind in ("json", "images")]
     return config_file, [*(f"{key}={path}" for key, path in zip(keys, 2 * paths)), *args.opts]
 

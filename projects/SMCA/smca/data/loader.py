@@ -132,7 +132,8 @@ def build_train_loader(
         raise DatasetError("The training data set has no images: check dataloader.train.dataset.")
     if all(map(_has_no_objects, dataset)):
         raise DatasetError(
-            "The training data have no objects (crowds do not count): add their annotations."
+            "The training data have no objects (crowds do not count): add their annotations to the "
+            "files of dataloader.train.dataset, such as data.train_json."
         )
     world_size = comm.get_world_size()
     if (
