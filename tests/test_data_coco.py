@@ -439,10 +439,12 @@ def test_other_categories_than_in_training_are_an_error(tmp_path):
     train, image_root = _write(tmp_path, coco)
     coco["categories"][0]["name"] = "bird"
     val, _ = _write(tmp_path, coco, "val.json")
-    words = r"only the first has \['bird'\], only the second \['cat'\]"
+    words = r"only the first has \['bird'\] and only the second has \['cat'\]:"
     for key, owner in (("categories_from", train), ("classes", ["dog", "cat"])):
         with pytest.raises(DatasetError, match=rf"val\.json and .* same categories, but {words}"):
             register_coco(val, image_root, **{key: owner})
+    with pytest.raises(DatasetError, match=r"categories, but only the second has \['cow'\]:"):
+        register_coco(val, image_root, classes=["bird", "dog", "cow"])
     for function in (num_classes, class_names, lambda paths: register_coco(paths, image_root)):
         with pytest.raises(DatasetError, match=r"val\.json and .*train\.json must have the same"):
             function([train, train, val])

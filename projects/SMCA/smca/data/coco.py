@@ -272,10 +272,11 @@ def check_classes(json_file: PathLike, classes: Sequence[str], owner: object) ->
     only_here = sorted(set(names) - set(classes))
     only_there = sorted(set(classes) - set(names))
     if only_here or only_there:
+        sides = [("first", only_here), ("second", only_there)]
+        differences = " and ".join(f"only the {side} has {found}" for side, found in sides if found)
         raise DatasetError(
-            f"{json_file} and {owner} must have the same categories, but only the first has "
-            f"{only_here}, only the second {only_there}: give both the same names in 'categories' "
-            "(their ids and their order may differ)."
+            f"{json_file} and {owner} must have the same categories, but {differences}: give both "
+            "the same names in 'categories' (their ids and their order may differ)."
         )
 
 
