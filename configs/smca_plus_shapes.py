@@ -1,4 +1,4 @@
-"""The demo: a small SMCA learns the embedded data set from scratch in minutes on a CPU."""
+"""The demo: a small SMCA plus learns the embedded data set from scratch in minutes on a CPU."""
 
 from smca.data import SHAPE_CLASSES
 

@@ -1,4 +1,4 @@
-"""The demo: a small SMCA learns the embedded data set from scratch in minutes on a CPU."""
+"""A small SMCA of the paper learns the embedded data set from scratch in minutes on a CPU."""
 
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler

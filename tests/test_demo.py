@@ -438,6 +438,7 @@ def test_demo_run_trains_evaluates_draws_and_tells_where(tmp_path, monkeypatch):
     assert {"model_final.pth", "validation.png", "gaussians.png", "curves.png"} <= names
     assert all(os.path.exists(path) for path in written)
     assert len(os.listdir(tmp_path / "run" / "fast_dev_run" / "examples")) == 2
+    assert re.search(r"smca-predict --weights \S+/model_best.pth", text)
 
 
 def test_the_demos_folder_is_that_of_its_option(tmp_path, capsys):

@@ -5,7 +5,7 @@ That is validation images with truth and detections, the Gaussian map of each he
 detections, and the curves of the training (from the metrics.json beside the weights, if there is
 one):
 
-    draw.py --weights output/demo/model_final.pth --output pictures
+    draw.py --weights output/demo/model_best.pth --output pictures
     draw.py --config-file CONFIG --weights FILE --layer 0 --scale 1 --output pictures
 """
 

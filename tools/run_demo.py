@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> str:
     lines += ["Written:", *(f"  {path}" for path in files if os.path.exists(path)), ""]
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     lines.append(f"Total time {minutes} min {seconds} s ({os.cpu_count()} CPU cores)")
+    best = os.path.join(run_dir, "model_best.pth")  # without an AP there is none
+    weights = best if os.path.isfile(best) else weights
     lines += [
         "\nTry next, after 'source .venv/bin/activate':",
         f"  smca-predict --weights {weights} --input {examples} --output {run_dir}/detections",

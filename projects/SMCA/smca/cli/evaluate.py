@@ -34,7 +34,7 @@ Report how good trained detectors are on the test data of the first one's config
 precision, curves, confusions, calibration, the worst images, and speed. The report is one HTML
 page that needs no other file, and JSON:
 
-    %(prog)s --weights output/demo/model_final.pth --output report
+    %(prog)s --weights output/demo/model_best.pth --output report
     %(prog)s --weights a.pth b.pth --max-images 100 --output report train.device=cpu
     %(prog)s --weights a.pth --dtype fp32 --dtype bf16      # what mixed precision costs in AP
 """

@@ -11,7 +11,7 @@ from smca.inference.export import check_export, count_nodes, export_detector
 _DESCRIPTION = """\
 Write a trained detector as one file that runs without this package:
 
-    %(prog)s --weights output/demo/model_final.pth --format onnx --output model.onnx
+    %(prog)s --weights output/demo/model_best.pth --format onnx --output model.onnx
     %(prog)s --weights FILE --format pt2 --output model.pt2
 
 onnx is for onnxruntime, OpenVINO, or TensorRT. pt2 is PyTorch's own (torch.export.load),

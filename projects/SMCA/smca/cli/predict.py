@@ -23,7 +23,7 @@ from smca.inference.images import is_url
 _DESCRIPTION = """\
 Detect objects in images or a video, and write them drawn and as COCO-style JSON:
 
-    %(prog)s --weights output/demo/model_final.pth --input a.jpg b.png
+    %(prog)s --weights output/demo/model_best.pth --input a.jpg b.png
     %(prog)s --config-file CONFIG --weights FILE --input 'photos/*.jpg' --output results
     %(prog)s --config-file CONFIG --weights FILE --video-input film.mp4 --opts train.device=cpu
 

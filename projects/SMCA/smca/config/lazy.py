@@ -142,7 +142,10 @@ def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") 
 
 def _load_file(config_file: str) -> DictConfig:
     if not config_file:
-        raise ConfigError("No config given: add --config-file with a file from configs/.")
+        raise ConfigError(
+            "No config given: add --config-file with a file from configs/ or a name such as "
+            "custom_small."
+        )
     if not PathManager.isfile(config_file):
         raise ConfigError(f"The config file {config_file} does not exist.")
     try:
