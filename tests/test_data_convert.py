@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -510,7 +511,8 @@ def test_voc_folders_that_cannot_be_used_are_errors(tmp_path):
 def test_an_evaluation_names_the_values_that_it_lacks(tmp_path):
     folder = write_voc(tmp_path / "voc", a=[("dog", 1, 1, 9, 9)])
     command = ["--config-file", ROOT / "configs" / "custom_voc.py", "--eval-only", *SMALL]
-    command += ["train.init_checkpoint=gone.pth", f"train.output_dir={tmp_path}"]
+    torch.save({"model": {}}, tmp_path / "model.pth")
+    command += [f"train.init_checkpoint={tmp_path}/model.pth", f"train.output_dir={tmp_path}"]
     command += [f"data.train_{kind}={folder}" for kind in ("images", "annotations")]
     with pytest.raises(UserError, match="custom_voc.py needs values for data.val_annotations: add"):
         main(arguments(*command, f"data.val_images={folder}"))
