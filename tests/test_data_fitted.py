@@ -104,6 +104,14 @@ def test_crops_do_not_cut_large_objects(register):
     assert fit_crop_range(register([(20, 20)] + [(150, 150)] * 2), 4, (0.6, 1.0)) is None
 
 
+def test_data_are_gone_through_once(register, monkeypatch):
+    name = register([(20, 20)])
+    read, calls = DatasetCatalog[name], []
+    monkeypatch.setitem(DatasetCatalog.data, name, lambda: calls.append(name) or read())
+    assert fit_num_queries(name) == 40 and fit_short_sides([name], 4) == [288]
+    assert fit_num_iterations(name, 8) == 1000 and calls == [name]
+
+
 @pytest.mark.parametrize("images, iterations", [(3, 1000), (400, 1500), (9000, 5000)])
 def test_iterations_are_thirty_epochs(register, images, iterations):
     name = register(*[[]] * images)

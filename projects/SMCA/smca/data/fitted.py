@@ -4,12 +4,15 @@ A config names them as calls, ``model.num_queries = L(fit_num_queries)(names=...
 starts, :func:`smca.config.fit_to_data` replaces each by its value and says it in the log.
 """
 
+import functools
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
+
+from .coco import as_list
 
 __all__ = [
     "fit_crop_range",
@@ -36,7 +39,8 @@ _NUM_ITERATIONS = (1000, 5000)
 
 def fit_num_queries(names: Names) -> int:
     """Half as many queries again as the fullest image has objects, 40 at least and 300 at most."""
-    most = max((len(image["annotations"]) for image in _images(names)), default=0)
+    counts, _ = _objects(names)
+    most = max(counts, default=0)
     return _between(10 * math.ceil(1.5 * most / 10), _NUM_QUERIES)
 
 
@@ -93,28 +97,39 @@ def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int
         batch_size: images of an iteration, in all processes together.
         share: of the whole training, for periods.
     """
-    iterations = round(_EPOCHS * len(_images(names)) / batch_size)
+    counts, _ = _objects(names)
+    iterations = round(_EPOCHS * len(counts) / batch_size)
     return round(share * _between(iterations, _NUM_ITERATIONS))
 
 
 def _length(names: Names, percentile: float = _SMALL) -> float:
     """Of objects, relative to the short sides of their images; 1 without objects."""
-    lengths = []
-    for image in _images(names):
-        side = min(image["width"], image["height"])
-        for item in image["annotations"]:
-            _, _, w, h = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS)
-            lengths.append(math.sqrt(w * h) / side)
+    _, lengths = _objects(names)
     return max(np.percentile(lengths, percentile), 1e-3) if lengths else 1.0
 
 
-def _images(names: Names) -> List[Dict[str, Any]]:
-    """Images with their objects, crowds left out, which no query has to find."""
-    return [
-        {**image, "annotations": [a for a in image["annotations"] if not a.get("iscrowd")]}
-        for name in ([names] if isinstance(names, str) else names)
-        for image in DatasetCatalog.get(name)
-    ]
+def _objects(names: Names) -> Tuple[List[int], List[float]]:
+    """The numbers of objects of all images, and the objects' lengths relative to the short sides of
+    their images, without crowds, which no query has to find."""
+    parts = [_objects_of(name, DatasetCatalog.data.get(name)) for name in as_list(names)]
+    counts, lengths = ([x for part in column for x in part] for column in zip(*parts))
+    return counts, lengths
+
+
+# Several settings follow from the same data, which may take seconds to go through.
+@functools.lru_cache(maxsize=16)
+def _objects_of(name: str, registered: Any) -> Tuple[List[int], List[float]]:
+    """`registered`, the catalog's function, makes data that are registered anew another key."""
+    counts: List[int] = []
+    lengths: List[float] = []
+    for image in DatasetCatalog.get(name):
+        side = min(image["width"], image["height"])
+        items = [item for item in image["annotations"] if not item.get("iscrowd")]
+        counts.append(len(items))
+        for item in items:
+            _, _, w, h = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS)
+            lengths.append(math.sqrt(w * h) / side)
+    return counts, lengths
 
 
 def _between(value: int, bounds: Tuple[int, int]) -> int:
