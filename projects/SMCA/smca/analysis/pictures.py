@@ -1,6 +1,5 @@
 """All pictures of a trained model: detections, weight maps and curves, in one folder."""
 
-import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
 
@@ -8,8 +7,8 @@ import numpy as np
 
 from smca.analysis.curves import draw_curves, read_metrics
 from smca.analysis.detections import draw_contact_sheet, draw_truth_and_detections, truth_of
-from smca.analysis.recorder import NoModulationError
-from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, modulation_maps
+from smca.analysis.recorder import detect_and_record
+from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, maps_of
 from smca.data import read_image
 
 if TYPE_CHECKING:  # it imports this package
@@ -57,14 +56,15 @@ def write_pictures(
     best: List[DetectionMaps] = []
     for item in progress(evenly(dataset_dicts, num_images)):
         image = read_image(item["file_name"], item["height"], item["width"])
-        truth, detections = truth_of(item), predictor(image, threshold=confidence_threshold)
+        truth, (found, recorder) = truth_of(item), detect_and_record(predictor, image)
+        detections = found[found.scores >= confidence_threshold]
         pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
         captions.append(
             f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
             f"detections from {100 * confidence_threshold:.0f}% ({len(detections)})"
         )
-        with contextlib.suppress(NoModulationError):
-            best += modulation_maps(predictor, image, layer=layer)
+        if recorder is not None:
+            best += maps_of(found[[0]], recorder.layer(layer), image)
     figures = {"validation.png": draw_contact_sheet(pictures, captions)}
     if best:
         best.sort(key=lambda detection: -detection.score)

@@ -3,14 +3,18 @@
 import contextlib
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smca.errors import UserError
 from smca.modeling.weight_map import HALF_CELL, WeightMap
+
+if TYPE_CHECKING:  # it imports this package
+    from smca.inference import Detections, Predictor
 
 
 class NoModulationError(UserError):
@@ -155,3 +159,16 @@ class Recorder:
         self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor
     ) -> None:
         self._layers[index].scale_weights = output.float().softmax(dim=-1)
+
+
+def detect_and_record(
+    predictor: "Predictor", image: np.ndarray
+) -> Tuple["Detections", Optional[Recorder]]:
+    """All detections of an (h, w, 3) uint8 RGB image, best first, and the record of the call; None
+    for a model without modulation."""
+    try:
+        recorder = Recorder(predictor.model)
+    except NoModulationError:
+        return predictor(image, threshold=0), None
+    with recorder:
+        return predictor(image, threshold=0), recorder

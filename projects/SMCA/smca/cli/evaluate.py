@@ -18,7 +18,7 @@ from smca.analysis import evenly
 from smca.analysis.evaluation import Evaluation, detect, evaluate, load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
-from smca.data import image_ids, read_coco
+from smca.data import as_list, image_ids, read_coco
 from smca.errors import UserError, at_least, command_line, exit_code
 from smca.inference import (
     Predictor,
@@ -126,8 +126,7 @@ def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[
         UserError: there are several data sets, or they are not in COCO's format.
     """
     # A function that registers data, as in configs/custom_coco.py, gives their name again.
-    names = instantiate(cfg.dataloader.test.dataset.names)
-    names = [names] if isinstance(names, str) else list(names)
+    names = as_list(instantiate(cfg.dataloader.test.dataset.names))
     if len(names) != 1:
         raise UserError(
             f"There are {len(names)} sets of test data, a report is on one: set data.val_json or "

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from smca.analysis import LayerRecord, NoModulationError, Recorder, draw_gaussians, maps_of
+from smca.analysis import LayerRecord, detect_and_record, draw_gaussians, maps_of
 from smca.analysis.detections import class_color, class_name
 from smca.cli.predict import find_images
 from smca.data import DatasetError, read_image
@@ -141,14 +141,11 @@ class Viewer:
         return {"id": number, "width": width, "height": height, "detections": rows}
 
     def _detect(self, image: np.ndarray) -> DetectedImage:
-        try:
-            recorder = Recorder(self.predictor.model)
-        except NoModulationError:
-            return DetectedImage(image, self.predictor(image, threshold=0), [])
-        with recorder:
-            detections = self.predictor(image, threshold=0)
-        num_layers = recorder.layer(-1).num_layers
-        return DetectedImage(image, detections, [recorder.layer(i) for i in range(num_layers)])
+        detections, recorder = detect_and_record(self.predictor, image)
+        layers = []
+        if recorder is not None:
+            layers = [recorder.layer(i) for i in range(recorder.layer(-1).num_layers)]
+        return DetectedImage(image, detections, layers)
 
     def image(self, number: int) -> np.ndarray:
         """The image of that number, (height, width, 3) uint8 RGB."""
