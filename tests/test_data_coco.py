@@ -201,7 +201,9 @@ def test_ids_may_be_any_numbers_or_texts(tmp_path, first, second):
 @pytest.mark.parametrize("image_id, category_id", [("005", 30.0), (5.0, "30")])
 def test_a_number_may_be_written_as_a_text_or_a_float(tmp_path, image_id, category_id):
     coco = _coco()
-    coco["annotations"][0].update(image_id=image_id, category_id=category_id)
+    coco["annotations"][0].update(image_id=image_id, category_id=category_id, iscrowd="0")
+    # As Roboflow exports some boxes.
+    coco["annotations"][1].update(bbox=[20, 5, "20.0", "25.00"], area="500.00")
     coco["images"][0].update(height="30", width=40.0)
     coco["categories"][1]["id"] = "10"
     name = register_coco(*_write(tmp_path, coco))
@@ -212,6 +214,25 @@ def test_a_number_may_be_written_as_a_text_or_a_float(tmp_path, image_id, catego
     coco["images"][1]["id"] = "05"
     with pytest.raises(DatasetError, match="image 05 .*has id 5, which must be that of no other"):
         register_coco(*_write(tmp_path, coco, "repeated.json"))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_roboflow_project_without_objects_may_be_called_as_its_class(tmp_path, used):
+    coco = _coco()
+    coco["categories"] = [
+        {"id": 0, "name": "dog", "supercategory": "none"},
+        {"id": 10, "name": "dog", "supercategory": "dog"},
+        {"id": 30, "name": "cat", "supercategory": "dog"},
+    ]
+    if used:
+        coco["annotations"][0]["category_id"] = 0
+        with pytest.raises(DatasetError, match="category 10 has name 'dog', which must be that"):
+            register_coco(*_write(tmp_path, coco))
+        return
+    name = register_coco(*_write(tmp_path, coco))
+    assert MetadataCatalog.get(name).thing_classes == ["dog", "cat"]
+    assert _perfect_ap(name, tmp_path) == pytest.approx(100)
+    assert category_ids(name) == [10, 30]
 
 
 @pytest.mark.parametrize(
@@ -365,15 +386,14 @@ def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
         ({"category_id": "cat"}, "category_id 'cat', which must be the id of a category"),
         ({"category_id": True}, "category_id True, which must be a whole number or a text"),
         ({"ignore": 1}, "ignore 1, which must be 0, since only 'iscrowd' is supported"),
-        ({"iscrowd": "0"}, "iscrowd '0', which must be 0 or 1"),
-        ({"iscrowd": 2}, "iscrowd 2, which must be 0 or 1"),
-        ({"area": "12"}, "area '12', which must be a number from 0 to 1e.10"),
+        ({"iscrowd": "2"}, "iscrowd 2, which must be 0 or 1"),
+        ({"area": "12 px"}, "area '12 px', which must be a number from 0 to 1e.10"),
         ({"area": -5}, "area -5, which must be"),
         ({"area": math.nan}, "area nan, which must be"),
         ({"area": 10**400}, r"area 10+\.\.\.0+, which must be"),
         ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "bbox .*relative to its image; multiply x"),
         ({"bbox": [1, 2, 3]}, "bbox .*, which must be 4 finite numbers, of which the width"),
-        ({"bbox": [1, 2, 3, "4"]}, "bbox .*4 finite numbers"),
+        ({"bbox": [1, 2, 3, "4 px"]}, "bbox .*4 finite numbers"),
         ({"bbox": "1 2 3 4"}, "bbox .*4 finite numbers"),
         ({"bbox": [1, math.nan, 3, 4]}, "bbox .*4 finite numbers"),
         ({"bbox": [1, 2, 0, 4]}, "bbox .* height are above 0"),

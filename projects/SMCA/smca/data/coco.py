@@ -315,6 +315,7 @@ def _is_complete(data: Mapping[str, Any], json_file: str) -> bool:
     return (
         is_utf_8
         and "info" in data
+        and WRITTEN not in data
         # Evaluators keep ids as floats and in types of 32 and of 64 bits, with a sign and without.
         and all(type(each.get("id")) is int and 0 <= each["id"] < 2**31 for each in records)
         and not any(WRITTEN in each for each in records)

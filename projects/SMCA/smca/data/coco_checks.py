@@ -1,5 +1,6 @@
 """Reading COCO JSONs, and what makes them unusable: every rule, with the sentence that says it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -36,19 +37,14 @@ _NUM_PROBLEMS_SHOWN = 5
 # Keys that the conversion of other formats adds: of an image or annotation, the file and line that
 # it comes from and what is wrong there; of "info", the folder of the labels and remarks on it.
 SOURCE, FAULT, REMARKS = "smca_source", "smca_fault", "smca_remarks"
-# In a record whose numbers are texts or floats in the file: these, by their keys.
+# In a record whose numbers are texts or floats in the file: these, by their keys. In a JSON without
+# a category that the file has: True.
 WRITTEN = "smca_written"
 
 _LFS_POINTER = b"version https://git-lfs"
 _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ")  # gzip, zip, bzip2, xz
 _HUGE = 1e15  # a number of pixels that is as good as infinite
 _MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
-
-_NUMBERS = {
-    "images": ("id", "height", "width"),
-    "annotations": ("image_id", "category_id"),
-    "categories": ("id",),
-}
 
 
 class Problem(NamedTuple):
@@ -92,21 +88,62 @@ def _parse(json_file: str, mtime_ns: int, size: int) -> Any:
     with open(json_file, "rb") as file:
         data = json.loads(file.read())  # UTF-8, -16 or -32, with a byte order mark or without
     for kind, keys in _NUMBERS.items():
-        records = data.get(kind) if isinstance(data, dict) else None
-        for record in records if isinstance(records, list) else ():
-            for key in keys if isinstance(record, dict) else ():
+        for record in _records(data, kind):
+            for key, read in keys.items():
                 value = record.get(key)
-                if isinstance(value, (str, float)):
-                    record[key] = _whole_number(value)
+                number = read(value)
+                if number is not value:
+                    record[key] = number
                     record[WRITTEN] = {**record.get(WRITTEN, {}), key: value}
+    _leave_out_project(data)
     return data
 
 
-def _whole_number(value: Union[str, float]) -> Union[str, float]:
+def _records(data: Any, kind: str) -> List[Record]:
+    records = data.get(kind) if isinstance(data, dict) else None
+    return [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
+
+
+def _leave_out_project(data: Any) -> None:
+    """Before the classes, Roboflow lists the project as a category without objects. Where it has
+    the name of a class, it is left out."""
+    for first in _records(data, "categories")[:1]:
+        same = [c for c in _records(data, "categories") if c.get("name") == first.get("name")]
+        ids = (a.get("category_id") for a in _records(data, "annotations"))
+        if first.get("supercategory") == "none" and len(same) > 1 and first.get("id") not in ids:
+            kept = [category for category in data["categories"] if category is not first]
+            data.update({"categories": kept, WRITTEN: True})
+
+
+def _whole_number(value: Any) -> Any:
     """A whole number that is written as "7", "007" or 7.0; any other value as it is."""
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
-    return int(value) if re.fullmatch(r"[+-]?[0-9]{1,99}", value) else value
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,99}", value)
+    return int(value) if is_number else value
+
+
+def _number(value: Any) -> Any:
+    """A number that is written as "7.50", as some exports do, or those of a list; any other value
+    as it is."""
+    if isinstance(value, list):
+        return list(map(_number, value)) if str in map(type, value) else value
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+_NUMBERS: Dict[str, Dict[str, Callable[[Any], Any]]] = {
+    "images": {"id": _whole_number, "height": _whole_number, "width": _whole_number},
+    "annotations": {
+        "image_id": _whole_number,
+        "category_id": _whole_number,
+        "bbox": _number,
+        "area": _number,
+        "iscrowd": _whole_number,
+    },
+    "categories": {"id": _whole_number},
+}
 
 
 def written_id(record: Record) -> Union[int, str]:
