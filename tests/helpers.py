@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from smca import model_zoo
+from smca.checkpoint.conversion.names import official_names
 from smca.modeling.matcher import Targets
 from smca.modeling.scales import Scale
 
@@ -154,24 +155,21 @@ class MeanLoss(nn.Module):
         return {"loss": self.layer(batch).float().square().mean()}
 
 
-def write_dataset(folder, num_images=8):
-    """Random 32 x 32 images with one box each, as files and COCO JSON."""
+def write_dataset(folder, num_objects=(1,) * 8):
+    """Random 32 x 32 images, each with so many boxes, as files and COCO JSON, in a new folder or
+    one that is there."""
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     images, annotations = [], []
-    for n in range(num_images):
+    for n, count in enumerate(num_objects):
         name = f"{n}.png"
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name)
         images.append({"id": n + 1, "file_name": name, "height": 32, "width": 32})
-        annotations.append(
-            {
-                "id": n + 1,
-                "image_id": n + 1,
-                "category_id": 1 + n % 2,
-                "bbox": [4 + n % 3, 4, 16, 16],
-                "area": 256,
-                "iscrowd": 0,
-            }
-        )
+        of_image = {"image_id": n + 1, "category_id": 1 + n % 2, "iscrowd": 0}
+        for k in range(count):
+            width, height = 16 - 3 * k, 16 - k
+            box = {"bbox": [4 + n % 3 + 3 * k, 4 + k, width, height], "area": width * height}
+            annotations.append({"id": len(annotations) + 1, **of_image, **box})
     categories = [{"id": 1, "name": "round"}, {"id": 2, "name": "square"}]
     data = {"images": images, "annotations": annotations, "categories": categories, "info": {}}
     (folder / "truth.json").write_text(json.dumps(data))
@@ -481,6 +479,13 @@ def assert_uniform(values, bound):
     spread = values.std().item() / (bound / 3**0.5)
     slack = 4 / values.numel() ** 0.5
     assert 1 - slack < spread < 1 + slack, f"{spread:.2f} times the expected standard deviation"
+
+
+def official_state_dict(module, part=""):
+    """The parameters themselves, under the official names: gradients reach the module, which may be
+    the `part` "encoder" or "decoder" of a detector."""
+    parameters = {f"{part}.{name}".lstrip("."): x for name, x in module.named_parameters()}
+    return {official: parameters[name] for name, official in official_names(parameters).items()}
 
 
 def leaves(tensors):

@@ -1,24 +1,20 @@
-"""Conversion of official checkpoints, DETR's and torchvision's."""
+"""Conversion of official checkpoints and DETR's."""
 
 import argparse
-import json
 import os
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torchvision
-from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 
 import convert_checkpoint
 import reference
-from helpers import ROOT, build_model
-from official_names import official_names
-from smca import model_zoo
+from helpers import build_model
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.conversion import convert, convert_file
+from smca.checkpoint.conversion.names import official_names
 from smca.errors import CheckpointError
 from smca.inference import Predictor
 from smca.version import __version__
@@ -96,30 +92,6 @@ def test_finds_config_and_overrides_of_every_model(config, overrides, words):
         assert any('"IIMII" is assumed' in note for note in conversion.notes)
 
 
-PUBLISHED = {
-    "single_scale_covariance": [
-        SINGLE,
-        "model.decoder.modulation.map=smca.modeling.CovarianceGaussian",
-    ],
-    "single_scale_fixed": [SINGLE, "model.decoder.modulation.map=smca.modeling.FixedGaussian"],
-    "multi_scale": [MULTI],
-    "conv_multi_scale": [
-        CONV,
-        "model.encoder.num_layers=5",
-        "model.encoder.kernel_size=5",
-        "model.encoder.share_cross_scale=False",
-    ],
-}
-
-
-@pytest.mark.parametrize("case", PUBLISHED)
-def test_official_names_and_shapes_are_those_of_the_published_checkpoints(case):
-    path = ROOT / "tests" / "golden" / f"{case}.json"
-    published = {key: tuple(shape) for key, shape in json.loads(path.read_text())["state_dict"]}
-    shapes = official_shapes(*PUBLISHED[case], "model.num_queries=50")
-    assert {key: tuple(shape) for key, shape in shapes.items()} == published
-
-
 @pytest.mark.parametrize("shared", [True, False])
 def test_convolutions_between_scales_go_where_they_belong(shared):
     checkpoint = made_up(CONV, *SMALL, f"model.encoder.share_cross_scale={shared}")
@@ -163,7 +135,7 @@ def test_keep_leaves_all_class_outputs(checkpoint):
     assert len(conversion.class_names) == 92
 
 
-# ------------------------------------------------------------------------- DETR and torchvision
+# ------------------------------------------------------------------------------------------- DETR
 
 
 def test_detr_is_converted_to_its_config(detr):
@@ -187,29 +159,6 @@ def test_detrs_classes_become_probabilities_against_no_object(detr, classes, num
     scores = reference.linear(model, "class_embed", hidden).sigmoid()
     assert scores.shape == (3, num_outputs)
     torch.testing.assert_close(scores, against_none)
-
-
-def test_torchvision_resnet_computes_the_same_features():
-    depth = 18
-    torch.manual_seed(0)
-    resnet = getattr(torchvision.models, f"resnet{depth}")(weights=None).eval()
-    for name, buffer in resnet.named_buffers():
-        if "running" in name:
-            low = 0.5 if name.endswith("var") else -0.5
-            torch.nn.init.uniform_(buffer, low, low + 1)
-    conversion = convert(resnet.state_dict())
-    assert conversion.config is None and f"ResNet-{depth}" in conversion.description
-    config = model_zoo.get_config(SINGLE)
-    config.model.backbone.depth = depth
-    backbone = instantiate(config.model).backbone.eval()
-    weights = {name.removeprefix("backbone."): v for name, v in conversion.model.items()}
-    assert not backbone.load_state_dict(weights, strict=False).unexpected_keys
-    image = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(image))))
-        expected = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
-        features = backbone(image)["res5"]
-    assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 # ----------------------------------------------------------------------------------------- errors

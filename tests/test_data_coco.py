@@ -2,6 +2,7 @@ import copy
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from PIL import Image
 
 from smca.data import (
     CocoEvaluator,
-    DatasetError,
     category_ids,
     class_names,
     num_classes,
@@ -21,6 +21,7 @@ from smca.data import (
     register_coco,
     require_dataset,
 )
+from smca.errors import DatasetError
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,7 @@ def _register_with_first_annotation(folder, **changes):
 def test_registered_data_set_has_contiguous_classes_in_the_order_of_their_ids(tmp_path):
     json_file, image_root = _write(tmp_path, _coco())
     name = register_coco(json_file, image_root)
+    assert register_coco(str(json_file), str(image_root)) == name
     first, second = get_detection_dataset_dicts(name, filter_empty=False)
     assert first["file_name"] == str(image_root / "a.png")
     assert [a["category_id"] for a in first["annotations"]] == [1, 0]
@@ -82,11 +84,6 @@ def test_registered_data_set_has_contiguous_classes_in_the_order_of_their_ids(tm
     assert num_classes(json_file) == 2
     assert _perfect_ap(name) == pytest.approx(100)
     assert not (tmp_path / "cache" / "coco").exists()
-
-
-def test_registering_again_returns_the_same_name(tmp_path):
-    files = _write(tmp_path, _coco())
-    assert register_coco(*files) == register_coco(*map(str, files))
 
 
 def test_several_files_can_have_a_folder_of_images_each(tmp_path):
@@ -152,19 +149,27 @@ def _perfect_ap(name, output_dir=None):
     return evaluator.evaluate()["bbox"]["AP"]
 
 
-@pytest.mark.parametrize("key", ["area", "iscrowd", "id", "info"])
-def test_annotations_without_optional_keys_are_completed_in_a_copy(tmp_path, key):
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [(key, MISSING) for key in ("area", "iscrowd", "id", "info")]
+    + [("id", value) for value in (0, None, "a-1", [1], 1.5)]
+    + [("area", 0), ("iscrowd", None)],
+)
+def test_annotations_are_completed_in_a_copy(tmp_path, key, value):
     coco = _coco()
-    for record in [coco] if key == "info" else coco["annotations"]:
+    record = coco if key == "info" else coco["annotations"][0]
+    record[key] = value
+    if value is MISSING:
         del record[key]
     json_file, image_root = _write(tmp_path, coco)
     name = register_coco(json_file, image_root)
     assert json.loads(json_file.read_text()) == coco
-    used = json.loads(open(MetadataCatalog.get(name).json_file).read())
-    assert used["info"] == {}
-    assert [a["area"] for a in used["annotations"]] == [120, 500]
-    assert [a["iscrowd"] for a in used["annotations"]] == [0, 0]
-    assert len({a["id"] for a in used["annotations"]} - {0}) == 2
+    used = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+    found = [(a["id"], a["area"], a["iscrowd"]) for a in used["annotations"]]
+    assert (used["info"], found) == ({}, [(1, 120, 0), (2, 500, 0)])
     assert _perfect_ap(name) == pytest.approx(100)
 
 
@@ -233,17 +238,6 @@ def test_a_roboflow_project_without_objects_may_be_called_as_its_class(tmp_path,
     assert MetadataCatalog.get(name).thing_classes == ["dog", "cat"]
     assert _perfect_ap(name, tmp_path) == pytest.approx(100)
     assert category_ids(name) == [10, 30]
-
-
-@pytest.mark.parametrize(
-    "changes", [{"id": 0}, {"id": None}, {"id": "a-1"}, {"id": [1]}, {"id": 1.5}, {"area": 0}]
-)
-def test_odd_ids_and_areas_of_annotations_are_replaced(tmp_path, changes):
-    name = _register_with_first_annotation(tmp_path, **changes)
-    with open(MetadataCatalog.get(name).json_file) as file:
-        first, second = json.load(file)["annotations"]
-    assert (first["id"], first["area"], second["area"]) == (1, 120, 500)
-    assert _perfect_ap(name) == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -325,9 +319,6 @@ def test_a_file_that_is_no_json_is_an_error(tmp_path, content, words):
 def test_an_empty_list_is_an_error(tmp_path, key):
     with pytest.raises(DatasetError, match=f"'{key}' is empty"):
         register_coco(*_write(tmp_path, {**_coco(), key: [], "annotations": []}))
-
-
-MISSING = object()
 
 
 @pytest.mark.parametrize(
@@ -452,6 +443,26 @@ def test_a_missing_image_is_named_unless_the_check_is_left_out(tmp_path):
     with pytest.raises(DatasetError, match=r"image 9: Image .*b\.png does not exist"):
         register_coco(json_file, image_root)
     register_coco(json_file, image_root, check_images=False)
+
+
+def test_images_are_decoded_again_only_when_they_have_changed(tmp_path, caplog):
+    files = _write(tmp_path, _coco())
+
+    def register():
+        """As a new process does; gives what that logs."""
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            DatasetCatalog.remove(register_coco(*files))
+        return caplog.text
+
+    image = files[1] / "b.png"
+    assert "Checked the 2 images" in register() and "Checked" not in register()
+    os.utime(image, (1, 1))
+    assert "Checked the 2 images" in register() and "Checked" not in register()
+    image.write_bytes(image.read_bytes()[:60])
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="b.png cannot be decoded"):
+            register()
 
 
 def test_other_categories_than_in_training_are_an_error(tmp_path):

@@ -178,12 +178,6 @@ def test_a_yolo_line_of_more_than_a_box_becomes_its_box(tmp_path, line):
     assert not annotation.get("segmentation")
 
 
-def test_names_that_repeat_are_an_error(tmp_path):
-    path = coco_from_yolo(write_yolo(tmp_path / "data", "[dog, cat, dog]"), "train")
-    with pytest.raises(DatasetError, match="category 3 has name 'dog', which must be that of no"):
-        class_names(path)
-
-
 def test_yolo_folders_can_be_several(tmp_path):
     path = write_yolo(tmp_path / "data")
     path.write_text("train: [images/train, images/val]\nnames: [dog, cat]")
@@ -240,10 +234,6 @@ def test_a_bad_yolo_line_is_named(tmp_path, line, words):
             r"a.xml object 2 has bbox .* which must be inside its image",
         ),
         (f"<object><name>dog</name>{BOX.replace('9', 'nan')}</object>", "a.xml .* has no bndbox"),
-        (
-            f"<object><name>dog</name>{BOX.replace('9', '?')}</object>",
-            "a.xml .* has no bndbox with",
-        ),
         ("<object>", "a.xml cannot be read .mismatched tag"),
         ("<size><width>60</width><height>80</height></size>", "a.xml: Image .*a.jpg is 80 x 60"),
     ],
@@ -426,7 +416,6 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: {0: a, 2: b}\nval: .", "or number them from 0 without gaps"),
         ("names: dog\nval: .", "has 'names' that are no list"),
         ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),
-        ("names: [dog]\nnc: 2\nval: .", "has nc 2, but 1 'names'"),
         ("names: [dog]\nval: {a: b}", "has no 'val'"),
         ("names: [dog]\nval: .\nkpt_shape: [[17], 3]", "has kpt_shape .*write the number of"),
     ],

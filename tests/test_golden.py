@@ -11,8 +11,8 @@ from detectron2.structures import Boxes, Instances
 
 import reference
 from helpers import ROOT, build_model, match_detections
-from official_names import official_names
 from smca.checkpoint.conversion import convert_file
+from smca.checkpoint.conversion.names import official_names
 from smca.modeling import kernels
 
 GOLDEN = ROOT / "tests" / "golden"

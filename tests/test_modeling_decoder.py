@@ -11,11 +11,11 @@ from helpers import (
     assert_uniform,
     bend_dropout,
     make_scales,
+    official_state_dict,
     randomize,
     weighted_sum,
     with_leaves,
 )
-from official_names import official_state_dict
 from smca.modeling.decoder import Decoder
 from smca.modeling.encoder import TransformerEncoder
 from smca.modeling.queries import Queries

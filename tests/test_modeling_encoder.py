@@ -17,12 +17,12 @@ from helpers import (
     bend_dropout,
     make_scales,
     needs_fake_gpu,
+    official_state_dict,
     randomize,
     valid_cells,
     weighted_sum,
     with_leaves,
 )
-from official_names import official_state_dict
 from smca.modeling import layers
 from smca.modeling.conv_encoder import ConvEncoder
 from smca.modeling.encoder import TransformerEncoder

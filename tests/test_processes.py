@@ -19,21 +19,6 @@ TRAIN_OBJECTS, VAL_OBJECTS = [3, 2, 0, 2], [1, 2, 0, 1, 3]
 NUM_ITERS, ACCUMULATE = 4, 2
 
 
-def write_images(folder, num_objects):
-    """Images of one size (padding would differ between one process and two)."""
-    folder.mkdir()
-    write_dataset(folder, num_images=len(num_objects))
-    file = folder / "truth.json"
-    data = json.loads(file.read_text())
-    one_each, data["annotations"] = data["annotations"], []
-    for annotation, count in zip(one_each, num_objects):
-        for n in range(count):
-            box = [annotation["bbox"][0] + 3 * n, 4 + n, 16 - 3 * n, 9 + 2 * n]
-            new = {"id": len(data["annotations"]) + 1, "bbox": box, "area": box[2] * box[3]}
-            data["annotations"].append({**annotation, **new})
-    file.write_text(json.dumps(data))
-
-
 def dataset(split, folder):
     """An override that registers a data set in each process."""
     register = f"{{_target_: smca.data.register_coco, json_file: {folder}/truth.json, "
@@ -65,9 +50,10 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    write_images(folder / "train", TRAIN_OBJECTS)
-    write_images(folder / "val", VAL_OBJECTS)
-    write_images(folder / "single", [2])
+    # Images of one size: padding would differ between one process and two.
+    write_dataset(folder / "train", TRAIN_OBJECTS)
+    write_dataset(folder / "val", VAL_OBJECTS)
+    write_dataset(folder / "single", [2])
     config = write_smca_config(folder)
     overrides = [
         dataset("train", folder / "train"),
@@ -190,13 +176,9 @@ def evaluation_arguments(case, output):
 # Training
 
 
-def test_processes_without_objects_and_with_them_are_among_what_is_compared(objects):
-    # Of a batch's two images, each process has one.
-    assert len(objects) == NUM_ITERS * ACCUMULATE
-    assert {(True, False), (False, True), (True, True)} <= {(a > 0, b > 0) for a, b in objects}
-
-
 def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, notes, case):
+    # Of a batch's two images each process has one, with objects or without.
+    assert {(True, False), (False, True), (True, True)} <= {(a > 0, b > 0) for a, b in objects}
     alone, both = case.losses("alone"), case.losses("two")
     assert len(alone) == len(both) == NUM_ITERS
     for expected, actual in zip(alone, both):

@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import resource
-import shutil
 import signal
 
 import pytest
@@ -40,22 +39,6 @@ def fail_at(iteration, error=_FIRST_ERROR):
         Trainer._forward_backward = fail
 
     return prepare
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A config and the folder of its run, with the files 1, 3, 5, final and best."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = write_tiny_config(folder, max_iter=6, eval_period=3)
-    assert train(folder, config)[0] == 0
-    return config, folder / "run"
-
-
-def copy_of(finished, folder):
-    """Overrides for a copy of the run."""
-    config, source = finished
-    shutil.copytree(source, folder / "run")
-    return config, folder / "run", f"train.output_dir={folder}/run"
 
 
 def test_a_full_disk_in_the_rescue_hides_no_error_and_leaves_no_partial_file(tmp_path):
@@ -98,13 +81,14 @@ def test_a_process_killed_while_it_writes_leaves_the_file_before(tmp_path):
     assert not [name for name in files(tmp_path / "run") if name.endswith(".tmp")]
 
 
-def test_resume_takes_the_newest_file_that_can_be_read_and_says_so(finished, tmp_path):
-    config, run, out = copy_of(finished, tmp_path)
+def test_resume_takes_the_newest_file_that_can_be_read_and_says_so(tmp_path):
+    config, run = write_tiny_config(tmp_path, max_iter=6, eval_period=3), tmp_path / "run"
+    assert train(tmp_path, config)[0] == 0
     for name in ("model_0000005.pth", "model_best.pth", "model_final.pth"):
         content = (run / name).read_bytes()
         (run / name).write_bytes(content[: len(content) // 2])
     (run / "last_checkpoint").write_text("model_0000009.pth")
-    code, output = train(tmp_path, config, out, "--resume", "train.max_iter=8")
+    code, output = train(tmp_path, config, "--resume", "train.max_iter=8")
     assert code == 0, output
     assert "model_0000005.pth cannot be read" in output
     assert f"Resuming from {run}/model_0000003.pth in its place" in output
@@ -123,35 +107,6 @@ def test_as_many_files_are_kept_as_asked_for_whoever_wrote_them(tmp_path):
         assert kept[-1] == f"model_{iteration - 1:07d}.pth"
 
 
-def test_a_folder_with_a_training_takes_no_other(finished, tmp_path):
-    config, run, out = copy_of(finished, tmp_path)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    code, output = train(tmp_path, config, out)
-    assert code == 1
-    assert f"train.output_dir={run} holds a training: continue it with --resume" in output
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-
-
-@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, flags):
-    folder = "truth.json/run"
-    config = write_tiny_config(tmp_path)
-    code, output = train(tmp_path, config, *flags, f"train.output_dir={tmp_path}/{folder}")
-    assert code == 1 and len(output.splitlines()) == 1
-    assert f"train.output_dir={tmp_path}/{folder} cannot be written" in output
-
-
-def test_an_evaluation_leaves_the_training_s_files_alone(finished, tmp_path):
-    config, run, out = copy_of(finished, tmp_path)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    weights = f"train.init_checkpoint={run}/model_final.pth"
-    code, _ = train(tmp_path, config, "--eval-only", out, weights, "model.dropout=0.5")
-    assert code == 0
-    assert all((run / name).read_bytes() == content for name, content in before.items())
-    assert files(run) - set(before) == {"log_eval.txt"}
-    assert "bbox" in (run / "log_eval.txt").read_text()
-
-
 class Touch:
     """Creates a file when it is unpickled."""
 
@@ -163,7 +118,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth"])
-def test_a_file_that_would_run_code_is_refused(finished, tmp_path, suffix):
+def test_a_file_that_would_run_code_is_refused(tmp_path, suffix):
     path, traces = tmp_path / f"model{suffix}", tmp_path / "trace"
     data = {"model": TinyDetector().state_dict(), "__author__": "x", "extra": Touch(traces)}
     if suffix == ".pkl":
@@ -171,8 +126,8 @@ def test_a_file_that_would_run_code_is_refused(finished, tmp_path, suffix):
         path.write_bytes(pickle.dumps(data))
     else:
         torch.save({**data, "model_state": data["model"]}, path)
-    out, weights = f"train.output_dir={tmp_path}/run", f"train.init_checkpoint={path}"
-    code, output = train(tmp_path, finished[0], out, weights, "train.max_iter=1")
+    config = write_tiny_config(tmp_path, init_checkpoint=str(path))
+    code, output = train(tmp_path, config)
     assert code == 1
     words = "cannot be read" if suffix == ".pyth" else "would run code when it is opened ("
     assert f"Error: The checkpoint {path} {words}" in output

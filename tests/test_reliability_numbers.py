@@ -1,11 +1,9 @@
-"""Numbers that go wrong, names that are wrong, other settings at a resume, unchanged images."""
+"""Numbers and names that go wrong, other settings at a resume, errors in the data."""
 
 import os
 import textwrap
 
-import pytest
-
-from helpers import TinyDetector, write_dataset, write_tiny_config
+from helpers import TinyDetector, write_tiny_config
 from reliability_cases import Job, iteration_of, load
 
 
@@ -120,44 +118,10 @@ def test_detectron2_s_own_loader_trains_with_a_warning_that_its_data_start_over(
     assert iteration_of(tmp_path / "run" / "model_final.pth") == 3
 
 
-@pytest.fixture
-def register(tmp_path, monkeypatch):
-    """Registers a data set of 8 images as a new process does, and tells what that logs."""
-    write_dataset(tmp_path)
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-
-    def register():
-        def prepare():
-            import logging
-
-            from smca.data import register_coco
-
-            logging.basicConfig(level=logging.INFO, force=True)
-            register_coco(tmp_path / "truth.json", tmp_path)
-            os._exit(0)
-
-        return train(tmp_path, prepare=prepare)[1]
-
-    return register
-
-
-def test_images_are_decoded_again_only_when_they_have_changed(tmp_path, register):
-    assert "Checked the 8 images" in register()
-    assert "Checked" not in register()
-    os.utime(tmp_path / "3.png", (1, 1))
-    assert "Checked the 8 images" in register()
-    assert "Checked" not in register()
-    content = (tmp_path / "3.png").read_bytes()
-    (tmp_path / "3.png").write_bytes(content[:-40])
-    os.utime(tmp_path / "3.png", (1, 1))
-    assert "3.png cannot be decoded" in register()
-    assert "3.png cannot be decoded" in register()
-
-
 def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path):
     def prepare():
-        from smca.data.errors import DatasetError
         from smca.data.loader import _SeededMapDataset
+        from smca.errors import DatasetError
 
         original = _SeededMapDataset.__getitem__
 

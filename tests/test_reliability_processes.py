@@ -13,8 +13,8 @@ import torch
 from helpers import ROOT, assert_same_bits, child_environment, error_of, write_tiny_config
 from reliability_cases import Job, files, iteration_of, jobs, load
 from smca.cli import train as train_command
-from smca.data.errors import DatasetError
 from smca.engine import Trainer, launch
+from smca.errors import DatasetError
 
 RARELY = {"period": 1000, "max_to_keep": 5}
 MANY = {"max_iter": 1000, "eval_period": 0}

@@ -81,20 +81,18 @@ def test_checkpoint_is_detectron2s_and_tells_where_it_comes_from(trained):
 # Command lines
 
 
-def test_evaluation_alone_repeats_the_results_of_the_training(trained, tmp_path):
-    config, folder, results = trained
-    out = f"train.output_dir={tmp_path}"
-    file = f"train.init_checkpoint={folder}/model_final.pth"
-    again = main(arguments("--config-file", config, "--eval-only", out, file))
+@pytest.mark.parametrize("words", [[], ["--resume"]])
+def test_evaluation_alone_repeats_the_results_of_the_training(copied, words):
+    config, folder, results = copied
+    if not words:
+        words = [f"train.init_checkpoint={folder}/model_final.pth"]
+    before = state_of(folder)
+    again = main(arguments("--config-file", config, "--eval-only", *words))
     assert again.keys() == results.keys()
     for task in results:
         assert again[task] == pytest.approx(results[task], nan_ok=True)
-
-
-def test_evaluation_with_resume_takes_the_newest_checkpoint(copied):
-    config, folder, results = copied
-    again = main(arguments("--config-file", config, "--eval-only", "--resume"))
-    assert again["ema/bbox"] == pytest.approx(results["ema/bbox"], nan_ok=True)
+    log, after = str(folder / "log_eval.txt"), state_of(folder)
+    assert after == {**before, log: after[log]} and "bbox" in Path(log).read_text()
 
 
 def test_resume_of_a_finished_run_trains_no_further(copied, monkeypatch):
@@ -164,27 +162,19 @@ CUSTOM_COCO = ROOT / "configs" / "custom_coco.py"
 SMALL = ["model.backbone.depth=18", "model.backbone.norm=GN", "model.embed_dim=32"]
 SMALL += ["+model.backbone.width=32"]
 SMALL += ["model.encoder.pattern=I", "model.encoder.ffn_dim=32", "model.decoder.ffn_dim=32"]
-SMALL += ["model.num_queries=5", "model.decoder.num_layers=1", "train.init_checkpoint="]
+SMALL += ["model.decoder.num_layers=1", "train.init_checkpoint="]
 SMALL += ["dataloader.train.mapper.augmentations.short_sides=[32]", "train.device=cpu"]
 SMALL += ["dataloader.train.mapper.augmentations_with_crop=null", "train.seed=0"]
 SMALL += ["dataloader.test.mapper.augmentations.short_sides=32", "train.max_iter=2"]
 SMALL += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
 
 
-def two_datasets(folder, **changes):
-    """Overrides for 8 images in each of two folders, with the same ids and names of files."""
-    roots = [folder / "a", folder / "b"]
-    for root in roots:
-        root.mkdir()
-        write_dataset(root)
-    folders, files = [str(root) for root in roots], [f"{root}/truth.json" for root in roots]
-    data = {"train_json": files, "train_images": folders}
-    data.update({"val_json": files[0], "val_images": folders[0], **changes})
-    data = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
-    return [*SMALL, f"train.output_dir={folder}", *data]
-
-
 def test_two_files_train_together(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name)
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+    data = [f"data.train_json=[{a}/truth.json,{b}/truth.json]", f"data.train_images=[{a},{b}]"]
+    data += [f"data.val_json={a}/truth.json", f"data.val_images={a}"]
     original, seen, loads, parsed = Trainer._forward_backward, [], json.loads, []
 
     def record(self, data, micro_batch):
@@ -197,7 +187,8 @@ def test_two_files_train_together(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_forward_backward", record)
     monkeypatch.setattr(json, "loads", parse)
-    results = main(arguments("--config-file", CUSTOM_COCO, *two_datasets(tmp_path)))
+    out = f"train.output_dir={tmp_path}"
+    results = main(arguments("--config-file", CUSTOM_COCO, *SMALL, out, *data))
     assert sorted(seen) == sorted(str(path) for path in tmp_path.glob("[ab]/*.png"))
     # Each file is read once, also the first, on which the model is evaluated too.
     assert len([content for content in parsed if isinstance(content, bytes)]) == 2
@@ -231,7 +222,6 @@ def detections_of(folder, ids):
 def own(tmp_path, monkeypatch):
     """Overrides of a training on own data that is finished, and the file of these data."""
     monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data")
     file = tmp_path / "data" / "truth.json"
     data = [f"data.{split}_json={file}" for split in ("train", "val")]
@@ -264,9 +254,12 @@ def test_an_evaluation_needs_the_test_file_alone_whose_classes_go_by_name(own, t
     assert words in error_of(capsys, train_net, *command, *out)
 
 
-def test_a_resumed_training_keeps_the_order_of_its_classes(own, tmp_path):
+def test_a_resumed_training_keeps_its_classes_and_what_followed_from_its_data(own, tmp_path):
     overrides, file = own
-    file.write_text(reordered(file))
+    data = json.loads(reordered(file))
+    more = [{**data["annotations"][0], "id": n} for n in range(100, 160)]
+    data["annotations"] += more
+    file.write_text(json.dumps(data))
     before = detections_of(tmp_path, [1, 2])
     command = ["--config-file", CUSTOM_COCO, "--resume", *overrides]
     main(arguments(*command))
@@ -276,21 +269,7 @@ def test_a_resumed_training_keeps_the_order_of_its_classes(own, tmp_path):
     provenance = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["smca"]
     assert provenance["class_names"] == ["round", "square"]
     assert provenance["category_ids"] == [2**60, 5]
-
-
-def test_a_resumed_training_keeps_the_settings_that_followed_from_its_data(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-    words = [word for word in two_datasets(tmp_path) if "num_queries" not in word]
-    main(arguments("--config-file", CUSTOM_COCO, *words))
-    close_logs()
-    file = tmp_path / "a" / "truth.json"
-    data = json.loads(file.read_text())
-    data["annotations"] += [{**data["annotations"][0], "id": n} for n in range(100, 160)]
-    file.write_text(json.dumps(data))
-    main(arguments("--config-file", CUSTOM_COCO, "--resume", *words, "train.max_iter=3"))
-    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
-    assert checkpoint["iteration"] == 2
-    assert checkpoint["smca"]["fitted"] == {"model.num_queries": 40}
+    assert provenance["fitted"] == {"model.num_queries": 40}
 
 
 @pytest.mark.parametrize("words", [["--eval-only"], ["--resume"]])
@@ -313,7 +292,6 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
     [
         ("train.max_itr=5", "train.max_itr, did you mean train.max_iter?"),
         ("model.nonsense=1", "no key model.nonsense"),
-        ("train.amp.dtyp=fp16", "did you mean train.amp.dtype?"),
         ("train.max_iter.foo=1", "no key train.max_iter.foo"),
         ("train.amp.dtype=fp17", "train.amp.dtype has to be bf16 or fp16, it cannot be 'fp17'"),
         ("train.amp.enabled=no", "train.amp.enabled has to be true or false, it cannot be 'no'"),
@@ -322,9 +300,7 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
             "train.max_iter=true",
             "train.max_iter is not possible: Value 'True' of type 'bool'",
         ),
-        ("train.model_ema.decay=1.0", "train.model_ema.decay has to be a number in [0, 1)"),
         ("train.amp=True", "train.amp is not possible"),
-        ("train.writers=[wandb]", "train.writers is not possible"),
         ("train.device=cuda:99", "train.device=cuda:99 cannot be used"),
         ("dataloader.train.dataset.names=a,b", "needs brackets, dataloader.train.dataset.names=[a"),
         ("max_iter", "Override 'max_iter' cannot be read"),
@@ -332,8 +308,7 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
         ("--resume", "has to stand before"),
         ("dataloader.train.total_batch_size=0", "total_batch_size=0 must be a positive"),
         ("dataloader.train.dataset.names=coco_nowhere", "coco_nowhere"),
-        ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2"),
-        ("model.num_classes=3", "has 2 classes, the model 3: set model.num_classes=2, or data"),
+        ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2, or data"),
         ("train.init_checkpoint=nowhere.pth", "nowhere.pth does not exist"),
     ],
 )
@@ -372,24 +347,25 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys, text, words):
         ([], "--config-file"),
         (["--config-file", "CONFIG", "--num-gpus", 0], "--num-gpus"),
         (["--config-file", "CONFIG", "--eval-only", "OUT"], "train.init_checkpoint=FILE"),
+        (["--config-file", "CONFIG", "OUT", "FOLDER"], "run is a folder: name a checkpoint in it"),
         (
-            ["--config-file", "CONFIG", "OUT", "train.init_checkpoint=RUN"],
+            ["--config-file", "CONFIG", "--eval-only", "OUT", "FOLDER"],
             "run is a folder: name a checkpoint in it, such as model_best.pth",
-        ),
-        (
-            ["--config-file", "CONFIG", "--eval-only", "OUT", "train.init_checkpoint=RUN"],
-            "run is a folder: name a checkpoint in it",
         ),
         (
             ["--config-file", "custom_small", "--eval-only", "OUT", "train.init_checkpoint=no.pth"],
             "no.pth does not exist",
         ),
+        (["--config-file", "CONFIG"], "run holds a training: continue it with --resume"),
+        (["--config-file", "CONFIG", "BELOW_A_FILE"], "config.py/run cannot be written"),
+        (["--config-file", "CONFIG", "--eval-only", "BELOW_A_FILE"], "config.py/run cannot be wri"),
     ],
 )
-def test_what_a_command_lacks_is_named(trained, tmp_path, capsys, words, message):
+def test_what_a_command_lacks_or_cannot_use_is_named(trained, tmp_path, capsys, words, message):
     config, folder, _ = trained
     known = {"CONFIG": config, "OUT": f"train.output_dir={tmp_path}"}
-    known["train.init_checkpoint=RUN"] = f"train.init_checkpoint={folder}"
+    known.update(FOLDER=f"train.init_checkpoint={folder}")
+    known.update(BELOW_A_FILE=f"train.output_dir={config}/run")
     words = [known.get(word, word) for word in words]
     assert message in error_of(capsys, train_net, *words)
 
@@ -418,24 +394,18 @@ LACKING = {key: x for key, x in TinyDetector().state_dict().items() if key != "b
         (
             TinyDetector(width=16).state_dict(),
             False,
-            r"another architecture.*\(16, 3, 3, 3\) in the file, \(8, 3, 3, 3\) here",
+            r"another architecture.*\(16, .* \(8, 3, 3, 3\)",
         ),
         (
             {**LACKING, **UNKNOWN},
             False,
-            r"1 missing \(bbox_embed.weight\); "
-            r"6 unexpected \(decoder.0, decoder.1, decoder.2, decoder.3 and 2 more\)",
-        ),
-        (
-            {**TinyDetector().state_dict(), "decoder.0": torch.zeros(1)},
-            False,
-            r"config's: 1 unexpected \(decoder.0\)",
+            r"1 missing \(bbox_embed.weight\); 6 unexpected \(decoder.0, ",
         ),
         (nn.Linear(2, 2).state_dict(), False, "No weight in .*a.pth"),
         (
             TinyDetector(num_classes=80).state_dict(),
             True,
-            r"class_embed.weight: \(80, 8\) in the file, \(2, 8\) here",
+            r"class_embed.weight: \(80, 8\) in the file",
         ),
         (BACKBONE, True, "a backbone only"),
         (

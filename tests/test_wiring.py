@@ -130,8 +130,7 @@ def run(tmp_path_factory):
     """A finished run, which tests only read."""
     folder = tmp_path_factory.mktemp("wiring")
     validation = folder / "validation"
-    validation.mkdir()
-    write_dataset(validation, num_images=3)
+    write_dataset(validation, [1, 1, 1])
     name = f"wiring:{validation}"
     register_coco_instances(name, {}, f"{validation}/truth.json", str(validation))
     torch.manual_seed(123)

@@ -5,9 +5,8 @@ Convert a checkpoint of another origin into one that the configs of this project
     convert_checkpoint.py --input official.pth --output smca.pth
     convert_checkpoint.py --input official.pth --output smca.pth --classes keep
 
-It takes the official SMCA models, DETR's as an initialization for the detr configs, and
-torchvision's ResNets as a backbone, finds out which model it is, and says with which config to
-use it.
+It takes the official SMCA models, and DETR's as an initialization for the detr configs, finds out
+which model it is, and says with which config to use it.
 """
 
 import argparse
@@ -38,12 +37,9 @@ def run(args: argparse.Namespace) -> None:
     for note in conversion.notes:
         print(note)
     print(f"Written: {args.output}")
-    if conversion.config is None:
-        print(f"Use it with train.init_checkpoint={args.output}")
-    else:
-        config = f"--config-file configs/{conversion.config}.py"
-        weights = f"train.init_checkpoint={args.output}"
-        print("Use it with", " ".join([config, weights, *conversion.overrides]))
+    config = f"--config-file configs/{conversion.config}.py"
+    weights = f"train.init_checkpoint={args.output}"
+    print("Use it with", " ".join([config, weights, *conversion.overrides]))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

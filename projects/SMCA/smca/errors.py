@@ -43,6 +43,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, or that does not fit the model."""
 
 
+class DatasetError(UserError):
+    """A data set that cannot be used as it is."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """The loss or the gradient became nan or infinite."""
 

@@ -49,15 +49,12 @@ class SMCACheckpointer(DetectionCheckpointer):
     or not at all, and opening one never runs code in it, Detectron2's own model zoo excepted.
 
     Args:
-        model: a model, perhaps wrapped in DistributedDataParallel.
-        save_dir: folder of the checkpoints.
         need_detector: a backbone's file, or a detector's of other classes or queries, is an error
             in :meth:`load`.
         provenance: plain values to keep in the checkpoints, for instance the config's name and the
             class names.
         max_to_keep: number of files ``model_<iteration>.pth`` in `save_dir`, whichever run wrote
             them, that stay after a save; None: all.
-        kwargs: see :class:`detectron2.checkpoint.DetectionCheckpointer`.
     """
 
     def __init__(
@@ -77,11 +74,7 @@ class SMCACheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, tag: bool = True, **kwargs: Any) -> None:
         """Save as Detectron2 does; if `tag` is true, name the file in ``last_checkpoint``, from
-        where a training is resumed.
-
-        Raises:
-            CheckpointError: the file cannot be written.
-        """
+        where a training is resumed. A file that cannot be written is a CheckpointError."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), "smca": self.provenance}
@@ -115,11 +108,8 @@ class SMCACheckpointer(DetectionCheckpointer):
         return next(iter(find_checkpoints(self.save_dir)), "")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        """Load as Detectron2 does.
-
-        Raises:
-            CheckpointError: the file cannot be found or read, or does not fit the model.
-        """
+        """Load as Detectron2 does; a file that cannot be read or does not fit the model is a
+        CheckpointError."""
         self._path = path
         try:
             with reading(path):
@@ -130,11 +120,7 @@ class SMCACheckpointer(DetectionCheckpointer):
     def find_resumable(self, need_trainer: bool = True) -> Optional[Tuple[str, Dict[str, Any]]]:
         """The newest checkpoint in `save_dir` that can be read (with more than weights, if
         `need_trainer`), its path and what it holds; None where there is no checkpoint. Newer ones
-        that cannot be read are named in a warning.
-
-        Raises:
-            CheckpointError: there are checkpoints, none of which can be read.
-        """
+        that cannot be read are named in a warning, or in a CheckpointError if there is no other."""
         problems: List[str] = []
         for path in find_checkpoints(self.save_dir):
             try:
@@ -155,16 +141,9 @@ class SMCACheckpointer(DetectionCheckpointer):
         return None
 
     def resume(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-        """Load a training's checkpoint with everything in it; it must be a detector's. All
-        processes call this together: those that cannot read the file get it from the first.
-
-        Args:
-            path: path of the file.
-            content: what it holds, where that has been read already: in the first process at
-                least, unless all have the file.
-
-        Returns:
-            What no checkpointable object took.
+        """Load a training's checkpoint with everything in it; it must be a detector's. Gives what
+        no checkpointable object took. All processes call this together: those that cannot read the
+        file get it from the first, which then has to give its content, where it is read already.
         """
         self.need_detector, self._path = True, path
         if comm.get_world_size() > 1 and not all(comm.all_gather(os.path.isfile(path))):

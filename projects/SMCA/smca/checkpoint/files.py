@@ -25,16 +25,9 @@ class RefusedCode(Exception):
 
 
 def write_atomically(path: str, content: Union[bytes, Callable[[IO[bytes]], Any]]) -> None:
-    """Create or replace a file such that it is there whole or as it was before, whenever the
-    process is killed.
-
-    Args:
-        path: path of the file, whose folder is created if need be.
-        content: what to write, or a function that writes it into the binary file that it is given.
-
-    Raises:
-        OSError: the file cannot be written. Nothing is left of it then.
-    """
+    """Create or replace a file, and its folder, such that it is there whole or as it was before,
+    whenever the process is killed, and also after an OSError. `content` is what to write, or a
+    function that writes it into the binary file that it is given."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     # The temporary file is in the same folder, so that it can be renamed in one step.
@@ -101,12 +94,8 @@ def peek(path: str) -> Dict[str, Any]:
 
 
 def load_tensors(path: str) -> Any:
-    """Read a file of tensors and plain values, on the CPU, without running code in it.
-
-    Raises:
-        RefusedCode: the file would run code.
-        OSError, RuntimeError, ValueError, ...: the file is broken in one of many ways.
-    """
+    """Read a file of tensors and plain values, on the CPU, without running code in it; a broken one
+    raises errors of many types (:func:`reading`)."""
     if zipfile.is_zipfile(path):  # PyTorch does not look at the checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -144,7 +133,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_arrays(path: str) -> Dict[str, Any]:
-    """Read a pickle of arrays and plain values; errors are those of :func:`load_tensors`."""
+    """Read a pickle of arrays and plain values like :func:`load_tensors`."""
     with open(path, "rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()
 

@@ -34,8 +34,7 @@ def adapt(
         initial: weights of the model.
         old_names, new_names: names of the classes of both.
 
-    Returns:
-        Texts that say what is not kept; none if everything is.
+    Returns texts that say what is not kept; none if everything is.
     """
     notes = []
     known_rows = [

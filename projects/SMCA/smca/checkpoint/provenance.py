@@ -20,13 +20,9 @@ def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
 
 
 def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
-    """What the content of a checkpoint says about itself.
-
-    Returns:
-        The keys that the file has of ``config`` (its name), ``overrides``, ``fitted`` (settings
-        that followed from the training data, by their keys), ``class_names``, ``category_ids``
-        (the ids of the classes in the training data's JSON), and ``num_classes``.
-    """
+    """What the content of a checkpoint says about itself: the keys that it has of ``config`` (its
+    name), ``overrides``, ``fitted`` (settings that followed from the training data, by their keys),
+    ``class_names``, ``category_ids`` (in the training data's JSON), and ``num_classes``."""
     said = checkpoint.get("smca")  # a stranger's file may hold anything under this name
     said = said if isinstance(said, dict) else {}
     result = {key: said[key] for key, kind in _TYPES.items() if isinstance(said.get(key), kind)}

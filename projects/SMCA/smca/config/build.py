@@ -21,11 +21,7 @@ _CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, Syn
 
 
 def build(section: Any, name: str) -> Any:
-    """Instantiate a part of a LazyConfig, as Detectron2's `instantiate`.
-
-    Args:
-        section: part of a config.
-        name: key of the section, for the message.
+    """Instantiate a section of a LazyConfig, whose key is `name`, as Detectron2's `instantiate`.
 
     Raises:
         ConfigError: it cannot be built. The message names the innermost section that cannot, or
@@ -91,12 +87,9 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
 
 
 def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
-    """Put a checkpoint's classes in place of what a config computes from the training data, which
-    need not be here: the number and the names of the classes, and their order in data sets of
-    `smca.data.register_coco`; and the values that :func:`fit_to_data` found.
-
-    `provenance` is what `smca.checkpoint.read_provenance` returns.
-    """
+    """Put what `smca.checkpoint.read_provenance` says in place of what a config computes from the
+    training data, which need not be here: the number and the names of the classes, and their order
+    in data sets of `smca.data.register_coco`; and the values that :func:`fit_to_data` found."""
     if isinstance(cfg.model.get("num_classes"), DictConfig) and "num_classes" in provenance:
         cfg.model.num_classes = provenance["num_classes"]
     names, values = list(provenance.get("class_names") or []), provenance.get("fitted", {})
@@ -114,15 +107,8 @@ def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
 
 def fit_to_data(cfg: DictConfig, known: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """Replace what a config computes from the training data with the functions of
-    ``smca.data.fitted`` by the values, and log each.
-
-    Args:
-        cfg: a LazyConfig.
-        known: values of a training that goes on, though its data may have changed.
-
-    Returns:
-        The values by their keys. Checkpoints keep them, since the data need not be there later.
-    """
+    ``smca.data.fitted`` by the values, and log and return these by their keys. Checkpoints keep
+    them: those of a training that goes on are `known`, though its data may have changed."""
     values: Dict[str, Any] = {}
     known = known or {}
     source, names = copy.deepcopy(cfg), "dataloader.train.dataset.names"

@@ -81,16 +81,9 @@ def _require_importable(value: Any, key: str) -> None:
 def require_values(
     cfg: DictConfig, keys: Optional[Sequence[str]] = None, config_file: str = "The config"
 ) -> None:
-    """Make sure that values of a config can be read.
-
-    Args:
-        cfg: a LazyConfig.
-        keys: keys of the values, which may be sections; None: all.
-        config_file: what the message calls the config.
-
-    Raises:
-        ConfigError: a value is missing or refers to one that is, or cannot be computed; names it.
-    """
+    """Raise a ConfigError if a value of a config is missing or refers to one that is, or cannot be
+    computed. `keys` are those of the values, which may be sections; None: all. The message calls
+    the config `config_file`."""
     missing = list(dict.fromkeys(_missing(cfg, keys)))
     if missing:
         raise ConfigError(
@@ -115,11 +108,7 @@ def quoted(text: str) -> str:
 
 
 def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") -> Iterator[str]:
-    """Keys without a value, among `keys` or below them, and those that they refer to.
-
-    Raises:
-        ConfigError: a value refers to what is not there, or cannot be computed.
-    """
+    """Keys without a value, among `keys` or below them, and those that they refer to."""
     for name in map(str, node.keys()):
         key = f"{prefix}{name}"
         is_needed = keys is None or any(f"{key}.".startswith(f"{part}.") for part in keys)

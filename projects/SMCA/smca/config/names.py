@@ -31,11 +31,8 @@ def list_configs() -> List[str]:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config's file by its name, with or without ``.py``.
-
-    Raises:
-        ConfigError: there is no such config.
-    """
+    """The path of a config's file by its name, with or without ``.py``; a ConfigError names the
+    nearest if there is none."""
     name, files = name.removesuffix(".py"), _config_files()
     if name not in files:
         raise ConfigError(f"There is no config {name}{did_you_mean(name, sorted(files))}")

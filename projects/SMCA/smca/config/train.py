@@ -92,13 +92,8 @@ class TrainConfig:
 
 
 def check_train(train: DictConfig) -> None:
-    """Check the values of the config's ``train`` section, and add the defaults of absent keys.
-
-    A value may be a call, which is checked once it is computed. Other keys may hold anything.
-
-    Raises:
-        ConfigError: a value is not possible.
-    """
+    """Check the values of the config's ``train`` section, and add the defaults of absent keys. A
+    value may be a call, which is checked once it is computed. Other keys may hold anything."""
     _check(train, OmegaConf.structured(TrainConfig, flags={"allow_objects": True}), "train")
 
 
@@ -142,16 +137,9 @@ def amp_dtype(name: str, device: torch.device) -> Optional[torch.dtype]:
     return dtype
 
 
-def resolve_device(name: str, key: str = "train.device") -> torch.device:
-    """The device of this process.
-
-    Args:
-        name: "auto" (a GPU if there is one, else the CPU) or a PyTorch device.
-        key: what names it in the config.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+def resolve_device(name: str) -> torch.device:
+    """The device of ``train.device``: "auto" (a GPU if there is one, else the CPU) or one of
+    PyTorch's. A ConfigError says if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -165,5 +153,5 @@ def resolve_device(name: str, key: str = "train.device") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         is_there = False
     if not is_there:
-        raise ConfigError(f"{key}={name} cannot be used on this machine: take auto or cpu.")
+        raise ConfigError(f"train.device={name} cannot be used on this machine: take auto or cpu.")
     return device

@@ -61,10 +61,6 @@ class SMCA(modeling.SMCA):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        """
-        Raises:
-            ConfigError: the LazyConfig's model has no such setting.
-        """
         model = get_config(cfg.MODEL.SMCA.CONFIG).model
         if cfg.MODEL.SMCA.TIMM:
             model.backbone = LazyCall(modeling.TimmBackbone)(

@@ -4,6 +4,8 @@ Importing this registers the embedded data set, and one like it whose objects di
 size.
 """
 
+from smca.errors import DatasetError
+
 from .coco import (
     as_list,
     category_ids,
@@ -25,7 +27,6 @@ from .coco_checks import (
     remarks_on,
     source_of,
 )
-from .errors import DatasetError
 from .evaluator import CocoEvaluator
 from .fitted import (
     fit_crop_range,

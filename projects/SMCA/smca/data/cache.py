@@ -1,6 +1,7 @@
 """Where the package keeps the files that it makes itself."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -8,25 +9,23 @@ from typing import Any, Callable
 
 from iopath.common.file_io import file_lock
 
-from .errors import DatasetError
+from smca.errors import DatasetError
 
 
 def cache_dir() -> Path:
-    """
-    Returns:
-        The folder named by the environment variable ``SMCA_CACHE``, else
-        ``~/.cache/smca``. It need not exist yet.
-    """
+    """The folder that the environment variable ``SMCA_CACHE`` names, else ``~/.cache/smca``."""
     return Path(os.environ.get("SMCA_CACHE") or "~/.cache/smca").expanduser().absolute()
 
 
-def create_once(path: Path, write: Callable[[Path], Any]) -> None:
-    """Make sure that `path` exists, whole: several processes may call this at the same time (one
-    writes, the others wait), and one that is killed leaves nothing under `path`.
+def name_for(source: str, state: object) -> str:
+    """A name for what is made of a file or folder in some state; another state has another name."""
+    return f"{Path(source).stem}_{hashlib.sha256(str(state).encode()).hexdigest()[:8]}"
 
-    Args:
-        path: file or folder to create unless it is there.
-        write: creates the file or folder under the temporary path that it is given.
+
+def create_once(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make sure that a file or folder in the cache exists, whole: `write` creates it under the path
+    that it is given. Several processes may call this at the same time (one writes, the others
+    wait), and one that is killed leaves nothing under `path`.
 
     Raises:
         DatasetError: the cache folder cannot be written to.

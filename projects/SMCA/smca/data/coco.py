@@ -1,12 +1,10 @@
 """Data sets in COCO's format: checked before they are used, registered in Detectron2's catalog."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,7 +12,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 
-from .cache import cache_dir, create_once
+from smca.errors import DatasetError
+
+from .cache import cache_dir, create_once, name_for
 from .coco_checks import (
     WRITTEN,
     PathLike,
@@ -30,7 +30,6 @@ from .coco_checks import (
     source_of,
     written_id,
 )
-from .errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +64,8 @@ def register_coco(
         classes: names of the classes in a model's order, in place of `categories_from`.
 
     Returns:
-        The name of the data set; for a list of files, the list of names.
-
-    Raises:
-        DatasetError: the data set cannot be used; lists the first problems and their number.
+        The name of the data set; for a list of files, the list of names. A DatasetError lists the
+        first problems of data that cannot be used, and their number.
     """
     files, roots = as_list(json_file) or [None], as_list(image_root) or [None]
     if len(roots) not in (1, len(files)):
@@ -101,8 +98,7 @@ def _register(
     image_root = existing(image_root, os.path.isdir, "image folder")
     if classes is not None and list(classes) == class_names(json_file):
         classes = None
-    key = _short_hash(repr((json_file, image_root, classes)))
-    name = f"{Path(json_file).stem}_{key}"
+    name = name_for(json_file, (json_file, image_root, classes))
     if name in DatasetCatalog.list():
         return name
 
@@ -135,14 +131,9 @@ def _register(
 def dataset_dicts(
     data: Mapping[str, Any], image_root: PathLike, classes: Optional[Sequence[str]] = None
 ) -> List[Record]:
-    """The images of a COCO JSON in Detectron2's format, by their ids. Only what boxes need is read
-    of the annotations.
-
-    Args:
-        data: from `read_coco`, without problems.
-        image_root: the folder that ``file_name`` is relative to.
-        classes: names of all categories in the order of their indices; None: that of the ids.
-    """
+    """The images of a COCO JSON without problems in Detectron2's format, by their ids. Only what
+    boxes need is read of the annotations. `classes` are the names of all categories in the order of
+    their indices; None: that of the ids."""
     categories = _ordered(data["categories"], classes)
     indices = {category["id"]: index for index, category in enumerate(categories)}
     by_image: Dict[Any, List[Record]] = {image["id"]: [] for image in data["images"]}
@@ -192,12 +183,8 @@ def image_ids(dataset: str) -> Dict[int, Union[int, str]]:
 
 
 def class_names(json_file: Paths) -> List[str]:
-    """Names of the categories in one or several COCO JSONs, in the order of the first one's ids.
-
-    Raises:
-        DatasetError: a file is missing or no COCO JSON, or its categories are unusable or not
-            those of the first file.
-    """
+    """Names of the categories in one or several COCO JSONs, in the order of the first one's ids. A
+    file without usable categories, or with others than the first, is a DatasetError."""
     first, *others = as_list(json_file)
     categories = read_coco(first)["categories"]
     raise_problems(first, category_problems(categories))
@@ -218,15 +205,8 @@ def num_images(json_file: Paths) -> int:
 
 
 def require_dataset(names: Union[str, Sequence[str]]) -> None:
-    """Make sure that registered data sets are on the disk, at next to no cost. The embedded data
-    sets are made if need be.
-
-    Args:
-        names: one or several in Detectron2's catalog.
-
-    Raises:
-        DatasetError: a name is unknown, or its annotation file or image folder is missing.
-    """
+    """Make sure that registered data sets are on the disk, at next to no cost; the embedded data
+    sets are made if need be. An unknown name, or a missing file or folder, is a DatasetError."""
     for name in as_list(names):
         if name not in DatasetCatalog.list():
             raise DatasetError(
@@ -254,20 +234,9 @@ def as_list(one_or_more: Any) -> List[Any]:
     return [one_or_more] if is_one else list(one_or_more)
 
 
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
 def check_classes(json_file: PathLike, classes: Sequence[str], owner: object) -> None:
-    """
-    Args:
-        json_file: a COCO JSON.
-        classes: names that its categories must have, in whatever order.
-        owner: has these names, for the message.
-
-    Raises:
-        DatasetError: it has others, or its categories are unusable.
-    """
+    """Raise a DatasetError unless a COCO JSON has categories of these names, in whatever order;
+    `owner` has them, for the message."""
     names = class_names(json_file)
     only_here = sorted(set(names) - set(classes))
     only_there = sorted(set(classes) - set(names))
@@ -293,8 +262,8 @@ def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> No
         size = (image["height"], image["width"])
         return image["file_name"], size, status.st_size, status.st_mtime_ns
 
-    key = _short_hash(repr((json_file, image_root, list(in_threads(state, images)))))
-    note = cache_dir() / "checked" / f"{Path(json_file).stem}_{key}"
+    states = (json_file, image_root, list(in_threads(state, images)))
+    note = cache_dir() / "checked" / name_for(json_file, states)
     if note.exists():
         return
     start = time.perf_counter()
@@ -328,12 +297,8 @@ def _is_complete(data: Mapping[str, Any], json_file: str) -> bool:
 def _complete(
     data: Mapping[str, Any], json_file: str, images: List[Record], categories: List[Record]
 ) -> str:
-    """Path of a completed copy in the cache folder, with the ids 1, 2, ...
-
-    Args:
-        data, json_file: the file.
-        images, categories: its records in the order of their new ids.
-    """
+    """Path of a completed copy in the cache folder. Images and categories get the ids 1, 2, ... in
+    the order in which they are given."""
     image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
     category_ids = {category["id"]: number for number, category in enumerate(categories, 1)}
     annotations = [
@@ -353,7 +318,7 @@ def _complete(
         "categories": [{**each, "id": category_ids[each["id"]]} for each in categories],
     }
     text = json.dumps({"info": {}, **data, **changed})
-    path = cache_dir() / "coco" / f"{Path(json_file).stem}_{_short_hash(text)}.json"
+    path = cache_dir() / "coco" / f"{name_for(json_file, text)}.json"
     create_once(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     logger.info("%s lacks keys or has ids that no evaluation takes; using %s.", json_file, path)
     return str(path)

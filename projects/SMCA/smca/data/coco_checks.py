@@ -22,7 +22,8 @@ from typing import (
     Union,
 )
 
-from .errors import DatasetError
+from smca.errors import DatasetError
+
 from .mapper import PathLike, check_image
 
 Record = Dict[str, Any]  # an image, category or annotation of the JSON
@@ -48,17 +49,11 @@ _MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
 
 
 class Problem(NamedTuple):
-    """Something that makes a data set unusable.
+    """Something that makes a data set unusable."""
 
-    Attributes:
-        kind: the rule that is broken, the same text for all that break it.
-        message: one sentence that names the image, category or annotation and says what to do.
-        record: of the JSON, or the whole list where it is empty.
-    """
-
-    kind: str
-    message: str
-    record: Any
+    kind: str  # the rule that is broken, the same text for all that break it
+    message: str  # a sentence that names the image, category or annotation and says what to do
+    record: Any  # of the JSON, or the whole list where it is empty
 
 
 def existing(path: Optional[PathLike], exists: Callable[[str], bool], kind: str) -> str:
@@ -171,15 +166,13 @@ def forget_files() -> None:
 
 
 def read_coco(json_file: PathLike) -> Dict[str, Any]:
-    """A COCO JSON, read once as long as it does not change (until :func:`forget_files`).
-
-    Returns:
-        Its content, which callers do not change, with the lists ``images``, ``annotations`` and
-        ``categories``, whose records :func:`record_problems` checks. Ids and sizes that are whole
-        numbers written as texts or floats ("007", 7.0) are numbers; other texts stay ids.
+    """The content of a COCO JSON, read once as long as it does not change (until
+    :func:`forget_files`), which callers do not change. Ids and sizes that are whole numbers written
+    as texts or floats ("007", 7.0) are numbers; other texts stay ids.
 
     Raises:
-        DatasetError: it is missing, not JSON or lacks one of the lists.
+        DatasetError: it is missing, not JSON or lacks one of the lists ``images``, ``annotations``
+            and ``categories``, whose records :func:`record_problems` checks.
     """
     json_file = existing(json_file, os.path.isfile, "annotation file")
     try:
@@ -217,10 +210,7 @@ def remarks_on(data: Mapping[str, Any], json_file: PathLike) -> List[str]:
 
 
 def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:
-    """
-    Raises:
-        DatasetError: there are problems; says how many, and the first ones.
-    """
+    """Raise a DatasetError if there are problems; it says how many, and the first ones."""
     if not problems:
         return
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -293,7 +283,6 @@ def record_problems(data: Mapping[str, Any]) -> List[Problem]:
 
 
 def category_problems(categories: Sequence[Any]) -> List[Problem]:
-    """What is wrong with the categories."""
     if not categories:
         return [Problem("no categories", "'categories' is empty; add the classes.", categories)]
     # Results are listed by name.
@@ -367,15 +356,8 @@ def _problems(
     unique: Mapping[str, Any],
     more: Callable[[int, Record], Optional[Fault]] = lambda index, record: None,
 ) -> List[Problem]:
-    """The first fault of each record.
-
-    Args:
-        kind: of the records, for messages.
-        records: from the file.
-        rules: for their values.
-        unique: keys whose values of these types must not repeat.
-        more: gives the fault of a record that follows the rules, from its index and itself.
-    """
+    """The first fault of each record: of its values by the rules, of those whose keys and types are
+    `unique`, or by `more`, which is given its index and itself."""
     problems, seen = [], set()
     for index, record in enumerate(records):
         fault = _fault_of(record, rules)
@@ -410,9 +392,10 @@ def _broken(record: Record, key: str, must: str, hint: str = "") -> Fault:
 def _label(kind: str, index: int, record: Any) -> str:
     """How messages name a record: by the label file that it comes from, by its id, or by its index
     in the file where it has none."""
-    if isinstance(record, dict) and SOURCE in record:
+    record = record if isinstance(record, dict) else {}
+    if SOURCE in record:
         return str(record[SOURCE])
-    if not isinstance(record, dict) or "id" not in record:
+    if "id" not in record:
         return f"{kind} at index {index}"
     more = ""
     if isinstance(record.get("file_name"), str):
@@ -423,15 +406,8 @@ def _label(kind: str, index: int, record: Any) -> str:
 
 
 def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[Optional[Problem]]:
-    """Decode all images in a few threads.
-
-    Args:
-        images: of a COCO JSON, without problems of their own.
-        image_root: the folder that ``file_name`` is relative to.
-
-    Yields:
-        For each image its problem, or None.
-    """
+    """Decode images of a COCO JSON, which have no problems of their own, in a few threads; gives
+    for each its problem, or None."""
 
     def problem(image: Record) -> Optional[Problem]:
         path, hint = os.path.join(image_root, image["file_name"]), ""

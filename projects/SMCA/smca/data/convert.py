@@ -7,7 +7,6 @@ folders changes. Their records name the label file that they come from, and what
 
 import codecs
 import collections
-import hashlib
 import json
 import logging
 import os
@@ -17,9 +16,10 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-from .cache import cache_dir, create_once
+from smca.errors import DatasetError
+
+from .cache import cache_dir, create_once, name_for
 from .coco_checks import FAULT, REMARKS, SOURCE, Record, in_threads
-from .errors import DatasetError
 from .mapper import PathLike, upright_size
 
 States = Dict[str, Tuple[int, int]]  # path -> (size, time of the last change)
@@ -60,13 +60,8 @@ def files_below(folder: str, suffix: str = "") -> States:
 
 
 def pair(folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]) -> Pairs:
-    """Find the label files of images.
-
-    Args:
-        folder: of the images.
-        label_files: paths of the labels.
-        stems: gives the paths without suffix that the label of an image may have.
-    """
+    """Find the label files of a folder's images; `stems` gives the paths without suffix that the
+    label of an image may have."""
     labels = {os.path.splitext(path)[0]: path for path in label_files}
 
     def label_of(image: str) -> Optional[str]:
@@ -98,19 +93,17 @@ def convert(
     read: Callable[[str, Optional[str]], Content],
     names: Optional[Sequence[str]],
 ) -> str:
-    """The JSON of two folders, converted unless it is there and nothing has changed.
+    """The JSON of the folders of images and labels, converted unless it is there and nothing has
+    changed.
 
     Args:
-        images: their folder.
-        labels: their folder, which messages name.
         state: what the JSON depends on, beside the images.
         find: pairs images and labels.
         read: gives an image's size and objects.
         names: of the classes; None takes those of the objects.
     """
-    text = repr((_LAYOUT, images, labels, state, sorted(files_below(images).items())))
-    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
-    path = cache_dir() / "converted" / f"{Path(labels).name}_{digest}.json"
+    state = (_LAYOUT, images, labels, state, sorted(files_below(images).items()))
+    path = cache_dir() / "converted" / f"{name_for(labels, state)}.json"
 
     def write(partial: Path) -> None:
         coco = _make_coco(images, labels, *find(), read, names)

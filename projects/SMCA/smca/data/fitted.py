@@ -14,17 +14,6 @@ from detectron2.structures import BoxMode
 
 from .coco import as_list
 
-__all__ = [
-    "fit_crop_range",
-    "fit_in_features",
-    "fit_max_size",
-    "fit_num_extra_scales",
-    "fit_num_iterations",
-    "fit_num_queries",
-    "fit_scales_to_read",
-    "fit_short_sides",
-]
-
 Names = Union[str, Sequence[str]]  # of registered data sets that train together
 
 _SMALL = 10  # percentile of objects' lengths
@@ -45,14 +34,8 @@ def fit_num_queries(names: Names) -> int:
 
 
 def fit_short_sides(names: Names, stride: int, factors: Sequence[float] = (1.0,)) -> List[int]:
-    """The short side at which a small object spans three cells, a multiple of 32 from 160 to 320
-    pixels.
-
-    Args:
-        names: data sets.
-        stride: of the model's finest scale, in pixels.
-        factors: of the short side, for training at several.
-    """
+    """The short side at which a small object spans three cells of the finest scale's stride, a
+    multiple of 32 from 160 to 320 pixels; times each factor, for training at several."""
     pixels = _SMALL_CELLS * stride / _length(names)
     side = _between(32 * math.ceil(pixels / 32), _SHORT_SIDES)
     return [round(factor * side) for factor in factors]
@@ -90,13 +73,8 @@ def fit_crop_range(names: Names, stride: int, factors: Tuple[float, float]) -> O
 
 
 def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int:
-    """Thirty epochs, but 1,000 iterations at least and 5,000 at most.
-
-    Args:
-        names: data sets.
-        batch_size: images of an iteration, in all processes together.
-        share: of the whole training, for periods.
-    """
+    """Thirty epochs in batches of all processes together, but 1,000 iterations at least and 5,000
+    at most; of these a share, for periods."""
     counts, _ = _objects(names)
     iterations = round(_EPOCHS * len(counts) / batch_size)
     return round(share * _between(iterations, _NUM_ITERATIONS))

@@ -15,9 +15,7 @@ from detectron2.utils import comm
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from smca.errors import ConfigError, UserError
-
-from .errors import DatasetError
+from smca.errors import ConfigError, DatasetError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +30,9 @@ _SHUFFLE, _AUGMENT = 0, 1
 class _EndlessBatches(Sampler[List[Tuple[int, int]]]):
     """Batches of (position, index) pairs from an endless stream.
 
-    The stream is one pass over the data set after the other, each shuffled by (seed, pass).
-    Positions count from its start. Rank r takes the positions r, r + world size, ... of each global
-    batch.
-
-    Args:
-        size: items in the data set.
-        batch_size: of this rank.
-        seed: not negative.
-        rank, world_size: of this process.
+    The stream is one pass over the `size` items of the data set after the other, each shuffled by
+    (seed, pass). Positions count from its start. Rank r takes the positions r, r + world size, ...
+    of each global batch, of which `batch_size` are its own.
     """
 
     def __init__(self, *, size: int, batch_size: int, seed: int, rank: int, world_size: int):
@@ -104,7 +96,7 @@ def build_train_loader(
     seed: Optional[int] = 0,
     **kwargs: Any,
 ) -> DataLoader:
-    """An endless loader of training batches.
+    """An endless loader of training batches, which are lists of samples.
 
     Batch number n of a process depends, to the last bit, only on the seed, the rank, the number of
     processes and n: not on `num_workers`, nor on the sample it was started at (`set_start_sample`).
@@ -120,9 +112,6 @@ def build_train_loader(
             cannot be repeated or resumed exactly.
         kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``prefetch_factor``.
             ``pin_memory`` is True where there is a GPU.
-
-    Returns:
-        A loader that yields lists of samples.
 
     Raises:
         DatasetError: the data set is empty.
@@ -179,9 +168,6 @@ def spare_shared_memory(loader: DataLoader) -> None:
 
     PyTorch's workers hand every tensor over in shared memory. Where that is full (Docker gives a
     container 64 MB), a batch is lost, and the loader waits for it for ever.
-
-    Raises:
-        UserError: there is not even room for the workers' queues.
     """
     if loader.num_workers:
         try:
@@ -220,11 +206,7 @@ def _has_no_objects(item: Mapping[str, Any]) -> bool:
 
 def set_start_sample(loader: DataLoader, num_samples: int) -> None:
     """Make the next ``iter()`` of a loader of `build_train_loader` begin after so many samples of
-    all processes together, in batches of whatever size.
-
-    Raises:
-        TypeError: the loader is of another kind and cannot start in the middle.
-    """
+    all processes together, in batches of whatever size. Another loader is a TypeError."""
     sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(sampler, _EndlessBatches):
         raise TypeError(

@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from .errors import DatasetError
+from smca.errors import DatasetError
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -66,13 +66,8 @@ def _open_image(source: Union[PathLike, BinaryIO]) -> Iterator[Image.Image]:
 
 
 def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
-    """A sentence on an image that cannot be read.
-
-    Args:
-        path: of the image.
-        error: what was raised.
-        advice: the sentence's end, where the error does not say what to do itself.
-    """
+    """A sentence on an image that cannot be read because of an error; `advice` ends it where the
+    error does not say what to do."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return (
@@ -122,11 +117,8 @@ def _matching_transpose(
 
 
 def _to_8_bit(pixels: np.ndarray) -> Tuple[np.ndarray, str]:
-    """Levels of more than 8 bits, of any shape and type of number, to uint8 without clipping.
-
-    Returns:
-        The levels, and in words which of the image's became black and white.
-    """
+    """Levels of more than 8 bits, of any shape and type of number, to uint8 without clipping; and
+    in words which of the image's became black and white."""
     values = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
     if pixels.dtype.kind == "f" and 0 <= low and high <= 1:
@@ -200,21 +192,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def read_image(
     path: Union[PathLike, BinaryIO], height: Optional[int] = None, width: Optional[int] = None
 ) -> np.ndarray:
-    """Read an image of any mode that Pillow knows.
-
-    Only the first frame or page of a file is read. EXIF orientation is applied, unless only the
-    stored orientation has the expected size: annotation tools disagree on which of the two they
-    mean.
+    """Read an image of any mode that Pillow knows, of several frames or pages the first. EXIF
+    orientation is applied, unless only the stored orientation has the expected size: annotation
+    tools disagree on which of the two they mean.
 
     Args:
         path: of the image file, or its content (`io.BytesIO`).
         height, width: expected size in pixels; None accepts any size.
 
     Returns:
-        (height, width, 3) uint8, RGB.
-
-    Raises:
-        DatasetError: the file is missing, cannot be decoded, or has another size.
+        (height, width, 3) uint8, RGB. A file that is missing, cannot be decoded, or has another
+        size is a DatasetError.
     """
     with _open_image(path) as image:
         transpose = _matching_transpose(image, path, height, width)
@@ -227,11 +215,8 @@ def read_image(
 
 
 def check_image(path: PathLike, height: int, width: int) -> None:
-    """Decode an image and compare its size, in either EXIF orientation, with the expected one.
-
-    Raises:
-        DatasetError: see `read_image`.
-    """
+    """Decode an image and compare its size, in either EXIF orientation, with the expected one;
+    errors are those of `read_image`."""
     with _open_image(path) as image:
         _matching_transpose(image, path, height, width)
         # Lets the JPEG decoder skip most of the inverse transform; it still reads every byte.
@@ -240,11 +225,8 @@ def check_image(path: PathLike, height: int, width: int) -> None:
 
 
 def upright_size(path: PathLike) -> Tuple[int, int]:
-    """Height and width of an image in pixels, as its EXIF orientation turns it upright.
-
-    Raises:
-        DatasetError: the file is missing or is no image.
-    """
+    """Height and width of an image in pixels, as its EXIF orientation turns it upright; errors are
+    those of `read_image`."""
     with _open_image(path) as image:
         transpose = _exif_transposes(image)[0]
         size = image.height, image.width
@@ -290,9 +272,6 @@ def detr_augmentations(
         crop_short_sides: the short side before the crop becomes one of these.
         color_jitter: brightness, contrast and saturation are multiplied by random factors that
             differ from 1 by up to this much.
-
-    Returns:
-        The augmentations, in the order in which they are applied.
     """
     augmentations = [T.RandomFlip()] if flip else []
     if crop_range is not None:
@@ -324,12 +303,9 @@ class DetrDatasetMapper:
     Args:
         is_train: whether to return ``instances``.
         augmentations: applied in this order.
-        augmentations_with_crop: if given, applied instead of `augmentations` with probability 1/2
-            (in training).
+        augmentations_with_crop: if given, applied instead of `augmentations` with probability 1/2;
+            in training only.
         image_format: "RGB" or "BGR", the order of the channels of ``image``.
-
-    Raises:
-        ValueError: unknown `image_format`, or a second list of augmentations in evaluation.
     """
 
     def __init__(
@@ -351,11 +327,8 @@ class DetrDatasetMapper:
         self.image_format = image_format
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
-        """Read and augment the image of a dataset dict, which stays as it is.
-
-        Raises:
-            DatasetError: see `read_image`.
-        """
+        """Read and augment the image of a dataset dict, which stays as it is; errors are those of
+        `read_image`."""
         result = copy.deepcopy(dataset_dict)
         annotations = result.pop("annotations", [])
         image = read_image(result["file_name"], result.get("height"), result.get("width"))
@@ -363,18 +336,14 @@ class DetrDatasetMapper:
         if self.image_format == "BGR":
             image = image[:, :, ::-1]
 
-        aug_input = T.AugInput(image)
-        transforms = self._draw_branch()(aug_input)
+        aug_input, count = T.AugInput(image), len(self.branches)
+        branch = self.branches[np.random.randint(count) if count > 1 else 0]
+        transforms = branch(aug_input)
         image = aug_input.image
         result["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         if self.is_train:
             result["instances"] = _to_instances(annotations, transforms, image.shape[:2])
         return result
-
-    def _draw_branch(self) -> T.AugmentationList:
-        if len(self.branches) == 1:
-            return self.branches[0]
-        return self.branches[np.random.randint(len(self.branches))]
 
 
 def _to_instances(

@@ -5,12 +5,10 @@ to six objects an image, up to 100 pixels long, rotated, stretched and overlappi
 typical texture, but not every object has it.
 """
 
-import functools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -40,19 +38,12 @@ _MIN_BOX_SIDE = 2 / 7  # of the shortest long side
 _SUPERSAMPLING = 3
 
 
-@dataclass
-class Scene:
-    """A picture and what is on it.
+class Scene(NamedTuple):
+    """A picture and what is on it."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        masks: for each object (H, W) bool, its visible pixels.
-        classes: for each object the index in SHAPE_CLASSES.
-    """
-
-    image: np.ndarray
-    masks: List[np.ndarray]
-    classes: List[int]
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    masks: List[np.ndarray]  # for each object (H, W) bool, its visible pixels
+    classes: List[int]  # for each object the index in SHAPE_CLASSES
 
 
 def register_shapes(
@@ -70,11 +61,8 @@ def register_shapes(
     Args:
         num_train, num_val: images of the two splits.
         seed: of the pictures, not negative.
-        prefix: of the names.
+        prefix: of the names, which are returned.
         lengths: shortest and longest object, in pixels.
-
-    Returns:
-        The two names.
 
     Raises:
         AssertionError: a name is registered already.
@@ -83,32 +71,29 @@ def register_shapes(
     if lengths != LENGTHS:
         key += f"_{lengths[0]}to{lengths[1]}"
     folder = cache_dir() / key
-    write = functools.partial(
-        write_shapes, num_train=num_train, num_val=num_val, seed=seed, lengths=lengths
-    )
-    make_files = functools.partial(create_once, folder, write)
-    names = []
-    for split in _SPLITS:
-        name, json_file, image_root = f"{prefix}_{split}", folder / f"{split}.json", folder / split
-        load = functools.partial(_make_and_load, make_files, str(json_file), str(image_root), name)
+
+    def make_files() -> None:
+        create_once(folder, lambda path: write_shapes(path, num_train, num_val, seed, lengths))
+
+    def register(split: str) -> str:
+        name, json_file, image_root = f"{prefix}_{split}", f"{folder}/{split}.json", folder / split
+
+        def load() -> List[Dict[str, Any]]:
+            make_files()
+            return load_coco_json(json_file, str(image_root), name)
+
         DatasetCatalog.register(name, load)
         MetadataCatalog.get(name).set(
-            json_file=str(json_file),
+            json_file=json_file,
             image_root=str(image_root),
             evaluator_type="coco",
             thing_classes=list(SHAPE_CLASSES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(SHAPE_CLASSES))},
             make_files=make_files,
         )
-        names.append(name)
-    return names[0], names[1]
+        return name
 
-
-def _make_and_load(
-    make_files: Callable[[], None], json_file: str, image_root: str, name: str
-) -> List[Dict[str, Any]]:
-    make_files()
-    return load_coco_json(json_file, image_root, name)
+    return register("train"), register("val")
 
 
 def write_shapes(
@@ -118,15 +103,11 @@ def write_shapes(
     seed: int = 0,
     lengths: Tuple[int, int] = LENGTHS,
 ) -> None:
-    """Write the data set: JPEG images in ``train/`` and ``val/``, annotations in COCO's format in
-    ``train.json`` and ``val.json``.
+    """Write the data set into a new folder: JPEG images in ``train/`` and ``val/``, annotations in
+    COCO's format in ``train.json`` and ``val.json``. The arguments are those of `register_shapes`.
 
     Image i of a split depends only on the lengths, the seed, the split and i. Boxes are tight
     around an object's visible pixels, whose number is ``area``.
-
-    Args:
-        folder: is created and must not exist.
-        num_train, num_val, seed, lengths: see `register_shapes`.
     """
     for split_index, (split, num_images) in enumerate(zip(_SPLITS, (num_train, num_val))):
         (folder / split).mkdir(parents=True)
@@ -164,15 +145,8 @@ def _box_of(mask: np.ndarray) -> List[int]:
 
 
 def draw_scene(rng: np.random.Generator, lengths: Tuple[int, int] = LENGTHS) -> Scene:
-    """Draw one picture.
-
-    Args:
-        rng: all randomness comes from here.
-        lengths: shortest and longest object, in pixels.
-
-    Returns:
-        A scene with at least one object.
-    """
+    """Draw one picture with at least one object, the shortest and longest of which have these
+    `lengths` in pixels."""
     height, width = rng.integers(_IMAGE_SIDES[0], _IMAGE_SIDES[1], size=2, endpoint=True)
     canvas = _background(rng, height, width)
     masks: List[np.ndarray] = []
@@ -193,7 +167,9 @@ def draw_scene(rng: np.random.Generator, lengths: Tuple[int, int] = LENGTHS) -> 
         ):
             masks, classes = visible, classes + [class_index]
             full_areas.append(full_area)
-            _paint(rng, canvas, alpha, outline, _random_texture(rng, class_index))
+            is_typical = rng.random() < _TYPICAL_TEXTURE_SHARE
+            texture = _TEXTURES[class_index] if is_typical else str(rng.choice(_TEXTURES))
+            _paint(rng, canvas, alpha, outline, texture)
     noise = rng.normal(0, rng.uniform(2, 9), canvas.shape)
     image = Image.fromarray(np.clip(canvas + noise, 0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
@@ -256,12 +232,11 @@ def _strokes(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 def _random_shape(
     rng: np.random.Generator, name: str, lengths: Tuple[int, int], height: int, width: int
 ) -> Tuple[np.ndarray, float, np.ndarray]:
-    """Draw a shape of the class `name` somewhere on an image of height x width pixels.
+    """Draw a shape of the class `name` somewhere on an image.
 
     Returns:
-        alpha: (H, W) float in [0, 1], how much of each pixel the shape covers.
-        full_area: its area in pixels, with what lies beyond the image's border.
-        outline: the same as alpha, for the inside of the shape's border.
+        (H, W) float in [0, 1], how much of each pixel the shape covers; its area in pixels, with
+        what lies beyond the image's border; and as the first, the inside of the shape's border.
     """
     length = math.exp(rng.uniform(*np.log(lengths)))
     aspect_ratio = math.exp(rng.uniform(*np.log(_ASPECT_RATIOS)))
@@ -273,7 +248,9 @@ def _random_shape(
     border = max(1.0, 0.06 * length)  # pixels
     inner = corners * max(0.0, 1 - 2 * border / (length * aspect_ratio))
     alpha = _coverage(corners + center, height, width)
-    return alpha, _polygon_area(corners), alpha - _coverage(inner + center, height, width)
+    x, y = corners.T
+    full_area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+    return alpha, full_area, alpha - _coverage(inner + center, height, width)
 
 
 def _unit_polygon(rng: np.random.Generator, name: str) -> np.ndarray:
@@ -295,28 +272,13 @@ def _coverage(corners: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(fine.reduce(factor)) / 255.0
 
 
-def _polygon_area(corners: np.ndarray) -> float:
-    x, y = corners.T
-    return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
-
-
-def _random_texture(rng: np.random.Generator, class_index: int) -> str:
-    if rng.random() < _TYPICAL_TEXTURE_SHARE:
-        return _TEXTURES[class_index]
-    return str(rng.choice(_TEXTURES))
-
-
 def _paint(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    alpha: np.ndarray,
-    outline: np.ndarray,
-    texture: str,
+    rng: np.random.Generator, canvas: np.ndarray, alpha: np.ndarray, outline: np.ndarray, name: str
 ) -> None:
     """Blend a textured, perhaps outlined, slightly transparent shape into the canvas, in place."""
     covered = canvas[alpha > 0.5].mean(axis=0)
     color = _contrasting_color(rng, covered)
-    fill = color + _texture(rng, texture, alpha.shape[0], alpha.shape[1])
+    fill = color + _texture(rng, name, *alpha.shape)
     if rng.random() < 0.5:
         edge_color = color * rng.uniform(0.3, 0.7) if rng.random() < 0.5 else (color + 255) / 2
         fill = fill + outline[..., None] * (edge_color - fill)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
 
+from smca.errors import DatasetError
+
 from .coco_checks import FAULT, SOURCE, Record, existing
 from .convert import Content, Pairs, convert, files_below, pair, read_text, size_record
-from .errors import DatasetError
 from .mapper import PathLike
 
 _UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
@@ -36,9 +37,6 @@ def coco_from_voc(
 
     Returns:
         The COCO JSON, with the categories 1, 2, ... in the order of `names`.
-
-    Raises:
-        DatasetError: something is missing or cannot be read, or an object has another class.
     """
     images = existing(images, os.path.isdir, "image folder")
     annotations = existing(annotations, os.path.isdir, "annotation folder")
@@ -60,11 +58,7 @@ def coco_from_voc(
 
 def _pair_by_file_name(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
     """Give XML files that are not named like an image to the one that their ``<filename>`` names,
-    or their own name without its folder, in capitals or not.
-
-    Returns:
-        The XML files that are left.
-    """
+    or their own name without its folder, in capitals or not; returns those that are left."""
     images: Dict[str, List[str]] = {}
     for image in pairs:
         images.setdefault(Path(image).stem.casefold(), []).append(image)

@@ -8,24 +8,18 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import yaml
 
+from smca.errors import DatasetError
+
 from .coco_checks import FAULT, SOURCE, Record
 from .convert import Content, Pairs, convert, files_below, pair, read_text, size_record
-from .errors import DatasetError
 from .mapper import PathLike
 
 OneOrMore = Union[str, List[str]]
 
 
 def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
-    """The image folder of a split of a YOLO data set; a list where the file has one.
-
-    Args:
-        data_yaml: the data set's file with ``train``, ``val``, ``names`` and perhaps ``path``.
-        split: "train", "val" or another key of it.
-
-    Raises:
-        DatasetError: the file or a folder is missing, or the file lacks the split.
-    """
+    """The image folder of a split ("train", "val", or another key) of a YOLO data set, of which
+    `data_yaml` is the file; a list where the file has one."""
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
     folders = content.get(split)
@@ -55,10 +49,6 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
             f"{file} has 'names' that are no list of names: write [dog, cat], or number them from "
             "0 without gaps."
         )
-    if content.get("nc", str(len(names))) != str(len(names)):
-        raise DatasetError(
-            f"{file} has nc {content['nc']}, but {len(names)} 'names': make them agree."
-        )
     return {**content, "names": names}
 
 
@@ -83,18 +73,12 @@ def _yolo_labels(path: str) -> str:
 
 
 def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
-    """Convert a split of a YOLO data set. An image without a label file has no objects. Boxes are
-    relative to the upright image.
-
-    Args:
-        data_yaml, split: see `yolo_images`.
+    """Convert a split of a YOLO data set, see `yolo_images`. An image without a label file has no
+    objects. Boxes are relative to the upright image.
 
     Returns:
         The COCO JSON, or a list with one for each folder of `yolo_images`. It has the categories
         1, 2, ... in the order of ``names``.
-
-    Raises:
-        DatasetError: something is missing or cannot be read.
     """
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)

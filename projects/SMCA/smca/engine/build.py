@@ -21,30 +21,17 @@ _DEV_RUN_IMAGES = 4
 
 
 class Run(NamedTuple):
-    """
-    Attributes:
-        model: detector on the config's device.
-        train_loader: endless batches.
-        test_loader: batches to evaluate on.
-        evaluator: one of Detectron2's evaluators or a list of them; None: nothing is evaluated.
-        optimizer: optimizer of the model's parameters.
-        schedule: an fvcore `ParamScheduler`, which gives factors of the learning rate.
-    """
-
-    model: nn.Module
-    train_loader: Iterable[Any]
+    model: nn.Module  # detector on the config's device
+    train_loader: Iterable[Any]  # endless batches
     test_loader: Iterable[Any]
-    evaluator: Any
+    evaluator: Any  # one of Detectron2's, a list of them, or None
     optimizer: torch.optim.Optimizer
-    schedule: Any
+    schedule: Any  # an fvcore `ParamScheduler`, which gives factors of the learning rate
 
 
 def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
-    """Build what a config trains, and check that its parts fit one another.
-
-    Args:
-        cfg: a LazyConfig. What it computes from the data is replaced by its value.
-        saved: the checkpoint of this training to go on from.
+    """Build what a config trains, and check that its parts fit one another and the checkpoint of
+    this training, if it goes on. What the config computes from the data is replaced by its value.
     """
     # The data come first: a fault in them is reported before the model is built, which takes time.
     train_loader, test_loader = _build_loaders(cfg, ["train", "test"], saved)

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from detectron2.checkpoint import Checkpointer
@@ -30,18 +30,15 @@ class ModelEMA(HookBase):
 
     Attributes:
         model: the average, for the checkpointer (``model_ema=hook.model``) and for evaluation.
-        has_begun: there were weights to average, or an average was loaded into the model.
     """
+
+    has_begun = False  # there were weights to average, or an average was loaded into the model
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self._source = model
         self._average = get_ema_multi_avg_fn(decay)
-        self.has_begun = False
-        self.model.register_load_state_dict_post_hook(self._begin)
-
-    def _begin(self, *args: Any) -> None:
-        self.has_begun = True
+        self.model.register_load_state_dict_post_hook(lambda *_: setattr(self, "has_begun", True))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -160,15 +157,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
     checkpoint itself, and ``--resume`` never continues from it (unless there is no other). A
     missing or nan metric is no error.
 
-    It also ends the training when the metric has not become better for some evaluations in a row.
-    Register it after `EvalHook`, in all processes; the results of the evaluation must be in the
-    storage of each.
-
-    Args:
-        eval_period: iterations from one evaluation to the next.
-        checkpointer: saves the state.
-        metric: name in the storage, such as ``bbox/AP``; more is better.
-        patience: number of evaluations without a better value that end the training; 0: none do.
+    It also ends the training after `patience` evaluations in a row without a better value, unless
+    that is 0. Register it after `EvalHook`, in all processes; the results of the evaluation must be
+    in the storage of each.
     """
 
     def __init__(

@@ -35,12 +35,10 @@ def run(args: argparse.Namespace) -> int:
     which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        args: arguments of Detectron2's `default_argument_parser`, and perhaps `max_restarts`: how
-            often the processes are started again when one of them fails.
+        args: of Detectron2's `default_argument_parser`, and perhaps `max_restarts`.
 
     Returns:
-        The exit code, see :func:`smca.errors.exit_code`. After a signal the training is saved, and
-        the code is 128 + the signal's number.
+        The exit code, see :func:`smca.errors.exit_code`; after a signal 128 + its number.
     """
     # Detectron2 logs errors in training with their traceback.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
@@ -122,11 +120,8 @@ def _raise_signal(number: int, frame: Optional[FrameType]) -> None:
 
 
 def _run_group(args: argparse.Namespace) -> Tuple[int, str, bool]:
-    """Start the processes and wait for them.
-
-    Returns:
-        The exit code; what went wrong (others fail because of the first error), "" for nothing or
-        a signal; and whether starting again would not help.
+    """Start the processes and wait for them. Gives the exit code; what went wrong (others fail
+    because of the first error), "" for nothing or a signal; and whether to start again is no help.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(

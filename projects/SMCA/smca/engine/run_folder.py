@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, Dict, NamedTuple, Optional, TypeVar
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
@@ -66,34 +66,21 @@ def save_config(cfg: DictConfig, folder: str) -> None:
 
 
 class SavedRun(NamedTuple):
-    """A checkpoint of a training.
-
-    Attributes:
-        path: path of its file.
-        provenance: what it says about itself.
-        seed: seed of the training.
-        content: all that the file holds, where it has been read: in the main process.
-    """
+    """A checkpoint of a training."""
 
     path: str
-    provenance: Dict[str, Any]
+    provenance: Dict[str, Any]  # what it says about itself
     seed: int = 0
-    content: Optional[Dict[str, Any]] = None
+    content: Optional[Dict[str, Any]] = None  # of the file, in the main process
 
 
 def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
-    """Read the newest checkpoint in a folder. All processes call this together.
-
-    Args:
-        folder: output folder of the run.
-        need_trainer: the training is to go on, for which weights alone are not enough.
-
-    Raises:
-        CheckpointError: none can be read.
-    """
-    contents: List[Dict[str, Any]] = []
+    """The newest checkpoint in a run's folder that can be read. If `need_trainer`, the training is
+    to go on, for which weights alone are not enough. All processes call this together."""
+    content: Optional[Dict[str, Any]] = None
 
     def read() -> Optional[SavedRun]:
+        nonlocal content
         if need_trainer:
             remove_temporary_files(folder)
         found = SMCACheckpointer(nn.Module(), folder).find_resumable(need_trainer)
@@ -101,8 +88,7 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
             logger.warning("There is no checkpoint in %s: starting anew.", folder)
             return None
         path, content = found
-        contents.append(content)
         return SavedRun(path, provenance_of(content), content.get("trainer", {}).get("seed", 0))
 
     saved = from_main_process(read)
-    return saved._replace(content=contents[0]) if saved and contents else saved
+    return saved and saved._replace(content=content)

@@ -15,16 +15,12 @@ STOP_SIGNALS: List[int] = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 class StopSignals:
-    """Notes stop signals, which the training looks at after each step.
+    """Notes the first stop signal, which the training looks at after each step."""
 
-    Attributes:
-        received: the first signal.
-    """
+    received: Optional[int] = None
+    _is_interruptible = False
 
     def __init__(self) -> None:
-        self.received: Optional[int] = None
-        self._is_interruptible = False
-        self._pid = os.getpid()
         self._previous: Dict[int, Any] = {}
 
     def install(self) -> None:

@@ -123,14 +123,8 @@ def _require_files(data: Mapping[str, Any]) -> None:
 def do_train(
     cfg: DictConfig, args: argparse.Namespace, saved: Optional[SavedRun] = None
 ) -> Results:
-    """Train as the config says, and save it as config.yaml once it is known to fit the data, the
-    model, and the checkpoint.
-
-    Args:
-        cfg: the whole config.
-        args: arguments of Detectron2's `default_argument_parser`.
-        saved: the checkpoint of this training to go on from; None starts anew.
-    """
+    """Train as the config says, going on from `saved` if there is one, and save the config as
+    config.yaml once it is known to fit the data, the model, and the checkpoint."""
     fitted = fit_to_data(cfg, saved.provenance.get("fitted", {}) if saved else {})
     train, to_save = cfg.train, copy.deepcopy(cfg)
     if saved:
@@ -221,17 +215,9 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
 
 
 def do_test(model: nn.Module, test_loader: Any, evaluator: Any, prefix: str = "") -> Results:
-    """Evaluate a model, and log the results.
-
-    Args:
-        model: a model that is not wrapped in DistributedDataParallel.
-        test_loader: batches to evaluate on.
-        evaluator: one of Detectron2's or a list of them; None: there is nothing to do.
-        prefix: text before the names of the tasks in the results.
-
-    Returns:
-        ``{prefix + task: {metric: value}}``, empty in all but the main process.
-    """
+    """Evaluate a model that is not wrapped in DistributedDataParallel, and log the results
+    ``{prefix + task: {metric: value}}``, which are empty in all but the main process, and where
+    there is no evaluator."""
     if evaluator is None:
         return {}
     results = inference_on_dataset(model, test_loader, evaluator)

@@ -53,7 +53,6 @@ class Trainer(SimpleTrainer):
         model: maps a batch to a dict of scalar losses whose sum is minimized; may be wrapped in
             DistributedDataParallel.
         data_loader: yields batches without end.
-        optimizer: updates the model's parameters.
         amp_dtype: bfloat16 or float16 runs the model under autocast; float16 also scales the loss.
             None turns mixed precision off.
         accumulate: number of batches whose losses are averaged for an iteration.
@@ -61,16 +60,15 @@ class Trainer(SimpleTrainer):
         seed: a number that is not negative, the same in all processes.
         total_batch_size: number of images of a batch in all processes, by which a resumed run
             knows how far it has got in the data.
-
-    Attributes:
-        is_updating: True from the beginning of the optimizer's step until a hook has seen the
-            iteration to its end.
-        last_iter: the last iteration whose step was taken; unlike `iter`, it does not count on
-            after the last one.
-        error: the exception that ended the training, for hooks.
-        stop_signal: the signal after which all processes stop at the end of this iteration.
-        stopped_early: a hook sets this in all processes to end the training.
     """
+
+    # Hooks read these.
+    error: Optional[BaseException] = None  # that ended the training
+    stop_signal: Optional[int] = None  # after which all processes stop after this iteration
+    last_iter: int  # whose step was taken; unlike `iter`, it does not count on after the last one
+    # From the beginning of the optimizer's step until a hook has seen the iteration to its end.
+    is_updating = False
+    stopped_early = False  # a hook sets this in all processes to end the training
 
     def __init__(
         self,
@@ -91,10 +89,6 @@ class Trainer(SimpleTrainer):
         self.seed = seed
         self.total_batch_size = total_batch_size
         self.signals = StopSignals()
-        self.stopped_early = False
-        self.is_updating = False
-        self.error: Optional[BaseException] = None
-        self.stop_signal: Optional[int] = None
         self._start_sample = 0  # in the stream of data
         self._running = [x for module in get_bn_modules(model) for x in module.buffers()]
         self._statistics: List[Tensor] = []
@@ -293,11 +287,7 @@ class Trainer(SimpleTrainer):
         }
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Load a checkpoint's state, but keep the learning rates that the config has now.
-
-        Raises:
-            CheckpointError: the optimizer has other groups of parameters.
-        """
+        """Load a checkpoint's state, but keep the learning rates that the config has now."""
         configured = [dict(group) for group in self.optimizer.param_groups]
         try:
             super().load_state_dict(state_dict)

@@ -1,29 +1,27 @@
 """Checkpoints of other origin in Detectron2's format.
 
-The official SMCA models, DETR's (as an initialization) and torchvision's ResNets are told apart by
-their tensors' names and shapes.
+The official SMCA models and DETR's (as an initialization) are told apart by their tensors' names
+and shapes.
 """
 
 import argparse
 import os
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from smca.checkpoint.files import load_tensors, reading, write_atomically
 from smca.config import get_config
 from smca.errors import CheckpointError, differing, some, writing
-from smca.modeling import build_resnet
 from smca.version import __version__
 
-from .names import official_name
-from .recognition import has, recognize_detr, recognize_smca, resnet_depth
+from .names import official_names
+from .recognition import has, recognize_detr, recognize_smca
 
 CLASS_CHOICES = ("coco80", "keep")
 
@@ -33,40 +31,19 @@ _COCO_NAMES = {c["id"]: c["name"] for c in COCO_CATEGORIES if c["isthing"]}
 _COCO_OUTPUTS = (91, 92)
 
 
-@dataclass
-class Conversion:
-    """
-    Attributes:
-        model: tensors under this project's names.
-        description: what was recognized, in words.
-        config: name of the config whose model it is; None for a backbone.
-        overrides: texts ``key=value``, to add to that config.
-        class_names: names of the class outputs, None if they are not COCO's.
-        notes: sentences on what was assumed, changed or left out.
-    """
-
-    model: Dict[str, Tensor]
-    description: str
-    config: Optional[str] = None
-    overrides: List[str] = field(default_factory=list)
-    class_names: Optional[List[str]] = None
-    notes: List[str] = field(default_factory=list)
+class Conversion(NamedTuple):
+    model: Dict[str, Tensor]  # under this project's names
+    description: str  # what was recognized, in words
+    config: str  # name of the one whose model it is
+    overrides: List[str]  # texts ``key=value``, to add to that config
+    class_names: List[str]  # of the class outputs, none if they are not COCO's
+    notes: List[str]  # sentences on what was assumed, changed or left out
 
 
 def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> Conversion:
-    """Read a checkpoint of another origin and write it as one of Detectron2's.
-
-    The output appears whole or not at all. Beside the weights it says, under the key ``smca``,
-    which config it belongs to.
-
-    Args:
-        input_path: path or URL of a .pth file.
-        output_path: path of a .pth file.
-        classes: see `convert`.
-
-    Raises:
-        UserError: see `read_state_dict` and `convert`; or the output cannot be written.
-    """
+    """Read a checkpoint of another origin, a path or URL of a .pth file, and write it as one of
+    Detectron2's, whole or not at all. Beside the weights it says, under the key ``smca``, which
+    config it belongs to. `classes` and errors are those of `convert`."""
     if not output_path.endswith(".pth"):
         raise CheckpointError(f"The output {output_path} needs a name that ends in .pth.")
     with reading(input_path):
@@ -79,9 +56,9 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
     except CheckpointError as error:
         raise CheckpointError(f"{input_path} {error}") from error
     provenance = {
-        "config": None if conversion.config is None else f"{conversion.config}.py",
+        "config": f"{conversion.config}.py",
         "overrides": conversion.overrides,
-        "class_names": conversion.class_names or [],
+        "class_names": conversion.class_names,
         "converted_from": os.path.basename(input_path),
         "version": __version__,
     }
@@ -92,29 +69,23 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
 
 
 def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conversion:
-    """
-    Args:
-        state_dict: tensors of an official SMCA or DETR model, or of a torchvision ResNet.
-        classes: "coco80" picks the class outputs of COCO's 80 classes, in Detectron2's order;
-            "keep" leaves all.
-
-    Raises:
-        CheckpointError: the tensors are not exactly those of such a model. The message is a
-            sentence without its subject, the file.
-    """
+    """Tensors of an official SMCA or DETR model in this project's form. Of `classes`, "coco80"
+    picks the outputs of COCO's 80 classes, in Detectron2's order, and "keep" leaves all. If they
+    are no such model, the message of the CheckpointError lacks its subject, the file."""
     # Batch norms' counters are in some files, and nothing uses them.
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
-    if has(state_dict, r"layer1\."):
-        return _convert_backbone(state_dict)
     if not has(state_dict, r"transformer\.decoder\.layers\."):
         raise CheckpointError(
-            "is no checkpoint of an official SMCA or DETR model nor of a torchvision ResNet: its "
-            f"tensors are called {some(sorted(state_dict))}."
+            "is no checkpoint of an official SMCA or DETR model: its tensors are called "
+            f"{some(sorted(state_dict))}."
         )
     is_smca = has(state_dict, r".*\.point1\.")
     find = recognize_smca if is_smca else recognize_detr
     name, settings, description, notes = find(state_dict)
-    model = _match(state_dict, _expected(name, settings))
+    config = LazyConfig.apply_overrides(get_config(name), _overrides(name, settings))
+    with torch.device("meta"):
+        expected = instantiate(config.model).state_dict()
+    model = _match(state_dict, expected)
     if not is_smca:
         notes.append(_softmax_to_sigmoid(model))
     class_names = _choose_classes(model, classes, notes)
@@ -123,12 +94,7 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
 
 
 def read_state_dict(path: str) -> Dict[str, Tensor]:
-    """The tensors in a checkpoint, or in its entry ``model`` or ``state_dict`` if it has one.
-
-    Raises:
-        CheckpointError: the file cannot be read, holds something else than tensors there, or would
-            run code when it is opened.
-    """
+    """The tensors in a checkpoint, or in its entry ``model`` or ``state_dict`` if it has one."""
     # Command line arguments, which the official training script keeps beside the weights.
     with reading(path), torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load_tensors(path)
@@ -143,22 +109,6 @@ def read_state_dict(path: str) -> Dict[str, Tensor]:
     return dict(checkpoint)
 
 
-def _convert_backbone(state_dict: Dict[str, Tensor]) -> Conversion:
-    notes = ["The classifier (fc) is left out."] if has(state_dict, r"fc\.") else []
-    state_dict = {
-        f"backbone.0.body.{key}": value
-        for key, value in state_dict.items()
-        if not key.startswith("fc.")
-    }
-    depth = resnet_depth(state_dict)
-    with torch.device("meta"):
-        resnet = build_resnet(depth=depth, out_features=["res5"], norm="FrozenBN", freeze_at=2)
-        expected = nn.ModuleDict({"backbone": resnet}).state_dict()
-    model = _match(state_dict, expected)
-    notes.append(f"It fits any config with model.backbone.depth={depth}.")
-    return Conversion(model, f"torchvision's ResNet-{depth}", notes=notes)
-
-
 def _overrides(name: str, settings: Dict[str, Any]) -> List[str]:
     """Those of the settings that differ from the config."""
     config = get_config(name)
@@ -169,20 +119,11 @@ def _overrides(name: str, settings: Dict[str, Any]) -> List[str]:
     ]
 
 
-def _expected(name: str, settings: Dict[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors of the model of that config and those settings, without their values."""
-    config = LazyConfig.apply_overrides(get_config(name), _overrides(name, settings))
-    with torch.device("meta"):
-        return instantiate(config.model).state_dict()
-
-
 def _match(state_dict: Dict[str, Tensor], expected: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """The official tensors under the expected names; each has to be there, and no other."""
-    single_scale = not any(name.startswith("neck.projections.res4") for name in expected)
-    shared = not any(".down.1." in name for name in expected)
     names = {
-        official_name(name, single_scale, shared): name
-        for name in expected
+        official: name
+        for name, official in official_names(expected).items()
         if not name.endswith("num_batches_tracked")
     }
     wrong_shapes = [

@@ -1,7 +1,7 @@
 """The official names of this project's tensors."""
 
 import re
-from typing import Callable, List, Match, Tuple, Union
+from typing import Callable, Dict, Iterable, List, Match, Tuple, Union
 
 # What turns a name here into an official one: every rule is applied, in this order.
 _RULES: List[Tuple[str, Union[str, Callable[[Match[str]], str]]]] = [
@@ -46,17 +46,17 @@ _RULES: List[Tuple[str, Union[str, Callable[[Match[str]], str]]]] = [
 ]
 
 
-def official_name(name: str, single_scale: bool, shared_cross_scale: bool) -> str:
-    """The official name of a tensor of this project's model.
-
-    Args:
-        single_scale: that model's only projection has a name without a number.
-        shared_cross_scale: one convolution between scales has a name without a number, too.
-    """
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    if single_scale:
-        name = name.replace("input_proj_2048.", "input_proj.")
-    if shared_cross_scale:
-        name = re.sub(r"\.(high_to_low|low_to_high)_1\.", r".\1.", name)
-    return name
+def official_names(names: Iterable[str]) -> Dict[str, str]:
+    """The official name of each tensor of a model here, or of its encoder or decoder."""
+    names, rules = list(names), list(_RULES)
+    # The only projection has no number, nor has the only convolution between scales.
+    if not any(name.startswith("neck.projections.res4") for name in names):
+        rules.append((r"input_proj_2048\.", "input_proj."))
+    if not any(".down.1." in name for name in names):
+        rules.append((r"\.(high_to_low|low_to_high)_1\.", r".\1."))
+    result = {}
+    for name in names:
+        result[name] = name
+        for pattern, replacement in rules:
+            result[name] = re.sub(pattern, replacement, result[name])
+    return result
