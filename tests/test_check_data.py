@@ -11,12 +11,7 @@ from PIL import Image
 
 from helpers import ODD_NAMES, ROOT, write_smca_config
 from smca.analysis import draw_instances
-from smca.analysis.dataset import (
-    draw_training_images,
-    examine,
-    find_remarks,
-    statistics_of,
-)
+from smca.analysis.dataset import draw_training_images, examine, find_remarks, statistics_of
 from smca.cli import check_data as tool
 from smca.data import DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError

@@ -21,11 +21,6 @@ PAPER = {
     "model.num_extra_scales": 1,
     "model.encoder._target_": "TransformerEncoder",
     "model.encoder.pattern": "IIMII",
-    "model.encoder.num_layers": None,
-    "model.encoder.kernel_size": None,
-    "model.encoder.share_cross_scale": None,
-    "model.encoder.pointwise": None,
-    "model.encoder.reduce_finest": None,
     "model.encoder.num_heads": 8,
     "model.encoder.ffn_dim": 1024,
     "model.encoder.checkpointing": False,
@@ -82,17 +77,11 @@ SINGLE_SCALE = {
 NO_MODULATION = {
     f"model.decoder.modulation.{key}": None for key in ("map", "per_head", "beta", "offset_gain")
 }
-CONV_ENCODER = {
+CONV = {
+    "model.in_features": ["res3", "res4", "res5"],
     "model.encoder._target_": "ConvEncoder",
     "model.encoder.pattern": None,
     "model.encoder.num_heads": None,
-    "model.encoder.kernel_size": 5,
-    "model.encoder.num_layers": 5,
-    "model.encoder.reduce_finest": False,
-    "model.encoder.checkpointing": None,
-}
-CONV = CONV_ENCODER | {
-    "model.in_features": ["res3", "res4", "res5"],
     "model.encoder.kernel_size": 7,
     "model.encoder.num_layers": 6,
     "model.encoder.share_cross_scale": True,

@@ -125,7 +125,9 @@ def own(tmp_path):
     return [f"train.init_checkpoint={weights}", *data, *quick, f"base.config={base}"]
 
 
-def test_fine_tuning_trains_the_weights_of_its_base_for_epochs(tmp_path, own):
+def test_fine_tuning_trains_the_weights_of_its_base_for_epochs_and_its_file_is_enough(
+    tmp_path, own
+):
     words = ["--config-file", FINE_TUNE, *own, "train.max_epochs=2", "train.eval_epochs=1"]
     results = main(arguments(*words, "train.early_stopping=0"))
     assert "AP" in results["bbox"]
@@ -136,10 +138,6 @@ def test_fine_tuning_trains_the_weights_of_its_base_for_epochs(tmp_path, own):
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "1 of 2 classes start anew (round); 2 of 3 old classes are left out" in log
 
-
-def test_a_fine_tuned_detector_is_found_by_its_file_alone(tmp_path, own):
-    words = ["--config-file", FINE_TUNE, *own, "train.max_epochs=1", "train.early_stopping=0"]
-    main(arguments(*words))
     weights = tmp_path / "run" / "model_final.pth"
     expected = smca.Predictor(weights)
     image = make_image()
