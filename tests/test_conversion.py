@@ -1,4 +1,4 @@
-"""Conversion of official checkpoints and DETR's."""
+"""Conversion of official checkpoints, DETR's and torchvision's."""
 
 import argparse
 import os
@@ -7,11 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
+from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 
 import convert_checkpoint
 import reference
 from helpers import build_model
+from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
 from smca.checkpoint.conversion import convert, convert_file
 from smca.checkpoint.conversion.names import official_names
@@ -135,7 +138,7 @@ def test_keep_leaves_all_class_outputs(checkpoint):
     assert len(conversion.class_names) == 92
 
 
-# ------------------------------------------------------------------------------------------- DETR
+# ------------------------------------------------------------------------- DETR and torchvision
 
 
 def test_detr_is_converted_to_its_config(detr):
@@ -159,6 +162,29 @@ def test_detrs_classes_become_probabilities_against_no_object(detr, classes, num
     scores = reference.linear(model, "class_embed", hidden).sigmoid()
     assert scores.shape == (3, num_outputs)
     torch.testing.assert_close(scores, against_none)
+
+
+def test_torchvision_resnet_computes_the_same_features():
+    depth = 18
+    torch.manual_seed(0)
+    resnet = getattr(torchvision.models, f"resnet{depth}")(weights=None).eval()
+    for name, buffer in resnet.named_buffers():
+        if "running" in name:
+            low = 0.5 if name.endswith("var") else -0.5
+            torch.nn.init.uniform_(buffer, low, low + 1)
+    conversion = convert(resnet.state_dict())
+    assert conversion.config is None and f"ResNet-{depth}" in conversion.description
+    config = model_zoo.get_config(SINGLE)
+    config.model.backbone.depth = depth
+    backbone = instantiate(config.model).backbone.eval()
+    weights = {name.removeprefix("backbone."): v for name, v in conversion.model.items()}
+    assert not backbone.load_state_dict(weights, strict=False).unexpected_keys
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(image))))
+        expected = resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
+        features = backbone(image)["res5"]
+    assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 # ----------------------------------------------------------------------------------------- errors

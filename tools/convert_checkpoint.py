@@ -5,8 +5,9 @@ Convert a checkpoint of another origin into one that the configs of this project
     convert_checkpoint.py --input official.pth --output smca.pth
     convert_checkpoint.py --input official.pth --output smca.pth --classes keep
 
-It takes the official SMCA models, and DETR's as an initialization for the detr configs, finds out
-which model it is, and says with which config to use it.
+It takes the official SMCA models, DETR's as an initialization for the detr configs, and
+torchvision's ResNets as a backbone, finds out which model it is, and says with which config to use
+it.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     for note in conversion.notes:
         print(note)
     print(f"Written: {args.output}")
-    config = f"--config-file configs/{conversion.config}.py"
+    config = f"--config-file configs/{conversion.config or 'NAME'}.py"
     weights = f"train.init_checkpoint={args.output}"
     print("Use it with", " ".join([config, weights, *conversion.overrides]))
 

@@ -1,27 +1,28 @@
 """Checkpoints of other origin in Detectron2's format.
 
-The official SMCA models and DETR's (as an initialization) are told apart by their tensors' names
-and shapes.
+The official SMCA models, DETR's (as an initialization) and torchvision's ResNets are told apart by
+their tensors' names and shapes.
 """
 
 import argparse
 import os
-from typing import Any, Dict, List, Mapping, NamedTuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from smca.checkpoint.files import load_tensors, reading, write_atomically
 from smca.config import get_config
 from smca.errors import CheckpointError, differing, some, writing
+from smca.modeling import build_resnet
 from smca.version import __version__
 
 from .names import official_names
-from .recognition import has, recognize_detr, recognize_smca
+from .recognition import has, recognize_detr, recognize_smca, resnet_depth
 
 CLASS_CHOICES = ("coco80", "keep")
 
@@ -34,7 +35,7 @@ _COCO_OUTPUTS = (91, 92)
 class Conversion(NamedTuple):
     model: Dict[str, Tensor]  # under this project's names
     description: str  # what was recognized, in words
-    config: str  # name of the one whose model it is
+    config: Optional[str]  # name of the one whose model it is, None for a backbone
     overrides: List[str]  # texts ``key=value``, to add to that config
     class_names: List[str]  # of the class outputs, none if they are not COCO's
     notes: List[str]  # sentences on what was assumed, changed or left out
@@ -56,7 +57,7 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
     except CheckpointError as error:
         raise CheckpointError(f"{input_path} {error}") from error
     provenance = {
-        "config": f"{conversion.config}.py",
+        "config": conversion.config and f"{conversion.config}.py",
         "overrides": conversion.overrides,
         "class_names": conversion.class_names,
         "converted_from": os.path.basename(input_path),
@@ -69,15 +70,24 @@ def convert_file(input_path: str, output_path: str, classes: str = "coco80") -> 
 
 
 def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conversion:
-    """Tensors of an official SMCA or DETR model in this project's form. Of `classes`, "coco80"
-    picks the outputs of COCO's 80 classes, in Detectron2's order, and "keep" leaves all. If they
-    are no such model, the message of the CheckpointError lacks its subject, the file."""
+    """Tensors of an official SMCA or DETR model, or a torchvision ResNet, in this project's form.
+
+    Args:
+        state_dict: the tensors.
+        classes: "coco80" picks the class outputs of COCO's 80 classes, in Detectron2's order;
+            "keep" leaves all.
+
+    Raises:
+        CheckpointError: they are no such model. The message lacks its subject, the file.
+    """
     # Batch norms' counters are in some files, and nothing uses them.
     state_dict = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    if has(state_dict, r"layer1\."):
+        return _convert_resnet(state_dict)
     if not has(state_dict, r"transformer\.decoder\.layers\."):
         raise CheckpointError(
-            "is no checkpoint of an official SMCA or DETR model: its tensors are called "
-            f"{some(sorted(state_dict))}."
+            "is no checkpoint of an official SMCA or DETR model nor of a torchvision ResNet: its "
+            f"tensors are called {some(sorted(state_dict))}."
         )
     is_smca = has(state_dict, r".*\.point1\.")
     find = recognize_smca if is_smca else recognize_detr
@@ -91,6 +101,17 @@ def convert(state_dict: Mapping[str, Tensor], classes: str = "coco80") -> Conver
     class_names = _choose_classes(model, classes, notes)
     settings["model.num_classes"] = len(model["class_embed.bias"])
     return Conversion(model, description, name, _overrides(name, settings), class_names, notes)
+
+
+def _convert_resnet(state_dict: Mapping[str, Tensor]) -> Conversion:
+    tensors = {f"backbone.0.body.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
+    depth = resnet_depth(tensors)
+    with torch.device("meta"):
+        resnet = build_resnet(depth=depth, out_features=["res5"], norm="FrozenBN", freeze_at=2)
+        expected = nn.ModuleDict({"backbone": resnet}).state_dict()
+    notes = [f"It fits any config with model.backbone.depth={depth}; a classifier is left out."]
+    model = _match(tensors, expected)
+    return Conversion(model, f"torchvision's ResNet-{depth}", None, [], [], notes)
 
 
 def read_state_dict(path: str) -> Dict[str, Tensor]:

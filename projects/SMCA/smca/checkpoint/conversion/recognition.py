@@ -17,7 +17,7 @@ _RESNET_DEPTHS = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101
 
 def recognize_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
     """The config's name, settings (by keys of the config), a description, and notes."""
-    depth = _resnet_depth(state_dict)
+    depth = resnet_depth(state_dict)
     settings, notes = _common_settings(state_dict, depth), []
     base = 101 if depth == 101 else 50
     if has(state_dict, r"input_proj\."):
@@ -54,7 +54,7 @@ def recognize_smca(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], 
 
 
 def recognize_detr(state_dict: Dict[str, Tensor]) -> Tuple[str, Dict[str, Any], str, List[str]]:
-    depth = _resnet_depth(state_dict)
+    depth = resnet_depth(state_dict)
     notes = [
         "Weights do not show whether the last stage is dilated: for DC5 add "
         "model.backbone.dilated_res5=True."
@@ -90,7 +90,7 @@ def _spread(state_dict: Dict[str, Tensor], num_gaussians: int) -> str:
     raise CheckpointError(f"has {num_outputs} outputs in {key}, which fits no kind of spread.")
 
 
-def _resnet_depth(state_dict: Dict[str, Tensor]) -> int:
+def resnet_depth(state_dict: Dict[str, Tensor]) -> int:
     prefix = "backbone.0.body."
     is_bottleneck = f"{prefix}layer1.0.conv3.weight" in state_dict
     num_blocks = _num_layers(state_dict, f"{prefix}layer3.")
