@@ -121,12 +121,18 @@ def test_remarks_name_what_may_not_be_meant(tmp_path):
     Image.open(tmp_path / "a" / "images" / "2.png").save(tmp_path / "b" / "images" / "1.png")
     remarks = "\n".join(find_remarks({"train": train, "val": val}))
     assert "train: 2 images without objects." in remarks
-    assert "train: class 'dog' has 19 objects." in remarks
+    assert "train: few objects of the classes 'dog' (19), 'cat' (2)." in remarks
     repeats = "train: 1 object annotated more than once with the same box, such as [3, 3, 5, 5]"
     assert repeats in remarks
-    assert "val: class 'dog' has 0 objects." in remarks and "val: class 'cat'" not in remarks
-    (same,) = [line for line in remarks.splitlines() if "same picture" in line]
-    assert "a/images/2.png" in same and "b/images/1.png" in same
+    assert "val: few objects of the classes 'dog' (0)." in remarks
+    paths = (tmp_path / path for path in ("a/images/2.png", "b/images/1.png"))
+    same = "train and val: 1 picture in two places, such as {} and {}."
+    assert same.format(*paths) in remarks
+    train = examine(*write_data(tmp_path / "d", *(annotation(i, 1, 9, [0, 0, i % 79 + 1, 9])
+                                                  for i in range(101))))  # fmt: skip
+    remarks = find_remarks({"train": train, "val": train}, 1)
+    assert "val: 1 image with more than 100 objects: AP takes no more detections" in str(remarks)
+    assert f"train and val: 3 pictures in two places, such as {tmp_path}/d/images/1.png." in remarks
     assert "'dog'" not in str(find_remarks({"train": examine(*write_data(
         tmp_path / "c", *few, annotation(40, 1, 5, [0, 0, 9, 20])))}))  # fmt: skip
 
@@ -229,7 +235,7 @@ def test_all_files_of_a_config_are_checked_and_training_takes_its_settings_from_
     assert not check["splits"]["train 2"]["problems"]
     assert sum(check["splits"]["val"]["problems"].values()) == 5
     assert check["settings"]["model.num_queries"] == 140
-    assert "train: class 'cat' has 2 objects." in check["remarks"]
+    assert "train: few objects of the classes 'cat' (2)." in check["remarks"]
     assert not [remark for remark in check["remarks"] if "'dog'" in remark and "train" in remark]
 
 

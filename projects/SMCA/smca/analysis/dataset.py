@@ -29,6 +29,7 @@ from smca.data.coco_checks import existing
 from smca.data.mapper import reading_remark
 
 _FEW_OBJECTS = 20  # of a class
+_AP_DETECTIONS = 100  # that COCO's evaluation takes of an image
 _MIXED_LEVELS = (
     "images of more than 8 bits are read by different levels: scale all files to 16 bits if their "
     "brightness should be comparable."
@@ -154,11 +155,12 @@ def training_splits(splits: Mapping[str, DataSplit]) -> Dict[str, DataSplit]:
     return {name: split for name, split in splits.items() if name.startswith("train")}
 
 
-def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
+def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List[str]:
     """What does not keep a data set from being used, but may not be meant.
 
     Args:
         splits: by their names, as in `training_splits`.
+        num_examples: of pictures that are in two places.
 
     Returns:
         Sentences.
@@ -168,14 +170,22 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
     groups = {"train": list(training.values())}
     groups.update({name: [split] for name, split in splits.items() if name not in training})
     for name, group in groups.items():
-        for class_name, count in statistics_of(*group)["objects_of_classes"].items():
-            if count < (_FEW_OBJECTS if name == "train" else 1):
-                remarks.append(f"{name}: class '{class_name}' has {_count(count, 'object')}.")
+        least = _FEW_OBJECTS if name == "train" else 1
+        counts = statistics_of(*group)["objects_of_classes"].items()
+        few = [f"'{class_name}' ({count})" for class_name, count in counts if count < least]
+        if few:
+            remarks.append(f"{name}: few objects of the classes {', '.join(few)}.")
     for name, split in splits.items():
         items = split.dataset_dicts
-        empty = sum(all(a["iscrowd"] for a in item["annotations"]) for item in items)
-        if empty:
-            remarks.append(f"{name}: {_count(empty, 'image')} without objects.")
+        numbers = [sum(not a["iscrowd"] for a in item["annotations"]) for item in items]
+        if 0 in numbers:
+            remarks.append(f"{name}: {_count(numbers.count(0), 'image')} without objects.")
+        full = sum(number > _AP_DETECTIONS for number in numbers)
+        if full and name not in training:
+            remarks.append(
+                f"{name}: {_count(full, 'image')} with more than {_AP_DETECTIONS} objects: AP "
+                "takes no more detections of an image, so it cannot reach 100."
+            )
         counts = collections.Counter(reading_remark(item["file_name"]) for item in items)
         del counts[""]
         remarks += [f"{name}: {_count(count, 'image')} {text}." for text, count in counts.items()]
@@ -192,30 +202,34 @@ def find_remarks(splits: Mapping[str, DataSplit]) -> List[str]:
                 f"{name}: {_count(len(repeated), 'object')} annotated more than once with the same "
                 f"box, such as {list(repeated[0][1])} in image {repeated[0][0]}."
             )
-    same = (f"{first} and {second}" for first, second in _same_files(splits))
-    return remarks + [f"The same picture is in two places: {pair}." for pair in same]
+    for where, pairs in _same_files(splits).items():
+        examples = "; ".join(" and ".join(dict.fromkeys(pair)) for pair in pairs[:num_examples])
+        count = _count(len(pairs), "picture")
+        remarks.append(f"{where}: {count} in two places, such as {examples}.")
+    return remarks
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _same_files(splits: Mapping[str, DataSplit]) -> List[Tuple[str, str]]:
-    """Pairs of images with the same content, within a split or in two."""
-    paths = [item["file_name"] for split in splits.values() for item in split.dataset_dicts]
-    by_size: Dict[int, List[str]] = collections.defaultdict(list)
-    for path in paths:
-        if os.path.isfile(path):
-            by_size[os.path.getsize(path)].append(path)
-    first: Dict[bytes, str] = {}
-    pairs = []
+def _same_files(splits: Mapping[str, DataSplit]) -> Dict[str, List[Tuple[str, str]]]:
+    """Pairs of images with the same content, by where they are: "train", or "train and val"."""
+    by_size: Dict[int, List[Tuple[str, str]]] = collections.defaultdict(list)
+    for name, split in splits.items():
+        for path in (item["file_name"] for item in split.dataset_dicts):
+            if os.path.isfile(path):
+                by_size[os.path.getsize(path)].append((name, path))
+    first: Dict[bytes, Tuple[str, str]] = {}
+    pairs: Dict[str, List[Tuple[str, str]]] = collections.defaultdict(list)
     for of_size in by_size.values():
-        for path in of_size if len(of_size) > 1 else ():
+        for name, path in of_size if len(of_size) > 1 else ():
             with open(path, "rb") as file:
                 digest = hashlib.sha256(file.read()).digest()
             if digest in first:
-                pairs.append((first[digest], path))
-            first.setdefault(digest, path)
+                where = " and ".join(dict.fromkeys((first[digest][0], name)))
+                pairs[where].append((first[digest][1], path))
+            first.setdefault(digest, (name, path))
     return pairs
 
 

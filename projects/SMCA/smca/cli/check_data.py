@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--num-images", type=at_least(1), default=12, metavar="N", help="in training_images.jpg"
     )
     parser.add_argument(
-        "--num-examples", type=at_least(0), default=3, metavar="N", help="of each kind of problem"
+        "--num-examples", type=at_least(0), default=3, metavar="N", help="of each kind"
     )
     parser.add_argument("--no-decode", action="store_true", help="do not read the images")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         for split in training.values():
             message = f"{split.source} has no objects: add their annotations."
             split.problems.append(Problem("no objects to train on", message, []))
-    remarks = find_remarks(splits)
+    remarks = find_remarks(splits, args.num_examples or 1)
     fitted = settings(cfg, splits)
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
