@@ -147,6 +147,7 @@ def test_yolo_names_are_a_list_or_numbered(tmp_path, text, names):
         ("train/images", "train/labels/a.TXT", "train: train"),
         ("data/images/b", "data/labels/b/a.txt", "path: data\ntrain: images/b"),
         ("images", "labels/a.txt", "path: /gone\ntrain: ../images"),  # one folder too high
+        ("train/images", "train/labels/a.txt", r"train: C:\my data\train\images"),
     ],
 )
 def test_yolo_labels_are_found_where_exports_have_them(tmp_path, images, label, text):
@@ -176,6 +177,14 @@ def test_a_yolo_line_of_more_than_a_box_becomes_its_box(tmp_path, line):
     assert annotation["bbox"] == pytest.approx([20, 15, 40, 30], abs=1)
     assert annotation["area"] == pytest.approx(annotation["bbox"][2] * annotation["bbox"][3])
     assert not annotation.get("segmentation")
+
+
+def test_a_yolo_polygon_that_reaches_beyond_the_image_is_cut(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    label = tmp_path / "data" / "labels" / "val" / "c.txt"
+    label.write_text("0 -0.1 0.5 0.25 0.25 0.6 0.5 0.25 1.2")
+    (annotation,) = read(coco_from_yolo(path, "val"))["annotations"]
+    assert annotation["bbox"] == close(0, 15, 48, 45)
 
 
 def test_yolo_folders_can_be_several(tmp_path):

@@ -53,9 +53,12 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
 
 
 def _yolo_folder(file: Path, root: Path, folder: str) -> str:
-    # Some exports write ../train/images for what lies beside the file.
-    folder = folder.replace("\\", "/")  # as Windows writes it
-    candidates = [root / folder, file.parent / folder, file.parent / folder.removeprefix("../")]
+    # Exports write ../train/images for what lies beside the file, or C:\data\train\images.
+    folder = folder.replace("\\", "/")
+    parts = [] if folder.startswith("/") else folder.split("/")
+    shorter = ["/".join(parts[start:]) for start in range(1, len(parts) - 1)]
+    beside = [folder, folder.removeprefix("../"), *shorter]
+    candidates = [root / folder, *(file.parent / path for path in beside)]
     for candidate in candidates:
         if candidate.is_dir():
             return os.path.abspath(candidate)
@@ -165,6 +168,8 @@ def _yolo_object(
     elif len(values) >= 6:  # a polygon, with a score if the number is odd
         xs, ys = values[: len(values) // 2 * 2 : 2], values[1::2]
         bounds = [min(xs), min(ys), max(xs), max(ys)]
+        if -1 < min(bounds) and max(bounds) < 2:  # a rotated box may reach beyond the image
+            bounds = [min(max(value, 0.0), 1.0) for value in bounds]
     # Six numbers may be a box with a score and a track as well, which is no coordinate.
     if not all(map(math.isfinite, values)) or not max(map(abs, bounds)) < 2:
         return {FAULT: text + fault}
