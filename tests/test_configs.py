@@ -153,6 +153,19 @@ def test_yacs_setting_that_the_model_lacks_is_named():
             "model.in_features=[res3, res9] must be some of stem, res2, res3.",
         ),
         ("smca_r50_50ep", "model.encoder=null", "model.encoder=None must be a module"),
+        ("smca_r50_50ep", "model.encoder=I", "model.encoder has to be a section, it cannot be 'I'"),
+        (
+            "smca_r50_50ep",
+            "model.num_queries=abc",
+            "model.num_queries has to be a whole number, it",
+        ),
+        (
+            "smca_r50_50ep",
+            "model.num_queries=1.5",
+            "model.num_queries has to be a whole number, it",
+        ),
+        ("smca_r50_50ep", "model.dropout=[]", "model.dropout has to be a number, it cannot be []"),
+        ("smca_r50_50ep", "model.in_features=res3", "model.in_features has to be a list of texts"),
         ("smca_r50_50ep", "model.backbone.norm=XX", "The config's model.backbone cannot be built"),
     ],
 )

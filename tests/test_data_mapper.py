@@ -248,6 +248,23 @@ def test_without_augmentation_image_and_boxes_stay_as_they_are(png):
     assert "annotations" not in sample
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"short_sides": []},
+        {"short_sides": [480, 0]},
+        {"max_size": 0},
+        {"crop_range": [60, 30]},
+        {"crop_range": [0, 30]},
+        {"color_jitter": 3},
+    ],
+)
+def test_an_augmentation_out_of_range_is_named(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^{name}=.* must be "):
+        detr_augmentations(**settings)
+
+
 def test_boxes_follow_flip_crop_and_resize(tmp_path):
     # One bright rectangle: wherever the pixels go, the box must go too.
     image = np.zeros((100, 140, 3), dtype=np.uint8)

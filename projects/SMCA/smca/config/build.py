@@ -1,10 +1,25 @@
 """What a LazyConfig's sections build, with errors that say which section it was."""
 
+import collections.abc
 import copy
+import inspect
+import json
 import logging
 import re
 import traceback
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+import types
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate
@@ -34,6 +49,8 @@ def build(section: Any, name: str) -> Any:
             arguments = {
                 key: build(section[key], f"{name}.{key}") for key in map(str, section.keys())
             }
+            if str(getattr(section._target_, "__module__", section._target_)).startswith("smca."):
+                _check_types(arguments, section, name)
         elif isinstance(section, ListConfig):
             items = [build(item, f"{name}.{index}") for index, item in enumerate(section)]
             arguments = ListConfig(items, flags={"allow_objects": True})
@@ -41,6 +58,8 @@ def build(section: Any, name: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # a value of the wrong type can fail anywhere, and in any way
+        if isinstance(arguments, dict):
+            _check_types(arguments, section, name)
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, OSError):
             reason = str(error)
@@ -64,11 +83,65 @@ def _with_key(reason: str, section: Any, name: str) -> str:
     argument = re.match(r"\w+", reason)
     if not argument or not isinstance(section, DictConfig) or argument[0] not in section:
         return reason
-    key = f"{name}.{argument[0]}"
-    if OmegaConf.is_interpolation(section, argument[0]):  # to the one that has the value
-        node: Any = section._get_node(argument[0])
+    return _key_of(argument[0], section, name) + reason[argument.end() :]
+
+
+def _key_of(argument: str, section: DictConfig, name: str) -> str:
+    """The key that sets an argument of a section."""
+    key = f"{name}.{argument}"
+    if OmegaConf.is_interpolation(section, argument):  # to the one that has the value
+        node: Any = section._get_node(argument)
         key = node._dereference_node()._get_full_key(None) or key
-    return key + reason[argument.end() :]
+    return key
+
+
+def _check_types(arguments: Mapping[str, Any], section: DictConfig, name: str) -> None:
+    """Raise where an argument is not of the type that the function's signature says."""
+    target = arguments["_target_"]
+    try:
+        target = locate(target) if isinstance(target, str) else target
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except Exception:  # a name that cannot be found, or annotations of what is not imported
+        return
+    for argument, value in arguments.items():
+        parameter = parameters.get(argument)
+        if parameter is None or parameter.annotation is parameter.empty:
+            continue
+        if value is not parameter.default and not _fits(value, parameter.annotation):
+            raise ConfigError(
+                f"{_key_of(argument, section, name)} has to be {words_for(parameter.annotation)}, "
+                f"it cannot be {value!r}."
+            )
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_WORDS[type(None)] = "null"
+_UNIONS, _LISTS = (Union, types.UnionType), (list, tuple, collections.abc.Sequence)
+
+
+def words_for(kind: Any) -> str:
+    """What a value of an annotated type is called."""
+    items = get_args(kind)
+    if get_origin(kind) in _UNIONS:
+        return " or ".join(map(words_for, items))
+    if get_origin(kind) in _LISTS:
+        return f"a list of {words_for(items[0]).removeprefix('a ')}s"
+    return _WORDS.get(kind, "a section")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, as far as plain values and lists are concerned."""
+    items = get_args(kind)
+    if get_origin(kind) in _UNIONS:
+        return any(_fits(value, item) for item in items)
+    if get_origin(kind) in _LISTS:
+        is_list = isinstance(value, (list, tuple, ListConfig))
+        return is_list and all(_fits(item, items[0]) for item in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    is_plain = isinstance(value, (str, int, float)) or kind in _WORDS
+    kind = (int, float) if kind is float else kind
+    return not is_plain or not isinstance(kind, (type, tuple)) or isinstance(value, kind)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -99,10 +172,15 @@ def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
         elif names and target is num_classes:
             OmegaConf.update(cfg, key, len(names), merge=False)
         elif names and target is class_names:
-            OmegaConf.update(cfg, key, names, merge=False)
+            OmegaConf.update(cfg, key, _constant(names), merge=False)
         elif names and target is register_coco:
-            new = {"classes": names, "categories_from": None}
-            OmegaConf.update(cfg, key, new, merge=True, force_add=True)
+            for name, value in (("classes", _constant(names)), ("categories_from", None)):
+                OmegaConf.update(cfg, f"{key}.{name}", value, merge=False, force_add=True)
+
+
+def _constant(names: List[str]) -> Dict[str, str]:
+    """A call that gives these names. OmegaConf would compute one such as "${a}", and miss "???"."""
+    return {"_target_": "json.loads", "s": json.dumps(names).replace("$", r"\u0024")}
 
 
 def fit_to_data(cfg: DictConfig, known: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:

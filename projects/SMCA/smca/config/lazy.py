@@ -1,6 +1,7 @@
 """Loading a LazyConfig: overrides with their checks, and what is missing."""
 
 import inspect
+from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence
 
 from detectron2.config import LazyConfig
@@ -18,7 +19,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from smca.config.build import origin
-from smca.config.names import find_config_file, load_file
+from smca.config.names import find_config_file, list_configs, load_file
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
 
@@ -136,7 +137,8 @@ def _load_file(config_file: str) -> DictConfig:
             "custom_small."
         )
     if not PathManager.isfile(config_file):
-        raise ConfigError(f"The config file {config_file} does not exist.")
+        nearest = did_you_mean(Path(config_file).stem, list_configs())
+        raise ConfigError(f"The config file {config_file} does not exist{nearest}")
     try:
         cfg = load_file(config_file)
     except Exception as error:  # a .py config is code, and can fail in any way
@@ -181,6 +183,9 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
         )
     if not override.is_add():
         _check_override(cfg, key, value)
+    if key.startswith("data.") and type(value) in (int, float):  # 2024_01 is a folder
+        head, _, number = text.partition("=")
+        text = f"{head}={quoted(number)}"
     try:
         if isinstance(value, list) and isinstance(OmegaConf.select(cfg, key), DictConfig):
             OmegaConf.update(cfg, key, None, merge=False)  # a list cannot be merged into a call
@@ -198,9 +203,10 @@ def _check_override(cfg: DictConfig, key: str, value: Any) -> None:
     node: Any = cfg
     for name in key.split("."):
         if name not in _names(node):
-            raise ConfigError(
-                f"The config has no key {key}{did_you_mean(key, set(_all_keys(cfg)))}"
-            )
+            known = list(dict.fromkeys(_all_keys(cfg)))
+            last = key.rpartition(".")[2]
+            known = [other for other in known if other.endswith(f".{last}")] or known
+            raise ConfigError(f"The config has no key {key}{did_you_mean(key, known)}")
         node = _child(node, name)
         if node is None:  # a key without a value takes anything
             return

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, cast
 import torch
 from omegaconf import DictConfig, OmegaConf, ValidationError
 
+from smca.config.build import words_for
 from smca.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -113,13 +114,12 @@ def _check(section: DictConfig, schema: DictConfig, section_name: str) -> None:
             continue
         try:
             schema[name] = value  # converts a number that is given as a text
-        except ValidationError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError(f"{key} is not possible: {reason}.") from error
-        if not setting.metadata.get("accepts", lambda _: True)(schema[name]):
-            raise ConfigError(
-                f"{key} has to be {setting.metadata['words']}, it cannot be {value!r}."
-            )
+            is_possible = setting.metadata.get("accepts", lambda _: True)(schema[name])
+        except ValidationError:
+            is_possible = False
+        if not is_possible:
+            words = setting.metadata.get("words") or words_for(setting.type)
+            raise ConfigError(f"{key} has to be {words}, it cannot be {value!r}.")
         if value != schema[name]:
             section[name] = schema[name]
 

@@ -237,7 +237,12 @@ class _ResizeShortSide(T.ResizeShortestEdge):
     """Detectron2's, but a very long and thin image keeps at least one pixel a side."""
 
     def __init__(self, short_sides: Union[int, Sequence[int]], max_size: int):
-        super().__init__(np.atleast_1d(short_sides).tolist(), max_size, sample_style="choice")
+        sides = np.atleast_1d(short_sides).tolist()
+        if min(sides, default=0) < 1:
+            raise ValueError(f"short_sides={sides} must be sizes of at least 1 pixel.")
+        if max_size < 1:
+            raise ValueError(f"max_size={max_size} must be at least 1 pixel.")
+        super().__init__(sides, max_size, sample_style="choice")
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """Of an (H, W, 3) image; no transform where it has the size already."""
@@ -272,15 +277,22 @@ def detr_augmentations(
         crop_short_sides: the short side before the crop becomes one of these.
         color_jitter: brightness, contrast and saturation are multiplied by random factors that
             differ from 1 by up to this much.
+
+    Raises:
+        ValueError: a size or `color_jitter` is out of range.
     """
     augmentations = [T.RandomFlip()] if flip else []
     if crop_range is not None:
+        if len(crop_range) != 2 or not 0 < crop_range[0] <= crop_range[1]:
+            raise ValueError(f"crop_range={crop_range} must be a least and a greatest side.")
         # The recipe sets no limit to the long side here. This one is out of reach of
         # photographs; it keeps 1 x 10000 pixels from being enlarged to gigabytes.
         max_size_before_crop = 16 * int(np.max(crop_short_sides))
         augmentations.append(_ResizeShortSide(crop_short_sides, max_size_before_crop))
         augmentations.append(T.RandomCrop("absolute_range", tuple(crop_range)))
     augmentations.append(_ResizeShortSide(short_sides, max_size))
+    if not 0 <= color_jitter <= 1:
+        raise ValueError(f"color_jitter={color_jitter} must be from 0 to 1.")
     if color_jitter:  # of the resized image, which has fewer pixels
         factors = (1 - color_jitter, 1 + color_jitter)
         augmentations += [

@@ -102,7 +102,7 @@ def _check_classes(cfg: DictConfig, split: str, saved: Optional[SavedRun]) -> No
                 f"dataloader.{split}.dataset.names to data with the checkpoint's classes "
                 "(smca.data.register_coco with classes=[...] puts them in that order)."
             )
-        if num_classes is None or not names:
+        if not isinstance(num_classes, int) or not names:  # of a wrong type: the model says so
             continue
         if len(names) > num_classes or (is_evaluated and len(names) < num_classes):
             raise ConfigError(
