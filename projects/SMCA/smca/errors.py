@@ -5,7 +5,7 @@ import contextlib
 import difflib
 import io
 import sys
-from typing import Any, Callable, Collection, Iterator, Mapping, Optional
+from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Optional
 
 _MAX_LISTED = 40  # names in a message
 
@@ -85,11 +85,20 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {error.strerror or error}.") from error
 
 
-def command_line(description: Optional[str]) -> argparse.ArgumentParser:
-    """A parser whose help has the description as it is."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {message} (see {self.prog} --help)\n")
+
+
+def command_line(description: Optional[str], **kwargs: Any) -> argparse.ArgumentParser:
+    """A parser whose help has the description as it is, and whose errors are one line.
+
+    Args:
+        description: of the command.
+        kwargs: see `argparse.ArgumentParser`.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    return _Parser(description=description, formatter_class=formatter, **kwargs)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -233,18 +233,18 @@ class SMCACheckpointer(DetectionCheckpointer):
             left_over = [key for key in unexpected if match_names or key.startswith(_BACKBONE)]
             self._check_backbone(backbone, found - wrong_shape, left_over)
         elif missing or wrong_shape or unexpected:
-            shapes = [
-                f"{key}: {old} in the file, {new} here"
+            differences = {
+                key: f"is {old} in the file, {new} here"
                 for key, old, new in incompatible.incorrect_shapes
-            ]
-            kinds = {
-                "missing": sorted(missing),
-                "unexpected": unexpected,
-                "of another shape": shapes,
             }
+            differences.update(dict.fromkeys(sorted(missing), "is not in the file"))
+            differences.update(dict.fromkeys(unexpected, "is only in the file"))
+            parts = dict.fromkeys(key.partition(".")[0] for key in differences)
+            key, difference = next(iter(differences.items()))
             raise CheckpointError(
-                f"{self._path} is the checkpoint of another architecture than the config's: "
-                f"{differing(kinds)}."
+                f"{self._path} is the checkpoint of another architecture than the config's, "
+                f"{len(differences)} weights of {', '.join(parts)} differ ({key} {difference}): "
+                "take the config that it was trained with, such as the config.yaml beside it."
             )
 
     def _check_backbone(

@@ -5,7 +5,7 @@ from typing import Optional, Sequence
 from detectron2.engine import default_argument_parser
 
 from smca.engine import run
-from smca.errors import at_least
+from smca.errors import at_least, command_line
 
 _EXAMPLES = """
 CONFIG is a file, or the name of a config that comes with the package:
@@ -21,7 +21,8 @@ CONFIG is a file, or the name of a config that comes with the package:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; gives the exit code."""
-    parser = default_argument_parser(epilog=_EXAMPLES)
+    detectron2s = default_argument_parser()
+    parser = command_line(None, epilog=_EXAMPLES, parents=[detectron2s], add_help=False)
     parser.add_argument(
         "--max-restarts",
         type=at_least(0),

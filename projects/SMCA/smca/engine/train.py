@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 from typing import Any, Dict, Mapping, Optional, Sequence, cast
 
 import torch
@@ -11,7 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import create_small_table
+from detectron2.utils.logger import create_small_table, setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -105,9 +106,13 @@ def main(args: argparse.Namespace) -> Results:
 
 def _setup(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Call Detectron2's `default_setup` without an output folder: the log is open already, and
-    `do_train` writes config.yaml once the config is accepted."""
+    `do_train` writes config.yaml once the config is accepted. What it says of the environment and
+    the text of the config file are only in the log's file: an error would follow pages later."""
     without_output = copy.deepcopy(cfg)
     del without_output.train.output_dir
+    for handler in setup_logger(None, distributed_rank=comm.get_rank()).handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(lambda record: record.name != "detectron2")
     default_setup(without_output, args)
 
 
@@ -171,6 +176,13 @@ def do_train(
         ]
     )
     start_iter = _resume(checkpointer, trainer, ema, saved) if saved else 0
+    if start_iter >= train.max_iter:
+        logger.warning(
+            "The training in %s is finished, with %d iterations: it is only evaluated. To go on, "
+            "set train.max_iter to more than these.",
+            train.output_dir,
+            start_iter,
+        )
     # A config that is refused above must not replace the one that fits the run's checkpoints.
     from_main_process(save_config, to_save, train.output_dir)
     if comm.is_main_process():
