@@ -142,6 +142,15 @@ def test_letters_of_any_installed_font_are_drawn(tmp_path, monkeypatch):
     assert matplotlib.rcParams["font.family"] == ["sans-serif", "Tiny", "Little"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_letters_of_no_font_are_said_once(caplog):
+    instances = boxes_of(pred_boxes=Boxes([[5, 5, 50, 50]]), pred_classes=torch.tensor([0]))
+    for name in ("\U000f0123\U000f0124", "\U000f0125"):  # whose meaning is private
+        draw_instances(make_image(60, 80), instances, [name])
+    (message,) = caplog.messages
+    assert "No installed font has the letters \U000f0123, \U000f0124: pictures" in message
+
+
 # Gaussian maps
 
 

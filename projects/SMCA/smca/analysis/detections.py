@@ -1,19 +1,24 @@
 """Pictures of detections: boxes with class and score, beside the truth, many on a sheet."""
 
 import functools
+import logging
 import math
+import warnings
 from typing import Any, Dict, FrozenSet, Sequence, Set
 
 import matplotlib
 import numpy as np
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.logger import log_first_n
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib import font_manager
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
+
+from smca.errors import some
 
 _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the objects
 DPI = 120
@@ -168,6 +173,14 @@ def _use_fonts_for(letters: FrozenSet[str]) -> None:
             families = [*families, font.name]
             missing -= _letters_of(font.fname)
     matplotlib.rcParams["font.family"] = families
+    if missing:  # of which Matplotlib warns for each letter
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
+        log_first_n(
+            logging.WARNING,
+            f"No installed font has the letters {some(list(map(chr, sorted(missing))))}: pictures "
+            "have boxes in their place. Install a font that has them, such as Noto.",
+            name=__name__,
+        )
 
 
 def _letters_of(font_file: str) -> Set[int]:

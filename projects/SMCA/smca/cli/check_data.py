@@ -22,7 +22,7 @@ from smca.analysis.dataset import (
     statistics_of,
     training_splits,
 )
-from smca.config import fit_to_data, load_config, quoted
+from smca.config import build, fit_to_data, load_config, quoted
 from smca.data import Problem, as_list, require_dataset
 from smca.errors import UserError, at_least, command_line, exit_code
 from smca.inference import make_folder
@@ -165,9 +165,10 @@ def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
 
 def draw(cfg: DictConfig, train: DataSplit, args: argparse.Namespace) -> str:
     """Write the picture of training images; gives its path."""
-    mapper, path = cfg.dataloader.train.mapper, os.path.join(args.output, "training_images.jpg")
+    key, path = "dataloader.train.mapper", os.path.join(args.output, "training_images.jpg")
+    mapper = cfg.dataloader.train.mapper
     image_format = mapper.get("image_format", "RGB")
-    figure = draw_training_images(instantiate(mapper), train, args.num_images, image_format)
+    figure = draw_training_images(build(mapper, key), train, args.num_images, image_format)
     figure.savefig(path, dpi=60)
     return path
 
