@@ -158,8 +158,7 @@ def log_weights(height, width, centers, spreads, mode, beta=8.0, factor=1.0):
     """The modulation of one scale, every cell of every head.
 
     centers (B, Q, H, 2): (x, y) in cells. spreads: None (fixed), or (B, Q, H, n) with n = 1
-    (single), 2 (independent, laplacian), 3 (covariance, rotated), as they come out of the linear
-    layer.
+    (single), 2 (independent), 3 (covariance), as they come out of the linear layer.
     Returns (B, H, Q, h * w).
     """
     x = torch.arange(width, dtype=centers.dtype)
@@ -171,16 +170,6 @@ def log_weights(height, width, centers, spreads, mode, beta=8.0, factor=1.0):
             distance = dx2 + dy2
         elif mode == "single":
             distance = spreads[..., 0:1] ** 2 * (dx2 + dy2)
-        elif mode == "rotated":
-            # The matrix L^T L of L = (a_x, a_xy; 0, a_y), written out.
-            a_x, a_y, a_xy = spreads[..., 0:1], spreads[..., 1:2], spreads[..., 2:3]
-            dx, dy = x - centers[..., 0:1], y - centers[..., 1:2]
-            distance = a_x**2 * dx2 + 2 * a_x * a_xy * dx * dy + (a_xy**2 + a_y**2) * dy2
-        elif mode == "laplacian":
-            distance = torch.sqrt(spreads[..., 0:1] ** 2 * dx2)
-            distance = distance + torch.sqrt(spreads[..., 1:2] ** 2 * dy2)
-            rows.append(-((factor / beta) ** 0.5) * distance)
-            continue
         else:
             distance = spreads[..., 0:1] ** 2 * dx2 + spreads[..., 1:2] ** 2 * dy2
             if mode == "covariance":

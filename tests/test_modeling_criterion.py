@@ -85,17 +85,6 @@ def test_matching_has_the_weights_of_the_losses():
     assert {name: getattr(criterion.matcher, name) for name in weights} == weights
 
 
-def test_another_matcher_is_used_and_weights_for_it_alone_are_an_error():
-    inputs, targets = random_inputs(1, [2])
-    matcher = SetCriterion().matcher
-    matcher.register_forward_hook(lambda *_: matched.append(True))
-    matched = []
-    SetCriterion(matcher=matcher)(Predictions(*inputs.values()), targets)
-    assert matched
-    with pytest.raises(ValueError, match="matcher must be a module.*class_weight"):
-        SetCriterion(matcher={"class_weight": 3.0})
-
-
 @pytest.mark.parametrize("num_objects", [[2, 1], [0, 2], [0, 0]], ids=str)
 @pytest.mark.parametrize("which", ["logits", "boxes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -45,8 +45,6 @@ VARIANTS = {
     "head shared": ("smca", {"modulation.per_head": False}),
     "covariance": ("smca", {"modulation.map": "covariance"}),
     "fixed": ("smca_single_scale", {"modulation.map": "fixed"}),
-    "rotated": ("smca", {"modulation.map": "rotated"}),
-    "laplacian": ("smca", {"modulation.map": "laplacian"}),
     "no scale selection": ("smca", {"scale_selection": False}),
 }
 

@@ -12,11 +12,8 @@ __all__ = ["get", "get_config", "get_config_file", "list_configs"]
 
 
 def get(name: str, device: Optional[str] = None) -> nn.Module:
-    """The model of a config with random weights, in training mode as in Detectron2.
-
-    Args:
-        name: name of a config, with or without ``.py``.
-        device: device of the model. None: a GPU if there is one, else the CPU.
+    """The model of the config of that name with random weights, in training mode as in Detectron2,
+    on a device. None: a GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such config.

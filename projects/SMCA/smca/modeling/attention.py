@@ -66,15 +66,12 @@ class MultiheadAttention(nn.Module):
         num_cells: Optional[List[int]] = None,
         masks: Sequence[Optional[Tensor]] = (None,),
     ) -> Tensor:
-        """
+        """(B, N, d) queries, (B, S, d) keys and values to (B, N, d).
+
         Args:
-            query: (B, N, d). key, value: (B, S, d).
             num_cells: lengths of the parts of all three that do not see one another; None: there is
                 one part.
             masks: of each part, as in `attend`.
-
-        Returns:
-            (B, N, d)
         """
         heads = self.project(query, key, value)
         parts = [heads] if num_cells is None else zip(*[x.split(num_cells, dim=2) for x in heads])
@@ -102,16 +99,12 @@ class CoAttention(MultiheadAttention):
         weight_maps: Optional[Sequence[WeightMap]] = None,
         scale_weights: Optional[Tensor] = None,
     ) -> Tensor:
-        """
+        """(B, Q, d) queries, (B, S, d) keys and values of the joined scales to (B, Q, d).
+
         Args:
-            query: (B, Q, d). key, value: (B, S, d), the scales joined from fine to coarse.
-            num_cells: S_l of each scale.
-            masks: of each scale, as in `attend`.
+            num_cells, masks: S_l of each scale, and its mask as in `attend`.
             weight_maps: of each scale; None: no modulation.
             scale_weights: (B, Q, L), how much a query reads from each scale; None: all 1.
-
-        Returns:
-            (B, Q, d)
         """
         query, key, value = self.project(query, key, value)
         dropout = self.dropout if self.training else 0.0

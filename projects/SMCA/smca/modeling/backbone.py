@@ -55,23 +55,15 @@ def build_resnet(
         out_channels = 4 * channels if bottleneck else channels
         dilated = dilated_res5 and index == 3
         stride = 1 if index == 0 or dilated else 2
-        kwargs: Dict[str, Any] = {}
+        kwargs: Dict[str, Any] = dict(stride_per_block=[stride] + [1] * (blocks - 1), norm=norm)
+        kwargs.update(in_channels=in_channels, out_channels=out_channels)
         if bottleneck:
-            kwargs = dict(bottleneck_channels=channels, stride_in_1x1=False)
-            if dilated:
-                # As torchvision's replace_stride_with_dilation: the first block is not dilated.
-                kwargs["dilation_per_block"] = [1] + [2] * (blocks - 1)
-        stages.append(
-            ResNet.make_stage(
-                BottleneckBlock if bottleneck else BasicBlock,
-                blocks,
-                stride_per_block=[stride] + [1] * (blocks - 1),
-                in_channels=in_channels,
-                out_channels=out_channels,
-                norm=norm,
-                **kwargs,
-            )
-        )
+            kwargs.update(bottleneck_channels=channels, stride_in_1x1=False)
+        if dilated:
+            # As torchvision's replace_stride_with_dilation: the first block is not dilated.
+            kwargs["dilation_per_block"] = [1] + [2] * (blocks - 1)
+        block = BottleneckBlock if bottleneck else BasicBlock
+        stages.append(ResNet.make_stage(block, blocks, **kwargs))
         in_channels = out_channels
     stem = BasicStem(in_channels=3, out_channels=width, norm=norm)
     resnet = ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)

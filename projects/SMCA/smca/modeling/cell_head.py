@@ -19,19 +19,12 @@ IMPOSSIBLE = -20.0
 
 
 class Cells(NamedTuple):
-    """The cells of all scales, before their boxes are predicted.
+    """The cells of all scales, before their boxes are predicted."""
 
-    Attributes:
-        hidden: (B, S, d) normalized features.
-        logits: (B, S, C) class logits, `IMPOSSIBLE` where a cell is not valid.
-        boxes: (B, S, 4) initial boxes cxcywh, relative to each image's own size.
-        valid: (B, S) bool, True for cells whose center is inside the image.
-    """
-
-    hidden: Tensor
-    logits: Tensor
-    boxes: Tensor
-    valid: Tensor
+    hidden: Tensor  # (B, S, d) normalized features
+    logits: Tensor  # (B, S, C) class logits, `IMPOSSIBLE` where a cell is not valid
+    boxes: Tensor  # (B, S, 4) initial boxes cxcywh, relative to each image's own size
+    valid: Tensor  # (B, S) bool, True for cells whose center is inside the image
 
 
 class CellHead(nn.Module):
@@ -39,8 +32,7 @@ class CellHead(nn.Module):
     cell's initial box.
 
     Args:
-        embed_dim: d.
-        num_classes: C.
+        embed_dim, num_classes: d and C.
         project: with the first linear layer and the LayerNorm; without them it costs less.
         linear_boxes: the box head is linear, too, for heads that predict the boxes of all cells.
     """
@@ -56,15 +48,11 @@ class CellHead(nn.Module):
         start_without_change(self.box_embed)
 
     def forward(self, scales: List[Scale], image_sizes: Tensor) -> Cells:
-        """
-        Args:
-            scales: the encoded scales.
-            image_sizes: (B, 2) each image's own (width, height) in pixels.
-        """
+        """The cells of the encoded scales. `image_sizes` (B, 2) is each image's own (width, height)
+        in pixels."""
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
-        cells = [cell_boxes(scale, image_sizes) for scale in scales]
-        boxes = torch.cat([box for box, _ in cells], dim=1)
-        valid = torch.cat([inside for _, inside in cells], dim=1)
+        cells = zip(*(cell_boxes(scale, image_sizes) for scale in scales))
+        boxes, valid = (torch.cat(parts, dim=1) for parts in cells)
         hidden = self.norm(self.projection(tokens))
         with float32_region(hidden):
             logits = self.class_embed(hidden.float()).masked_fill(~valid[..., None], IMPOSSIBLE)

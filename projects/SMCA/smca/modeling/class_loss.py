@@ -27,12 +27,7 @@ class FocalLoss(nn.Module):
 
 class VarifocalLoss(nn.Module):
     """Varifocal loss (Zhang et al., CVPR 2021): a score is to be the IoU of its box. Positives
-    weigh as much as that, negatives alpha p^gamma.
-
-    Args:
-        alpha: weight of negatives.
-        gamma: exponent that lowers the loss of negatives that are classified well.
-    """
+    weigh as much as that, negatives alpha p^gamma."""
 
     uses_iou = True
 

@@ -13,27 +13,17 @@ from .layers import FeedForward, run_layer, xavier_uniform
 from .scales import Scale, as_tokens
 
 
-def depthwise(embed_dim: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+def depthwise(d: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     """Convolution of each channel by itself, to ceil(h / stride) x ceil(w / stride) cells."""
-    return nn.Conv2d(
-        embed_dim, embed_dim, kernel_size, stride, padding=kernel_size // 2, groups=embed_dim
-    )
+    return nn.Conv2d(d, d, kernel_size, stride, padding=kernel_size // 2, groups=d)
 
 
 class ConvEncoderLayer(nn.Module):
-    """Convolutions within and between neighboring scales, then the FFN; post-norm.
-
-    Args:
-        kernel_size: k of all depthwise convolutions, odd.
-        share_cross_scale: one downward and one upward convolution for all pairs of scales, not
-            one for each pair.
-        pointwise: the two 1x1 convolutions around the depthwise ones, shared by the scales.
-        others: as in `ConvEncoder`.
-    """
+    """Convolutions within and between neighboring scales, then the FFN; post-norm. The arguments
+    are those of `ConvEncoder`."""
 
     def __init__(
         self,
-        *,
         embed_dim: int,
         num_scales: int,
         kernel_size: int,
@@ -81,16 +71,15 @@ class ConvEncoder(nn.Module):
 
     Args:
         num_layers: 6 in the released logs, 5 in the released file.
-        kernel_size: 7 in the logs, 5 in the file; odd.
-        share_cross_scale, pointwise: see `ConvEncoderLayer`.
+        kernel_size: of the depthwise convolutions, odd; 7 in the logs, 5 in the file.
+        share_cross_scale: one downward and one upward convolution for all pairs of scales, not
+            one for each pair.
+        pointwise: the two 1x1 convolutions around the depthwise ones, shared by the scales.
         num_scales: L, fine to coarse; each scale has twice the stride of the one before.
         reduce_finest: before the decoder, the finest map goes through a 3x3 stride-2 convolution
             and takes over the position, mask and stride of the second scale (strides 8, 16, 32, 64
             become 16, 16, 32, 64).
-        embed_dim: d.
-        ffn_dim: width of the feed-forward block.
-        dropout: of each block's result.
-        checkpointing: as in `TransformerEncoder`.
+        embed_dim, ffn_dim, dropout, checkpointing: as in `TransformerEncoder`.
     """
 
     def __init__(
@@ -116,13 +105,7 @@ class ConvEncoder(nn.Module):
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             ConvEncoderLayer(
-                embed_dim=embed_dim,
-                num_scales=num_scales,
-                kernel_size=kernel_size,
-                share_cross_scale=share_cross_scale,
-                pointwise=pointwise,
-                ffn_dim=ffn_dim,
-                dropout=dropout,
+                embed_dim, num_scales, kernel_size, share_cross_scale, pointwise, ffn_dim, dropout
             )
             for _ in range(num_layers)
         )
@@ -130,13 +113,7 @@ class ConvEncoder(nn.Module):
         self.reduce = nn.Conv2d(embed_dim, embed_dim, 3, 2, padding=1) if reduce_finest else None
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
-        """
-        Args:
-            scales: the L scales, fine to coarse.
-
-        Returns:
-            As many scales with encoded tokens, the finest reduced if so set.
-        """
+        """The L scales, fine to coarse, with encoded tokens; the finest reduced if so set."""
         for layer in self.layers:
             scales = run_layer(layer, self.checkpointing and self.training, scales)
         if self.reduce is not None:

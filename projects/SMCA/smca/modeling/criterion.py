@@ -24,9 +24,8 @@ class SetCriterion(nn.Module):
     finite, matched or not, the losses of that layer are not finite either.
 
     Args:
-        class_weight: factor of the class loss, and of the class cost in matching.
-        box_weight: factor of the L1 loss and of the L1 cost.
-        giou_weight: factor of the GIoU loss and of the GIoU cost.
+        class_weight, box_weight, giou_weight: factors of the class, L1 and GIoU losses, and of the
+            costs in matching.
         alpha, gamma: as in `FocalLoss`, for the loss and the cost.
         class_loss: a loss from `class_loss.py` or one of your own; None: `FocalLoss`.
         matcher: replaces the Hungarian matcher with these same weights.
@@ -44,31 +43,17 @@ class SetCriterion(nn.Module):
         matcher: Optional[nn.Module] = None,
     ):
         super().__init__()
-        if matcher is None:
-            matcher = HungarianMatcher(
-                class_weight=class_weight,
-                box_weight=box_weight,
-                giou_weight=giou_weight,
-                alpha=alpha,
-                gamma=gamma,
-            )
-        if not isinstance(matcher, nn.Module):
-            raise ValueError(
-                "matcher must be a module: the weights of matching are those of the losses, "
-                "class_weight, box_weight, giou_weight, alpha and gamma."
-            )
-        self.matcher = matcher
-        self.class_loss = FocalLoss(alpha, gamma) if class_loss is None else class_loss
-        self.class_weight = class_weight
-        self.box_weight = box_weight
-        self.giou_weight = giou_weight
+        weights = dict(class_weight=class_weight, box_weight=box_weight, giou_weight=giou_weight)
+        self.matcher = matcher or HungarianMatcher(**weights, alpha=alpha, gamma=gamma)
+        self.class_loss = class_loss or FocalLoss(alpha, gamma)
+        self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
 
     def forward(
         self, predictions: Predictions, targets: List[Targets], matching: Optional[Matching] = None
     ) -> Dict[str, Tensor]:
         """
         Args:
-            predictions: logits and boxes of N decoder layers.
+            predictions: of N decoder layers.
             targets: the objects of the B images.
             matching: which prediction belongs to which object; None: what the matcher finds.
 
@@ -91,12 +76,8 @@ class SetCriterion(nn.Module):
         matching: Optional[Matching] = None,
         groups: int = 1,
     ) -> Dict[str, Tensor]:
-        """The losses as (N,) tensors ``loss_ce``, ``loss_bbox`` and ``loss_giou``.
-
-        Args:
-            predictions, targets, matching: as in `forward`.
-            groups: how often the matching has each object in a layer.
-        """
+        """The losses as (N,) tensors ``loss_ce``, ``loss_bbox`` and ``loss_giou``. The matching has
+        each object in as many `groups` in a layer."""
         logits, boxes = (x.float() for x in predictions)
         if matching is None:
             matching = self.matcher(logits, boxes, targets)

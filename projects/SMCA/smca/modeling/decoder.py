@@ -20,45 +20,31 @@ BoxHead = Callable[[int, Tensor], Tensor]
 
 
 class Memory(NamedTuple):
-    """What all decoder layers read: the encoded scales, joined.
-
-    Attributes:
-        scales: the scales.
-        num_cells, masks: of each scale, as in `CoAttention`.
-        key: (B, S, d) tokens with their positions.
-        value: (B, S, d) tokens.
-    """
+    """What all decoder layers read: the encoded scales, joined as `CoAttention` takes them."""
 
     scales: List[Scale]
     num_cells: List[int]
     masks: List[Optional[Tensor]]
-    key: Tensor
-    value: Tensor
+    key: Tensor  # (B, S, d) tokens with their positions
+    value: Tensor  # (B, S, d) tokens
 
 
 class DecoderOutput(NamedTuple):
-    """
-    Attributes:
-        hidden: (N, B, Q, d) normalized output of each of the N layers.
-        references: (N, B, Q, 2 or 4) what each layer's boxes start from: the center (x, y) that the
-            first layer predicts, before its sigmoid, or boxes cxcywh, in a decoder that refines
-            them. None without either (DETR).
-    """
+    """What the N layers give."""
 
-    hidden: Tensor
+    hidden: Tensor  # (N, B, Q, d) normalized output of each
+    # (N, B, Q, 2 or 4) what each layer's boxes start from: the center (x, y) that the first layer
+    # predicts, before its sigmoid, or boxes cxcywh, in a decoder that refines them. None without
+    # either (DETR).
     references: Optional[Tensor]
 
 
 class DecoderLayer(nn.Module):
     """Query self-attention, (modulated) co-attention, FFN; post-norm.
 
-    A part that the settings do not need is not built, since an unused parameter breaks distributed
-    training.
-
-    Args:
-        predicts_center: this is the first layer, which predicts the centers for all layers.
-        num_scales: how many scales the layer reads.
-        others: as in `Decoder`.
+    The arguments are those of `Decoder`, with the number of scales that are read. The first layer
+    `predicts_center` for all layers. A part that the settings do not need is not built, since an
+    unused parameter breaks distributed training.
     """
 
     def __init__(
@@ -83,24 +69,17 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim, dropout)
 
-        self.input_norm: Optional[nn.LayerNorm] = None
-        self.center: Optional[nn.Module] = None
         self.modulation: Optional[WeightMapPredictor] = None
-        self.scale_weight: Optional[nn.Linear] = None
+        self.center: Optional[nn.Module] = None
         if modulation is not None:
-            self.modulation = WeightMapPredictor(
-                modulation,
-                embed_dim=embed_dim,
-                num_heads=num_heads,
-                num_scales=num_scales,
-                in_boxes=refine,
-            )
+            sizes = dict(embed_dim=embed_dim, num_heads=num_heads, num_scales=num_scales)
+            self.modulation = WeightMapPredictor(modulation, **sizes, in_boxes=refine)
             self.center = mlp(embed_dim, 2) if predicts_center else None
-        if scale_selection and num_scales > 1:
-            self.scale_weight = nn.Linear(embed_dim, num_scales)
+        selects = scale_selection and num_scales > 1
+        self.scale_weight = nn.Linear(embed_dim, num_scales) if selects else None
         readers = [m for m in (self.center, self.modulation, self.scale_weight) if m is not None]
-        if any(list(reader.parameters()) for reader in readers):
-            self.input_norm = nn.LayerNorm(embed_dim)
+        has_reader = any(list(reader.parameters()) for reader in readers)
+        self.input_norm = nn.LayerNorm(embed_dim) if has_reader else None
 
     def forward(
         self,
@@ -187,10 +166,7 @@ class Decoder(nn.Module):
             of these, and each layer's boxes are what the next one starts from (without a gradient).
         scale_selection: each query weighs the scales; without it, their results are added.
         num_scales: L, how many scales the encoder gives.
-        embed_dim: d.
-        num_heads: H.
-        ffn_dim: width of the feed-forward block.
-        dropout: rate of dropout on attention weights and on each block's result.
+        embed_dim, num_heads, ffn_dim, dropout: as in `TransformerEncoder`.
         read: indices of the scales that the layers read, fine to coarse; None: all. Attention to
             a fine scale costs most, and queries may come from scales that are not read.
     """
@@ -215,9 +191,8 @@ class Decoder(nn.Module):
         self.num_scales = num_scales
         self.read = list(range(num_scales) if read is None else read)
         if not self.read or not set(self.read) <= set(range(num_scales)):
-            raise ValueError(
-                f"read={self.read} must name some of the scales 0 to {num_scales - 1}."
-            )
+            scales = f"the scales 0 to {num_scales - 1}"
+            raise ValueError(f"read={self.read} must name some of {scales}.")
         self.refine = refine
         self.modulated = modulation is not None
         self.layers = nn.ModuleList(
@@ -238,9 +213,8 @@ class Decoder(nn.Module):
         self.embed_dim = embed_dim
         self.box_position: Optional[nn.Module] = None
         if refine:
-            self.box_position = nn.Sequential(
-                nn.Linear(2 * embed_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)
-            )
+            first, last = nn.Linear(2 * embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
+            self.box_position = nn.Sequential(first, nn.ReLU(), last)
         xavier_uniform(self)
         for module in self.modules():
             if isinstance(module, WeightMapPredictor):

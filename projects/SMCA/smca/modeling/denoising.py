@@ -3,49 +3,23 @@
 They need no matching, since each knows its object, and exist in training only.
 """
 
-from typing import List, NamedTuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .matcher import Matching, Targets
+from .matcher import Matching, Targets, pad_targets
 from .queries import Queries
 
 
-class NoisyObjects(NamedTuple):
-    """
-    Attributes:
-        content: (B, G * 2 T, d): in each of G groups a positive query for each of T places for
-            objects, then a negative one for each.
-        reference: (B, G * 2 T, 4) noisy boxes cxcywh.
-        padding: (B, G * 2 T) bool, True for places that the image has no object for.
-        num_groups: G.
-    """
-
-    content: Tensor
-    reference: Tensor
-    padding: Tensor
-    num_groups: int
-
-    def join(self, queries: Queries) -> Queries:
-        """The queries with these behind them."""
-        assert queries.reference is not None
-        return queries._replace(
-            content=torch.cat([queries.content, self.content], dim=1),
-            reference=torch.cat([queries.reference, self.reference], dim=1),
-            num_groups=self.num_groups,
-            group_size=self.content.shape[1] // self.num_groups,
-        )
-
-
 class Denoising(nn.Module):
-    """Makes noisy objects. A positive query's box is moved by less than `box_noise` of its half
-    sides, a negative one's by more, up to twice as much: it has to find that nothing is there.
+    """Adds noisy objects to queries. A positive query's box is moved by less than `box_noise` of
+    its half sides, a negative one's by more, up to twice as much: it has to find that nothing is
+    there.
 
     Args:
-        embed_dim: d.
-        num_classes: C.
+        embed_dim, num_classes: d and C.
         groups: G, how many noisy copies of all objects.
         box_noise: how far each side of a box is moved, relative to half the box.
         label_noise: probability with which a class is replaced by a random one.
@@ -67,10 +41,18 @@ class Denoising(nn.Module):
         self.box_noise, self.label_noise = box_noise, label_noise
         self.weight = weight
 
-    def forward(self, targets: List[Targets]) -> NoisyObjects:
-        """Groups for the largest number of objects of an image, at least 1."""
-        labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
-        boxes = nn.utils.rnn.pad_sequence([t.boxes_cxcywh for t in targets], batch_first=True)
+    def forward(self, queries: Queries, targets: List[Targets]) -> Tuple[Queries, Tensor]:
+        """
+        Args:
+            queries: with boxes.
+            targets: the objects of the B images.
+
+        Returns:
+            The queries with G groups behind them: each has a positive query for each of T places
+            for objects, then a negative one for each; T is the largest number of objects of an
+            image, at least 1. And (B, G * 2 T) bool, True for places without an object.
+        """
+        labels, boxes = pad_targets(targets)
         # At least one place, so that every parameter always has a gradient.
         missing = max(0, 1 - labels.shape[1])
         labels = nn.functional.pad(labels, (0, missing))
@@ -90,10 +72,14 @@ class Denoising(nn.Module):
         replaced = torch.rand(shape, device=labels.device) < self.label_noise
         random_labels = torch.randint_like(labels, self.label_embed.num_embeddings)
         content = self.label_embed(torch.where(replaced, random_labels, labels))
-        padding = padding[:, None, None].expand(shape)
-        return NoisyObjects(
-            content.flatten(1, 3), reference.flatten(1, 3), padding.flatten(1), self.groups
+        assert queries.reference is not None
+        joined = queries._replace(
+            content=torch.cat([queries.content, content.flatten(1, 3)], dim=1),
+            reference=torch.cat([queries.reference, reference.flatten(1, 3)], dim=1),
+            num_groups=self.groups,
+            group_size=2 * labels.shape[-1],
         )
+        return joined, padding[:, None, None].expand(shape).flatten(1)
 
     def _move(self, boxes: Tensor) -> Tensor:
         """(B, G, 2, T, 4) boxes cxcywh with each side moved, the positives' less than the

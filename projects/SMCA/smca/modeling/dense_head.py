@@ -12,7 +12,7 @@ from torchvision.ops import box_convert
 
 from .box_ops import iou_and_giou
 from .cell_head import CellHead, Cells
-from .matcher import Matching, Predictions, Targets
+from .matcher import Matching, Predictions, Targets, pad_targets
 from .scales import Scale
 
 _FAR = 1e3
@@ -27,11 +27,9 @@ class DenseHead(nn.Module):
     with the highest IoU.
 
     Args:
-        embed_dim: d.
-        num_classes: C.
+        embed_dim, num_classes: d and C.
         num_cells: cells of an object.
-        alpha: exponent of the probability.
-        beta: exponent of the IoU.
+        alpha, beta: exponents of the probability and of the IoU.
         weight: factor of this head's losses.
         deep: with the projection and the MLP of `CellHead`; else linear heads alone.
     """
@@ -71,12 +69,8 @@ class DenseHead(nn.Module):
 
     @torch.no_grad()
     def assign(self, cells: Cells, predicted: Tensor, targets: List[Targets]) -> Matching:
-        """The task-aligned assignment (TOOD, section 3.2).
-
-        Args:
-            cells: all cells.
-            predicted: (B, S, 4) their boxes cxcywh.
-            targets: as in `forward`.
+        """The task-aligned assignment (TOOD, section 3.2) of cells with `predicted` (B, S, 4) boxes
+        cxcywh.
 
         Returns:
             For each image T times `num_cells` pairs, T being the largest number of objects of an
@@ -87,8 +81,7 @@ class DenseHead(nn.Module):
         if not sum(len(t.labels) for t in targets):
             empty = torch.zeros(0, dtype=torch.long, device=cells.logits.device)
             return Matching(empty, empty, empty, empty, empty.float())
-        labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
-        boxes = nn.utils.rnn.pad_sequence([t.boxes_cxcywh for t in targets], batch_first=True)
+        labels, boxes = pad_targets(targets)
         counts = torch.tensor([len(t.labels) for t in targets])
         exists = torch.arange(labels.shape[1])[None] < counts[:, None]  # (B, T)
         first_target = (counts.cumsum(0) - counts)[:, None]

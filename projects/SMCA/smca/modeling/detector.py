@@ -1,6 +1,6 @@
 """The meta-architecture: ResNet features -> scales -> encoder -> decoder -> classes and boxes."""
 
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.modeling import Backbone
@@ -20,22 +20,6 @@ from .scales import Scale, Size, as_tokens, padding_masks
 from .weight_map import float32_region
 
 
-class TopDetections(NamedTuple):
-    """The K best pairs of a query and a class, best first.
-
-    Attributes:
-        boxes_xyxy: (B, K, 4) relative to each image's own size, not clipped to it.
-        scores: (B, K) probabilities.
-        classes: (B, K) indices.
-        queries: (B, K) indices.
-    """
-
-    boxes_xyxy: Tensor
-    scores: Tensor
-    classes: Tensor
-    queries: Tensor
-
-
 class SMCA(nn.Module):
     """DETR with spatially modulated co-attention (SMCA, ICCV 2021), single- or multi-scale.
 
@@ -53,8 +37,7 @@ class SMCA(nn.Module):
             None.
         share_heads: all decoder layers have the same class head and the same box head.
         criterion: computes the losses in training; None for inference only.
-        num_classes: C.
-        num_queries: Q.
+        num_classes, num_queries: C and Q.
         embed_dim: d, the same in all parts.
         dropout: the rate that encoder and decoder were built with (their configs refer to it).
         max_detections: number of an image's detections; None: as many as queries (DETR).
@@ -86,24 +69,18 @@ class SMCA(nn.Module):
         pixel_std: Sequence[float],
     ):
         super().__init__()
+        num_scales = len(in_features) + num_extra_scales
         for name, part in (("backbone", backbone), ("encoder", encoder), ("decoder", decoder)):
             if part is None:
-                raise ValueError(
-                    f"{name}=None must be a module: only the criterion may be missing."
-                )
-        num_scales = len(in_features) + num_extra_scales
-        for name, part in (("encoder", encoder), ("decoder", decoder)):
+                raise ValueError(f"{name}=None must be a module.")
             expected = getattr(part, "num_scales", num_scales)
             if expected != num_scales:
                 raise ValueError(
                     f"in_features and num_extra_scales give {num_scales} scales, but the {name} "
                     f"is made for {expected}: build it with num_scales={num_scales}."
                 )
-        for name, value in (
-            ("num_classes", num_classes),
-            ("num_queries", num_queries),
-            ("max_detections", max_detections),
-        ):
+        names = ("num_classes", "num_queries", "max_detections")
+        for name, value in zip(names, (num_classes, num_queries, max_detections)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         self.refine = getattr(decoder, "refine", False)
@@ -115,9 +92,8 @@ class SMCA(nn.Module):
         if denoising is not None and not self.refine:
             raise ValueError("denoising needs decoder.refine=True and queries with boxes.")
         self.backbone = backbone
-        self.neck = ScaleProjection(
-            backbone.output_shape(), in_features, num_extra_scales, embed_dim
-        )
+        shapes = backbone.output_shape()
+        self.neck = ScaleProjection(shapes, in_features, num_extra_scales, embed_dim)
         self.encoder = encoder
         self.decoder = decoder
         self.criterion: Any = criterion
@@ -132,7 +108,10 @@ class SMCA(nn.Module):
         self.dense_head: Any = dense_head
         num_heads = None if share_heads else len(decoder.layers)  # type: ignore[arg-type]
         self.class_embed = _repeat(num_heads, lambda: class_head(embed_dim, num_classes))
-        self.box_embed = _repeat(num_heads, lambda: _box_head(embed_dim, self.refine))
+        self.box_embed = _repeat(num_heads, lambda: mlp(embed_dim, 4))
+        if self.refine:
+            for head in [self.box_embed] if share_heads else self.box_embed.children():
+                start_without_change(head)
 
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -146,12 +125,9 @@ class SMCA(nn.Module):
         return self.pixel_mean.device
 
     def compile_parts(self, **kwargs: Any) -> None:
-        """Compile backbone, encoder and decoder in place, for images of any size. (`compile` takes
-        the work on lists of images and on the host as well, and is slower.)
-
-        Args:
-            kwargs: arguments of ``torch.compile``.
-        """
+        """Compile backbone, encoder and decoder in place, for images of any size, with arguments of
+        ``torch.compile``. (`compile` takes the work on lists of images and on the host as well, and
+        is slower.)"""
         # Graphs that DistributedDataParallel cuts at its buckets fail where sizes change.
         torch._dynamo.config.optimize_ddp = False
         for part in (self.backbone, self.encoder, self.decoder):
@@ -193,11 +169,9 @@ class SMCA(nn.Module):
             for x in batched_inputs
         ]
         # Detectron2's Swin, which pads by itself, has no size_divisibility in spite of its base.
-        return ImageList.from_tensors(
-            images,
-            getattr(self.backbone, "size_divisibility", 0),
-            padding_constraints=self.backbone.padding_constraints,
-        )
+        divisibility = getattr(self.backbone, "size_divisibility", 0)
+        constraints = self.backbone.padding_constraints
+        return ImageList.from_tensors(images, divisibility, padding_constraints=constraints)
 
     def scales(self, images: ImageList) -> List[Scale]:
         """The encoder's input: features, positions and padding masks, from fine to coarse."""
@@ -240,14 +214,19 @@ class SMCA(nn.Module):
                 boxes = torch.cat([center + references, size], dim=-1)
             return Predictions(logits, boxes.sigmoid())
 
-    def top_detections(self, predictions: Predictions) -> TopDetections:
-        """The best of all Q * C pairs of query and class, of the last layer (DETR)."""
+    def top_detections(self, predictions: Predictions) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The K best of all Q * C pairs of query and class, of the last layer, best first (DETR).
+
+        Returns:
+            (B, K, 4) boxes xyxy relative to each image's own size, not clipped to it; (B, K)
+            scores, indices of classes, and indices of queries.
+        """
         scores = predictions.logits[-1].sigmoid().flatten(1)
         scores, indices = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         queries, classes = indices // self.num_classes, indices % self.num_classes
         boxes = box_convert(predictions.boxes_cxcywh[-1], "cxcywh", "xyxy")
         boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        return TopDetections(boxes, scores, classes, queries)
+        return boxes, scores, classes, queries
 
     def postprocess(
         self,
@@ -255,28 +234,19 @@ class SMCA(nn.Module):
         batched_inputs: List[Dict[str, Any]],
         image_sizes: Sequence[Tuple[int, int]],
     ) -> List[Dict[str, Instances]]:
-        """What `forward` returns in evaluation.
-
-        Args:
-            predictions: those of the last layer at least.
-            batched_inputs: as in `forward`.
-            image_sizes: (height, width) that boxes are scaled to where the dict has none.
-        """
+        """What `forward` returns in evaluation. `image_sizes` are those (height, width) that boxes
+        are scaled to where the dict has none."""
         image_sizes = [
             (item.get("height", height), item.get("width", width))
             for item, (height, width) in zip(batched_inputs, image_sizes)
         ]
-        best = self.top_detections(predictions)
-        all_boxes = best.boxes_xyxy * _corner_sizes(image_sizes, best.boxes_xyxy)[:, None]
-        results = []
-        for boxes, scores, classes, queries, image_size in zip(all_boxes, *best[1:], image_sizes):
-            instances = Instances(image_size)
-            instances.pred_boxes = Boxes(boxes)
-            instances.scores = scores
-            instances.pred_classes = classes
-            instances.query_indices = queries
-            results.append({"instances": instances})
-        return results
+        boxes, *others = self.top_detections(predictions)
+        boxes = boxes * _corner_sizes(image_sizes, boxes)[:, None]
+        names = ("scores", "pred_classes", "query_indices")
+        return [
+            {"instances": Instances(image_size, pred_boxes=Boxes(b), **dict(zip(names, fields)))}
+            for image_size, b, *fields in zip(image_sizes, boxes, *others)
+        ]
 
     def _encode(self, images: ImageList) -> Tuple[List[Scale], Tensor]:
         """The encoded scales, and (B, 2) each image's own (width, height) in pixels."""
@@ -297,28 +267,24 @@ class SMCA(nn.Module):
         the proposals, the noisy objects (all layers together) and the dense head."""
         scales, image_sizes = self._encode(images)
         queries = self.query_embed(scales, image_sizes)
-        noisy = None if self.denoising is None else self.denoising(targets)
-        joined = queries if noisy is None else noisy.join(queries)
-        output = self.decoder(scales, joined, image_sizes, self._change_boxes)
         num_queries = queries.content.shape[1]
+        if self.denoising is not None:
+            queries, padding = self.denoising(queries, targets)
+        output = self.decoder(scales, queries, image_sizes, self._change_boxes)
         logits, boxes = self.forward_head(output)
         predictions = Predictions(logits[:, :, :num_queries], boxes[:, :, :num_queries])
         if queries.proposals is not None:  # matched together, for the matcher makes a GPU wait
-            predictions = Predictions(
-                *(torch.cat(pair) for pair in zip(queries.proposals, predictions))
-            )
+            pairs = zip(queries.proposals, predictions)
+            predictions = Predictions(*(torch.cat(pair) for pair in pairs))
         losses = self.criterion(predictions, targets)
         if queries.proposals is not None:
             losses = {_after_proposals(name): loss for name, loss in losses.items()}
-        if noisy is not None:
-            logits = logits[:, :, num_queries:].masked_fill(noisy.padding[..., None], IMPOSSIBLE)
-            parts = (
-                Predictions(logits, boxes[:, :, num_queries:]),
-                targets,
-                self.denoising.matching(targets, len(logits)),
-                self.denoising.groups,
-            )
-            for name, loss in self.criterion.by_layer(*parts).items():
+        if self.denoising is not None:
+            logits = logits[:, :, num_queries:].masked_fill(padding[..., None], IMPOSSIBLE)
+            noisy = Predictions(logits, boxes[:, :, num_queries:])
+            matching = self.denoising.matching(targets, len(logits))
+            parts = self.criterion.by_layer(noisy, targets, matching, self.denoising.groups)
+            for name, loss in parts.items():
                 losses[f"{name}_dn"] = self.denoising.weight * loss.sum()
         if self.dense_head is not None:
             dense, matching = self.dense_head(scales, image_sizes, targets)
@@ -348,13 +314,6 @@ def _corner_sizes(image_sizes: Sequence[Size], boxes: Tensor) -> Tensor:
     `boxes.new_tensor` would wait for the GPU."""
     sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
     return sizes.to(boxes.device, non_blocking=True)
-
-
-def _box_head(embed_dim: int, refine: bool) -> nn.Module:
-    head = mlp(embed_dim, 4)
-    if refine:
-        start_without_change(head)
-    return head
 
 
 def _repeat(count: Optional[int], make: Callable[[], nn.Module]) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .attention import MultiheadAttention
 from .kernels import additive_mask
 from .layers import FeedForward, autocast_dtype, run_layer, xavier_uniform
-from .scales import Scale, join_padding_masks
+from .scales import Scale
 
 
 class EncoderLayer(nn.Module):
@@ -28,15 +28,8 @@ class EncoderLayer(nn.Module):
         num_cells: Optional[List[int]],
         masks: Sequence[Optional[Tensor]],
     ) -> Tensor:
-        """
-        Args:
-            tokens: (B, S, d).
-            position: (B, S, d), added to queries and keys.
-            num_cells, masks: of parts that do not see one another, as in `MultiheadAttention`.
-
-        Returns:
-            (B, S, d)
-        """
+        """(B, S, d) tokens, and positions of that shape, to (B, S, d) tokens. `num_cells` and
+        `masks` are of parts that do not see one another, as in `MultiheadAttention`."""
         located = tokens + position
         attended = self.self_attention(located, located, tokens, num_cells, masks)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
@@ -50,10 +43,9 @@ class TransformerEncoder(nn.Module):
 
     Args:
         pattern: a letter for each layer, in order; the paper's best is "IIMII".
-        embed_dim: d.
-        num_heads: H.
+        embed_dim, num_heads: d and H.
         ffn_dim: width of the feed-forward block.
-        dropout: of attention weights and of each block's result.
+        dropout: rate of dropout on attention weights and on each block's result.
         checkpointing: in training, keep only each layer's input and compute the layer again in the
             backward pass: less memory for more time.
     """
@@ -82,20 +74,15 @@ class TransformerEncoder(nn.Module):
         xavier_uniform(self)
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
-        """
-        Args:
-            scales: fine to coarse.
-
-        Returns:
-            The scales with encoded tokens, in the same order.
-        """
+        """The scales, fine to coarse, with encoded tokens."""
         tokens = torch.cat([scale.tokens for scale in scales], dim=1)
         position = torch.cat([scale.position for scale in scales], dim=1)
         dtype = autocast_dtype(tokens)
         num_cells = [scale.tokens.shape[1] for scale in scales]
+        masks = [scale.padding_mask for scale in scales if scale.padding_mask is not None]
         parts = {
             "I": (num_cells, [additive_mask(scale.padding_mask, dtype) for scale in scales]),
-            "M": (None, [additive_mask(join_padding_masks(scales), dtype)]),
+            "M": (None, [additive_mask(torch.cat(masks, dim=1) if masks else None, dtype)]),
         }
         checkpointing = self.checkpointing and self.training
         for kind, layer in zip(self.pattern, self.layers):

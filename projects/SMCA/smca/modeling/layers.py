@@ -1,5 +1,4 @@
-"""What encoder, decoder and heads share: the feed-forward block, small heads, initialization,
-activation checkpointing."""
+"""What encoder, decoder and heads share."""
 
 import math
 from typing import Any

@@ -11,41 +11,35 @@ from .box_ops import iou_and_giou
 
 
 class Predictions(NamedTuple):
-    """
-    Attributes:
-        logits: (N, B, Q, C) class logits of N decoder layers.
-        boxes_cxcywh: (N, B, Q, 4) in [0, 1], relative to each image's own size.
-    """
+    """Those of N decoder layers."""
 
-    logits: Tensor
-    boxes_cxcywh: Tensor
+    logits: Tensor  # (N, B, Q, C) of the classes
+    boxes_cxcywh: Tensor  # (N, B, Q, 4) in [0, 1], relative to each image's own size
 
 
 class Targets(NamedTuple):
-    """One image's objects.
+    """One image's objects."""
 
-    Attributes:
-        labels: (T,) class indices.
-        boxes_cxcywh: (T, 4) relative to the image.
-    """
+    labels: Tensor  # (T,) class indices
+    boxes_cxcywh: Tensor  # (T, 4) relative to the image
 
-    labels: Tensor
-    boxes_cxcywh: Tensor
+
+def pad_targets(targets: List[Targets]) -> Tuple[Tensor, Tensor]:
+    """(B, T) labels and (B, T, 4) boxes, T being the largest number of objects of an image; zeros
+    where an image has fewer."""
+    labels, boxes = map(list, zip(*targets))
+    pad_sequence = nn.utils.rnn.pad_sequence
+    return pad_sequence(labels, batch_first=True), pad_sequence(boxes, batch_first=True)
 
 
 class Matching(NamedTuple):
-    """The M pairs of a prediction and an object, on the predictions' device.
+    """The M pairs of a prediction and an object, on the predictions' device."""
 
-    Attributes:
-        layers, images, queries: (M,) indices of the predictions.
-        targets: (M,) indices into the targets of all images, joined in order.
-        weights: (M,) how much each pair counts, and the truth of its class; None: all alike.
-    """
-
-    layers: Tensor
+    layers: Tensor  # (M,) this and the next two: indices of the predictions
     images: Tensor
     queries: Tensor
-    targets: Tensor
+    targets: Tensor  # (M,) indices into the targets of all images, joined in order
+    # (M,) how much each pair counts, and the truth of its class; None: all alike
     weights: Optional[Tensor] = None
 
 
@@ -60,9 +54,8 @@ class HungarianMatcher(nn.Module):
     queries, the objects of greatest cost stay unmatched.
 
     Args:
-        class_weight: factor of the class cost.
-        box_weight: factor of the L1 distance of the boxes.
-        giou_weight: factor of the generalized IoU.
+        class_weight, box_weight, giou_weight: factors of the class cost, of the L1 distance of the
+            boxes, and of the generalized IoU.
         alpha, gamma: as in `FocalLoss`, whose change by a match is the class cost.
     """
 
@@ -76,54 +69,32 @@ class HungarianMatcher(nn.Module):
         gamma: float = 2.0,
     ):
         super().__init__()
-        self.class_weight = class_weight
-        self.box_weight = box_weight
-        self.giou_weight = giou_weight
+        self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
         self.alpha, self.gamma = alpha, gamma
 
     @torch.no_grad()
     def forward(self, logits: Tensor, boxes_cxcywh: Tensor, targets: List[Targets]) -> Matching:
-        """
-        Args:
-            logits: (N, B, Q, C) class logits of N decoder layers.
-            boxes_cxcywh: (N, B, Q, 4) relative to the image.
-            targets: the objects of the B images.
-
-        Returns:
-            For every layer the pairs of each image. Predictions that are not finite are matched
-            last.
-        """
+        """For every layer of `Predictions` the pairs of each image. Predictions that are not finite
+        are matched last."""
         # The only transfer from the device is that of all layers and images together.
         costs = self.cost(logits, boxes_cxcywh, targets).cpu()
         # SciPy refuses NaN. An error here would leave the other processes of a training waiting for
         # this one. The losses are NaN too, and all processes see that.
         cost = costs.nan_to_num(nan=torch.finfo(costs.dtype).max).numpy()
         pairs: List[Tuple[int, int, int, int]] = []
-        first_target = 0
+        first = 0
         for image, target in enumerate(targets):
             count = len(target.labels)
             for layer in range(len(cost)):
                 rows, columns = linear_sum_assignment(cost[layer, image, :, :count])
-                pairs += [
-                    (layer, image, query, first_target + column)
-                    for query, column in zip(rows, columns)
-                ]
-            first_target += count
+                pairs += [(layer, image, row, first + column) for row, column in zip(rows, columns)]
+            first += count
         indices = torch.tensor(pairs, dtype=torch.long).reshape(-1, 4).T.contiguous()
         return Matching(*indices.to(logits.device, non_blocking=True))
 
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: List[Targets]) -> Tensor:
-        """
-        Arguments as of `forward`.
-
-        Returns:
-            (N, B, Q, T), T being the largest number of objects of an image. Columns beyond an
-            image's own objects have no meaning.
-        """
-        labels = nn.utils.rnn.pad_sequence([t.labels for t in targets], batch_first=True)
-        target_boxes = nn.utils.rnn.pad_sequence(
-            [t.boxes_cxcywh for t in targets], batch_first=True
-        )
+        """(N, B, Q, T). Columns beyond an image's own objects have no meaning."""
+        labels, target_boxes = pad_targets(targets)
         num_layers, _, num_queries = logits.shape[:3]
         labels = labels[None, :, None].expand(num_layers, -1, num_queries, -1)
         p = logits.float().sigmoid().gather(3, labels)

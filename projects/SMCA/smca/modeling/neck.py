@@ -33,8 +33,6 @@ class ScaleProjection(nn.Module):
             )
         if not in_features:
             raise ValueError("in_features is empty: name the backbone's features to use.")
-        if num_extra_scales < 0:
-            raise ValueError(f"num_extra_scales={num_extra_scales} must not be negative.")
         self.in_features = list(in_features)
         shapes = [input_shape[name] for name in in_features]
         self.strides = [shape.stride for shape in shapes]
@@ -42,20 +40,14 @@ class ScaleProjection(nn.Module):
             {name: nn.Conv2d(s.channels, embed_dim, 1) for name, s in zip(in_features, shapes)}
         )
         self.extra = nn.ModuleList()
-        channels = shapes[-1].channels
-        for _ in range(num_extra_scales):
+        for index in range(num_extra_scales):
+            channels = embed_dim if index else shapes[-1].channels
             self.extra.append(nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1))
             self.strides.append(2 * self.strides[-1])
-            channels = embed_dim
 
     def forward(self, features: Dict[str, Tensor]) -> List[Tensor]:
-        """
-        Args:
-            features: the backbone's output, (B, c, h, w) by name.
-
-        Returns:
-            (B, d, h, w) maps from fine to coarse, of ``self.strides`` pixels a cell.
-        """
+        """The backbone's output, (B, c, h, w) by name, to (B, d, h, w) maps from fine to coarse, of
+        ``self.strides`` pixels a cell."""
         inputs = [features[name] for name in self.in_features]
         maps = [self.projections[name](x) for name, x in zip(self.in_features, inputs)]
         coarsest = inputs[-1]

@@ -1,4 +1,4 @@
-"""DETR's sine position encoding, counted over each image's own cells."""
+"""DETR's sine position encoding, counted over each image's own cells, and that of boxes."""
 
 import math
 
@@ -14,55 +14,35 @@ class SinePositionEncoding(nn.Module):
 
     Args:
         embed_dim: d, a multiple of 4: half for y, half for x, each half sines and cosines.
-        temperature: base of the geometric series of wave lengths.
     """
 
-    def __init__(self, embed_dim: int, temperature: float = 10000.0):
+    def __init__(self, embed_dim: int):
         super().__init__()
         if embed_dim % 4:
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of 4.")
         self.num_features = embed_dim // 2
-        self.temperature = temperature
 
     def forward(self, padding_mask: Tensor) -> Tensor:
-        """
-        Args:
-            padding_mask: (B, h, w) bool, True on padding.
-
-        Returns:
-            (B, d, h, w) float32: the features of y, then those of x.
-        """
+        """(B, h, w) bool, True on padding, to (B, d, h, w) float32: the features of y, then those
+        of x."""
         valid = (~padding_mask).float()
         rows, columns = valid.cumsum(1), valid.cumsum(2)
         rows = rows / (rows[:, -1:, :] + 1e-6) * (2 * math.pi)
         columns = columns / (columns[:, :, -1:] + 1e-6) * (2 * math.pi)
-
-        feature = torch.arange(self.num_features, dtype=torch.float32, device=valid.device)
-        wave_length = self.temperature ** (2 * (feature // 2) / self.num_features)
-        return torch.cat([self._waves(rows, wave_length), self._waves(columns, wave_length)], 1)
-
-    @staticmethod
-    def _waves(angle: Tensor, wave_length: Tensor) -> Tensor:
-        """(B, h, w) and (F,) -> (B, F, h, w), sine and cosine by turns."""
-        phase = angle[:, None] / wave_length[:, None, None]
-        return torch.stack([phase[:, 0::2].sin(), phase[:, 1::2].cos()], dim=2).flatten(1, 2)
+        waves = [_waves(angle, self.num_features, 10000.0) for angle in (rows, columns)]
+        return torch.cat(waves, dim=-1).permute(0, 3, 1, 2)
 
 
-def encode_boxes(boxes: Tensor, embed_dim: int, temperature: float = 20.0) -> Tensor:
-    """Sine encoding of boxes (DAB-DETR, section 4.2).
+def encode_boxes(boxes: Tensor, embed_dim: int) -> Tensor:
+    """Sine encoding of boxes (DAB-DETR, section 4.2), (..., 4) cxcywh in [0, 1] to (..., 2 d):
+    d / 2 sines and cosines of each of the four numbers."""
+    # The base is lower than that of cells, since half a box is a large distance.
+    return _waves(boxes * (2 * math.pi), embed_dim // 2, 20.0).flatten(-2)
 
-    Args:
-        boxes: (..., 4) cxcywh in [0, 1].
-        embed_dim: d, a multiple of 4.
-        temperature: base of the geometric series of wave lengths; lower than that of cells, since
-            half a box is a large distance.
 
-    Returns:
-        (..., 2 d): d / 2 sines and cosines of each of the four numbers.
-    """
-    num_features = embed_dim // 2
-    feature = torch.arange(num_features, dtype=torch.float32, device=boxes.device)
-    wave_length = temperature ** (2 * (feature // 2) / num_features)
-    phase = boxes[..., None] * (2 * math.pi) / wave_length
-    waves = torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1)
-    return waves.flatten(-3)
+def _waves(angle: Tensor, num_features: int, temperature: float) -> Tensor:
+    """(...) angles to (..., F), sine and cosine by turns. Wave lengths are a geometric series whose
+    base is the temperature."""
+    feature = torch.arange(0, num_features, 2, dtype=torch.float32, device=angle.device)
+    phase = angle[..., None] / temperature ** (feature / num_features)
+    return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(-2)

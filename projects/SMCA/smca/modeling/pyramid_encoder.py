@@ -16,12 +16,7 @@ _NUM_GROUPS = 16
 
 
 class ConvBlock(nn.Module):
-    """A residual block of convolutions 1x1, 3x3, 1x1, as in a ResNet.
-
-    Args:
-        embed_dim: d.
-        hidden_dim: channels of the 3x3 convolution.
-    """
+    """A residual block of convolutions 1x1, 3x3, 1x1, as in a ResNet."""
 
     def __init__(self, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -48,10 +43,8 @@ class PyramidEncoder(nn.Module):
     Args:
         num_scales: L, fine to coarse; each scale has twice the stride of the one before.
         embed_dim: d, a multiple of 16, as is `hidden_dim`.
-        num_heads: H.
-        ffn_dim: width of the feed-forward block.
+        num_heads, ffn_dim, dropout: of the attention, as in `TransformerEncoder`.
         hidden_dim: channels of the 3x3 convolutions.
-        dropout: of attention weights and of each attention block's result.
     """
 
     def __init__(
@@ -80,13 +73,7 @@ class PyramidEncoder(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, scales: List[Scale]) -> List[Scale]:
-        """
-        Args:
-            scales: the L scales, fine to coarse.
-
-        Returns:
-            The scales with encoded tokens, in the same order.
-        """
+        """The L scales, fine to coarse, with encoded tokens."""
         maps = [norm(scale.as_map(scale.tokens)) for norm, scale in zip(self.input_norms, scales)]
         last, tokens = scales[-1], as_tokens(maps[-1])
         mask = additive_mask(last.padding_mask, autocast_dtype(tokens))

@@ -45,8 +45,7 @@ class LearnedQueries(nn.Module):
     """The same queries for every image: a learned position, and zeros as content (DETR).
 
     Args:
-        num_queries: Q.
-        embed_dim: d.
+        num_queries, embed_dim: Q and d.
     """
 
     has_boxes = False
@@ -70,9 +69,7 @@ class ProposedQueries(nn.Module):
     such cells than queries, the cells with the lowest scores follow.
 
     Args:
-        num_queries: Q.
-        embed_dim: d.
-        num_classes: C.
+        num_queries, embed_dim, num_classes: Q, d and C.
         project: as in `CellHead`.
     """
 

@@ -23,21 +23,15 @@ class Scale(NamedTuple):
 
     A tuple, so that activation checkpointing finds the tensors, whose devices' random numbers it
     has to restore.
-
-    Attributes:
-        tokens: (B, S, d) features.
-        position: (B, S, d) position encoding, scale embedding included.
-        padding_mask: (B, S) bool, True on padding; None, on all scales, where no image of the
-            batch is padded, which lets attention use the faster kernels.
-        size: (h, w) in cells.
-        stride: pixels a cell.
     """
 
-    tokens: Tensor
-    position: Tensor
+    tokens: Tensor  # (B, S, d) features
+    position: Tensor  # (B, S, d) position encoding, scale embedding included
+    # (B, S) bool, True on padding; None, on all scales, where no image of the batch is padded,
+    # which lets attention use the faster kernels
     padding_mask: Optional[Tensor]
-    size: Size
-    stride: int
+    size: Size  # (h, w) in cells
+    stride: int  # pixels a cell
 
     def with_tokens(self, tokens: Tensor) -> "Scale":
         """The same scale with other features."""
@@ -52,12 +46,6 @@ class Scale(NamedTuple):
 def as_tokens(feature_map: Tensor) -> Tensor:
     """(B, d, h, w) map as (B, S, d) tokens."""
     return feature_map.flatten(2).transpose(1, 2)
-
-
-def join_padding_masks(scales: Sequence[Scale]) -> Optional[Tensor]:
-    """The padding masks of all scales as one (B, S), or None if nothing is padded."""
-    masks = [scale.padding_mask for scale in scales if scale.padding_mask is not None]
-    return torch.cat(masks, dim=1) if masks else None
 
 
 def padding_masks(
@@ -75,8 +63,8 @@ def padding_masks(
         device: of the result.
 
     Returns:
-        (B, h, w) bool for each scale, True on padding. None for all if no cell of any is padding,
-        but not for a tensor of sizes, so that a graph holds for all values.
+        (B, h, w) bool for each scale. None for all if no cell of any is padding, but not for a
+        tensor of sizes, so that a graph holds for all values.
     """
     if not isinstance(image_sizes, Tensor):
         last_cells = [(n, m, h, w) for n, m in image_sizes for h, w in sizes]
@@ -88,10 +76,8 @@ def padding_masks(
 
 
 def padding_mask(image_sizes: Tensor, padded_size: Size, size: Size) -> Tensor:
-    """One scale's padding mask, (B, h, w). Arguments as of `padding_masks`.
-
-    Cell i of h is padding if pixel floor(i H / h) is, so a partly padded cell counts as valid.
-    """
+    """One scale's padding mask, see `padding_masks`. Cell i of h is padding if pixel floor(i H / h)
+    is, so a partly padded cell counts as valid."""
     row_is_padding, column_is_padding = (
         # floor(i H / h) < n, for a whole number n, is i H < n h.
         torch.arange(cells, device=image_sizes.device) * pixels

@@ -22,19 +22,7 @@ import math
 import pydoc
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import (
-    Any,
-    ClassVar,
-    ContextManager,
-    Dict,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-    Union,
-)
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +33,7 @@ PUBLISHED_BETA = 8.0
 HALF_CELL = 0.5
 
 
-def float32_region(tensor: Tensor) -> ContextManager[Any]:
+def float32_region(tensor: Tensor) -> contextlib.AbstractContextManager:
     """A context without autocast, for coordinates: half precision would round them to several
     pixels."""
     if torch.is_autocast_enabled(tensor.device.type):
@@ -58,17 +46,12 @@ def float32_region(tensor: Tensor) -> ContextManager[Any]:
 
 class Channels(NamedTuple):
     """Log-weights written as dot products of queries and cells. Any attention kernel adds them to
-    its logits when the channels are appended to queries and keys.
+    its logits when the channels are appended to queries and keys."""
 
-    Attributes:
-        query: (B, H', Q, k) float32.
-        cells: (h * w, k) float32, all whole numbers.
-        long: the channels whose whole numbers take more than 8 bits on large maps. A slice: a GPU
-            would have to wait for a list.
-    """
-
-    query: Tensor
-    cells: Tensor
+    query: Tensor  # (B, H', Q, k) float32
+    cells: Tensor  # (h * w, k) float32, all whole numbers
+    # The channels whose whole numbers take more than 8 bits on large maps. A slice: a GPU would
+    # have to wait for a list.
     long: slice
 
 
@@ -76,8 +59,8 @@ class Channels(NamedTuple):
 class WeightMap(ABC):
     """The maps of all queries and heads on one scale.
 
-    A shape defines `log_weights_at`, and if its log-weights are dot products `channels` too, with
-    which it runs in the fast kernels.
+    A shape defines `log_weights_at`. If its log-weights are dot products, it defines `channels` as
+    well, with which it runs in the fast kernels.
 
     Attributes:
         centers: (B, H', Q, 2) heads' centers (x, y) in cells.
@@ -97,14 +80,8 @@ class WeightMap(ABC):
 
     @abstractmethod
     def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
-        """Log-weights at distances from the heads' centers, at most 0.
-
-        Args:
-            dx, dy: (B, H', Q, 1, w) and (B, H', Q, h, 1), in units.
-
-        Returns:
-            (B, H', Q, h, w)
-        """
+        """(B, H', Q, h, w) log-weights, at most 0, at distances from the heads' centers, dx
+        (B, H', Q, 1, w) and dy (B, H', Q, h, 1), in units."""
 
     def log_weights(self, x: Optional[Tensor] = None, y: Optional[Tensor] = None) -> Tensor:
         """(B, H', Q, h, w) log-weights of all cells, or of the positions x (w,) and y (h,), which
@@ -153,30 +130,21 @@ class Gaussian(WeightMap):
     def channels(self) -> Channels:
         # -p (x - c)^2 = -p x^2 + 2 p c x - p c^2 for each axis. The last term is the same for all
         # cells, but it keeps the logits small, and with them the rounding of the gradients.
-        c_x, c_y = self._centers_from_middle()
+        # Counted from the middle cell, coordinates and their products are small whole numbers.
+        height, width = self.size
+        c_x, c_y = self.centers[..., 0] - width // 2, self.centers[..., 1] - height // 2
         precisions = self.precisions
         if self.unit is not None:
             precisions = precisions / self.unit.square()
         p_x, p_y = precisions.unbind(-1)
         shared = (p_x * c_x.square() + p_y * c_y.square()) / 64  # float16 ends at 65504
         query = [-p_x, 2 * p_x * c_x, -p_y, 2 * p_y * c_y, -shared]
-        x, y = self._cells_from_middle()
-        cells = [x * x, x, y * y, y, torch.full_like(x, 64)]
-        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=slice(0, 3, 2))
-
-    # Counted from the middle cell, coordinates and their products are small whole numbers.
-
-    def _centers_from_middle(self) -> Tuple[Tensor, Tensor]:
-        height, width = self.size
-        return self.centers[..., 0] - width // 2, self.centers[..., 1] - height // 2
-
-    def _cells_from_middle(self) -> Tuple[Tensor, Tensor]:
-        """x and y of all cells, (h * w,) each."""
-        height, width = self.size
         device = self.centers.device
         x = torch.arange(width, dtype=torch.float32, device=device) - width // 2
         y = torch.arange(height, dtype=torch.float32, device=device) - height // 2
-        return x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()
+        x, y = x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()
+        cells = [x * x, x, y * y, y, torch.full_like(x, 64)]
+        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=slice(0, 3, 2))
 
 
 class SingleGaussian(Gaussian):
@@ -208,54 +176,12 @@ class CovarianceGaussian(WeightMap):
         return -(p_x * dx2 + p_y * dy2) - p_xy * dx2 * dy2
 
 
-class RotatedGaussian(Gaussian):
-    """-((a_x dx + a_xy dy)^2 + (a_y dy)^2): a Gaussian along any axes.
-
-    (a_x, a_xy; 0, a_y) is a Cholesky factor of its precision matrix, so that no prediction makes
-    that indefinite. It starts as the axis-aligned Gaussian: a_x = a_y = 1, a_xy = 0."""
-
-    initial_spreads = (1.0, 1.0, 0.0)
-
-    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
-        a_x, a_y, a_xy = self._spreads_of_cells()
-        return -self.factor * ((a_x * dx + a_xy * dy).square() + (a_y * dy).square())
-
-    def channels(self) -> Channels:
-        a_x, a_y, a_xy = self.spreads.unbind(-1)
-        if self.unit is not None:
-            unit_x, unit_y = self.unit.unbind(-1)
-            a_x, a_y, a_xy = a_x / unit_x, a_y / unit_y, a_xy / unit_y
-        p_xx = self.factor * a_x.square()
-        p_yy = self.factor * (a_xy.square() + a_y.square())
-        p_xy = self.factor * a_x * a_xy
-        c_x, c_y = self._centers_from_middle()
-        slope_x, slope_y = p_xx * c_x + p_xy * c_y, p_xy * c_x + p_yy * c_y
-        shared = (slope_x * c_x + slope_y * c_y) / 64
-        query = [-p_xx, 2 * slope_x, -p_yy, 2 * slope_y, -2 * p_xy, -shared]
-        x, y = self._cells_from_middle()
-        cells = [x * x, x, y * y, y, x * y, torch.full_like(x, 64)]
-        return Channels(torch.stack(query, -1), torch.stack(cells, -1), long=slice(0, 5, 2))
-
-
-class Laplacian(WeightMap):
-    """-(|a_x dx| + |a_y dy|): a sharper peak and longer tails. Along each axis it falls to 1 / e
-    where the Gaussian does, so the distance takes the root of the factor."""
-
-    initial_spreads = (1.0, 1.0)
-
-    def log_weights_at(self, dx: Tensor, dy: Tensor) -> Tensor:
-        a_x, a_y = self._spreads_of_cells()
-        return -(self.factor**0.5) * ((a_x * dx).abs() + (a_y * dy).abs())
-
-
 # Short names, for `Modulation(map=...)`.
 MAPS: Dict[str, Type[WeightMap]] = {
     "fixed": FixedGaussian,
     "single": SingleGaussian,
     "independent": Gaussian,
     "covariance": CovarianceGaussian,
-    "rotated": RotatedGaussian,
-    "laplacian": Laplacian,
 }
 
 
@@ -309,9 +235,7 @@ class WeightMapPredictor(nn.Module):
 
     Args:
         modulation: the settings.
-        embed_dim: d.
-        num_heads: H.
-        num_scales: L.
+        embed_dim, num_heads, num_scales: d, H and L.
         in_boxes: queries have boxes, and distances are in units of these.
     """
 
@@ -330,13 +254,10 @@ class WeightMapPredictor(nn.Module):
         self.num_scales = num_scales
         self.in_boxes = in_boxes
         self.shape: Type[WeightMap] = settings.map  # type: ignore[assignment]
-        self.offset: Optional[nn.Linear] = None
-        self.spread: Optional[nn.Linear] = None
-        if settings.per_head:
-            self.offset = nn.Linear(embed_dim, num_scales * num_heads * 2)
+        num_maps = num_scales * self.num_heads
+        self.offset = nn.Linear(embed_dim, num_maps * 2) if settings.per_head else None
         num_spreads = len(self.shape.initial_spreads)
-        if num_spreads:
-            self.spread = nn.Linear(embed_dim, num_scales * self.num_heads * num_spreads)
+        self.spread = nn.Linear(embed_dim, num_maps * num_spreads) if num_spreads else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -397,9 +318,7 @@ class WeightMapPredictor(nn.Module):
             maps.append(self.shape(centers, values, factor, scale.size, unit))
         return maps
 
-    def _predict(
-        self, linear: Optional[nn.Linear], queries: Tensor
-    ) -> Optional[Tuple[Tensor, ...]]:
+    def _predict(self, linear: Optional[nn.Module], queries: Tensor) -> Optional[Sequence[Tensor]]:
         """(B, H', Q, n) for each scale."""
         if linear is None:
             return None

@@ -8,12 +8,3 @@ from .recipe import (
     step_schedule,
     steps_of_epochs,
 )
-
-__all__ = [
-    "COCO_TRAIN_IMAGES",
-    "Muon",
-    "backbone_lr_factor",
-    "layer_lr_factor",
-    "step_schedule",
-    "steps_of_epochs",
-]

@@ -22,11 +22,8 @@ class Muon(torch.optim.AdamW):
     attention, three times as many rows as columns, are three matrices.
 
     Args:
-        params: parameters or groups of them.
-        lr: the learning rate, the same for both kinds of update.
-        weight_decay: decoupled weight decay, as in AdamW.
+        params, lr, weight_decay, kwargs: as in AdamW, the same for both kinds of update.
         momentum: Nesterov's momentum of the matrices' gradients.
-        kwargs: further arguments of ``torch.optim.AdamW``.
     """
 
     def __init__(

@@ -9,12 +9,8 @@ COCO_TRAIN_IMAGES = 118287
 
 
 def backbone_lr_factor(factor: float) -> Callable[[str], float]:
-    """The backbone learns at `factor` times the learning rate of the rest.
-
-    Returns:
-        A function from a parameter's name to its factor, for
-        ``get_default_optimizer_params(lr_factor_func=...)``.
-    """
+    """The backbone learns at `factor` times the learning rate of the rest, see
+    :func:`layer_lr_factor`."""
     return layer_lr_factor({"backbone": factor})
 
 
@@ -27,7 +23,8 @@ def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
             where none does.
 
     Returns:
-        From a parameter's name to its factor, see :func:`backbone_lr_factor`.
+        A function from a parameter's name to its factor, for
+        ``get_default_optimizer_params(lr_factor_func=...)``.
     """
     by_length = sorted(factors.items(), key=lambda item: -len(item[0]))
 
@@ -39,27 +36,16 @@ def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
 
 
 def steps_of_epochs(epochs: float, num_images: int, batch_size: int, accumulate: int = 1) -> int:
-    """Iterations of so many epochs, at least 1.
-
-    Args:
-        num_images: number of images of an epoch.
-        batch_size: number of images of a batch, in all processes together.
-        accumulate: number of batches of an iteration.
-    """
+    """Iterations of so many epochs, at least 1. An iteration has `accumulate` batches, each of
+    `batch_size` images in all processes together."""
     return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
 
 def step_schedule(
     epochs: int, drop_epoch: int, batch_size: int, num_images: int = COCO_TRAIN_IMAGES
 ) -> Tuple[int, Dict[str, Any]]:
-    """Iterations of a training of `epochs` whose rate is divided by 10 after `drop_epoch` epochs.
-
-    Args:
-        batch_size: number of images of an iteration, in all processes together.
-        num_images: number of images of an epoch.
-
-    Returns:
-        ``train.max_iter`` and ``lr_multiplier`` of a LazyConfig.
+    """``train.max_iter`` and ``lr_multiplier`` of a training of `epochs` whose rate is divided by
+    10 after `drop_epoch` epochs. An iteration has `batch_size` images in all processes together.
 
     Raises:
         ValueError: there are fewer images than a batch has.
@@ -74,7 +60,5 @@ def step_schedule(
     # fvcore's scheduler looks a millionth of the training ahead, more than one iteration of a
     # long one.
     ahead = int(MultiStepParamScheduler.WHERE_EPSILON * max_iter)
-    schedule = L(MultiStepParamScheduler)(
-        values=[1.0, 0.1], milestones=[drop + ahead], num_updates=max_iter
-    )
-    return max_iter, schedule
+    settings = dict(values=[1.0, 0.1], milestones=[drop + ahead], num_updates=max_iter)
+    return max_iter, L(MultiStepParamScheduler)(**settings)
