@@ -206,8 +206,6 @@ def test_scale_weights_are_the_decoders(multi_scale):
     )
     weights = logits[0, detection.query].softmax(-1).numpy()
     assert detection.scale_weights == pytest.approx(weights, abs=1e-6)
-    expected = sum(w * m for w, m in zip(weights, detection.maps))
-    assert detection.combined() == pytest.approx(expected, abs=1e-6)
 
 
 def test_maps_belong_to_the_detections_chosen(multi_scale):

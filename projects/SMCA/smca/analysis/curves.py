@@ -22,18 +22,12 @@ _RESULTS = {"bbox/AP": "AP", "bbox/AP50": "AP50", "bbox/AP75": "AP75"}
 
 
 def read_metrics(path: str) -> Metrics:
-    """Read the ``metrics.json`` of a training.
+    """Iterations and values of each metric of a training's ``metrics.json``, which Detectron2's
+    JSONWriter writes.
 
     Lines that are no JSON, as a run leaves that was stopped while it wrote, or have no iteration
     are skipped. Where a metric goes back to an earlier iteration, a resumed run replaces what the
     run before wrote from there on.
-
-    Args:
-        path: of a file with one JSON object with ``iteration`` a line, as Detectron2's JSONWriter
-            writes.
-
-    Returns:
-        Iterations and values of each metric.
 
     Raises:
         UserError: there is no such file, or there is nothing in it.
@@ -70,9 +64,6 @@ def read_metrics(path: str) -> Metrics:
 
 def draw_curves(metrics: Metrics) -> Figure:
     """Losses, and AP where there was an evaluation, over the iterations.
-
-    Args:
-        metrics: from `read_metrics`; what is absent is left out.
 
     Raises:
         UserError: there is nothing to draw.

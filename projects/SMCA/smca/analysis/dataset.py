@@ -38,25 +38,15 @@ _MIXED_LEVELS = (
 
 @dataclass
 class DataSplit:
-    """A COCO JSON with what is wrong with it.
-
-    Attributes:
-        json_file, image_root: where it is.
-        problems: all that keep it from being used.
-        class_names: of the valid categories, by ascending id, or in the order of the data set
-            whose categories it has to have.
-        dataset_dicts: its valid images with their valid annotations, in Detectron2's format.
-        source: what messages name: the JSON, or the folder of labels that it was made from.
-        remarks: on what was left out when it was made.
-    """
+    """A COCO JSON with what is wrong with it."""
 
     json_file: str
-    image_root: str
-    problems: List[Problem]
+    problems: List[Problem]  # all that keep it from being used
+    # of the valid categories, by ascending id, or in the order of the data set whose it has to have
     class_names: List[str]
-    dataset_dicts: List[Dict[str, Any]]
-    source: str
-    remarks: List[str]
+    dataset_dicts: List[Dict[str, Any]]  # its valid images with their valid annotations
+    source: str  # what messages name: the JSON, or the folder of labels that it was made from
+    remarks: List[str]  # on what was left out when it was made
 
 
 def examine(
@@ -67,11 +57,10 @@ def examine(
     check_images: bool = True,
     progress: Callable[..., Iterable[Any]] = lambda items, total: items,
 ) -> DataSplit:
-    """Find all problems of a data set.
+    """Find all problems of a data set in COCO's format.
 
     Args:
-        json_file: in COCO's format.
-        image_root: the folder that ``file_name`` is relative to.
+        json_file, image_root: the file, and the folder that ``file_name`` is relative to.
         categories_from: another COCO JSON that must have the same categories.
         check_images: decode every image, in a few threads.
         progress: wraps the images, whose number is `total`, as `tqdm.tqdm` does.
@@ -106,7 +95,6 @@ def examine(
     ]
     return DataSplit(
         json_file,
-        image_root,
         problems,
         order or [category["name"] for category in sorted_by_id(good["categories"])],
         dataset_dicts(good, image_root, order),
@@ -119,12 +107,9 @@ def examine(
 
 
 def statistics_of(*splits: DataSplit) -> Dict[str, Any]:
-    """Sizes and numbers of what is valid of a data set, without crowds, or of several together:
-    those that have the first one's classes.
-
-    Returns:
-        A dict for JSON. Sizes are in pixels; an object's is the square root of its box's area.
-    """
+    """Sizes and numbers, for JSON, of what is valid of a data set, without crowds, or of several
+    together: those that have the first one's classes. Sizes are in pixels; an object's is the
+    square root of its box's area."""
     names = splits[0].class_names
     items = [item for split in splits if split.class_names == names for item in split.dataset_dicts]
     objects = [[a for a in item["annotations"] if not a["iscrowd"]] for item in items]
@@ -156,15 +141,8 @@ def training_splits(splits: Mapping[str, DataSplit]) -> Dict[str, DataSplit]:
 
 
 def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List[str]:
-    """What does not keep a data set from being used, but may not be meant.
-
-    Args:
-        splits: by their names, as in `training_splits`.
-        num_examples: of pictures that are in two places.
-
-    Returns:
-        Sentences.
-    """
+    """Sentences on what does not keep a data set from being used, but may not be meant, with so
+    many examples of pictures in two places. Splits have names as in `training_splits`."""
     remarks = [f"{name}: {remark}" for name, split in splits.items() for remark in split.remarks]
     training = training_splits(splits)
     groups = {"train": list(training.values())}
@@ -243,15 +221,8 @@ def draw_training_images(
     image_format: str = "RGB",
     seed: int = 0,
 ) -> Figure:
-    """A contact sheet of images and boxes as the model gets them in training.
-
-    Args:
-        mapper: the training mapper, such as `smca.data.DetrDatasetMapper`.
-        split: images are taken evenly from it, those with objects only; at least one.
-        count: of images.
-        image_format: the mapper's.
-        seed: of the augmentation.
-    """
+    """A contact sheet of so many images of a split that have objects, at least one, and boxes as
+    the training mapper, of that image format and with that seed, gives them to the model."""
     seed_all_rng(seed)
     with_objects = [item for item in split.dataset_dicts if item["annotations"]]
     pictures, captions = [], []

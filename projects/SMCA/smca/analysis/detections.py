@@ -40,7 +40,7 @@ def draw_instances(
     """
     height, width = image.shape[:2]
     factor = math.ceil(_MIN_LONG_SIDE / max(height, width))
-    image = np.asarray(resize(image, width * factor, height * factor))
+    image = np.asarray(Image.fromarray(image).resize((width * factor, height * factor)))
     is_truth = instances.has("gt_boxes")
     classes = instances.gt_classes if is_truth else instances.pred_classes
     boxes = (instances.gt_boxes if is_truth else instances.pred_boxes).clone()
@@ -73,12 +73,8 @@ def draw_truth_and_detections(
 
 
 def truth_of(dataset_dict: Dict[str, Any]) -> Instances:
-    """The objects of a dataset dict in Detectron2's format.
-
-    Returns:
-        Instances with ``gt_boxes`` (XYXY in pixels of the original image), ``gt_classes`` and
-        ``gt_crowd``.
-    """
+    """The objects of a dataset dict in Detectron2's format: ``gt_boxes`` (XYXY in pixels of the
+    original image), ``gt_classes`` and ``gt_crowd``."""
     annotations = dataset_dict.get("annotations", [])
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     return Instances(
@@ -92,12 +88,7 @@ def truth_of(dataset_dict: Dict[str, Any]) -> Instances:
 def draw_contact_sheet(
     pictures: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 2
 ) -> Figure:
-    """Pictures in rows, each with its caption.
-
-    Args:
-        pictures: at least one, (height, width, 3) uint8, RGB, of any sizes.
-        captions: one for each.
-    """
+    """Pictures in rows, (height, width, 3) uint8 RGB of any sizes, each with its caption."""
     width = 7.0  # inches of a column
     rows = [pictures[i : i + num_columns] for i in range(0, len(pictures), num_columns)]
     heights = [width * max(map(aspect, row)) + 0.35 for row in rows]
@@ -110,11 +101,6 @@ def draw_contact_sheet(
         axes.imshow(picture)
         axes.set_title(plain_text(caption), fontsize=11)
     return figure
-
-
-def resize(image: np.ndarray, width: int, height: int) -> Image.Image:
-    """A (h, w, 3) uint8 image in another size in pixels."""
-    return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def aspect(image: np.ndarray) -> float:
@@ -138,11 +124,10 @@ def plain_text(text: str) -> str:
 
 
 class _Visualizer(Visualizer):
-    """Detectron2's. Its boxes can be seen on any ground. Its labels may have letters of any font in
-    Matplotlib's settings, and end within the image."""
+    """Detectron2's. Boxes are opaque, thin, and have a black border. Labels may have letters of any
+    font in Matplotlib's settings, and end within the image."""
 
     def draw_box(self, *args: Any, **kwargs: Any) -> VisImage:
-        """As in Detectron2, but opaque, thinner, and with a black border."""
         output = super().draw_box(*args, **{"alpha": 1.0, **kwargs})
         width = max(1.0, self._default_font_size / 6)  # points, which grow with the image
         output.ax.patches[-1].set_linewidth(width)
@@ -151,7 +136,6 @@ class _Visualizer(Visualizer):
         return output
 
     def draw_text(self, *args: Any, **kwargs: Any) -> VisImage:
-        """See Detectron2."""
         output = super().draw_text(*args, **kwargs)
         text = output.ax.texts[-1]
         text.set_fontfamily(matplotlib.rcParams["font.family"])

@@ -12,21 +12,8 @@ import contextlib
 import io
 import json
 import time
-from dataclasses import dataclass, field
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -46,36 +33,23 @@ RECALLS = np.linspace(0, 1, 101)  # of COCO's curves
 
 @dataclass
 class Evaluation:
-    """What is known of a detector on a data set. IoU is 0.5 where it is not said.
+    """What is known of a detector on a data set. IoU is 0.5 where it is not said."""
 
-    Attributes:
-        name: of the detector, for tables.
-        class_names, category_ids: by ascending id.
-        detections: COCO results with any score.
-        milliseconds: the median of an image's.
-        overall, classes, curves: see `average_precision`.
-        threshold: the least score of the detections that `f1`, `counts` and `confusion` count.
-        f1: 2 TP / (detections + objects) in percent.
-        counts, confusion: see `count_by_image` and `confusion_matrix`.
-        bins, calibration_error: see `calibrate`.
-        image_ids: from the ids of images to those of the user's JSON, where these are others.
-    """
-
-    name: str
-    class_names: List[str]
+    name: str  # of the detector, for tables
+    class_names: List[str]  # by ascending id
     category_ids: List[int]
-    detections: List[Detection]
-    milliseconds: float
-    overall: Dict[str, float]
+    detections: List[Detection]  # of any score
+    milliseconds: float  # the median of an image's
+    overall: Dict[str, float]  # this and the next two: see `average_precision`
     classes: Dict[int, Dict[str, float]]
     curves: Dict[int, np.ndarray]
-    threshold: float
-    f1: float
-    counts: Dict[int, Tuple[int, int, int]]
-    confusion: np.ndarray
-    bins: List[Dict[str, float]]
+    threshold: float  # the least score of the detections that the next three count
+    f1: float  # 2 TP / (detections + objects) in percent
+    counts: Dict[int, Tuple[int, int, int]]  # see `count_by_image`
+    confusion: np.ndarray  # see `confusion_matrix`
+    bins: List[Dict[str, float]]  # this and the next: see `calibrate`
     calibration_error: float
-    image_ids: Mapping[int, Union[int, str]] = field(default_factory=dict)
+    image_ids: Dict[int, Any]  # to the ids of the user's JSON, where these are others
 
     def to_json(self) -> Dict[str, Any]:
         """All but the detections, in plain types; None for what is not a number."""
@@ -111,16 +85,12 @@ def detect(
     category_ids: Sequence[int],
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Tuple[List[Detection], List[float]]:
-    """Run a detector on a data set, image by image.
-
-    Args:
-        predictor: gives all its detections, of whatever score.
-        dataset_dicts: in Detectron2's format, with ``image_id``.
-        category_ids: of the classes, by their index.
-        progress: wraps the images, as `tqdm.tqdm` does.
+    """Run a detector on a data set in Detectron2's format, image by image, which `progress` wraps
+    as `tqdm.tqdm` does.
 
     Returns:
-        COCO results, and the seconds that each image took, without reading its file.
+        COCO results with the classes' `category_ids`, of whatever score, and the seconds that each
+        image took, without reading its file.
 
     Raises:
         UserError: an image cannot be read, or the detector has classes that `category_ids` lacks.
@@ -149,7 +119,7 @@ def evaluate(
     detections: List[Detection],
     seconds: Sequence[float] = (),
     threshold: Optional[float] = None,
-    image_ids: Optional[Mapping[int, Union[int, str]]] = None,
+    image_ids: Optional[Dict[int, Any]] = None,
 ) -> Evaluation:
     """Compute all metrics of detections.
 
@@ -187,14 +157,9 @@ def evaluate(
     )
 
 
-def load_truth(annotations: Mapping[str, Any], image_ids: Optional[Sequence[int]] = None) -> COCO:
-    """An index of COCO annotations.
-
-    Args:
-        annotations: a COCO JSON's content, with ``area`` and ``iscrowd`` in each annotation; it is
-            not changed. Annotations get the ids 1, 2, ...
-        image_ids: the images to keep; None keeps all.
-    """
+def load_truth(annotations: Dict[str, Any], image_ids: Optional[Sequence[int]] = None) -> COCO:
+    """An index of a COCO JSON's content, with ``area`` and ``iscrowd`` in each annotation, and with
+    these images; None keeps all. Annotations get the ids 1, 2, ..."""
     kept = {image["id"] for image in annotations["images"]}
     if image_ids is not None:
         kept &= set(image_ids)
@@ -208,7 +173,7 @@ def load_truth(annotations: Mapping[str, Any], image_ids: Optional[Sequence[int]
     )
 
 
-def _index(dataset: Mapping[str, Any]) -> COCO:
+def _index(dataset: Dict[str, Any]) -> COCO:
     coco = COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):
@@ -234,10 +199,6 @@ def average_precision(
 ) -> Tuple[Dict[str, float], Dict[int, Dict[str, float]], Dict[int, np.ndarray]]:
     """COCO's average precision of boxes in percent, of up to 100 detections an image; nan where
     there is no object.
-
-    Args:
-        truth: from `load_truth`.
-        detections: on its images.
 
     Returns:
         overall: ``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, those of small, medium and
@@ -268,22 +229,15 @@ def average_precision(
     return overall, classes, curves
 
 
-class Matches(NamedTuple):
-    """N detections, those in crowds left out, by falling score, and the objects that they find.
+@dataclass
+class Matches:
+    """N detections, those in crowds left out, by falling score, and the objects that they find."""
 
-    Attributes:
-        scores: (N,).
-        image_ids: N.
-        classes: N category ids.
-        found: N category ids of the objects; None for a detection that finds none.
-        num_objects: of each image, by its id, without crowds.
-    """
-
-    scores: np.ndarray
+    scores: np.ndarray  # (N,)
     image_ids: List[int]
-    classes: List[int]
-    found: List[Optional[int]]
-    num_objects: Dict[int, int]
+    classes: List[int]  # category ids
+    found: List[Optional[int]]  # category ids of the objects; None for a detection that finds none
+    num_objects: Dict[int, int]  # of each image, by its id, without crowds
 
     @property
     def correct(self) -> np.ndarray:
@@ -294,14 +248,8 @@ class Matches(NamedTuple):
 def match(
     truth: COCO, detections: Sequence[Detection], iou: float = 0.5, by_class: bool = True
 ) -> Matches:
-    """Match detections and objects.
-
-    Args:
-        truth: from `load_truth`.
-        detections: on its images.
-        iou: the least one of a match.
-        by_class: only within a class; False: with objects of any class.
-    """
+    """Match detections and objects that have at least that IoU, only within a class or, if
+    `by_class` is false, with objects of any class."""
     evaluation = _evaluate(
         truth,
         detections,
@@ -354,11 +302,8 @@ def count_by_image(matches: Matches, threshold: float) -> Dict[int, Tuple[int, i
 
 
 def confusion_matrix(truth: COCO, detections: Sequence[Detection], threshold: float) -> np.ndarray:
-    """Which class objects are taken for, when they are matched with detections of any class.
-
-    Args:
-        truth, detections: as in `match`.
-        threshold: the least score of a detection that counts.
+    """Which class objects are taken for, when they are matched with detections of any class that
+    have at least the score `threshold`.
 
     Returns:
         (C + 1, C + 1) int64: a row for each class of the objects, by ascending category id, and
@@ -381,13 +326,8 @@ def confusion_matrix(truth: COCO, detections: Sequence[Detection], threshold: fl
 def calibrate(
     matches: Matches, min_score: float = 0.05, num_bins: int = 10
 ) -> Tuple[List[Dict[str, float]], float]:
-    """Compare scores with how often detections are right.
-
-    Args:
-        matches: of all detections.
-        min_score: detections below are left out. A detector gives a fixed number of detections,
-            nearly all with a score near 0, which would hide the others.
-        num_bins: between 0 and 1.
+    """Compare scores with how often detections are right. Those below `min_score` are left out: a
+    detector gives a fixed number of detections, nearly all with a score near 0.
 
     Returns:
         bins: of equal width: ``low`` and ``high`` score; ``count`` of detections with scores in

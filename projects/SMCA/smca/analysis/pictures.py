@@ -39,10 +39,8 @@ def write_pictures(
         dataset_dicts: in Detectron2's format; images are taken evenly from it.
         output_dir: is made if it does not exist.
         metrics_file: a training's ``metrics.json``; None draws no curves.
-        num_images: in ``validation.png``, at least 1.
-        num_detections: in ``gaussians.png``, at least 1.
-        confidence_threshold: least score in ``validation.png``.
-        layer, scale: of the maps, see `modulation_maps` and `draw_gaussians`.
+        num_images, confidence_threshold: of ``validation.png``, the least score.
+        num_detections, layer, scale: of ``gaussians.png``, see `draw_gaussians`.
         progress: wraps the images, as `tqdm.tqdm` does.
 
     Returns:
@@ -68,8 +66,8 @@ def write_pictures(
     figures = {"validation.png": draw_contact_sheet(pictures, captions)}
     if best:
         best.sort(key=lambda detection: -detection.score)
-        maps = draw_gaussians(best[:num_detections], predictor.class_names, scale)
-        figures["gaussians.png"] = maps
+        drawn = draw_gaussians(best[:num_detections], predictor.class_names, scale)
+        figures["gaussians.png"] = drawn
     if metrics_file is not None:
         figures["curves.png"] = draw_curves(read_metrics(metrics_file))
     os.makedirs(output_dir, exist_ok=True)

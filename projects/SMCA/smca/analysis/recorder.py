@@ -27,23 +27,15 @@ class LayerRecord:
 
     The methods take queries (K,), indices, and give numbers of the first image, in pixels of that
     image at `size`, (h, w).
-
-    Attributes:
-        index: of the layer, from 0.
-        num_layers: how many the decoder has.
-        weight_maps: of each of the L scales, in its cells.
-        center: (B, Q, 2) predicted center (x, y) in pixels of the model's input.
-        strides: L pixels (of the model's input) a cell.
-        image_sizes: (B, 2) width and height of the model's input without padding.
-        scale_weights: (B, Q, L), which add up to 1; None where the model does not select scales.
     """
 
-    index: int
-    num_layers: int
-    weight_maps: Sequence[WeightMap]
-    center: Tensor
-    strides: List[int]
-    image_sizes: Tensor
+    index: int  # of the layer
+    num_layers: int  # of the decoder
+    weight_maps: Sequence[WeightMap]  # of each of the L scales, in its cells
+    center: Tensor  # (B, Q, 2) predicted center (x, y) in pixels of the model's input
+    strides: List[int]  # L pixels (of the model's input) a cell
+    image_sizes: Tensor  # (B, 2) width and height of the model's input without padding
+    # (B, Q, L), which add up to 1; None where the model does not select scales
     scale_weights: Optional[Tensor] = None
 
     def centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
@@ -88,10 +80,7 @@ class LayerRecord:
 
 
 class Recorder:
-    """A context in which the calls of a model's decoder are recorded.
-
-    Args:
-        model: an `SMCA`.
+    """A context in which the calls of an `SMCA`'s decoder are recorded.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -130,13 +119,11 @@ class Recorder:
             self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
         self._handles = [self._decoder.register_forward_pre_hook(self._keep_sizes)]
         for index, layer in enumerate(self._decoder.layers):
-            for module, keep in (
-                (layer.modulation, self._keep_weight_maps),
-                (layer.scale_weight, self._keep_scale_weights),
-            ):
-                if module is not None:
-                    hook = functools.partial(keep, index)
-                    self._handles.append(module.register_forward_hook(hook))
+            keep: Any = functools.partial(self._keep_weight_maps, index)
+            self._handles.append(layer.modulation.register_forward_hook(keep))
+            if layer.scale_weight is not None:
+                keep = functools.partial(self._keep_scale_weights, index)
+                self._handles.append(layer.scale_weight.register_forward_hook(keep))
         return self
 
     def __exit__(self, *exc_info: Any) -> None:

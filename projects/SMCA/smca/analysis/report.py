@@ -46,7 +46,7 @@ def write_report(
     device: str = "",
     num_worst: int = 8,
 ) -> List[str]:
-    """Write ``report.html``, and ``report.json`` with its numbers.
+    """Write ``report.html``, and ``report.json`` with its numbers; gives their paths.
 
     Args:
         evaluations: at least one, all on the same data.
@@ -54,9 +54,6 @@ def write_report(
         output_dir: is made if need be.
         dataset, device: what was evaluated on, and where.
         num_worst: pictures of each detector's worst images.
-
-    Returns:
-        Paths of the two files.
 
     Raises:
         UserError: an image cannot be read.

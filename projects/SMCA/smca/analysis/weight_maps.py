@@ -12,12 +12,12 @@ import torch
 from detectron2.structures import Instances
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from smca.analysis.detections import DPI, aspect, class_color, class_name, plain_text, resize
+from smca.analysis.detections import DPI, aspect, class_color, class_name, plain_text
 from smca.analysis.recorder import LayerRecord, Recorder
 from smca.errors import UserError
 
@@ -32,37 +32,22 @@ _SCALE_MARKERS = "osD^vP"
 class DetectionMaps:
     """A detection and where the query that made it looks, in one decoder layer.
 
-    All positions are in pixels of `image`.
-
-    Attributes:
-        image: (h, w, 3) uint8 RGB.
-        box, class_index, score: of the detection; the box is XYXY.
-        query: index of the query.
-        layer, num_layers: index of the decoder's layer, and how many it has.
-        center: (2,) predicted center (x, y), the same for all heads.
-        head_centers: (L, H', 2), where H' is 1 if the heads share their map.
-        maps: (L, H', h, w) weights exp(log-weight), 1 at a head's center. Row i and column j are
-            at y = i and x = j.
-        scale_weights: (L,), adding up to 1; equal where the model does not select scales.
-        strides: L pixels (of the model's input) a cell.
+    All positions are in pixels of `image`. H' is 1 if the heads share their map.
     """
 
-    image: np.ndarray
-    box: np.ndarray
+    image: np.ndarray  # (h, w, 3) uint8 RGB
+    box: np.ndarray  # XYXY
     class_index: int
     score: float
-    query: int
-    layer: int
+    query: int  # its index
+    layer: int  # its index
     num_layers: int
-    center: np.ndarray
-    head_centers: np.ndarray
+    center: np.ndarray  # (2,) predicted center (x, y), the same for all heads
+    head_centers: np.ndarray  # (L, H', 2)
+    # (L, H', h, w) exp(log-weight), 1 at a head's center; row i and column j are at y = i and x = j
     maps: np.ndarray
-    scale_weights: np.ndarray
-    strides: List[int]
-
-    def combined(self) -> np.ndarray:
-        """(H', h, w), the maps of all scales, weighted with the query's scale weights."""
-        return np.tensordot(self.scale_weights, self.maps, axes=1)
+    scale_weights: np.ndarray  # (L,), adding up to 1; equal where the model does not select scales
+    strides: List[int]  # L pixels (of the model's input) a cell
 
 
 def modulation_maps(
@@ -71,16 +56,9 @@ def modulation_maps(
     select: Optional[Callable[[Instances], Sequence[int]]] = None,
     layer: int = -1,
 ) -> List[DetectionMaps]:
-    """Detect objects, and compute where their queries look.
-
-    Args:
-        predictor: its model is looked into.
-        image: (height, width, 3) uint8, RGB.
-        select: gives the indices of the wanted detections; None takes the best one.
-        layer: index of the decoder's layer.
-
-    Returns:
-        The maps of each detection, on a copy of `image` whose long side is 384 pixels.
+    """Detect objects in an (h, w, 3) uint8 RGB image, and compute where their queries look in the
+    decoder layer of that index. `select` gives the indices of the wanted detections; None takes the
+    best one.
 
     Raises:
         NoModulationError: the model has no modulation.
@@ -93,7 +71,8 @@ def modulation_maps(
 
 
 def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> List[DetectionMaps]:
-    """Where the queries of some detections look, see `modulation_maps`.
+    """Where the queries of some detections look, on a copy of `image` whose long side is 384
+    pixels.
 
     Args:
         instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``, ``pred_classes``
@@ -104,7 +83,7 @@ def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> Lis
     height, width = image.shape[:2]
     factor = _MAP_LONG_SIDE / max(height, width)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    drawn = np.asarray(resize(image, size[1], size[0]))
+    drawn = np.asarray(Image.fromarray(image).resize(size[::-1]))
     queries = instances.query_indices
     arrays = (
         instances.pred_boxes.tensor * torch.tensor([size[1] / width, size[0] / height] * 2),
@@ -138,7 +117,7 @@ def draw_gaussians(
 
     Args:
         detections: at least one.
-        class_names: a class without a name is shown by its index.
+        class_names: as in `draw_instances`.
         scale: index of the scale whose map is drawn, 0 is the finest; None draws the sum over the
             scales, weighted with the query's scale weights.
 
@@ -157,46 +136,53 @@ def draw_gaussians(
     figure = Figure(size, dpi=DPI, layout="constrained")
     rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for subfigure, detection in zip(rows, detections):
-        _draw_detection_row(subfigure, detection, class_names, scale, num_rows, num_columns)
+        subfigure.suptitle(plain_text(_describe(detection, class_names, scale)), fontsize=11)
+        ratios = [num_rows] + [1] * num_columns
+        grid = subfigure.add_gridspec(num_rows, num_columns + 1, width_ratios=ratios)
+        shares = detection.scale_weights if scale is None else np.eye(num_scales)[scale]
+        _draw_overview(subfigure.add_subplot(grid[:, 0]), detection, shares)
+        for head in range(num_heads):
+            axes = subfigure.add_subplot(grid[head // num_columns, 1 + head % num_columns])
+            _draw_head(axes, detection, shares, head)
     handles, labels = figure.axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
-def _draw_detection_row(
-    figure: SubFigure,
-    detection: DetectionMaps,
-    class_names: Sequence[str],
-    scale: Optional[int],
-    num_rows: int,
-    num_columns: int,
-) -> None:
-    figure.suptitle(plain_text(_describe(detection, class_names, scale)), fontsize=11)
-    grid = figure.add_gridspec(
-        num_rows, num_columns + 1, width_ratios=[num_rows] + [1] * num_columns
-    )
-    overview = figure.add_subplot(grid[:, 0])
-    _show_image(overview, detection.image, "detection and heads' centers")
-    _draw_box(overview, detection, linewidth=2)
-    shares = detection.scale_weights if scale is None else np.eye(len(detection.strides))[scale]
+def _draw_overview(axes: Axes, detection: DetectionMaps, shares: np.ndarray) -> None:
+    """The detection, and its heads' centers, the means of those of the scales with `shares`."""
+    _show_image(axes, detection.image, "detection and heads' centers")
+    _draw_box(axes, detection, linewidth=2)
     centers = np.tensordot(shares, detection.head_centers, axes=1)
     style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True, fontsize=6.5)
     for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
-        overview.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
-        overview.text(x, y, str(head + 1), color="black", **style)
-    _draw_center(overview, detection, markersize=11)
+        axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
+        axes.text(x, y, str(head + 1), color="black", **style)
+    _draw_center(axes, detection, markersize=11)
 
-    maps = detection.combined() if scale is None else detection.maps[scale]
+
+def _draw_head(axes: Axes, detection: DetectionMaps, shares: np.ndarray, head: int) -> None:
+    """A head's map, the sum of those of the scales with `shares`, over the image."""
     gray = 0.55 * np.asarray(Image.fromarray(detection.image).convert("L"))
     background = np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-    for head, weights in enumerate(maps):
-        axes = figure.add_subplot(grid[head // num_columns, 1 + head % num_columns])
-        _show_image(axes, background, f"head {head + 1}" if len(maps) > 1 else "all heads")
-        _overlay_map(axes, weights)
-        _draw_box(axes, detection, linewidth=1)
-        for index in range(len(detection.strides)) if scale is None else [scale]:
-            _draw_head_center(axes, detection, index, head)
-        _draw_center(axes, detection, markersize=7)
+    has_others = detection.maps.shape[1] > 1
+    _show_image(axes, background, f"head {head + 1}" if has_others else "all heads")
+    weights = np.tensordot(shares, detection.maps[:, head], axes=1)
+    colors = colormaps["inferno"](weights)
+    colors[..., 3] = 0.8 * weights**0.6
+    # The weight in row 0 and column 0 is that of the position (0, 0), not of a pixel's middle.
+    height, width = weights.shape
+    axes.imshow(colors, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    _draw_box(axes, detection, linewidth=1)
+    for scale in np.flatnonzero(shares):
+        # Larger and clearer, the more the query reads from that scale.
+        share, marker = shares[scale], _SCALE_MARKERS[scale % len(_SCALE_MARKERS)]
+        style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markeredgewidth=0.7)
+        style.update(markersize=2.5 + 2 * share, alpha=0.4 + 0.6 * share)
+        label = f"head's center, stride {detection.strides[scale]}"
+        axes.plot(*detection.head_centers[scale, head], marker, label=label, **style)
+    _draw_center(axes, detection, markersize=7)
 
 
 def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optional[int]) -> str:
@@ -222,16 +208,6 @@ def _show_image(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
-def _overlay_map(axes: Axes, weights: np.ndarray) -> None:
-    """Draw (h, w) weights from 0 to 1 over an image of h x w pixels."""
-    height, width = weights.shape
-    colors = colormaps["inferno"](weights)
-    colors[..., 3] = 0.8 * weights**0.6
-    # The weight in row 0 and column 0 is that of the position (0, 0), not of a pixel's middle.
-    axes.imshow(colors, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-
-
 def _draw_box(axes: Axes, detection: DetectionMaps, linewidth: float) -> None:
     x0, y0, x1, y1 = detection.box
     style: Dict[str, Any] = dict(fill=False, linewidth=linewidth, label="box")
@@ -244,13 +220,3 @@ def _draw_center(axes: Axes, detection: DetectionMaps, markersize: float) -> Non
     style: Dict[str, Any] = dict(color="white", markersize=markersize, markeredgewidth=2)
     style.update(path_effects=[withStroke(linewidth=4, foreground="black")])
     axes.plot(*detection.center, "+", label="predicted center, shared by the heads", **style)
-
-
-def _draw_head_center(axes: Axes, detection: DetectionMaps, scale: int, head: int) -> None:
-    """Larger and clearer, the more the query reads from that scale."""
-    weight = detection.scale_weights[scale] if len(detection.strides) > 1 else 1.0
-    style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markeredgewidth=0.7)
-    style.update(markersize=2.5 + 2 * weight, alpha=0.4 + 0.6 * weight)
-    marker = _SCALE_MARKERS[scale % len(_SCALE_MARKERS)]
-    label = f"head's center, stride {detection.strides[scale]}"
-    axes.plot(*detection.head_centers[scale, head], marker, label=label, **style)
