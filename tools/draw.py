@@ -19,10 +19,10 @@ from smca.analysis import write_pictures
 from smca.errors import at_least, command_line, exit_code
 from smca.inference import (
     add_predictor_arguments,
+    add_threshold,
     load_test_dataset,
     make_folder,
     predictor_of,
-    score,
 )
 
 from tqdm import tqdm
@@ -35,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="output/pictures", metavar="DIR")
     parser.add_argument("--num-images", type=at_least(1), default=8, help="in validation.png")
     parser.add_argument("--num-detections", type=at_least(1), default=4, help="in gaussians.png")
-    parser.add_argument("--confidence-threshold", type=score, default=0.3)
+    add_threshold(parser, "in validation.png; default: %(default)s", default=0.3)
     parser.add_argument("--layer", type=int, default=-1, help="of the decoder, -1 is the last")
     parser.add_argument("--scale", type=int, help="of the maps, 0 is the finest; default: all")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")

@@ -26,13 +26,9 @@ class UserError(ValueError):
         super().__init__(*args)
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return f"{_BEGIN}{text}{_END}" if _is_loader_worker() else text
-
-
-def _is_loader_worker() -> bool:
-    data = sys.modules.get("torch.utils.data")
-    return data is not None and data.get_worker_info() is not None
+        text, data = super().__str__(), sys.modules.get("torch.utils.data")
+        is_worker = data is not None and data.get_worker_info() is not None
+        return f"{_BEGIN}{text}{_END}" if is_worker else text
 
 
 class ConfigError(UserError):

@@ -41,25 +41,22 @@ problems that training would stop at.
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command_line(_DESCRIPTION)
     parser.add_argument("--config-file", metavar="FILE", help="default: custom_small")
     parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
     parser.add_argument("--images", metavar="DIR", help="its images")
     parser.add_argument("--output", default="output/check_data", metavar="DIR")
-    parser.add_argument(
-        "--num-images", type=at_least(1), default=12, metavar="N", help="in training_images.jpg"
-    )
-    parser.add_argument(
-        "--num-examples", type=at_least(0), default=3, metavar="N", help="of each kind"
-    )
+    text = "in training_images.jpg"
+    parser.add_argument("--num-images", type=at_least(1), default=12, metavar="N", help=text)
+    text = "of each kind"
+    parser.add_argument("--num-examples", type=at_least(0), default=3, metavar="N", help=text)
     parser.add_argument("--no-decode", action="store_true", help="do not read the images")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command's work; gives its exit code."""
+    """Check, print, and write the files; gives the exit code."""
     cfg = load_config(*config_and_overrides(args))
     files = annotation_files(cfg, ("train",) if args.json else ("train", "test"))
     make_folder(args.output)
@@ -84,28 +81,22 @@ def run(args: argparse.Namespace) -> int:
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
     print_list("Remarks", remarks)
-    print_list(
-        "Settings that follow from the training data",
-        [f"{key}={value}" for key, value in fitted.items()],
-    )
+    lines = [f"{key}={value}" for key, value in fitted.items()]
+    print_list("Settings that follow from the training data", lines)
 
     paths = [os.path.join(args.output, "check.json")]
-    content = {
-        "splits": {
-            name: {
-                "json_file": split.json_file,
-                "problems": count_kinds(split),
-                "statistics": statistics[name],
-            }
-            for name, split in splits.items()
-        },
-        "remarks": remarks,
-        "settings": fitted,
+    found = {
+        name: dict(json_file=s.json_file, problems=count_kinds(s), statistics=statistics[name])
+        for name, s in splits.items()
     }
+    content = {"splits": found, "remarks": remarks, "settings": fitted}
     Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
     train_name = next(iter(splits))
     if statistics[train_name]["objects"] and not args.no_decode:
-        paths.append(draw(cfg, splits[train_name], args))
+        mapper = cfg.dataloader.train.mapper
+        parts = build(mapper, "dataloader.train.mapper"), splits[train_name], args.num_images
+        paths.append(os.path.join(args.output, "training_images.jpg"))
+        draw_training_images(*parts, mapper.get("image_format", "RGB")).savefig(paths[-1], dpi=60)
     print("Written:", *paths, sep="\n  ")
     return 1 if any(split.problems for split in splits.values()) else 0
 
@@ -163,16 +154,6 @@ def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
     return fit_to_data(cfg)
 
 
-def draw(cfg: DictConfig, train: DataSplit, args: argparse.Namespace) -> str:
-    """Write the picture of training images; gives its path."""
-    key, path = "dataloader.train.mapper", os.path.join(args.output, "training_images.jpg")
-    mapper = cfg.dataloader.train.mapper
-    image_format = mapper.get("image_format", "RGB")
-    figure = draw_training_images(build(mapper, key), train, args.num_images, image_format)
-    figure.savefig(path, dpi=60)
-    return path
-
-
 def count_kinds(split: DataSplit) -> Dict[str, int]:
     """How many problems there are of each kind, most first."""
     return dict(collections.Counter(problem.kind for problem in split.problems).most_common())
@@ -203,9 +184,5 @@ def print_list(title: str, texts: Sequence[str]) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code, 1 if there are problems.
-    """
+    """Run the command line; gives the exit code, 1 if there are problems."""
     return exit_code(run, get_parser().parse_intermixed_args(argv))

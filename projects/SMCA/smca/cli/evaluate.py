@@ -20,14 +20,8 @@ from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import as_list, image_ids, read_coco
 from smca.errors import UserError, at_least, command_line, exit_code
-from smca.inference import (
-    Predictor,
-    add_weights_kind,
-    load_test_dataset,
-    make_folder,
-    predictor_of,
-    score,
-)
+from smca.inference import Predictor, load_test_dataset, make_folder, predictor_of
+from smca.inference.command_line import add_threshold, add_weights_kind
 
 _DESCRIPTION = """\
 Report how good trained detectors are on the test data of the first one's config: average
@@ -41,41 +35,26 @@ page that needs no other file, and JSON:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command_line(_DESCRIPTION)
     parser.add_argument("--weights", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
     parser.add_argument("--output", default="output/report", metavar="DIR")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=score,
-        metavar="SCORE",
-        help="for confusions, mistakes and pictures; default: each detector's with the best F1",
-    )
-    parser.add_argument(
-        "--num-worst", type=at_least(0), default=8, metavar="N", help="pictures of each detector"
-    )
-    parser.add_argument(
-        "--max-images",
-        type=at_least(1),
-        metavar="N",
-        help="evenly from the test data; default: all",
-    )
+    text = "for confusions, mistakes and pictures; default: each detector's with the best F1"
+    add_threshold(parser, text, default=None)
+    text = "pictures of each detector"
+    parser.add_argument("--num-worst", type=at_least(0), default=8, metavar="N", help=text)
+    text = "evenly from the test data; default: all"
+    parser.add_argument("--max-images", type=at_least(1), metavar="N", help=text)
     add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
-    parser.add_argument(
-        "--dtype",
-        action="append",
-        choices=("fp32", *AMP_DTYPES),
-        help="bf16 or fp16: mixed precision; can be repeated, to have them side by side; "
-        "default: fp32",
-    )
+    text = "mixed precision; can be repeated, to have types side by side; default: fp32"
+    parser.add_argument("--dtype", action="append", choices=("fp32", *AMP_DTYPES), help=text)
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 
 def run(args: argparse.Namespace) -> List[str]:
-    """The command's work; gives the paths of what it wrote."""
+    """Evaluate, and write the report; gives its paths."""
     # Overrides that follow --weights are taken for files.
     overrides = [text for text in args.weights if "=" in text and not os.path.exists(text)]
     args.weights = [text for text in args.weights if text not in overrides]
@@ -84,7 +63,10 @@ def run(args: argparse.Namespace) -> List[str]:
         raise UserError("No checkpoint given: name one or several files after --weights.")
     # What is wrong with one of the files should not take the time to run the others.
     detectors = list(itertools.product(args.weights, args.dtype or ["fp32"]))
-    predictors = [load(weights, dtype, args) for weights, dtype in detectors]
+    predictors = [
+        predictor_of(argparse.Namespace(**{**vars(args), "weights": weights, "dtype": dtype}))
+        for weights, dtype in detectors
+    ]
     cfg = predictors[0].cfg
     dataset_dicts = load_test_dataset(cfg)
     if args.max_images is not None:
@@ -114,17 +96,9 @@ def run(args: argparse.Namespace) -> List[str]:
     )
 
 
-def load(weights: str, dtype: str, args: argparse.Namespace) -> Predictor:
-    """The detector of a file or of a folder of tools/publish.py."""
-    return predictor_of(argparse.Namespace(**{**vars(args), "weights": weights, "dtype": dtype}))
-
-
 def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[str, COCO]:
-    """The name of a config's test data, and the truth of some of its images.
-
-    Raises:
-        UserError: there are several data sets, or they are not in COCO's format.
-    """
+    """The name of a config's test data, which have to be one set in COCO's format, and the truth of
+    some of its images."""
     # A function that registers data, as in configs/custom_coco.py, gives their name again.
     names = as_list(instantiate(cfg.dataloader.test.dataset.names))
     if len(names) != 1:

@@ -5,8 +5,8 @@ import os
 from typing import Optional, Sequence
 
 from smca.errors import command_line, exit_code
-from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
-from smca.inference.export import check_export, count_nodes, export_detector
+from smca.inference import add_predictor_arguments, add_threshold, make_folder, predictor_of
+from smca.inference.export import check_export, export_detector
 
 _DESCRIPTION = """\
 Write a trained detector as one file that runs without this package:
@@ -24,35 +24,24 @@ resize to and the threshold are in the file's metadata.
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command_line(_DESCRIPTION)
     add_predictor_arguments(parser, device=False)
     parser.set_defaults(device="cpu", dtype="fp32")
     parser.add_argument("--format", default="onnx", help="onnx (default) or pt2")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=score,
-        default=0.5,
-        metavar="SCORE",
-        help="for the metadata; the graph gives all detections; default: %(default)s",
-    )
+    add_threshold(parser, "for the metadata; the graph gives all detections; default: %(default)s")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command's work."""
     check_export(args.output, args.format)
     predictor = predictor_of(args)
     make_folder(os.path.dirname(args.output) or ".")
     # A call of PyTorch's, which does not say how far it is.
     print("PyTorch traces the model, which takes a minute or so.", flush=True)
     export_detector(predictor, args.output, args.format, args.confidence_threshold)
-    size = f"{os.path.getsize(args.output) / 1e6:.1f} MB"
-    if args.format == "onnx":
-        size += f", {sum(count_nodes(args.output).values())} nodes"
-    print(f"Written: {args.output} ({size})")
+    print(f"Written: {args.output} ({os.path.getsize(args.output) / 1e6:.1f} MB)")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

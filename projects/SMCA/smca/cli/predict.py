@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from smca.checkpoint.files import write_atomically
 from smca.errors import UserError, command_line, exit_code, writing
-from smca.inference import add_predictor_arguments, make_folder, predictor_of, score
+from smca.inference import add_predictor_arguments, add_threshold, make_folder, predictor_of
 from smca.inference.images import is_url
 
 _DESCRIPTION = """\
@@ -37,28 +37,16 @@ _MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is o
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command_line(_DESCRIPTION)
     add_predictor_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", nargs="+", metavar="PATH", help="images or their URLs, folders, glob patterns"
-    )
+    text = "images or their URLs, folders, glob patterns"
+    source.add_argument("--input", nargs="+", metavar="PATH", help=text)
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV reads")
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=score,
-        default=0.5,
-        metavar="SCORE",
-        help="lowest score of a detection, in [0, 1]; default: %(default)s",
-    )
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        help="overrides, the last option: key=value",
-    )
+    add_threshold(parser, "lowest score of a detection, in [0, 1]; default: %(default)s")
+    text = "overrides, the last option: key=value"
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help=text)
     return parser
 
 
@@ -130,12 +118,10 @@ def find_images(patterns: Sequence[str]) -> List[str]:
                 raise UserError(f"There is no image in the folder {pattern}.")
         else:
             found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-            if not found and "=" in pattern:
-                raise UserError(
-                    f"The input {pattern} does not exist: overrides go behind --opts, at the end."
-                )
             if not found:
-                raise UserError(f"The input {pattern} does not exist: give an image or a folder.")
+                advice = "overrides go behind --opts, at the end"
+                advice = advice if "=" in pattern else "give an image or a folder"
+                raise UserError(f"The input {pattern} does not exist: {advice}.")
         paths += found
     return list(dict.fromkeys(paths))
 
@@ -214,16 +200,15 @@ def run_on_video(args: argparse.Namespace) -> int:
         # OpenCV does not say so when it writes.
         raise UserError(f"{output} could not be written in full: is the disk full?")
     print(f"{args.video_input}: {num_drawn} frames, {len(results)} detections, drawn in {output}")
-    problems = []
-    if num_drawn < index + 1:
-        broken = index + 1 - num_drawn
-        problems.append(f"{broken} of {index + 1} frames could not be decoded and were left out.")
-    if num_frames is not None and index + 1 < num_frames:
-        ends = f"{args.video_input} ends after {index + 1} of {num_frames} frames"
-        problems.append(f"{ends}: it may be cut off.")
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return 1 if problems else 0
+    seen = index + 1
+    is_cut = num_frames is not None and seen < num_frames
+    if num_drawn < seen:
+        broken = f"{seen - num_drawn} of {seen} frames"
+        print(f"{broken} could not be decoded and were left out.", file=sys.stderr)
+    if is_cut:
+        ends = f"{args.video_input} ends after {seen} of {num_frames} frames"
+        print(f"{ends}: it may be cut off.", file=sys.stderr)
+    return 1 if is_cut or num_drawn < seen else 0
 
 
 def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np.ndarray]]:

@@ -15,16 +15,16 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from smca.analysis import LayerRecord, detect_and_record, draw_gaussians, maps_of
 from smca.analysis.detections import class_color, class_name
 from smca.cli.predict import find_images
 from smca.data import DatasetError, read_image
+from smca.data.mapper import unreadable
 from smca.errors import UserError, command_line, exit_code
-from smca.inference import Detections, Predictor, add_predictor_arguments, predictor_of, score
-
-__all__ = ["Viewer", "get_parser", "main", "make_server"]
+from smca.inference import Detections, Predictor
+from smca.inference.command_line import add_predictor_arguments, add_threshold, predictor_of
 
 _DESCRIPTION = """\
 Serve a page for the browser. Give it images to see the detections, and click into a box to see
@@ -44,17 +44,11 @@ Reply = Tuple[str, bytes]  # content type and content
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command_line(_DESCRIPTION)
     add_predictor_arguments(parser)
     parser.add_argument("--examples", metavar="DIR", help="images that the page offers to try")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=score,
-        default=0.5,
-        metavar="SCORE",
-        help="lowest score of a detection that the page begins with; default: %(default)s",
-    )
+    text = "lowest score of a detection that the page begins with; default: %(default)s"
+    add_threshold(parser, text)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
@@ -63,37 +57,21 @@ def get_parser() -> argparse.ArgumentParser:
 
 @dataclass
 class DetectedImage:
-    """An image with its detections.
+    """An image with its detections."""
 
-    Attributes:
-        image: (height, width, 3) uint8 RGB.
-        detections: all of them, best first.
-        layers: a record of each decoder layer; empty for a model without modulation.
-    """
-
-    image: np.ndarray
-    detections: Detections
-    layers: List[LayerRecord]
+    image: np.ndarray  # (height, width, 3) uint8 RGB
+    detections: Detections  # all of them, best first
+    layers: List[LayerRecord]  # of each decoder layer; empty for a model without modulation
 
 
 class Viewer:
-    """What the page asks for; several threads may call it.
+    """What the page asks for; several threads may call it. It offers the images of the paths
+    `examples`, and begins with a lowest score of `threshold`."""
 
-    Args:
-        predictor: its model is looked into.
-        examples: paths of images that the page offers.
-        confidence_threshold: the lowest score that the page begins with.
-    """
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        examples: Sequence[str] = (),
-        confidence_threshold: float = 0.5,
-    ):
+    def __init__(self, predictor: Predictor, examples: Sequence[str] = (), threshold: float = 0.5):
         self.predictor = predictor
         self.examples = list(examples)
-        self.confidence_threshold = confidence_threshold
+        self.threshold = threshold
         self._images: Dict[int, DetectedImage] = collections.OrderedDict()
         self._numbers = itertools.count()
         # A recorder keeps the last call of the model, which must not be another visitor's.
@@ -108,22 +86,16 @@ class Viewer:
             "classes": classes,
             "colors": [_css_color(index) for index in range(count)],
             "examples": [Path(path).name for path in self.examples],
-            "threshold": self.confidence_threshold,
+            "threshold": self.threshold,
             "num_layers": len(self._layers),
             "strides": self._layers[0].strides if self._layers else [],
         }
 
     def detect(self, image: np.ndarray) -> Dict[str, Any]:
-        """Detect objects.
-
-        Args:
-            image: (height, width, 3) uint8 RGB.
-
-        Returns:
-            The number of the image for the other methods, its size, and its detections, best
-            first: as in COCO's result files, with ``class`` (index), and for each decoder layer
-            ``centers`` (x, y in pixels) and ``shares`` (the weights of the scales) of its query.
-        """
+        """The number of an (h, w, 3) uint8 RGB image for the other methods, its size, and its
+        detections, best first: as in COCO's result files, with ``class`` (index), and for each
+        decoder layer ``centers`` (x, y in pixels) and ``shares`` (the weights of the scales) of its
+        query."""
         with self._lock:
             seen, number = self._detect(image), next(self._numbers)
             self._images[number] = seen
@@ -187,7 +159,6 @@ class _Handler(BaseHTTPRequestHandler):
     viewer: Viewer
 
     def do_GET(self) -> None:
-        """The page, and what it asks for."""
         self._reply(
             {
                 "/": lambda: ("text/html; charset=utf-8", _PAGE.read_bytes()),
@@ -238,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise UserError("The Content-Length of the request is no number of bytes.")
         if length > _MAX_BYTES:
             raise UserError(f"The image has more than {_MAX_BYTES // 10**6} MB.")
-        return self.viewer.detect(_read(io.BytesIO(self.rfile.read(length)), "The file"))
+        return self.viewer.detect(_read(io.BytesIO(self.rfile.read(length)), "that was sent"))
 
     def log_message(self, *args: Any) -> None:
         """Nothing is logged of a request."""
@@ -253,10 +224,7 @@ def _read(file: Any, name: str) -> np.ndarray:
     try:
         return read_image(file)
     except DatasetError as error:
-        reason = error.__cause__ or error
-        # Pillow says no more of these than the name, which is a repr for what was sent.
-        ending = "." if isinstance(reason, UnidentifiedImageError) else f": {reason}"
-        raise UserError(f"{name} is no image that can be read{ending}") from error
+        raise UserError(unreadable(name, error.__cause__ or error)) from error
 
 
 def _css_color(class_index: int) -> str:
@@ -276,7 +244,6 @@ def _as_jpeg(image: np.ndarray, side: Optional[int] = None) -> Reply:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command's work, until Ctrl-C."""
     examples = find_images([args.examples]) if args.examples else []
     viewer = Viewer(predictor_of(args), examples, args.confidence_threshold)
     with make_server(viewer, args.host, args.port) as server:

@@ -3,10 +3,10 @@
 from .build import load_test_dataset, load_weights
 from .command_line import (
     add_predictor_arguments,
+    add_threshold,
     add_weights_kind,
     make_folder,
     predictor_of,
-    score,
 )
 from .detections import Detections
 from .predictor import Predictor

@@ -20,12 +20,7 @@ WEIGHTS = ("model", "ema")
 def load_weights(
     model: nn.Module, checkpoint: str, weights: Optional[str] = None
 ) -> Tuple[str, Dict[str, Any]]:
-    """Load a detector's checkpoint, or the average of the weights in it.
-
-    Args:
-        model: model of the checkpoint's architecture.
-        checkpoint: path or URL.
-        weights: "model", "ema" or None, see `smca.Predictor`.
+    """Load a detector's checkpoint, or the average of the weights in it, as `smca.Predictor` says.
 
     Returns:
         "model" or "ema", and what else the checkpoint holds.
@@ -87,12 +82,10 @@ def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[
     for known in list_configs():
         if name and Path(known).name == Path(name).stem:
             return get_config_file(known), list(map(str, provenance.get("overrides", [])))
-    problem = f"belongs to the config {name}, which is neither beside it (as config.yaml) nor "
-    problem += "among those of this package"
-    raise ConfigError(
-        f"{weights} {problem if name else 'does not say which config it belongs to'}: add "
-        "--config-file FILE (in code, config_file=FILE)."
-    )
+    problem = "does not say which config it belongs to"
+    if name:
+        problem = f"belongs to the config {name}, which is neither beside it nor in this package"
+    raise ConfigError(f"{weights} {problem}: add --config-file (in code, config_file=FILE).")
 
 
 def classes_of(

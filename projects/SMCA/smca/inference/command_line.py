@@ -3,6 +3,7 @@
 import argparse
 import os
 import tempfile
+from typing import Optional
 
 from smca.config import AMP_DTYPES
 from smca.errors import UserError, writing
@@ -13,27 +14,16 @@ from smca.inference.predictor import Predictor
 def add_predictor_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
     """Add ``--config-file``, ``--weights`` and ``--weights-kind``; and ``--device`` and ``--dtype``
     if `device` is true."""
-    parser.add_argument(
-        "--config-file",
-        metavar="FILE",
-        help="LazyConfig, or the name of one that comes with the package; not needed where the "
-        "weights say it",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="checkpoint of a trained detector, or a folder of tools/publish.py",
-    )
+    text = "LazyConfig, or the name of one of the package; not needed where the weights say it"
+    parser.add_argument("--config-file", metavar="FILE", help=text)
+    text = "checkpoint of a trained detector, or a folder of tools/publish.py"
+    parser.add_argument("--weights", metavar="FILE", help=text)
     add_weights_kind(parser)
-    if not device:
-        return
-    parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")
-    parser.add_argument(
-        "--dtype",
-        default="fp32",
-        choices=("fp32", *AMP_DTYPES),
-        help="bf16 or fp16: mixed precision; default: %(default)s",
-    )
+    if device:
+        text = "auto, cpu, cuda, ...; default: as the config says"
+        parser.add_argument("--device", help=text)
+        text = "bf16 or fp16: mixed precision; default: %(default)s"
+        parser.add_argument("--dtype", default="fp32", choices=("fp32", *AMP_DTYPES), help=text)
 
 
 def add_weights_kind(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +36,16 @@ def add_weights_kind(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def score(text: str) -> float:
-    """The type of an option that is a score."""
+def add_threshold(
+    parser: argparse.ArgumentParser, text: str, default: Optional[float] = 0.5
+) -> None:
+    """Add ``--confidence-threshold``, a score, with that help."""
+    parser.add_argument(
+        "--confidence-threshold", type=_score, default=default, metavar="SCORE", help=text
+    )
+
+
+def _score(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -69,25 +67,19 @@ def make_folder(path: str) -> None:
 
 
 def predictor_of(args: argparse.Namespace) -> Predictor:
-    """The predictor that the options name, and the overrides in ``args.opts``.
-
-    Raises:
-        UserError: see `Predictor`.
-    """
-    if args.weights and os.path.isdir(args.weights):
-        if args.config_file or args.weights_kind or args.opts:
-            raise UserError(
-                f"{args.weights} is a folder, whose detector has its config and weights in it: "
-                "leave out --config-file, --weights-kind and overrides."
-            )
-        return Predictor.from_pretrained(
-            args.weights, device=args.device or "auto", dtype=args.dtype
+    """The predictor that the options name, and the overrides in ``args.opts``."""
+    if not args.weights or not os.path.isdir(args.weights):
+        return Predictor(
+            args.weights,
+            config_file=args.config_file,
+            overrides=args.opts,
+            weights=args.weights_kind,
+            device=args.device,
+            dtype=args.dtype,
         )
-    return Predictor(
-        args.weights,
-        config_file=args.config_file,
-        overrides=args.opts,
-        weights=args.weights_kind,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    if args.config_file or args.weights_kind or args.opts:
+        raise UserError(
+            f"{args.weights} is a folder, whose detector has its config and weights in it: leave "
+            "out --config-file, --weights-kind and overrides."
+        )
+    return Predictor.from_pretrained(args.weights, device=args.device or "auto", dtype=args.dtype)

@@ -42,27 +42,16 @@ class Detections(Instances):
         return [class_name(self._class_names, index) for index in self.pred_classes.tolist()]
 
     def to_coco(self, **image: Any) -> List[Dict[str, Any]]:
-        """The detections as in COCO's result files.
-
-        Args:
-            image: entries about the image for each, such as ``image_id=7``.
-
-        Returns:
-            For each detection a dict with those keys, ``category_id``, ``category_name``,
-            ``bbox`` ([x, y, width, height] in pixels) and ``score``.
-        """
+        """The detections as in COCO's result files: for each a dict with the given entries, such as
+        ``image_id=7``, ``category_id``, ``category_name``, ``bbox`` ([x, y, width, height] in
+        pixels) and ``score``."""
         boxes = self.pred_boxes.tensor
         boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist()
         classes, scores = self.pred_classes.tolist(), self.scores.tolist()
+        ids = [self._category_ids.get(index, index) for index in classes]
         return [
-            {
-                **image,
-                "category_id": self._category_ids.get(index, index),
-                "category_name": name,
-                "bbox": box,
-                "score": score,
-            }
-            for index, name, box, score in zip(classes, self.names, boxes, scores)
+            dict(**image, category_id=id, category_name=name, bbox=box, score=score)
+            for id, name, box, score in zip(ids, self.names, boxes, scores)
         ]
 
     def draw(self) -> Image.Image:
@@ -75,12 +64,6 @@ class Detections(Instances):
         image = np.ascontiguousarray(rgb_array(self._image))
         return Image.fromarray(draw_instances(image, self, self._class_names))
 
-    def to(self, *args: Any, **kwargs: Any) -> "Detections":
-        """As in Detectron2: a copy whose tensors are on another device."""
-        return self._wrap(super().to(*args, **kwargs))
-
     def __getitem__(self, item: Any) -> "Detections":
-        return self._wrap(super().__getitem__(item))
-
-    def _wrap(self, instances: Instances) -> "Detections":
-        return Detections(instances, self._image, self._class_names, self._category_ids)
+        chosen = super().__getitem__(item)
+        return Detections(chosen, self._image, self._class_names, self._category_ids)

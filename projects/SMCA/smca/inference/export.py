@@ -7,12 +7,12 @@ file's metadata.
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import json
 import logging
 import warnings
-from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -40,16 +40,10 @@ _EXACT_MODULES = ("WeightMapPredictor", "CoAttention")
 # .pt2 files of 2.9 refuse sizes that they could compute.
 OLDEST_TORCH = {"onnx": "2.9", "pt2": "2.14"}
 
-_Save = Callable[[str, Dict[str, Any]], None]  # writes a file of that path with that metadata
-
 
 class ExportableDetector(nn.Module):
-    """A copy of a model as a function of tensors alone, for batches and images of any size.
-
-    Args:
-        model: an SMCA or DETR model.
-        image_format: "RGB" or "BGR", the order of channels that the model takes.
-    """
+    """A copy of a model, which takes images of that format, as a function of tensors alone, for
+    batches and images of any size."""
 
     def __init__(self, model: SMCA, image_format: str = "RGB"):
         super().__init__()
@@ -105,10 +99,10 @@ def check_export(output: str, format: str) -> None:
 def export_detector(
     predictor: Predictor, output: str, format: str = "onnx", threshold: float = 0.5
 ) -> None:
-    """Write a detector as one file, whole or not at all.
+    """Write a detector on the CPU as one file, whole or not at all.
 
     Args:
-        predictor: a predictor on the CPU.
+        predictor: the detector.
         output: file to write, with the format as its suffix.
         format: "onnx" or "pt2".
         threshold: lowest score for the metadata. The graph gives all K detections.
@@ -129,18 +123,10 @@ def export_detector(
         "threshold": threshold,
         "smca_version": __version__,
     }
-    save = FORMATS[format](_trace(ExportableDetector(predictor.model, predictor.image_format)))
+    program = _trace(ExportableDetector(predictor.model, predictor.image_format))
+    save = FORMATS[format](program, metadata)
     with writing(f"The output {output}"):
-        write_atomically(output, lambda file: save(file.name, metadata))
-
-
-def count_nodes(path: str) -> Dict[str, int]:
-    """How many nodes of each operator an ONNX file has; operators of another domain than ONNX's own
-    are named with it."""
-    import onnx
-
-    nodes = onnx.load(path).graph.node
-    return Counter(":".join(filter(None, [n.domain, n.op_type])) for n in nodes)
+        write_atomically(output, lambda file: save(file.name))
 
 
 def _resizing(augmentations: List[T.Augmentation]) -> Tuple[Optional[int], Optional[int]]:
@@ -170,7 +156,7 @@ def _trace(detector: ExportableDetector) -> torch.export.ExportedProgram:
         return torch.export.export(detector, (images, image_sizes), dynamic_shapes=shapes)
 
 
-def _as_onnx(program: torch.export.ExportedProgram) -> _Save:
+def _as_onnx(program: torch.export.ExportedProgram, metadata: Dict[str, Any]) -> Callable[..., Any]:
     with _quiet():
         onnx_program: Any = torch.onnx.export(
             program,
@@ -187,21 +173,15 @@ def _as_onnx(program: torch.export.ExportedProgram) -> _Save:
         if any(name in modules for name in _EXACT_MODULES):
             float32_nodes.append(node.name)
         node.metadata_props.clear()  # the lines of Python that it comes from
-
-    def save(path: str, metadata: Dict[str, Any]) -> None:
-        metadata = {**metadata, "float32_nodes": float32_nodes}
-        values = {key: json.dumps(value) for key, value in metadata.items()}
-        onnx_program.model.metadata_props.update(values)
-        onnx_program.save(path, external_data=False)
-
-    return save
+    metadata = {**metadata, "float32_nodes": float32_nodes}
+    values = {key: json.dumps(value) for key, value in metadata.items()}
+    onnx_program.model.metadata_props.update(values)
+    return functools.partial(onnx_program.save, external_data=False)
 
 
-def _as_pt2(program: torch.export.ExportedProgram) -> _Save:
-    def save(path: str, metadata: Dict[str, Any]) -> None:
-        torch.export.save(program, path, extra_files={METADATA_NAME: json.dumps(metadata)})
-
-    return save
+def _as_pt2(program: torch.export.ExportedProgram, metadata: Dict[str, Any]) -> Callable[..., Any]:
+    extra_files = {METADATA_NAME: json.dumps(metadata)}
+    return functools.partial(torch.export.save, program, extra_files=extra_files)
 
 
 @contextlib.contextmanager
@@ -214,7 +194,5 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-FORMATS: Dict[str, Callable[[torch.export.ExportedProgram], _Save]] = {
-    "onnx": _as_onnx,
-    "pt2": _as_pt2,
-}
+# Of a graph and its metadata, what writes the file of a path.
+FORMATS: Dict[str, Callable[..., Callable[..., Any]]] = {"onnx": _as_onnx, "pt2": _as_pt2}

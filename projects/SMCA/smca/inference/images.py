@@ -20,15 +20,9 @@ _TIMEOUT = 30  # seconds without an answer
 
 
 def rgb_array(image: ImageSource) -> np.ndarray:
-    """An image of any of these kinds as an array.
-
-    Args:
-        image: a file's path or URL, which is turned upright as its EXIF says; or pixels, taken as
-            they are: a PIL image of any mode, an array (height, width, 3) or a tensor
-            (3, height, width), both uint8 RGB.
-
-    Returns:
-        (height, width, 3) uint8, RGB.
+    """An image as (height, width, 3) uint8 RGB. A file is turned upright as its EXIF says; pixels
+    are taken as they are: a PIL image of any mode, an array (height, width, 3) or a tensor
+    (3, height, width), both uint8 RGB.
 
     Raises:
         UserError: it cannot be read, or is of another kind.

@@ -10,7 +10,6 @@ from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 from torch import nn
 
-from smca.analysis.detections import class_name
 from smca.checkpoint import read_provenance
 from smca.config import (
     AMP_DTYPES,
@@ -115,15 +114,14 @@ class Predictor:
         category_ids: Optional[Mapping[int, int]] = None,
         dtype: str = "fp32",
     ) -> "Predictor":
-        """A predictor of a model that is there already.
+        """A predictor of a model in memory, which follows Detectron2's contract and is put in
+        evaluation mode.
 
         Args:
-            model: a model that follows Detectron2's contract, on its device. It is put in
-                evaluation mode.
+            model: the model, on its device.
             augmentations: how images are resized, as in evaluation.
             image_format: "RGB" or "BGR", the order of channels that the model takes.
-            class_names, category_ids: see the class.
-            dtype: see the class.
+            class_names, category_ids, dtype: see the class.
         """
         predictor = cls.__new__(cls)
         predictor._use(model, augmentations, image_format, class_names, category_ids, dtype)
@@ -201,10 +199,6 @@ class Predictor:
             return self._detect([images], threshold)[0]
         batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
         return [found for batch in batches for found in self._detect(batch, threshold)]
-
-    def class_name(self, index: int) -> str:
-        """The name of a class, or its index if it has none."""
-        return class_name(self.class_names, index)
 
     @torch.no_grad()
     def _detect(self, images: Sequence[ImageSource], threshold: float) -> List[Detections]:

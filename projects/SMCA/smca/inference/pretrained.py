@@ -40,14 +40,8 @@ _KEYS = (*_PART_KEYS, "image_format", "class_names", "category_ids", "weights")
 
 
 def save_pretrained(predictor: "Predictor", folder: str) -> Dict[str, Any]:
-    """Write what inference needs of a detector, for `smca.Predictor.from_pretrained`.
-
-    Args:
-        predictor: a detector that has its config.
-        folder: a new folder, or one that this wrote before.
-
-    Returns:
-        What the config file says.
+    """Write what inference needs of a detector that has its config, into a new folder or one that
+    this wrote before, for `smca.Predictor.from_pretrained`. Gives what the config file says.
 
     Raises:
         ConfigError: the detector's config cannot be published.
@@ -61,19 +55,14 @@ def save_pretrained(predictor: "Predictor", folder: str) -> Dict[str, Any]:
     if foreign:
         raise UserError(f"{folder} holds other files ({foreign[0]}): give a new folder.")
     cfg = predictor.cfg
-    model = _plain(OmegaConf.to_container(cfg.model, resolve=True))
-    if "criterion" in model:  # which only training needs
-        model["criterion"] = None
-    mapper = _plain(OmegaConf.to_container(cfg.dataloader.test.mapper, resolve=True))
-    published = {
-        "smca_version": __version__,
-        "model": model,
-        "augmentations": mapper["augmentations"],
-        "image_format": predictor.image_format,
-        "class_names": predictor.class_names,
-        "category_ids": predictor.category_ids,
-        "weights": predictor.weights,
-    }
+    parts = {"model": cfg.model, "augmentations": cfg.dataloader.test.mapper.augmentations}
+    published: Dict[str, Any] = {"smca_version": __version__}
+    for key, part in parts.items():
+        published[key] = _plain(OmegaConf.to_container(part, resolve=True))
+    if "criterion" in published["model"]:  # which only training needs
+        published["model"]["criterion"] = None
+    for key in ("image_format", "class_names", "category_ids", "weights"):
+        published[key] = getattr(predictor, key)
     try:
         text = yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error:
@@ -93,10 +82,8 @@ def save_pretrained(predictor: "Predictor", folder: str) -> Dict[str, Any]:
 
 
 def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]:
-    """A published detector; `smca.Predictor.from_pretrained` describes the arguments.
-
-    Returns:
-        ``weights`` ("model" or "ema"), and the arguments of `smca.Predictor.from_model`.
+    """``weights`` ("model" or "ema") of a published detector, and the arguments of
+    `smca.Predictor.from_model`.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be read.
