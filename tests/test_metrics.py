@@ -10,7 +10,6 @@ from smca.analysis.evaluation import (
     Matches,
     average_precision,
     best_threshold,
-    calibrate,
     confusion_matrix,
     count_by_image,
     load_truth,
@@ -146,29 +145,3 @@ def test_a_confusion_matrix_counted_by_hand():
     assert confusion_matrix(TRUTH, DETECTIONS, 0.1).tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 0]]
     assert confusion_matrix(TRUTH, DETECTIONS, 0.75).tolist() == [[1, 0, 1], [0, 0, 1], [1, 0, 0]]
     assert confusion_matrix(TRUTH, [], 0.5).tolist() == [[0, 0, 2], [0, 0, 1], [0, 0, 0]]
-
-
-# Calibration
-
-
-def test_calibration_counted_by_hand():
-    scores, correct = [0.95, 0.91, 0.55, 0.52, 0.51, 0.02], [True, False, True, False, False, True]
-    bins, error = calibrate(matches_of(scores, correct, 4), min_score=0.05)
-    low, high = (each for each in bins if each["count"])
-    expected = {"low": 0.9, "high": 1, "count": 2, "score": 0.93, "precision": 0.5}
-    assert high == pytest.approx(expected)
-    expected = {"low": 0.5, "high": 0.6, "count": 3, "score": 1.58 / 3, "precision": 1 / 3}
-    assert low == pytest.approx(expected)
-    low_error, high_error = (0.55 + 0.52 + 0.51) / 3 - 1 / 3, 0.93 - 0.5
-    assert error == pytest.approx((3 * low_error + 2 * high_error) / 5)
-
-
-@pytest.mark.parametrize(
-    "scores, num_correct, low, error",
-    [([0.75] * 4, 3, 0.7, 0), ([1.0], 1, 0.9, 0), ([0.5], 1, 0.5, 0.5), ([], 0, None, math.nan)],
-)
-def test_calibration_of_equal_scores(scores, num_correct, low, error):
-    bins, found = calibrate(matches_of(scores, np.arange(len(scores)) < num_correct, 9))
-    lows = [pytest.approx(each["low"]) for each in bins if each["count"]]
-    assert lows == ([] if low is None else [low])
-    assert found == pytest.approx(error, abs=1e-12, nan_ok=True)

@@ -1,5 +1,5 @@
 """What can be said of a detector on a data set: COCO's average precision, precision-recall curves,
-matches with objects, confusions of classes, and whether scores can be trusted.
+matches with objects, and confusions of classes.
 
 pycocotools matches detections and objects: in each image the detection with the highest score comes
 first and takes the free object with which its IoU is highest. Detections in a crowd count neither
@@ -47,8 +47,6 @@ class Evaluation:
     f1: float  # 2 TP / (detections + objects) in percent
     counts: Dict[int, Tuple[int, int, int]]  # see `count_by_image`
     confusion: np.ndarray  # see `confusion_matrix`
-    bins: List[Dict[str, float]]  # this and the next: see `calibrate`
-    calibration_error: float
     image_ids: Dict[int, Any]  # to the ids of the user's JSON, where these are others
 
     def to_json(self) -> Dict[str, Any]:
@@ -65,10 +63,6 @@ class Evaluation:
             "confusion": {
                 "labels": [*self.class_names, "background"],
                 "truth_by_detection": self.confusion.tolist(),
-            },
-            "calibration": {
-                "expected_calibration_error": self.calibration_error,
-                "bins": self.bins,
             },
             "images": {
                 str(self.image_ids.get(key, key)): dict(zip(("found", "false", "missed"), numbers))
@@ -137,7 +131,6 @@ def evaluate(
     counts = count_by_image(matches, threshold)
     found, false, missed = (sum(numbers) for numbers in zip(*counts.values()))
     overall, classes, curves = average_precision(truth, detections)
-    bins, calibration_error = calibrate(matches)
     return Evaluation(
         name=name,
         class_names=[category["name"] for category in categories],
@@ -151,8 +144,6 @@ def evaluate(
         f1=100 * 2 * found / max(2 * found + false + missed, 1),
         counts=counts,
         confusion=confusion_matrix(truth, detections, threshold),
-        bins=bins,
-        calibration_error=calibration_error,
         image_ids=image_ids or {},
     )
 
@@ -321,34 +312,3 @@ def confusion_matrix(truth: COCO, detections: Sequence[Detection], threshold: fl
             matrix[row, indices[detected]] += 1
             matrix[row, -1] -= found is not None
     return matrix
-
-
-def calibrate(
-    matches: Matches, min_score: float = 0.05, num_bins: int = 10
-) -> Tuple[List[Dict[str, float]], float]:
-    """Compare scores with how often detections are right. Those below `min_score` are left out: a
-    detector gives a fixed number of detections, nearly all with a score near 0.
-
-    Returns:
-        bins: of equal width: ``low`` and ``high`` score; ``count`` of detections with scores in
-            [low, high); their mean ``score``, and ``precision``, the share that is right, both nan
-            in an empty bin.
-        error: expected calibration error, the mean over detections of their bin's
-            |score - precision|; nan without detections (Guo et al. 2017, "On Calibration of Modern
-            Neural Networks", equation 3).
-    """
-    chosen = matches.scores >= min_score
-    scores, correct = matches.scores[chosen], matches.correct[chosen]
-    edges = np.linspace(0, 1, num_bins + 1)
-    indices = np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, num_bins - 1)
-    counts = np.bincount(indices, minlength=num_bins)
-    with np.errstate(invalid="ignore"):  # nan in empty bins
-        means, precisions = (
-            np.bincount(indices, weights=values, minlength=num_bins) / counts
-            for values in (scores, correct)
-        )
-        error = np.nansum(counts * np.abs(means - precisions)) / np.float64(len(scores))
-    columns = edges[:-1], edges[1:], counts, means, precisions
-    names = "low", "high", "count", "score", "precision"
-    bins = [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
-    return bins, float(error)

@@ -77,7 +77,6 @@ def write_report(
         ],
         precision_recall=_png(draw_precision_recall(evaluations)),
         confusion=_png(draw_confusion(evaluations)),
-        calibration=_png(draw_calibration(evaluations)),
         worst=[
             (evaluation.name, [_picture(evaluation, by_id[key]) for key in keys])
             for evaluation in evaluations
@@ -101,13 +100,11 @@ def write_report(
 
 def _metric_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
     thresholds = [evaluation.threshold for evaluation in evaluations]
-    errors = [100 * evaluation.calibration_error for evaluation in evaluations]
     times = [evaluation.milliseconds for evaluation in evaluations]
     return [
         *(_row(k, text, [e.overall[k] for e in evaluations]) for k, text in _METRICS.items()),
         _row("F1", "IoU 0.5, at the threshold below", [e.f1 for e in evaluations]),
         _row("threshold", "of the scores", thresholds, digits=3, best=None),
-        _row("ECE", "expected calibration error, %", errors, best=min),
         _row("ms", "an image, median, without reading its file", times, best=min),
     ]
 
@@ -179,29 +176,6 @@ def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
             color = "white" if shares[row, column] > 0.5 else "black"
             text = str(matrix[row, column])
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    return figure
-
-
-def draw_calibration(evaluations: Sequence[Evaluation]) -> Figure:
-    """Reliability diagrams: how often detections are right over their score, and how many there
-    are."""
-    size = (4.0 * len(evaluations), 4.6)
-    figure = Figure(size, dpi=_DPI, layout="constrained")
-    grid = figure.subplots(2, len(evaluations), squeeze=False, sharex=True, height_ratios=[3, 1])
-    for (axes, counts), evaluation in zip(grid.T, evaluations):
-        rows = [list(each.values()) for each in evaluation.bins]
-        lows, highs, numbers, scores, precisions = np.array(rows).T
-        centers, width = (lows + highs) / 2, 0.9 * (highs - lows)
-        axes.bar(centers, precisions, width, label="precision")
-        axes.plot([0, 1], [0, 1], "--", color="gray", label="perfect")
-        axes.plot(scores, precisions, "o", color="#d1495b", markersize=4, label="at the mean score")
-        title = f"{evaluation.name}: ECE {100 * evaluation.calibration_error:.1f} %"
-        _finish(axes, "", "share that is right", title)
-        axes.legend(fontsize=8)
-        counts.bar(centers, numbers, width, color="gray")
-        counts.set_yscale("symlog", linthresh=1)
-        counts.set(xlabel="score", ylabel="detections")
-        counts.spines[["top", "right"]].set_visible(False)
     return figure
 
 

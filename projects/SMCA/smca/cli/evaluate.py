@@ -25,7 +25,7 @@ from smca.inference.command_line import add_threshold, add_weights_kind
 
 _DESCRIPTION = """\
 Report how good trained detectors are on the test data of the first one's config: average
-precision, curves, confusions, calibration, the worst images, and speed. The report is one HTML
+precision, curves, confusions, the worst images, and speed. The report is one HTML
 page that needs no other file, and JSON:
 
     %(prog)s --weights output/demo/model_best.pth --output report
@@ -157,12 +157,12 @@ def device_name(model: torch.nn.Module) -> str:
 def summary(evaluations: Sequence[Evaluation]) -> str:
     """The main numbers as a table."""
     rows = [
-        [e.name, *(e.overall[key] for key in ("AP", "AP50", "AP75")), e.f1, e.threshold,
-         100 * e.calibration_error, e.milliseconds]
+        [e.name, *(e.overall[key] for key in ("AP", "AP50", "AP75")), e.f1, e.threshold]
+        + [e.milliseconds]
         for e in evaluations
-    ]  # fmt: skip
-    headers = ["", "AP", "AP50", "AP75", "F1", "threshold", "ECE (%)", "ms an image"]
-    return tabulate(rows, headers, floatfmt=["", *[".1f"] * 4, ".3f", ".1f", ".0f"])
+    ]
+    headers = ["", "AP", "AP50", "AP75", "F1", "threshold", "ms an image"]
+    return tabulate(rows, headers, floatfmt=["", *[".1f"] * 4, ".3f", ".0f"])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
