@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_close, assert_same_detections, build_model
-from smca.analysis.recorder import Recorder
 
 TINY = ["model.embed_dim=16", "model.num_queries=5", "model.encoder.ffn_dim=24"]
 TINY += ["model.decoder.num_layers=1", "model.decoder.ffn_dim=24", "model.backbone.depth=18"]
@@ -99,26 +98,3 @@ def test_a_compiled_model_trains_distributed(graphs, name, encoder, backend, mon
     for loss, value in expected.items():
         assert_close(losses[loss], value)
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-
-
-def test_a_compiled_model_is_recorded(graphs):
-    torch.manual_seed(0)
-    runs = []
-
-    def backend(graph, inputs):
-        return lambda *args: runs.append(1) or graph(*args)
-
-    model = build_model("smca_single_scale_r50_50ep", *TINY, "model.encoder.pattern=I").eval()
-    (batch,) = make_batches(1, 1)
-    with torch.no_grad():
-        with Recorder(model) as expected:
-            model(batch)
-        model.compile_parts(backend=backend)
-        model(batch)
-        compiled = len(runs)
-        with Recorder(model) as found:
-            model(batch)
-        torch.testing.assert_close(found.layer(-1).center, expected.layer(-1).center)
-        assert len(runs) == compiled > 0
-        model(batch)
-    assert len(runs) == 2 * compiled

@@ -17,7 +17,8 @@ from helpers import (
     randomize,
     write_smca_config,
 )
-from smca.analysis.recorder import Recorder
+from smca.analysis.recorder import detect_and_record
+from smca.inference import Predictor
 from smca.modeling import Denoising, DenseHead, ProposedQueries
 from smca.modeling.cell_head import IMPOSSIBLE, Cells, change_boxes
 from smca.modeling.decoder import Decoder
@@ -400,12 +401,10 @@ def test_parts_of_different_kinds_are_an_error(config):
 
 def test_a_record_has_heads_and_maps_in_pixels_of_the_image(config):
     model = make_smca(config).eval()
-    item = make_items([1], (96, 128))[0]
     outputs = []
     model.decoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    with torch.no_grad(), Recorder(model) as recorder:
-        model([item])
-    record, size = recorder.layer(-1), (192, 256)
+    _, records = detect_and_record(Predictor.from_model(model), make_image(96, 128))
+    record, size = records[-1], (192, 256)
     queries = torch.arange(6)
     boxes = outputs[0].references[-1, 0]
     assert_close(record.centers_in_pixels(queries, size), boxes[:, :2] * torch.tensor([256, 192]))

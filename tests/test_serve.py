@@ -95,7 +95,7 @@ def test_an_image_gets_its_detections_with_center_and_scale_weights_of_each_laye
         assert row["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
         assert row["category_name"] == other["category_name"] == CLASS_NAMES[row["class"]]
     for layer in (0, 1):
-        (maps,) = modulation_maps(viewer.predictor, image, select=lambda found: [2], layer=layer)
+        (maps,) = modulation_maps(viewer.predictor, image, indices=[2], layer=layer)
         factor = image.shape[1] / maps.image.shape[1]
         row = found["detections"][2]
         assert row["centers"][layer] == pytest.approx(maps.center * factor, abs=0.01)
@@ -107,7 +107,7 @@ def test_the_picture_is_that_of_the_chosen_detection_layer_and_scale(viewer, add
     image = make_image()
     url = f"{address}/maps?number={detect(address, image)['id']}&index=3&layer={layer}"
     picture = Image.open(io.BytesIO(ask(url if scale is None else f"{url}&scale={scale}")))
-    maps = modulation_maps(viewer.predictor, image, select=lambda found: [3], layer=layer)
+    maps = modulation_maps(viewer.predictor, image, indices=[3], layer=layer)
     file = io.BytesIO()
     draw_gaussians(maps, CLASS_NAMES, scale).savefig(file)
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open(file)))

@@ -23,8 +23,6 @@ from helpers import (
     write_smca_config,
 )
 from smca.analysis import (
-    NoModulationError,
-    Recorder,
     draw_contact_sheet,
     draw_curves,
     draw_gaussians,
@@ -211,7 +209,7 @@ def test_scale_weights_are_the_decoders(multi_scale):
 def test_maps_belong_to_the_detections_chosen(multi_scale):
     image = make_image()
     instances = multi_scale(image, threshold=0)
-    detections = modulation_maps(multi_scale, image, select=lambda found: [2, 0])
+    detections = modulation_maps(multi_scale, image, indices=[2, 0])
     for detection, index in zip(detections, (2, 0), strict=True):
         assert detection.query == instances.query_indices[index]
         assert detection.score == pytest.approx(instances.scores[index].item())
@@ -223,7 +221,7 @@ def test_maps_belong_to_the_detections_chosen(multi_scale):
 @pytest.mark.parametrize("variant", ["several scales", "head shared"])
 def test_every_head_has_a_panel(tmp_path, variant):
     predictor = make_predictor(tmp_path, variant)
-    detections = modulation_maps(predictor, make_image(), select=lambda found: [0, 1])
+    detections = modulation_maps(predictor, make_image(), indices=[0, 1])
     shown = [axes.images for axes in draw_gaussians(detections, CLASS_NAMES).axes if axes.images]
     num_heads = predictor.model.decoder.layers[0].modulation.num_heads
     assert len(shown) == 2 * (1 + num_heads)
@@ -238,8 +236,9 @@ def test_a_single_scale_can_be_drawn_and_what_the_model_lacks_is_an_error(multi_
         draw_gaussians(detections, scale=3)
     with pytest.raises(UserError, match="no decoder layer 2, the model has 2"):
         modulation_maps(multi_scale, make_image(), layer=2)
-    with pytest.raises(NoModulationError, match="modulation=null"):
-        Recorder(make_smca(write_smca_config(tmp_path, "detr")))
+    detr = Predictor.from_model(make_smca(write_smca_config(tmp_path, "detr")))
+    with pytest.raises(UserError, match="modulation=null"):
+        modulation_maps(detr, make_image())
 
 
 # Curves

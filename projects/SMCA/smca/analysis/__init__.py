@@ -3,5 +3,5 @@
 from .curves import draw_curves, read_metrics
 from .detections import draw_contact_sheet, draw_instances, draw_truth_and_detections, truth_of
 from .pictures import evenly, write_pictures
-from .recorder import LayerRecord, NoModulationError, Recorder, detect_and_record
+from .recorder import LayerRecord, detect_and_record
 from .weight_maps import DetectionMaps, draw_gaussians, maps_of, modulation_maps

@@ -103,9 +103,6 @@ def examine(
     )
 
 
-# Statistics
-
-
 def statistics_of(*splits: DataSplit) -> Dict[str, Any]:
     """Sizes and numbers, for JSON, of what is valid of a data set, without crowds, or of several
     together: those that have the first one's classes. Sizes are in pixels; an object's is the
@@ -209,9 +206,6 @@ def _same_files(splits: Mapping[str, DataSplit]) -> Dict[str, List[Tuple[str, st
                 pairs[where].append((first[digest][1], path))
             first.setdefault(digest, (name, path))
     return pairs
-
-
-# Pictures
 
 
 def draw_training_images(

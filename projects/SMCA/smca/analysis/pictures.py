@@ -1,20 +1,18 @@
 """All pictures of a trained model: detections, weight maps and curves, in one folder."""
 
 import os
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
 
 from smca.analysis.curves import draw_curves, read_metrics
 from smca.analysis.detections import draw_contact_sheet, draw_truth_and_detections, truth_of
-from smca.analysis.recorder import detect_and_record
+from smca.analysis.recorder import detect_and_record, record_of
 from smca.analysis.weight_maps import DetectionMaps, draw_gaussians, maps_of
 from smca.data import read_image
 
 if TYPE_CHECKING:  # it imports this package
     from smca.inference import Predictor
-
-Item = TypeVar("Item")
 
 
 def write_pictures(
@@ -54,15 +52,15 @@ def write_pictures(
     best: List[DetectionMaps] = []
     for item in progress(evenly(dataset_dicts, num_images)):
         image = read_image(item["file_name"], item["height"], item["width"])
-        truth, (found, recorder) = truth_of(item), detect_and_record(predictor, image)
+        truth, (found, records) = truth_of(item), detect_and_record(predictor, image)
         detections = found[found.scores >= confidence_threshold]
         pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
         captions.append(
             f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
             f"detections from {100 * confidence_threshold:.0f}% ({len(detections)})"
         )
-        if recorder is not None:
-            best += maps_of(found[[0]], recorder.layer(layer), image)
+        if records:
+            best += maps_of(found[[0]], record_of(records, layer), image)
     figures = {"validation.png": draw_contact_sheet(pictures, captions)}
     if best:
         best.sort(key=lambda detection: -detection.score)
@@ -78,7 +76,7 @@ def write_pictures(
     return paths
 
 
-def evenly(items: Sequence[Item], count: int) -> List[Item]:
+def evenly(items: Sequence[Any], count: int) -> List[Any]:
     """`count` items (or all, if there are fewer) at equal distances."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]

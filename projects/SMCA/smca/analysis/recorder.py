@@ -1,24 +1,18 @@
 """What the layers of a modulated decoder compute: where their queries look."""
 
 import contextlib
-import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from smca.errors import UserError
 from smca.modeling.weight_map import HALF_CELL, WeightMap
 
 if TYPE_CHECKING:  # it imports this package
     from smca.inference import Detections, Predictor
-
-
-class NoModulationError(UserError):
-    """The model has no weight maps."""
 
 
 @dataclass
@@ -79,83 +73,53 @@ class LayerRecord:
         return self.scale_weights[0, queries]
 
 
-class Recorder:
-    """A context in which the calls of an `SMCA`'s decoder are recorded.
-
-    Raises:
-        NoModulationError: the model has no modulation.
-    """
-
-    def __init__(self, model: nn.Module):
-        decoder: Any = getattr(model, "decoder", None)
-        if not getattr(decoder, "modulated", False):
-            raise NoModulationError(
-                "This model has no spatial modulation (model.decoder.modulation=null, as in DETR), "
-                "so there are no weight maps to draw."
-            )
-        self._decoder = decoder
-        self._handles: List[RemovableHandle] = []
-        self._uncompiled = contextlib.ExitStack()
-        self._image_sizes: Tensor
-        self._layers: Dict[int, LayerRecord] = {}
-
-    def layer(self, index: int) -> LayerRecord:
-        """The record of a decoder layer in the last call; -1 is the last layer.
-
-        Raises:
-            UserError: the model has no such layer.
-        """
-        num_layers = len(self._decoder.layers)
-        if not -num_layers <= index < num_layers:
-            raise UserError(
-                f"There is no decoder layer {index}, the model has {num_layers}: 0 to "
-                f"{num_layers - 1}, or -1 for the last."
-            )
-        return self._layers[index % num_layers]
-
-    def __enter__(self) -> "Recorder":
-        if self._decoder._compiled_call_impl is not None:
-            # It would not call hooks that it did not have when it was compiled.
-            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-        self._handles = [self._decoder.register_forward_pre_hook(self._keep_sizes)]
-        for index, layer in enumerate(self._decoder.layers):
-            keep: Any = functools.partial(self._keep_weight_maps, index)
-            self._handles.append(layer.modulation.register_forward_hook(keep))
-            if layer.scale_weight is not None:
-                keep = functools.partial(self._keep_scale_weights, index)
-                self._handles.append(layer.scale_weight.register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._uncompiled.close()
-
-    def _keep_sizes(self, module: nn.Module, inputs: Tuple[Any, ...]) -> None:
-        self._image_sizes = inputs[2]
-
-    def _keep_weight_maps(
-        self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: List[WeightMap]
-    ) -> None:  # a layer computes these first
-        _, center, scales, *_ = inputs
-        strides = [scale.stride for scale in scales]
-        place = (index, len(self._decoder.layers))
-        self._layers[index] = LayerRecord(*place, output, center, strides, self._image_sizes)
-
-    def _keep_scale_weights(
-        self, index: int, module: nn.Module, inputs: Tuple[Any, ...], output: Tensor
-    ) -> None:
-        self._layers[index].scale_weights = output.float().softmax(dim=-1)
-
-
 def detect_and_record(
     predictor: "Predictor", image: np.ndarray
-) -> Tuple["Detections", Optional[Recorder]]:
-    """All detections of an (h, w, 3) uint8 RGB image, best first, and the record of the call; None
-    for a model without modulation."""
-    try:
-        recorder = Recorder(predictor.model)
-    except NoModulationError:
-        return predictor(image, threshold=0), None
-    with recorder:
-        return predictor(image, threshold=0), recorder
+) -> Tuple["Detections", List[LayerRecord]]:
+    """All detections of an (h, w, 3) uint8 RGB image, best first, and the record of each decoder
+    layer; none for a model without modulation."""
+    decoder: Any = getattr(predictor.model, "decoder", None)
+    layers = decoder.layers if getattr(decoder, "modulated", False) else ()
+    image_sizes: List[Tensor] = []
+    records: List[LayerRecord] = []
+
+    def keep_image_sizes(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
+        image_sizes.append(inputs[2])
+
+    def keep_maps(module: nn.Module, inputs: Tuple[Any, ...], output: List[WeightMap]) -> None:
+        _, center, scales, *_ = inputs
+        strides = [scale.stride for scale in scales]
+        place = (len(records), len(layers))
+        records.append(LayerRecord(*place, output, center, strides, image_sizes[0]))
+
+    def keep_shares(module: nn.Module, inputs: Tuple[Any, ...], output: Tensor) -> None:
+        records[-1].scale_weights = output.float().softmax(dim=-1)  # a layer's maps come first
+
+    with contextlib.ExitStack() as stack:
+        if layers:
+            stack.callback(decoder.register_forward_pre_hook(keep_image_sizes).remove)
+        for layer in layers:
+            stack.callback(layer.modulation.register_forward_hook(keep_maps).remove)
+            if layer.scale_weight is not None:
+                stack.callback(layer.scale_weight.register_forward_hook(keep_shares).remove)
+        return predictor(image, threshold=0), records
+
+
+def record_of(records: Sequence[LayerRecord], layer: int) -> LayerRecord:
+    """The record of the decoder layer of an index; -1 is the last layer.
+
+    Raises:
+        UserError: there is no such layer, or the model has no modulation.
+    """
+    if not records:
+        raise UserError(
+            "This model has no spatial modulation (model.decoder.modulation=null, as in DETR), so "
+            "there are no weight maps to draw."
+        )
+    count = len(records)
+    if not -count <= layer < count:
+        raise UserError(
+            f"There is no decoder layer {layer}, the model has {count}: 0 to {count - 1}, or -1 "
+            "for the last."
+        )
+    return records[layer]

@@ -95,9 +95,6 @@ def write_report(
     return [str(html_file), str(json_file)]
 
 
-# Tables
-
-
 def _metric_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
     thresholds = [evaluation.threshold for evaluation in evaluations]
     times = [evaluation.milliseconds for evaluation in evaluations]
@@ -119,9 +116,6 @@ def _row(
     if best is not None and len(values) > 1 and known:
         marked = [index for index, value in enumerate(values) if value == best(known)]
     return {"title": title, "meaning": meaning, "cells": cells, "best": marked}
-
-
-# Figures
 
 
 def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
@@ -184,9 +178,6 @@ def _finish(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
     axes.set_title(plain_text(title), fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-# Pictures
 
 
 def worst_images(evaluation: Evaluation, count: int) -> List[int]:

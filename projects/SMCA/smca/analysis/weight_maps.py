@@ -5,7 +5,7 @@ Positions in a drawn image are in its pixels, (0, 0) being the corner of the fir
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from smca.analysis.detections import DPI, aspect, class_color, class_name, plain_text
-from smca.analysis.recorder import LayerRecord, Recorder
+from smca.analysis.recorder import LayerRecord, detect_and_record, record_of
 from smca.errors import UserError
 
 if TYPE_CHECKING:  # it imports this package
@@ -51,23 +51,16 @@ class DetectionMaps:
 
 
 def modulation_maps(
-    predictor: "Predictor",
-    image: np.ndarray,
-    select: Optional[Callable[[Instances], Sequence[int]]] = None,
-    layer: int = -1,
+    predictor: "Predictor", image: np.ndarray, indices: Sequence[int] = (0,), layer: int = -1
 ) -> List[DetectionMaps]:
-    """Detect objects in an (h, w, 3) uint8 RGB image, and compute where their queries look in the
-    decoder layer of that index. `select` gives the indices of the wanted detections; None takes the
-    best one.
+    """Detect objects in an (h, w, 3) uint8 RGB image, and compute where the queries of some
+    detections, of which 0 is the best, look in a decoder layer.
 
     Raises:
-        NoModulationError: the model has no modulation.
-        UserError: it has no such layer.
+        UserError: the model has no modulation or no such layer.
     """
-    with Recorder(predictor.model) as recorder:
-        instances = predictor(image, threshold=0)
-    indices = [0] if select is None else list(select(instances))
-    return maps_of(instances[indices], recorder.layer(layer), image)
+    instances, records = detect_and_record(predictor, image)
+    return maps_of(instances[list(indices)], record_of(records, layer), image)
 
 
 def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> List[DetectionMaps]:

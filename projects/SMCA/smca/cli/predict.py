@@ -62,9 +62,6 @@ def run(args: argparse.Namespace) -> int:
     return run_on_video(args) if args.video_input else run_on_images(args)
 
 
-# Images
-
-
 def run_on_images(args: argparse.Namespace) -> int:
     """Detect, draw and write; images that cannot be read are skipped. Gives the exit code."""
     # What is wrong with the files should not take the time to build a model.
@@ -150,9 +147,6 @@ def refuse_folder_of(path: str, folder: str) -> None:
         raise UserError(f"--output {folder} is the folder of {path}: give another one.")
 
 
-# Video
-
-
 def run_on_video(args: argparse.Namespace) -> int:
     """The same for a video's frames; `image_id` counts them, those that cannot be decoded
     included."""
@@ -223,9 +217,6 @@ def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np
             yield number - 1, frame
         elif num_failed > _MAX_BROKEN if num_frames is None else number >= num_frames:
             return
-
-
-# Results
 
 
 @contextlib.contextmanager

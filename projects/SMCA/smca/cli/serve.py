@@ -74,9 +74,9 @@ class Viewer:
         self.threshold = threshold
         self._images: Dict[int, DetectedImage] = collections.OrderedDict()
         self._numbers = itertools.count()
-        # A recorder keeps the last call of the model, which must not be another visitor's.
+        # What records a call of the model must not see another visitor's.
         self._lock = threading.Lock()
-        self._layers = self._detect(np.zeros((64, 64, 3), np.uint8)).layers
+        _, self._layers = detect_and_record(predictor, np.zeros((64, 64, 3), np.uint8))
 
     def settings(self) -> Dict[str, Any]:
         """What the page has to know before there is an image."""
@@ -97,7 +97,8 @@ class Viewer:
         decoder layer ``centers`` (x, y in pixels) and ``shares`` (the weights of the scales) of its
         query."""
         with self._lock:
-            seen, number = self._detect(image), next(self._numbers)
+            seen = DetectedImage(image, *detect_and_record(self.predictor, image))
+            number = next(self._numbers)
             self._images[number] = seen
             while len(self._images) > _MAX_IMAGES:
                 del self._images[min(self._images)]
@@ -111,13 +112,6 @@ class Viewer:
             row["shares"] = [layer[index].tolist() for layer in shares]
         height, width = image.shape[:2]
         return {"id": number, "width": width, "height": height, "detections": rows}
-
-    def _detect(self, image: np.ndarray) -> DetectedImage:
-        detections, recorder = detect_and_record(self.predictor, image)
-        layers = []
-        if recorder is not None:
-            layers = [recorder.layer(i) for i in range(recorder.layer(-1).num_layers)]
-        return DetectedImage(image, detections, layers)
 
     def image(self, number: int) -> np.ndarray:
         """The image of that number, (height, width, 3) uint8 RGB."""

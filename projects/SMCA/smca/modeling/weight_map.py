@@ -41,9 +41,6 @@ def float32_region(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-# ---- The shapes
-
-
 class Channels(NamedTuple):
     """Log-weights written as dot products of queries and cells. Any attention kernel adds them to
     its logits when the channels are appended to queries and keys."""
@@ -222,9 +219,6 @@ class Modulation:
         for name, factor in (("beta", self.beta), ("offset_gain", gain)):
             if not (isinstance(factor, (int, float)) and factor > 0):
                 raise ValueError(f"{name}={factor!r} must be a positive number.")
-
-
-# ---- What a query predicts
 
 
 class WeightMapPredictor(nn.Module):
