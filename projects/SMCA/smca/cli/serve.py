@@ -113,13 +113,9 @@ class Viewer:
         height, width = image.shape[:2]
         return {"id": number, "width": width, "height": height, "detections": rows}
 
-    def image(self, number: int) -> np.ndarray:
-        """The image of that number, (height, width, 3) uint8 RGB."""
-        return self._seen(number).image
-
     def draw_maps(self, number: int, index: int, layer: int, scale: Optional[int] = None) -> bytes:
         """Where the query of a detection looks, see `smca.analysis.draw_gaussians`, as PNG."""
-        seen = self._seen(number)
+        seen = self.seen(number)
         _check_index("detection", index, len(seen.detections))
         _check_index("layer", layer, len(seen.layers))
         file = io.BytesIO()
@@ -128,7 +124,8 @@ class Viewer:
             draw_gaussians([maps], self.predictor.class_names, scale).savefig(file, format="png")
         return file.getvalue()
 
-    def _seen(self, number: int) -> DetectedImage:
+    def seen(self, number: int) -> DetectedImage:
+        """The image of that number."""
         if number not in self._images:
             raise UserError("The server does not keep this image any more: give it again.")
         return self._images[number]
@@ -158,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "/": lambda: ("text/html; charset=utf-8", _PAGE.read_bytes()),
                 "/settings": lambda: _as_json(self.viewer.settings()),
                 "/example": lambda number: _as_jpeg(self._example(number), _THUMBNAIL_SIDE),
-                "/image": lambda number: _as_jpeg(self.viewer.image(number)),
+                "/image": lambda number: _as_jpeg(self.viewer.seen(number).image),
                 "/maps": lambda number, index, layer, scale=None: (
                     "image/png",
                     self.viewer.draw_maps(number, index, layer, scale),
@@ -199,10 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
             length = int(self.headers.get("Content-Length") or 0)
         except ValueError:
             length = -1
-        if length < 0:
-            raise UserError("The Content-Length of the request is no number of bytes.")
-        if length > _MAX_BYTES:
-            raise UserError(f"The image has more than {_MAX_BYTES // 10**6} MB.")
+        if not 0 <= length <= _MAX_BYTES:
+            raise UserError(f"The Content-Length is no number of bytes up to {_MAX_BYTES:,}.")
         return self.viewer.detect(_read(io.BytesIO(self.rfile.read(length)), "that was sent"))
 
     def log_message(self, *args: Any) -> None:
