@@ -10,4 +10,4 @@ from .command_line import (
 )
 from .detections import Detections
 from .predictor import Predictor
-from .pretrained import CARD_NAME, need_extra, save_pretrained
+from .pretrained import CARD_NAME, save_pretrained

@@ -8,7 +8,6 @@ file's metadata.
 import contextlib
 import copy
 import functools
-import importlib.util
 import io
 import json
 import logging
@@ -28,6 +27,7 @@ from smca.modeling.scales import padding_mask
 from smca.version import __version__
 
 from .predictor import Predictor
+from .pretrained import need_extra
 
 INPUTS = ("images", "image_sizes")
 OUTPUTS = ("boxes", "scores", "labels")
@@ -88,12 +88,8 @@ def check_export(output: str, format: str) -> None:
             f"{torch.__version__}: the weights can be exported in an environment that has it."
         )
     if format == "onnx":
-        missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
-        if missing:
-            raise UserError(
-                f"--format onnx needs {' and '.join(missing)}: run pip install onnx onnxscript "
-                "onnxruntime (or install the extra 'export'), or take --format pt2."
-            )
+        for name in ("onnx", "onnxscript"):
+            need_extra(name, "export")
 
 
 def export_detector(

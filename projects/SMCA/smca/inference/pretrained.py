@@ -109,19 +109,15 @@ def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]
     return {**others, "model": model, "augmentations": augmentations}
 
 
-def need_extra(module: str) -> ModuleType:
-    """A module of the extra ``publish``, which the package does not require.
-
-    Raises:
-        UserError: it is not installed.
-    """
+def need_extra(module: str, extra: str = "publish") -> ModuleType:
+    """A module of an extra, or a UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise UserError(
-            f"Published detectors need {package}: run pip install {package} (or install the extra "
-            "'publish' of this package)."
+            f"{package} is not installed: run pip install {package}, or install this package with "
+            f"the extra '{extra}'."
         ) from error
 
 
@@ -150,9 +146,8 @@ def _read_config(path: str) -> Dict[str, Any]:
         raise ConfigError(f"{path} cannot be read as plain YAML: {reason}") from error
     absent = set(_KEYS) - set(published if isinstance(published, dict) else ())
     if absent:
-        raise ConfigError(
-            f"{path} is no published detector's config, it lacks {', '.join(sorted(absent))}."
-        )
+        names = ", ".join(sorted(absent))
+        raise ConfigError(f"{path} is no published detector's config, it lacks {names}.")
     _check_parts(published, path)
     return published
 

@@ -53,27 +53,22 @@ class TimmBackbone(Backbone):
         indices = {f"res{int(math.log2(r))}": i for i, r in enumerate(info.reduction())}
         unknown = [feature for feature in out_features if feature not in indices]
         if unknown or not out_features:
-            raise ValueError(
-                f"out_features={list(out_features)} must be some of {', '.join(indices)}, which "
-                f"{name} has."
-            )
+            known = ", ".join(indices)
+            raise ValueError(f"out_features={list(out_features)} must be some of {known}.")
         out_features = sorted(out_features)  # fine to coarse, as timm gives them
         out_indices = [info.out_indices[indices[feature]] for feature in out_features]
         model: Any = timm.create_model(name, features_only=True, out_indices=out_indices, **kwargs)
-        given = model.feature_info
+        sizes = zip(model.feature_info.channels(), model.feature_info.reduction())
         self._shapes = {
             feature: ShapeSpec(channels=channels, stride=stride)
-            for feature, channels, stride in zip(
-                out_features, given.channels(), given.reduction(), strict=True
-            )
+            for feature, (channels, stride) in zip(out_features, sizes, strict=True)
         }
         if freeze_norms:
             model = timm.layers.freeze_batch_norm_2d(model)
         _pad_alike(model)
-        modules = dict(model.named_modules())
-        for module in freeze:
-            if module not in modules:
-                raise ValueError(f"freeze names {module!r}, which {name} does not have.")
+        absent = set(freeze) - set(dict(model.named_modules()))
+        if absent:
+            raise ValueError(f"freeze names {absent.pop()!r}, which {name} does not have.")
         if freeze:
             timm.utils.freeze(model, list(freeze))
         self.name = name.split(".")[0]
