@@ -140,7 +140,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
             "model.decoder.modulation.beta=0",
             "model.decoder.modulation.beta=0 must be a positive number",
         ),
-        ("smca_r50_50ep", "model.decoder.refine=True", "decoder.refine=True needs queries with"),
+        ("smca_r50_50ep", "model.decoder.refine=True", "decoder.refine=True and queries with"),
         ("smca_r50_50ep", "model.decoder.num_scales=2", "give 3 scales, but the decoder is made"),
         ("smca_r50_50ep", "model.encoder.pattern=IXI", "model.encoder.pattern='IXI' may only"),
         ("smca_r50_50ep", "model.backbone.depth=51", "model.backbone.depth=51 must be one of"),

@@ -392,7 +392,7 @@ def test_noisy_objects_leave_the_other_losses_alone(config):
 def test_parts_of_different_kinds_are_an_error(config):
     model = LazyConfig.load(config).model
     for changes, message in (
-        (dict(queries=None), "^decoder.refine=True needs queries with boxes"),
+        (dict(queries=None), "^decoder.refine=True and queries with boxes need"),
         (dict(queries=None, decoder={**model.decoder, "refine": False}), "^denoising needs"),
     ):
         with pytest.raises(ValueError, match=message):

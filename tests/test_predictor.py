@@ -253,10 +253,10 @@ def test_what_is_no_image_is_named(predictor, tmp_path, monkeypatch):
         (tmp_path / "cut.png", "cut.png cannot be decoded, perhaps it was cut short ("),
         ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png cannot be downloaded: "),
         (7, "An image is a path, a URL, a PIL image, an array or a tensor, or a list of them, not"),
-        (make_image() / 255, "An array has to be an image of uint8 (height, width, 3), RGB"),
+        (make_image() / 255, "An array has to be RGB of uint8 (height, width, 3), not"),
         (make_image()[..., 0], "not uint8 (90, 120)."),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "not uint8 (2, 3, 8, 8)."),
-        (torch.zeros(3, 8, 8), "A tensor has to be an image of uint8 (3, height, width), RGB"),
+        (torch.zeros(3, 8, 8), "A tensor has to be RGB of uint8 (3, height, width), not"),
     ):
         for images in (given, [make_image(), given]):
             with pytest.raises(UserError) as error:

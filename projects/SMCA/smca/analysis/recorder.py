@@ -112,14 +112,8 @@ def record_of(records: Sequence[LayerRecord], layer: int) -> LayerRecord:
         UserError: there is no such layer, or the model has no modulation.
     """
     if not records:
-        raise UserError(
-            "This model has no spatial modulation (model.decoder.modulation=null, as in DETR), so "
-            "there are no weight maps to draw."
-        )
+        raise UserError("A model without modulation (model.decoder.modulation=null) has no maps.")
     count = len(records)
     if not -count <= layer < count:
-        raise UserError(
-            f"There is no decoder layer {layer}, the model has {count}: 0 to {count - 1}, or -1 "
-            "for the last."
-        )
+        raise UserError(f"There is no decoder layer {layer}, the model has {count}.")
     return records[layer]

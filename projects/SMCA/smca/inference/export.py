@@ -134,9 +134,8 @@ def _resizing(augmentations: List[T.Augmentation]) -> Tuple[Optional[int], Optio
         if len(set(resize.short_edge_length)) == 1:
             return int(resize.short_edge_length[0]), int(resize.max_size)
     raise UserError(
-        "The config's test augmentations are more than one resizing of the short side, which the "
-        "exported file cannot say: keep T.ResizeShortestEdge of one size in "
-        "dataloader.test.mapper.augmentations."
+        "An exported file can only say one resizing of the short side: keep T.ResizeShortestEdge "
+        "of one size in dataloader.test.mapper.augmentations."
     )
 
 

@@ -41,9 +41,7 @@ def rgb_array(image: ImageSource) -> np.ndarray:
     if dtype != "uint8" or len(shape) != 3 or shape[0 if is_tensor else 2] != 3 or 0 in shape:
         kind = "A tensor" if is_tensor else "An array"
         form = "(3, height, width)" if is_tensor else "(height, width, 3)"
-        raise UserError(
-            f"{kind} has to be an image of uint8 {form}, RGB from 0 to 255, not {dtype} {shape}."
-        )
+        raise UserError(f"{kind} has to be RGB of uint8 {form}, not {dtype} {shape}.")
     return image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image
 
 

@@ -88,9 +88,7 @@ class Predictor:
         cfg = load_config(config, overrides, needed=())
         path = path or OmegaConf.select(cfg, "train.init_checkpoint")
         if not path:
-            raise ConfigError(
-                "No checkpoint given: add --weights with the file of a trained detector."
-            )
+            raise ConfigError("No checkpoint given: add --weights with a trained detector's file.")
         use_classes(cfg, provenance)
         require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config)
         cfg.train.device = str(resolve_device(device or cfg.train.device))

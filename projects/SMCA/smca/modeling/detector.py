@@ -85,10 +85,7 @@ class SMCA(nn.Module):
                 raise ValueError(f"{name}={value} must be at least 1.")
         self.refine = getattr(decoder, "refine", False)
         if self.refine != getattr(queries, "has_boxes", False):
-            raise ValueError(
-                "decoder.refine=True needs queries with boxes, such as ProposedQueries, and these "
-                "need decoder.refine=True."
-            )
+            raise ValueError("decoder.refine=True and queries with boxes need one another.")
         if denoising is not None and not self.refine:
             raise ValueError("denoising needs decoder.refine=True and queries with boxes.")
         self.backbone = backbone
@@ -156,10 +153,7 @@ class SMCA(nn.Module):
             predictions = self.forward_head(self.forward_features(images))
             return self.postprocess(predictions, batched_inputs, images.image_sizes)
         if self.criterion is None:
-            raise UserError(
-                "The model has criterion=None and cannot be trained: build it with a SetCriterion, "
-                "or call eval() for detections."
-            )
+            raise UserError("A model with criterion=None cannot be trained: add a SetCriterion.")
         return self._losses(images, [self._targets(x) for x in batched_inputs])
 
     def preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:

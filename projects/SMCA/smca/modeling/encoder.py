@@ -62,10 +62,7 @@ class TransformerEncoder(nn.Module):
     ):
         super().__init__()
         if set(pattern) - set("IM"):
-            raise ValueError(
-                f"pattern={pattern!r} may only hold the letters I (intra-scale) and "
-                "M (multi-scale), one for each layer, for instance 'IIMII'."
-            )
+            raise ValueError(f"pattern={pattern!r} may only hold the letters I and M.")
         self.pattern = pattern
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(

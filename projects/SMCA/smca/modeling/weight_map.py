@@ -210,10 +210,8 @@ class Modulation:
         if isinstance(found, str):
             found = MAPS.get(found) or pydoc.locate(found)  # type: ignore[assignment]
         if not (isinstance(found, type) and issubclass(found, WeightMap)):
-            raise ValueError(
-                f"map={self.map!r} must be a WeightMap class, its dotted path, or one of "
-                f"{', '.join(MAPS)}."
-            )
+            names = ", ".join(MAPS)
+            raise ValueError(f"map={self.map!r} must be a WeightMap, its path, or one of {names}.")
         self.map = found
         gain = 1.0 if self.offset_gain is None else self.offset_gain
         for name, factor in (("beta", self.beta), ("offset_gain", gain)):

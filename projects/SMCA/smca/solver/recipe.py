@@ -51,9 +51,7 @@ def step_schedule(
         ValueError: there are fewer images than a batch has.
     """
     if num_images < batch_size:
-        raise ValueError(
-            f"num_images={num_images} are fewer than batch_size={batch_size}: make it smaller."
-        )
+        raise ValueError(f"num_images={num_images} are fewer than batch_size={batch_size}.")
     # The official loader drops an epoch's last, incomplete batch.
     iterations = num_images // batch_size
     max_iter, drop = epochs * iterations, drop_epoch * iterations
