@@ -92,9 +92,9 @@ def test_an_object_is_found_once_and_by_the_surest_detection_of_its_class():
 
 
 def test_a_match_needs_its_iou():
-    truth, found = truth_of((1, CAT, LEFT)), [detection(1, CAT, NEARLY_LEFT, 0.5)]
-    assert match(truth, found, iou=0.9).correct.tolist() == [True]
-    assert match(truth, found, iou=0.91).correct.tolist() == [False]
+    for width, is_match in ((20, True), (19, False)):  # of 40, the object's
+        found = [detection(1, CAT, [0, 0, width, 40], 0.5)]
+        assert match(truth_of((1, CAT, LEFT)), found).correct.tolist() == [is_match]
 
 
 def test_detections_in_a_crowd_do_not_count():

@@ -236,16 +236,14 @@ class Matches:
         return np.array([category_id is not None for category_id in self.found], dtype=bool)
 
 
-def match(
-    truth: COCO, detections: Sequence[Detection], iou: float = 0.5, by_class: bool = True
-) -> Matches:
-    """Match detections and objects that have at least that IoU, only within a class or, if
+def match(truth: COCO, detections: Sequence[Detection], by_class: bool = True) -> Matches:
+    """Match detections and objects that have an IoU of at least 0.5, only within a class or, if
     `by_class` is false, with objects of any class."""
     evaluation = _evaluate(
         truth,
         detections,
         useCats=int(by_class),
-        iouThrs=np.array([iou]),
+        iouThrs=np.array([0.5]),
         areaRng=[[0, np.inf]],
         areaRngLbl=["all"],
         maxDets=[len(detections)],

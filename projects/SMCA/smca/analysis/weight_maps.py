@@ -129,10 +129,10 @@ def draw_gaussians(
     figure = Figure(size, dpi=DPI, layout="constrained")
     rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for subfigure, detection in zip(rows, detections):
-        subfigure.suptitle(plain_text(_describe(detection, class_names, scale)), fontsize=11)
+        shares = detection.scale_weights if scale is None else np.eye(num_scales)[scale]
+        subfigure.suptitle(plain_text(_describe(detection, class_names, shares)), fontsize=11)
         ratios = [num_rows] + [1] * num_columns
         grid = subfigure.add_gridspec(num_rows, num_columns + 1, width_ratios=ratios)
-        shares = detection.scale_weights if scale is None else np.eye(num_scales)[scale]
         _draw_overview(subfigure.add_subplot(grid[:, 0]), detection, shares)
         for head in range(num_heads):
             axes = subfigure.add_subplot(grid[head // num_columns, 1 + head % num_columns])
@@ -178,17 +178,14 @@ def _draw_head(axes: Axes, detection: DetectionMaps, shares: np.ndarray, head: i
     _draw_center(axes, detection, markersize=7)
 
 
-def _describe(detection: DetectionMaps, class_names: Sequence[str], scale: Optional[int]) -> str:
+def _describe(detection: DetectionMaps, class_names: Sequence[str], shares: np.ndarray) -> str:
+    scales = zip(detection.strides, shares)
     parts = [
         f"{class_name(class_names, detection.class_index)} {100 * detection.score:.0f}%",
         f"query {detection.query}",
         f"decoder layer {detection.layer + 1} of {detection.num_layers}",
+        ", ".join(f"stride {stride} ({100 * share:.0f}%)" for stride, share in scales if share),
     ]
-    if scale is not None:
-        parts.append(f"map of stride {detection.strides[scale]}")
-    elif len(detection.strides) > 1:
-        shares = zip(detection.strides, detection.scale_weights)
-        parts.append("strides read: " + ", ".join(f"{s} ({100 * w:.0f}%)" for s, w in shares))
     return "   ·   ".join(parts)
 
 

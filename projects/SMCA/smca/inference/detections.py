@@ -19,9 +19,8 @@ class Detections(Instances):
     Args:
         instances: the fields.
         image: the image, which `draw` reads.
-        class_names: names by class index; a class without a name is called by its index.
-        category_ids: from class index to the id in the data set's JSON; a class that is not in it
-            has its index as id.
+        class_names, category_ids: by class index its name, and its id in the data set's JSON; a
+            class without one has its index.
     """
 
     def __init__(
