@@ -27,16 +27,13 @@ DPI = 120
 def draw_instances(
     image: np.ndarray, instances: Instances, class_names: Sequence[str] = ()
 ) -> np.ndarray:
-    """Draw boxes with their class and, if they have one, their score.
+    """Draw boxes with their class and, if they have one, their score; gives a picture like `image`.
 
     Args:
         image: (height, width, 3) uint8, RGB. A small image is enlarged by a whole factor.
         instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores`` and
             ``pred_classes``, or ``gt_boxes`` and ``gt_classes`` (and perhaps ``gt_crowd``).
         class_names: a class without a name is shown by its index.
-
-    Returns:
-        (height, width, 3) uint8, RGB.
     """
     height, width = image.shape[:2]
     factor = math.ceil(_MIN_LONG_SIDE / max(height, width))

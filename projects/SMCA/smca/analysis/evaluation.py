@@ -119,10 +119,8 @@ def evaluate(
 
     Args:
         name: of the detector.
-        truth: from `load_truth`.
-        detections, seconds: from `detect`.
+        truth, detections, seconds, image_ids: from `load_truth`, `detect`, `smca.data.image_ids`.
         threshold: the least score that counts where metrics need one; None: that of the best F1.
-        image_ids: from `smca.data.image_ids`.
     """
     categories = sorted(truth.dataset["categories"], key=lambda category: category["id"])
     matches = match(truth, detections)

@@ -30,19 +30,15 @@ def write_pictures(
 ) -> List[str]:
     """Draw what a detector finds: ``validation.png`` (truth and detections), ``gaussians.png``
     (maps of the best detections of different images; not for a model without modulation), and
-    ``curves.png``.
+    ``curves.png``. Gives their paths.
 
     Args:
-        predictor: a detector.
         dataset_dicts: in Detectron2's format; images are taken evenly from it.
         output_dir: is made if it does not exist.
         metrics_file: a training's ``metrics.json``; None draws no curves.
         num_images, confidence_threshold: of ``validation.png``, the least score.
         num_detections, layer, scale: of ``gaussians.png``, see `draw_gaussians`.
         progress: wraps the images, as `tqdm.tqdm` does.
-
-    Returns:
-        Paths of the pictures.
 
     Raises:
         UserError: an image cannot be read, or the model has no such layer or scale.

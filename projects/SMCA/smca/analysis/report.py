@@ -49,8 +49,7 @@ def write_report(
     """Write ``report.html``, and ``report.json`` with its numbers; gives their paths.
 
     Args:
-        evaluations: at least one, all on the same data.
-        dataset_dicts: that data in Detectron2's format, with ``image_id``.
+        evaluations: at least one, all on the data `dataset_dicts`, in Detectron2's format.
         output_dir: is made if need be.
         dataset, device: what was evaluated on, and where.
         num_worst: pictures of each detector's worst images.

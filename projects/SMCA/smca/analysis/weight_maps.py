@@ -64,15 +64,9 @@ def modulation_maps(
 
 
 def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> List[DetectionMaps]:
-    """Where the queries of some detections look, on a copy of `image` whose long side is 384
-    pixels.
-
-    Args:
-        instances: on the CPU, in pixels of `image`: ``pred_boxes``, ``scores``, ``pred_classes``
-            and ``query_indices``.
-        record: of the model's call for `image`.
-        image: (height, width, 3) uint8, RGB.
-    """
+    """Where the queries of some detections, on the CPU and in pixels of `image`, look, on a copy of
+    this (h, w, 3) uint8 RGB image whose long side is 384 pixels. `record` is of the model's call
+    for it."""
     height, width = image.shape[:2]
     factor = _MAP_LONG_SIDE / max(height, width)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))

@@ -99,8 +99,7 @@ def export_detector(
 
     Args:
         predictor: the detector.
-        output: file to write, with the format as its suffix.
-        format: "onnx" or "pt2".
+        output: file to write, with the format, "onnx" or "pt2", as its suffix.
         threshold: lowest score for the metadata. The graph gives all K detections.
 
     Raises:

@@ -134,12 +134,9 @@ class Predictor:
         device: str = "auto",
         dtype: str = "fp32",
     ) -> "Predictor":
-        """A published detector (``tools/publish.py``). No code of its author runs.
-
-        Args:
-            name: a folder, or a repository on the Hugging Face Hub ("user/name").
-            revision: a branch, a tag or a commit of the repository.
-            device, dtype: see the class.
+        """A published detector (``tools/publish.py``), from a folder or a repository on the Hugging
+        Face Hub ("user/name") at a revision, which is a branch, a tag or a commit. No code of its
+        author runs.
 
         Raises:
             UserError: there is none, it cannot be read, or asks for more than parts of detectors.

@@ -51,16 +51,9 @@ class SetCriterion(nn.Module):
     def forward(
         self, predictions: Predictions, targets: List[Targets], matching: Optional[Matching] = None
     ) -> Dict[str, Tensor]:
-        """
-        Args:
-            predictions: of N decoder layers.
-            targets: the objects of the B images.
-            matching: which prediction belongs to which object; None: what the matcher finds.
-
-        Returns:
-            Weighted scalar losses, whose sum is the objective: ``loss_ce``, ``loss_bbox`` and
-            ``loss_giou`` of the last layer, ``loss_ce_0`` and so on of the layers before it.
-        """
+        """Weighted scalar losses, whose sum is the objective: ``loss_ce``, ``loss_bbox`` and
+        ``loss_giou`` of the last layer, ``loss_ce_0`` and so on of the layers before it. The
+        matching says which prediction belongs to which object; None: what the matcher finds."""
         losses = self.by_layer(predictions, targets, matching)
         last = len(predictions.logits) - 1
         return {

@@ -53,15 +53,8 @@ class DenseHead(nn.Module):
     def forward(
         self, scales: List[Scale], image_sizes: Tensor, targets: List[Targets]
     ) -> Tuple[Predictions, Matching]:
-        """
-        Args:
-            scales: the encoded scales.
-            image_sizes: (B, 2) each image's own (width, height) in pixels.
-            targets: the objects of the B images.
-
-        Returns:
-            (1, B, S, ...) predictions, and the cells of each object with their weights.
-        """
+        """(1, B, S, ...) predictions of the encoded scales, and the cells of each object with their
+        weights. `image_sizes` (B, 2) is each image's own (width, height) in pixels."""
         cells = self.cells(scales, image_sizes)
         boxes = self.cells.predict_boxes(cells.hidden, cells.boxes)
         predictions = Predictions(cells.logits[None], boxes[None])

@@ -145,8 +145,7 @@ class SMCA(nn.Module):
             ``scores``, ``pred_classes`` and ``query_indices``, best first.
 
         Raises:
-            UserError: there is no criterion to train with, or an object is of a class that the
-                model lacks.
+            UserError: there is no criterion, or an object is of a class that the model lacks.
         """
         images = self.preprocess(batched_inputs)
         if not self.training:

@@ -10,10 +10,8 @@ class SinePositionEncoding(nn.Module):
     """Fixed sine encoding of a cell's row and column (DETR, section A.4).
 
     The valid cells are counted 1, 2, ... down and across, divided by the last count and scaled to
-    (0, 2 pi], so that an image's encoding does not depend on how the batch was padded.
-
-    Args:
-        embed_dim: d, a multiple of 4: half for y, half for x, each half sines and cosines.
+    (0, 2 pi], so that an image's encoding does not depend on how the batch was padded. Of the d
+    channels, a multiple of 4, half are of y and half of x, each half of them sines, half cosines.
     """
 
     def __init__(self, embed_dim: int):

@@ -25,7 +25,6 @@ class TimmBackbone(Backbone):
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ImportError: timm is not installed.
         ValueError: timm has no such model, or the model no such feature.
     """
 

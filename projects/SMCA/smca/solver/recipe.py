@@ -36,8 +36,7 @@ def layer_lr_factor(factors: Mapping[str, float]) -> Callable[[str], float]:
 
 
 def steps_of_epochs(epochs: float, num_images: int, batch_size: int, accumulate: int = 1) -> int:
-    """Iterations of so many epochs, at least 1. An iteration has `accumulate` batches, each of
-    `batch_size` images in all processes together."""
+    """Iterations, each of `accumulate` batches in all processes together, of so many epochs."""
     return max(1, round(epochs * num_images / (batch_size * accumulate)))
 
 
