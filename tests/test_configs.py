@@ -68,6 +68,21 @@ def test_conv_model_has_the_parameters_of_the_official_logs(name, overrides, exp
     assert trainable_parameters(model) == expected
 
 
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("2024_01", "2024_01"),
+        ("/my photos/für (2).json", "/my photos/für (2).json"),
+        ("[1, 007,ü b]", ["1", "007", "ü b"]),
+        ('"a,b"', "a,b"),
+        ("null", None),
+    ],
+)
+def test_paths_and_names_of_classes_need_no_quotes(value, expected):
+    path = str(CONFIGS / "custom_voc.py")
+    assert load_config(path, [f"data.names={value}"], needed=()).data.names == expected
+
+
 @pytest.mark.parametrize("depth", [34, 101])
 def test_resnet_depths(depth):
     cfg = load("smca_r50_50ep", *SMALL)
@@ -152,7 +167,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
             "model.in_features=[res3,res9]",
             "model.in_features=[res3, res9] must be some of stem, res2, res3.",
         ),
-        ("smca_r50_50ep", "model.encoder=null", "model.encoder=None must be a module"),
+        ("smca_r50_50ep", "model.encoder=null", "model.encoder has to be a section, it"),
         ("smca_r50_50ep", "model.encoder=I", "model.encoder has to be a section, it cannot be 'I'"),
         (
             "smca_r50_50ep",

@@ -130,18 +130,20 @@ def words_for(kind: Any) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type, as far as plain values and lists are concerned."""
-    items = get_args(kind)
-    if get_origin(kind) in _UNIONS:
+    """Whether a plain value, or a list of such, is of an annotated type; any other object is."""
+    origin, items = get_origin(kind), get_args(kind)
+    if origin in _UNIONS:
         return any(_fits(value, item) for item in items)
-    if get_origin(kind) in _LISTS:
-        is_list = isinstance(value, (list, tuple, ListConfig))
-        return is_list and all(_fits(item, items[0]) for item in value)
-    if kind in (int, float) and isinstance(value, bool):
+    is_list = isinstance(value, (list, tuple, ListConfig))
+    if is_list and origin in _LISTS:
+        return all(_fits(item, items[0]) for item in value)
+    if kind is Any or not (is_list or value is None or isinstance(value, (str, int, float))):
+        return True
+    if value is None or is_list:
+        return kind is type(None) if value is None else kind not in _WORDS
+    if origin in _LISTS or (kind in (int, float) and isinstance(value, bool)):
         return False
-    is_plain = isinstance(value, (str, int, float)) or kind in _WORDS
-    kind = (int, float) if kind is float else kind
-    return not is_plain or not isinstance(kind, (type, tuple)) or isinstance(value, kind)
+    return not isinstance(kind, type) or isinstance(value, (int, float) if kind is float else kind)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

@@ -1,6 +1,7 @@
 """Loading a LazyConfig: overrides with their checks, and what is missing."""
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence
 
@@ -25,6 +26,8 @@ from smca.errors import ConfigError, did_you_mean
 
 # The key of configs/fine_tune.py that names the config of the pretrained model.
 _BASE = "base.config"
+# What is not of hydra's syntax: quotes, references, lists.
+_NO_SYNTAX = re.compile(r"(?!(null|true|false|\?\?\?)$)[^\"'\\{}$,]+", re.IGNORECASE)
 _SECTIONS = ["model", "dataloader", "optimizer", "lr_multiplier", "train"]
 
 
@@ -168,6 +171,7 @@ def _require_sections(cfg: Any, names: Sequence[str], config_file: str) -> None:
 def _apply_override(cfg: DictConfig, text: str) -> None:
     if text.startswith("-"):
         raise ConfigError(f"Option {text} has to stand before the first key=value.")
+    text = _with_quotes(text)
     try:
         override = OverridesParser.create().parse_override(text)
         key, value = override.key_or_group, override.value()
@@ -183,15 +187,24 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
         )
     if not override.is_add():
         _check_override(cfg, key, value)
-    if key.startswith("data.") and type(value) in (int, float):  # 2024_01 is a folder
-        head, _, number = text.partition("=")
-        text = f"{head}={quoted(number)}"
     try:
         if isinstance(value, list) and isinstance(OmegaConf.select(cfg, key), DictConfig):
             OmegaConf.update(cfg, key, None, merge=False)  # a list cannot be merged into a call
         LazyConfig.apply_overrides(cfg, [text])
     except (KeyError, NotImplementedError, OmegaConfBaseException) as error:
         raise ConfigError(f"Override {text!r} is not possible: {error.args[0]}") from error
+
+
+def _with_quotes(text: str) -> str:
+    """An override of ``data``, a path or names, with quotes: hydra would take 2024_01 for a number,
+    and does not take umlauts."""
+    key, _, value = text.partition("=")
+    is_list = value.startswith("[") and value.endswith("]")
+    items = value[1:-1].split(",") if is_list else [value]
+    if not key.removeprefix("+").startswith("data.") or not all(map(_NO_SYNTAX.fullmatch, items)):
+        return text
+    value = ",".join(quoted(item.strip()) for item in items)
+    return f"{key}=[{value}]" if is_list else f"{key}={value}"
 
 
 def _check_override(cfg: DictConfig, key: str, value: Any) -> None:

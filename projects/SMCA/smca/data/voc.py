@@ -41,7 +41,7 @@ def coco_from_voc(
     images = existing(images, os.path.isdir, "image folder")
     annotations = existing(annotations, os.path.isdir, "annotation folder")
     lines = None if image_list is None else _read_list(Path(image_list).expanduser().absolute())
-    names = None if names is None else list(map(str, names))
+    names = None if names is None else list(names)
     label_files = files_below(annotations, ".xml")
 
     def stems(image: str) -> Iterable[str]:

@@ -44,7 +44,7 @@ class SMCA(nn.Module):
         pixel_mean, pixel_std: of the input image's channels (RGB, 0 to 255).
 
     Raises:
-        ValueError: a number is too small, or a part is missing or does not fit the others.
+        ValueError: a number is too small, or a part does not fit the others.
     """
 
     def __init__(
@@ -70,9 +70,7 @@ class SMCA(nn.Module):
     ):
         super().__init__()
         num_scales = len(in_features) + num_extra_scales
-        for name, part in (("backbone", backbone), ("encoder", encoder), ("decoder", decoder)):
-            if part is None:
-                raise ValueError(f"{name}=None must be a module.")
+        for name, part in (("encoder", encoder), ("decoder", decoder)):
             expected = getattr(part, "num_scales", num_scales)
             if expected != num_scales:
                 raise ValueError(
