@@ -55,7 +55,7 @@ docs: setup
 
 notebook:
 	$(MAKE) setup EXTRAS=$(EXTRAS),notebook
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 0 --nbmake --overwrite --timeout 1800 docs/tour.ipynb
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 0 --nbmake --overwrite --timeout 3600 --nbmake-timeout 1800 docs/tour.ipynb
 
 release: setup
 	rm -rf dist

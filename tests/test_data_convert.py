@@ -98,7 +98,7 @@ def check(folder, config, *overrides):
     """The exit code of check_data, which takes long to draw."""
     config = str(ROOT / "configs" / config)
     command = ["--config-file", config, "--output", str(folder / "check"), *overrides]
-    with mock.patch.object(check_data, "draw", return_value=""):
+    with mock.patch.object(check_data, "draw_training_images"):
         return check_data.main(command)
 
 
@@ -185,6 +185,17 @@ def test_a_yolo_polygon_that_reaches_beyond_the_image_is_cut(tmp_path):
     label.write_text("0 -0.1 0.5 0.25 0.25 0.6 0.5 0.25 1.2")
     (annotation,) = read(coco_from_yolo(path, "val"))["annotations"]
     assert annotation["bbox"] == close(0, 15, 48, 45)
+
+
+def test_other_categories_are_those_of_the_folder_of_labels(tmp_path):
+    path = write_yolo(tmp_path / "data")
+    train = coco_from_yolo(path, "train")
+    path.write_text(path.read_text().replace("cat", "cow"))
+    words = (
+        r"^\S+/labels/val and \S+/labels/train must have the same categories, but only the first"
+    )
+    with pytest.raises(DatasetError, match=words):
+        register_coco(coco_from_yolo(path, "val"), yolo_images(path, "val"), categories_from=train)
 
 
 def test_yolo_folders_can_be_several(tmp_path):

@@ -233,18 +233,15 @@ class SMCACheckpointer(DetectionCheckpointer):
             left_over = [key for key in unexpected if match_names or key.startswith(_BACKBONE)]
             self._check_backbone(backbone, found - wrong_shape, left_over)
         elif missing or wrong_shape or unexpected:
-            differences = {
-                key: f"is {old} in the file, {new} here"
-                for key, old, new in incompatible.incorrect_shapes
-            }
-            differences.update(dict.fromkeys(sorted(missing), "is not in the file"))
-            differences.update(dict.fromkeys(unexpected, "is only in the file"))
-            parts = dict.fromkeys(key.partition(".")[0] for key in differences)
-            key, difference = next(iter(differences.items()))
+            shapes = incompatible.incorrect_shapes
+            texts = [f"{key} is {old} in the file, {new} here" for key, old, new in shapes]
+            texts += [f"{key} is not in the file" for key in sorted(missing)]
+            texts += [f"{key} is only in the file" for key in unexpected]
+            parts = dict.fromkeys(text.partition(".")[0] for text in texts)
             raise CheckpointError(
-                f"{self._path} is the checkpoint of another architecture than the config's, "
-                f"{len(differences)} weights of {', '.join(parts)} differ ({key} {difference}): "
-                "take the config that it was trained with, such as the config.yaml beside it."
+                f"{self._path} is the checkpoint of another architecture than the config's, in "
+                f"{', '.join(parts)} ({some(texts, 1)}): take the config that it was trained with, "
+                "such as the config.yaml beside it."
             )
 
     def _check_backbone(

@@ -9,7 +9,6 @@ import textwrap
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -119,17 +118,18 @@ def annotation_files(cfg: DictConfig, splits: Sequence[str]) -> Dict[str, Tuple[
     found: Dict[str, Tuple[str, str]] = {}
     for split in splits:
         title = "val" if split == "test" else split
-        files = _files_of(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names"))
+        files = _files_of(cfg, f"dataloader.{split}.dataset.names")
         for number, pair in enumerate(files, 1):
             found[title if len(files) == 1 else f"{title} {number}"] = pair
     return found
 
 
-def _files_of(names: Any) -> List[Tuple[str, str]]:
+def _files_of(cfg: DictConfig, key: str) -> List[Tuple[str, str]]:
+    names = OmegaConf.select(cfg, key)
     if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
         # Either may be a call as well, which converts other formats.
-        values = (names[key] for key in ("json_file", "image_root"))
-        files, roots = (as_list(instantiate(v) if isinstance(v, DictConfig) else v) for v in values)
+        arguments = ("json_file", "image_root")
+        files, roots = (as_list(build(names[each], f"{key}.{each}")) for each in arguments)
         return list(zip(map(str, files), map(str, roots * len(files))))
     names = as_list(names)
     require_dataset(names)

@@ -19,7 +19,7 @@ from smca.analysis.evaluation import Evaluation, detect, evaluate, load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import as_list, image_ids, read_coco
-from smca.errors import UserError, at_least, command_line, exit_code
+from smca.errors import UserError, at_least, command_line, differing, exit_code, some
 from smca.inference import Predictor, load_test_dataset, make_folder, predictor_of
 from smca.inference.command_line import add_threshold, add_weights_kind
 
@@ -118,11 +118,14 @@ def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
     count = getattr(predictor.model, "num_classes", len(expected))
     names = sorted(predictor.class_names)
     if (expected and count != len(expected)) or (names and names != sorted(expected)):
-        classes = f"the classes {predictor.class_names}" if names else f"{count} classes"
+        found = f"it has {count}, the data {len(expected)} ({some(expected)})"
+        if names:
+            sides = {"only in the weights": set(names) - set(expected)}
+            sides["only in the data"] = set(expected) - set(names)
+            found = differing({side: sorted(only) for side, only in sides.items()}) or found
         raise UserError(
-            f"{weights} has {classes}, the data set '{dataset}' has {len(expected)}, {expected}: "
-            "evaluate it on a data set with its own classes (dataloader.test.dataset.names or "
-            "data.val_json)."
+            f"{weights} has other classes than the data set '{dataset}', {found}: evaluate it on a "
+            "data set with its own classes (dataloader.test.dataset.names or data.val_json)."
         )
 
 

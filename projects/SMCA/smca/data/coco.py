@@ -73,7 +73,7 @@ def register_coco(
             f"There are {len(roots)} image folders for {len(files)} annotation files: give one "
             "folder, or one for each file."
         )
-    owner = "the model"
+    owner = None
     if classes is None and (categories_from is not None or len(files) > 1):
         owner = as_list(categories_from or files)[0]
         if categories_from is not None and not os.path.isfile(os.path.expanduser(owner)):
@@ -186,9 +186,9 @@ def class_names(json_file: Paths) -> List[str]:
     """Names of the categories in one or several COCO JSONs, in the order of the first one's ids. A
     file without usable categories, or with others than the first, is a DatasetError."""
     first, *others = as_list(json_file)
-    categories = read_coco(first)["categories"]
-    raise_problems(first, category_problems(categories))
-    names = [category["name"] for category in sorted_by_id(categories)]
+    data = read_coco(first)
+    raise_problems(source_of(data, first), category_problems(data["categories"]))
+    names = [category["name"] for category in sorted_by_id(data["categories"])]
     for other in others:
         check_classes(other, names, first)
     return names
@@ -234,17 +234,21 @@ def as_list(one_or_more: Any) -> List[Any]:
     return [one_or_more] if is_one else list(one_or_more)
 
 
-def check_classes(json_file: PathLike, classes: Sequence[str], owner: object) -> None:
+def check_classes(
+    json_file: PathLike, classes: Sequence[str], owner: Optional[PathLike] = None
+) -> None:
     """Raise a DatasetError unless a COCO JSON has categories of these names, in whatever order;
-    `owner` has them, for the message."""
+    the message names the JSON that has them, `owner`, or the model."""
     names = class_names(json_file)
     only_here = sorted(set(names) - set(classes))
     only_there = sorted(set(classes) - set(names))
     if only_here or only_there:
+        source = source_of(read_coco(json_file), json_file)
+        other = "the model" if owner is None else source_of(read_coco(owner), owner)
         sides = [("first", only_here), ("second", only_there)]
         differences = " and ".join(f"only the {side} has {found}" for side, found in sides if found)
         raise DatasetError(
-            f"{json_file} and {owner} must have the same categories, but {differences}: give both "
+            f"{source} and {other} must have the same categories, but {differences}: give both "
             "the same names in 'categories' (their ids and their order may differ)."
         )
 

@@ -15,8 +15,6 @@ from smca.data import require_dataset, spare_shared_memory
 from smca.engine.run_folder import SavedRun
 from smca.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
 _DEV_RUN_IMAGES = 4
 
 
@@ -37,7 +35,7 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     train_loader, test_loader = _build_loaders(cfg, ["train", "test"], saved)
     evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
     model = build_model(cfg)
-    logger.info("Model:\n%s", model)
+    logging.getLogger("detectron2").info("Model:\n%s", model)  # in the log's file only
     cfg.optimizer.params.model = model
     optimizer = build(cfg.optimizer, "optimizer")
     schedule = build(cfg.lr_multiplier, "lr_multiplier")
@@ -84,7 +82,8 @@ def _resolve_data_settings(cfg: DictConfig, splits: Sequence[str]) -> None:
     if isinstance(evaluated, ListConfig):
         raise ConfigError(
             f"dataloader.evaluator.dataset_name is a list of {len(evaluated)}, an evaluator takes "
-            "one data set: give data.val_json or dataloader.test.dataset.names without [ ]."
+            "one data set: give data.val_json, dataloader.test.dataset.names, or val of a YOLO "
+            "data.yaml without [ ]."
         )
 
 
