@@ -21,18 +21,19 @@ class Job:
     PyTorch already starts in milliseconds.
     """
 
-    def __init__(self, folder, *args, prepare=None, cwd=None, **environment):
+    def __init__(self, folder, config, *args, prepare=None, **environment):
         """
         Args:
             folder (Path): for the output.
-            args: of the command line.
+            config: file of the config.
+            args: of the command line beside it.
             prepare (callable or None): called in the new process before the command.
             environment: additional variables.
         """
         number = len(list(folder.glob("output_*")))
         self.output_file = folder / f"output_{number}_{environment.get('RANK', 0)}"
         self.output_file.touch()  # so that the next one takes another name
-        args = [str(arg) for arg in args]
+        args = ["--config-file", config, *map(str, args)]
         sys.stdout.flush()
         sys.stderr.flush()
         self.code = None
@@ -40,7 +41,7 @@ class Job:
         if self.pid == 0:
             code = 99
             try:
-                code = self._run(args, prepare, cwd, environment)
+                code = self._run(args, prepare, environment)
             except SystemExit as error:
                 code = error.code
             except BaseException:
@@ -51,7 +52,7 @@ class Job:
                 sys.stderr.flush()
                 os._exit(code)
 
-    def _run(self, args, prepare, cwd, environment):
+    def _run(self, args, prepare, environment):
         os.setsid()
         sys.stdin.close()
         with open(self.output_file, "w") as file:
@@ -63,7 +64,6 @@ class Job:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update({key: str(value) for key, value in environment.items()})
-        os.chdir(cwd or os.getcwd())
         # As in a data loader's worker: threads of the process before the fork are gone.
         torch.set_num_threads(1)
         if prepare is not None:
@@ -112,28 +112,31 @@ class Job:
         return self.code
 
 
-def free_port():
+def train(folder, config, *args, prepare=None):
+    """The exit code and the output of a training."""
+    job = Job(folder, config, *args, prepare=prepare)
+    return job.wait(), job.output
+
+
+def jobs(folder, config, *args, prepare):
+    """The two processes of one training, as torchrun starts them; `prepare` is given the rank."""
     with socket.socket() as link:
         link.bind(("127.0.0.1", 0))
-        return link.getsockname()[1]
-
-
-def jobs(folder, *args, prepare=None, num=2):
-    """The processes of one training, as torchrun starts them; `prepare` is given the rank."""
-    port = free_port()
+        port = link.getsockname()[1]
     return [
         Job(
             folder,
+            config,
             *args,
-            prepare=None if prepare is None else functools.partial(prepare, rank),
+            prepare=functools.partial(prepare, rank),
             RANK=rank,
             LOCAL_RANK=rank,
-            WORLD_SIZE=num,
-            LOCAL_WORLD_SIZE=num,
+            WORLD_SIZE=2,
+            LOCAL_WORLD_SIZE=2,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
-        for rank in range(num)
+        for rank in range(2)
     ]
 
 

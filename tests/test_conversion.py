@@ -224,6 +224,11 @@ def test_a_missing_tensor_is_named_wherever_it_is(checkpoint, key):
         (b"PK\x03\x04" + b"\0" * 100, "out.pth", r"in\.pth cannot be read"),
         ([1, 2], "out.pth", "holds no tensors"),
         ({"model": {"a": 1}}, "out.pth", "holds other things than tensors"),
+        (
+            {"a": torch.zeros(1)},
+            "out.pth",
+            r"in\.pth is no checkpoint of an official .* called a\.",
+        ),
         ({}, "out.pkl", r"out\.pkl needs a name that ends in \.pth"),
         (None, "out.pth", r"in\.pth does not exist"),
         ("a folder", "out.pth", "is a folder: name a checkpoint in it"),

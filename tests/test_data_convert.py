@@ -254,6 +254,7 @@ def test_a_bad_yolo_line_is_named(tmp_path, line, words):
             r"a.xml object 2 has bbox .* which must be inside its image",
         ),
         (f"<object><name>dog</name>{BOX.replace('9', 'nan')}</object>", "a.xml .* has no bndbox"),
+        (f"<object><name>dog</name>{BOX.replace('9', '?')}</object>", "a.xml .* has no bndbox"),
         ("<object>", "a.xml cannot be read .mismatched tag"),
         ("<size><width>60</width><height>80</height></size>", "a.xml: Image .*a.jpg is 80 x 60"),
     ],

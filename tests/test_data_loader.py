@@ -89,16 +89,6 @@ def test_loading_leaves_the_global_random_states_alone(num_workers):
     assert _draw_from_all_generators({"image_id": 0}) == expected
 
 
-def test_without_a_seed_one_is_drawn():
-    drawn = []
-    for seed in (None, -1, None):
-        np.random.seed(len(drawn))
-        drawn.append(_batches(3, seed=seed))
-    assert len({str(_image_ids(batches)) for batches in drawn}) == 3
-    np.random.seed(1)
-    assert _batches(3, seed=None) == drawn[1]
-
-
 def test_batch_must_divide_among_the_processes(monkeypatch):
     _as_rank(monkeypatch, 0, 3)
     with pytest.raises(ConfigError, match="total_batch_size=4 .* multiple .* 3"):

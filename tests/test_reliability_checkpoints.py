@@ -10,30 +10,19 @@ import pytest
 import torch
 
 from helpers import TinyDetector, write_tiny_config
-from reliability_cases import Job, files, iteration_of
+from reliability_cases import files, iteration_of, train
 from smca.checkpoint import SMCACheckpointer
+from smca.engine import Trainer
 from smca.errors import CheckpointError
 
 
-def train(folder, config, *args, **kwargs):
-    flags = [arg for arg in args if arg.startswith("--")]
-    others = [arg for arg in args if not arg.startswith("--")]
-    job = Job(folder, "--config-file", config, *flags, *others, **kwargs)
-    return job.wait(), job.output
-
-
-_FIRST_ERROR = RuntimeError("the first error")
-
-
-def fail_at(iteration, error=_FIRST_ERROR):
+def fail_at(iteration):
     def prepare():
-        from smca.engine import Trainer
-
         original = Trainer._forward_backward
 
         def fail(self, *args):
             if self.iter == iteration:
-                raise error
+                raise RuntimeError("the first error")
             return original(self, *args)
 
         Trainer._forward_backward = fail
@@ -101,7 +90,7 @@ def test_as_many_files_are_kept_as_asked_for_whoever_wrote_them(tmp_path):
     config = write_tiny_config(tmp_path, max_iter=20, eval_period=0)
     keep = "train.checkpointer.max_to_keep=2"
     for iteration in (4, 7, 10):
-        assert train(tmp_path, config, keep, "--resume", prepare=fail_at(iteration))[0] == 1
+        assert train(tmp_path, config, "--resume", keep, prepare=fail_at(iteration))[0] == 1
         kept = sorted(x for x in files(tmp_path / "run") if x.startswith("model_0"))
         assert len(kept) == 2
         assert kept[-1] == f"model_{iteration - 1:07d}.pth"

@@ -4,12 +4,7 @@ import os
 import textwrap
 
 from helpers import TinyDetector, write_tiny_config
-from reliability_cases import Job, iteration_of, load
-
-
-def train(folder, *args, prepare=None):
-    job = Job(folder, *args, prepare=prepare)
-    return job.wait(), job.output
+from reliability_cases import iteration_of, load, train
 
 
 def test_gradients_that_never_become_finite_in_float16_end_the_training(tmp_path):
@@ -26,7 +21,7 @@ def test_gradients_that_never_become_finite_in_float16_end_the_training(tmp_path
 
     config = write_tiny_config(tmp_path, max_iter=200, eval_period=0)
     fp16 = ["train.amp.enabled=True", "train.amp.dtype=fp16"]
-    code, output = train(tmp_path, "--config-file", config, *fp16, prepare=prepare)
+    code, output = train(tmp_path, config, *fp16, prepare=prepare)
     assert code == 1
     assert "Error: The norm of the gradient became nan at iteration 30" in output
 
@@ -47,7 +42,7 @@ def test_a_gradient_that_is_not_finite_is_reported_with_its_images(tmp_path):
         TinyDetector.__init__, TinyDetector.spoil = init, spoil
 
     config = write_tiny_config(tmp_path, eval_period=0, max_iter=6)
-    code, output = train(tmp_path, "--config-file", config, prepare=prepare)
+    code, output = train(tmp_path, config, prepare=prepare)
     assert code == 1
     assert "at iteration 3: lower the learning rate" in output
     assert f"--resume continues from {tmp_path}/run/model_0000001.pth" in output
@@ -57,7 +52,7 @@ def test_a_gradient_that_is_not_finite_is_reported_with_its_images(tmp_path):
 
 def test_a_misspelled_metric_is_said_at_the_first_evaluation(tmp_path):
     config = write_tiny_config(tmp_path, max_iter=4, eval_period=2)
-    _, output = train(tmp_path, "--config-file", config, "train.best_metric=bbox/APP")
+    _, output = train(tmp_path, config, "train.best_metric=bbox/APP")
     assert output.count("train.best_metric=bbox/APP is none of the evaluation's") == 1
     assert "There are: bbox/AP, bbox/AP-round" in output
     assert output.index("best_metric") < output.index(" iter: 2 ")
@@ -85,9 +80,9 @@ def test_another_batch_size_goes_on_where_the_data_were_left(tmp_path):
     overrides = ["dataloader.train.total_batch_size=2", "train.accumulate=3"]
     config = write_tiny_config(tmp_path, max_iter=3, eval_period=0)
     prepare = recorded(tmp_path / "seen")
-    assert train(tmp_path, "--config-file", config, prepare=prepare)[0] == 0
-    flags = ["--config-file", config, "--resume", "train.max_iter=5", *overrides]
-    assert train(tmp_path, *flags, prepare=prepare)[0] == 0
+    assert train(tmp_path, config, prepare=prepare)[0] == 0
+    overrides.append("train.max_iter=5")
+    assert train(tmp_path, config, "--resume", *overrides, prepare=prepare)[0] == 0
     seen = (tmp_path / "seen").read_text().split()
     for start in range(0, len(seen) - 7, 8):  # each pass has each of the 8 images
         assert len(set(seen[start : start + 8])) == 8
@@ -111,8 +106,8 @@ def test_detectron2_s_own_loader_trains_with_a_warning_that_its_data_start_over(
                 """
             )
         )
-    assert train(tmp_path, "--config-file", config)[0] == 0
-    code, output = train(tmp_path, "--config-file", config, "--resume", "train.max_iter=4")
+    assert train(tmp_path, config)[0] == 0
+    code, output = train(tmp_path, config, "--resume", "train.max_iter=4")
     assert code == 0, output
     assert "The data start over" in output
     assert iteration_of(tmp_path / "run" / "model_final.pth") == 3
@@ -138,7 +133,7 @@ def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path):
     config = write_tiny_config(tmp_path, eval_period=0, log_period=20)
     # With worker processes, the loader is ahead of the training.
     workers = "dataloader.train.num_workers=1"
-    code, output = train(tmp_path, "--config-file", config, workers, prepare=prepare)
+    code, output = train(tmp_path, config, workers, prepare=prepare)
     assert code == 1
     assert output.endswith("Error: 2 problems in a.json:\n  image 1\n  image 2\n")
     assert "Traceback" not in output

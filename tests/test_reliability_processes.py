@@ -44,7 +44,7 @@ def at(action):
 
 def launch_two(folder, action, *words, **changes):
     config = write_tiny_config(folder, **changes)
-    return Job(folder, "--config-file", config, "--num-gpus", 2, *words, prepare=at(action))
+    return Job(folder, config, "--num-gpus", 2, *words, prepare=at(action))
 
 
 def kill(pid=None):
@@ -155,10 +155,10 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
 
     settings = dict(output_dir="run", seed=-1, eval_period=0)
     config = write_tiny_config(tmp_path, max_iter=2, **settings)
-    for job in jobs(tmp_path, "--config-file", config, prepare=prepare):
+    for job in jobs(tmp_path, config, prepare=prepare):
         assert job.wait() == 0, job.output
     config = write_tiny_config(tmp_path, max_iter=4, **settings)
-    resumed = jobs(tmp_path, "--config-file", config, "--resume", prepare=prepare)
+    resumed = jobs(tmp_path, config, "--resume", prepare=prepare)
     for job in resumed:
         assert job.wait() == 0, job.output
     assert "Resuming at iteration 2" in resumed[0].output

@@ -7,14 +7,10 @@ import time
 
 import torch
 
-from helpers import TinyDetector, write_tiny_config
+from helpers import TinyDetector, assert_same_bits, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
 
 WORKERS = ["dataloader.train.num_workers=2", "dataloader.test.num_workers=1"]
-
-
-def is_same(a, b):
-    return all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
 
 # Files are written when the training ends, and by nothing else.
@@ -23,7 +19,7 @@ RARELY = {"period": 1000, "max_to_keep": 5}
 
 def test_a_signal_to_the_group_saves_the_last_step(tmp_path):
     config = write_tiny_config(tmp_path, max_iter=10000, eval_period=0, checkpointer=RARELY)
-    job = Job(tmp_path, "--config-file", config, *WORKERS)
+    job = Job(tmp_path, config, *WORKERS)
     job.wait_for("iter: 5 ")
     job.signal_group(signal.SIGINT)
     assert job.wait() == 130, job.output
@@ -47,15 +43,15 @@ def test_a_run_that_was_stopped_by_a_signal_ends_with_the_bits_of_an_unbroken_on
         TinyDetector.forward = forward
 
     config = write_tiny_config(tmp_path, max_iter=30, eval_period=0, checkpointer=RARELY)
-    unbroken = Job(tmp_path, "--config-file", config, f"train.output_dir={tmp_path}/unbroken")
-    job = Job(tmp_path, "--config-file", config, *WORKERS, prepare=signal_group_in_step_5)
+    unbroken = Job(tmp_path, config, f"train.output_dir={tmp_path}/unbroken")
+    job = Job(tmp_path, config, *WORKERS, prepare=signal_group_in_step_5)
     assert job.wait() == 143, job.output
     assert iteration_of(tmp_path / "run" / "model_0000005.pth") == 5
     assert not (tmp_path / "run" / "model_final.pth").exists()
-    assert Job(tmp_path, "--config-file", config, "--resume", *WORKERS).wait() == 0
+    assert Job(tmp_path, config, "--resume", *WORKERS).wait() == 0
     assert unbroken.wait() == 0
-    final = load(tmp_path / "run" / "model_final.pth")
-    assert is_same(final, load(tmp_path / "unbroken" / "model_final.pth"))
+    final, expected = (load(tmp_path / x / "model_final.pth") for x in ("run", "unbroken"))
+    assert_same_bits(final["model"], expected["model"])
 
 
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
@@ -70,14 +66,14 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
         TinyDetector.detect = detect
 
     config = write_tiny_config(tmp_path, max_iter=9, eval_period=3)
-    job = Job(tmp_path, "--config-file", config, *WORKERS, prepare=sleep_in_evaluation)
+    job = Job(tmp_path, config, *WORKERS, prepare=sleep_in_evaluation)
     job.wait_for("evaluating")
     job.signal_group(signal.SIGTERM)
     assert job.wait() == 143
     assert iteration_of(tmp_path / "run" / "model_0000002.pth") == 2
     assert evaluated(tmp_path / "run") == []
     # Nor is it lost.
-    assert Job(tmp_path, "--config-file", config, "--resume", "train.max_iter=6").wait() == 0
+    assert Job(tmp_path, config, "--resume", "train.max_iter=6").wait() == 0
     assert evaluated(tmp_path / "run") == [2, 6]
     assert load(tmp_path / "run" / "model_best.pth")["best"]["iteration"] in (2, 6)
 
@@ -101,7 +97,7 @@ def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
 
     config = write_tiny_config(tmp_path, eval_period=0)
     worker = "dataloader.train.num_workers=1"
-    job = Job(tmp_path, "--config-file", config, worker, prepare=sleep_in_loading)
+    job = Job(tmp_path, config, worker, prepare=sleep_in_loading)
     job.wait_for("loading")
     job.signal_group(signal.SIGTERM)
     assert job.wait() == 143
@@ -121,7 +117,7 @@ def test_signals_in_the_middle_of_a_file_wait_until_it_is_whole(tmp_path):
         torch.save = save
 
     config = write_tiny_config(tmp_path, max_iter=9, eval_period=0)
-    job = Job(tmp_path, "--config-file", config, prepare=signal_twice_in_save)
+    job = Job(tmp_path, config, prepare=signal_twice_in_save)
     assert job.wait() == 143
     checkpoints = {name for name in files(tmp_path / "run") if name.endswith(".pth")}
     assert "model_0000001.pth" in checkpoints

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import random
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -16,8 +15,6 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smca.errors import ConfigError, DatasetError, UserError
-
-logger = logging.getLogger(__name__)
 
 Mapper = Callable[[Dict[str, Any]], Dict[str, Any]]
 
@@ -93,23 +90,21 @@ def build_train_loader(
     mapper: Mapper,
     total_batch_size: int,
     num_workers: int = 0,
-    seed: Optional[int] = 0,
+    seed: int = 0,
     **kwargs: Any,
 ) -> DataLoader:
     """An endless loader of training batches, which are lists of samples.
 
     Batch number n of a process depends, to the last bit, only on the seed, the rank, the number of
     processes and n: not on `num_workers`, nor on the sample it was started at (`set_start_sample`).
-    All processes together see every image once a pass. The global random states are not touched,
-    except for `numpy.random` where there is no seed.
+    All processes together see every image once a pass. The global random states are not touched.
 
     Args:
         dataset: in Detectron2's format. May be smaller than a batch.
         mapper: from a dataset dict to a sample. May draw from `random`, `numpy.random` and `torch`.
         total_batch_size: images of all processes together.
         num_workers: worker processes; 0 loads in this one.
-        seed: None or a negative number draws a new one, the same in all processes; such a run
-            cannot be repeated or resumed exactly.
+        seed: not negative, the same in all processes.
         kwargs: passed to `torch.utils.data.DataLoader`, e.g. ``prefetch_factor``.
             ``pin_memory`` is True where there is a GPU.
 
@@ -134,10 +129,6 @@ def build_train_loader(
             f"total_batch_size={total_batch_size} must be a positive multiple of the number of "
             f"processes, {world_size}: change dataloader.train.total_batch_size."
         )
-    if seed is None or seed < 0:
-        seed = comm.shared_random_seed()
-        logger.info("Training data are shuffled with seed %d.", seed)
-
     if isinstance(dataset, list):
         # Serialized into one buffer, which forked workers share without copying it.
         dataset = DatasetFromList(dataset, copy=False)
