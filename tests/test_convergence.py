@@ -165,12 +165,6 @@ def test_table_has_mean_and_range_and_the_steps_to_an_ap():
     assert (detr["AP"], detr["s/step"], detr["steps to AP 15"]) == ("10.0", "-", "-")
 
 
-@pytest.mark.parametrize("target, expected", [(0, 10), (3, 15), (5, 35), (6.5, math.nan)])
-def test_reach_is_the_first_crossing(target, expected):
-    found = tool.reach([10, 20, 30, 40], [2.0, 4, 4, 6], target)
-    assert found == pytest.approx(expected, nan_ok=True)
-
-
 @pytest.mark.parametrize(
     ("better", "worse", "here", "difference", "verdict"),
     [

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 
 from helpers import MeanLoss
 from smca.checkpoint import SMCACheckpointer
@@ -109,6 +110,16 @@ def test_state_of_the_average_loads_into_the_model_and_goes_on(model):
     for each in (ema, restored):
         each.after_step()
     assert torch.equal(restored.model.layer.weight, ema.model.layer.weight)
+
+
+def test_processes_draw_different_numbers(model, monkeypatch):
+    drawn = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        record = Record(lambda trainer: torch.rand(()).item())
+        train(model, batches(1), 1, hooks=[record])
+        drawn += record.values
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def saved(path):

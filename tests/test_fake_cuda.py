@@ -221,12 +221,6 @@ def test_a_wait_is_noticed(gpu, ask):
     assert len(gpu.waits) == 1
 
 
-def test_a_tensor_on_the_host_is_noticed(gpu):
-    with pytest.raises(RuntimeError, match="cuda:0.*cpu"):
-        torch.ones(2, device=GPU) + torch.ones(2)
-    assert gpu.waits == []
-
-
 def test_what_does_not_wait_is_not_counted(gpu):
     x = torch.ones(3, device=GPU)
     x = x[torch.tensor([0, 1]).to(GPU, non_blocking=True)] + 1 + torch.tensor(2.0)

@@ -53,7 +53,6 @@ def case(tmp_path_factory):
     # Images of one size: padding would differ between one process and two.
     write_dataset(folder / "train", TRAIN_OBJECTS)
     write_dataset(folder / "val", VAL_OBJECTS)
-    write_dataset(folder / "single", [2])
     config = write_smca_config(folder)
     overrides = [
         dataset("train", folder / "train"),
@@ -105,14 +104,13 @@ def objects(case):
 
 
 @pytest.fixture(scope="module")
-def notes(case):
+def results_of_two(case):
     """
     The same training in two processes, to ``two``. They stay for more: they go on from its middle
-    (to ``resumed``), evaluate its weights (to ``evaluated``), and train with dropout on a single
-    image (to ``dropout``).
+    (to ``resumed``), and evaluate its weights (to ``evaluated``).
 
     Returns:
-        list of dict: what each process noted.
+        list of dict: the results that each process has.
     """
 
     with pytest.MonkeyPatch.context() as patch:
@@ -131,8 +129,7 @@ def _work(args):
     case = args.case
     resume_in_the_middle(case)
     results = main(evaluation_arguments(case, "evaluated"))
-    notes = {"results": results, **train_with_dropout(case)}
-    torch.save(notes, case.folder / f"rank{comm.get_rank()}.pth")
+    torch.save(results, case.folder / f"rank{comm.get_rank()}.pth")
 
 
 def resume_in_the_middle(case):
@@ -145,28 +142,6 @@ def resume_in_the_middle(case):
     main(case.arguments("resumed", flags=["--resume"]))
 
 
-def train_with_dropout(case):
-    """On a single image, which both processes see in the same way."""
-    forward_backward, notes = Trainer._forward_backward, {"losses": []}
-
-    def watch(self, data, micro_batch):
-        names, losses = forward_backward(self, data, micro_batch)
-        notes["losses"].append(dict(zip(names, losses.tolist())))
-        return names, losses
-
-    Trainer._forward_backward = watch
-    main(
-        case.arguments(
-            "dropout",
-            dataset("train", case.folder / "single"),
-            "dataloader.train.mapper.augmentations.flip=false",
-            "model.dropout=0.3",
-            "train.max_iter=2",
-        )
-    )
-    return notes
-
-
 def evaluation_arguments(case, output):
     weights = f"train.init_checkpoint={case.folder}/two/model_final.pth"
     to_file = f"+dataloader.evaluator.output_dir={case.folder / output}"
@@ -176,7 +151,7 @@ def evaluation_arguments(case, output):
 # Training
 
 
-def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, notes, case):
+def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, results_of_two, case):
     # Of a batch's two images each process has one, with objects or without.
     assert {(True, False), (False, True), (True, True)} <= {(a > 0, b > 0) for a, b in objects}
     alone, both = case.losses("alone"), case.losses("two")
@@ -188,7 +163,7 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, note
             assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
-def test_two_processes_have_the_weights_of_one_with_the_whole_batch(objects, notes, case):
+def test_two_processes_have_the_weights_of_one_with_the_whole_batch(objects, results_of_two, case):
     alone, both = case.final("alone"), case.final("two")
     assert (alone["trainer"]["world_size"], both["trainer"]["world_size"]) == (1, 2)
     # They have moved a thousand times as far.
@@ -201,16 +176,10 @@ def test_two_processes_have_the_weights_of_one_with_the_whole_batch(objects, not
             torch.testing.assert_close(actual, value, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_processes_draw_different_dropout(notes):
-    # The single image is the same in both.
-    for first, second in zip(notes[0]["losses"], notes[1]["losses"]):
-        assert first["loss_ce"] != second["loss_ce"]
-
-
 # Resuming
 
 
-def test_a_resumed_run_of_two_processes_ends_with_the_bits_of_an_unbroken_one(notes, case):
+def test_a_resumed_run_of_two_processes_ends_with_the_bits_of_an_unbroken_one(results_of_two, case):
     unbroken, resumed = case.final("two"), case.final("resumed")
     assert resumed["trainer"]["iteration"] == NUM_ITERS - 1
     assert len(case.losses("resumed")) == NUM_ITERS - 2
@@ -222,12 +191,12 @@ def test_a_resumed_run_of_two_processes_ends_with_the_bits_of_an_unbroken_one(no
 # Evaluation
 
 
-def test_two_processes_evaluate_like_one(notes, case):
+def test_two_processes_evaluate_like_one(results_of_two, case):
     results = main(evaluation_arguments(case, "evaluated alone"))
-    assert results.keys() == {"bbox", "ema/bbox"} == notes[0]["results"].keys()
-    assert notes[1]["results"] == {}
+    assert results.keys() == {"bbox", "ema/bbox"} == results_of_two[0].keys()
+    assert results_of_two[1] == {}
     for task, metrics in results.items():
-        assert notes[0]["results"][task] == pytest.approx(metrics, nan_ok=True, abs=1e-3)
+        assert results_of_two[0][task] == pytest.approx(metrics, nan_ok=True, abs=1e-3)
 
     expected, actual = case.detections("evaluated alone"), case.detections("evaluated")
     # Every image once, with as many detections as queries.
