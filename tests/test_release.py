@@ -28,21 +28,6 @@ def words(text):
     return {line for line in text.split("\n") if line and not line.startswith("#")}
 
 
-def test_setup_cfg_lists_every_package():
-    on_disk = {
-        ".".join([package, *path.parent.relative_to(folder).parts])
-        for package, folder in FOLDERS.items()
-        for path in folder.rglob("__init__.py")
-    }
-    assert words(settings()["options"]["packages"]) == on_disk
-
-
-def test_every_folder_with_modules_is_a_package():
-    for folder in FOLDERS.values():
-        for path in folder.rglob("*.py"):
-            assert (path.parent / "__init__.py").is_file(), path
-
-
 def test_the_extra_all_has_every_other_one():
     extras = settings()["options.extras_require"]
     named = re.fullmatch(r"smca\[(.*)\]", *words(extras["all"])).group(1).split(",")

@@ -168,10 +168,6 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
 # The real command lines
 
 
-def environment(**others):
-    return {**child_environment(), "OMP_NUM_THREADS": "1", **others}
-
-
 def test_several_machines_need_torchrun(tmp_path, capsys):
     config = write_tiny_config(tmp_path)
     words = ["--config-file", config, "--num-machines", "2", "train.device=cpu"]
@@ -197,11 +193,10 @@ def test_the_slurm_script_requeues_after_the_signal_before_the_time_limit(tmp_pa
         (tools / name).chmod(0o755)
     config = write_tiny_config(tmp_path, checkpointer=RARELY, **{**MANY, "max_iter": 100000})
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    slurm.update(SLURM_JOB_NODELIST="localhost", PATH=f"{tools}:{os.environ['PATH']}")
     job = subprocess.Popen(
         ["bash", ROOT / "tools" / "slurm_train.sh", "--config-file", config],
-        env=environment(
-            PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_NODELIST="localhost", **slurm
-        ),
+        env={**child_environment(), "OMP_NUM_THREADS": "1", **slurm},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

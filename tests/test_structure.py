@@ -1,4 +1,4 @@
-"""The package's rooms: imports run one way."""
+"""Imports of the package: no circle, nothing that is not needed, and what comes before PyTorch."""
 
 import ast
 import graphlib
@@ -13,19 +13,6 @@ from helpers import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
-# From the ground up. A room may import from those before its row, and from itself.
-ROWS = [
-    {"errors", "version"},
-    {"modeling", "data", "solver"},
-    {"config"},
-    {"configs"},
-    {"checkpoint"},
-    {"model_zoo", "analysis"},
-    {"inference"},
-    {"engine"},
-    {"cli"},
-]
-FLOOR = {room: floor for floor, row in enumerate(ROWS) for room in row}
 
 
 def module_files() -> Dict[str, Path]:
@@ -68,18 +55,6 @@ IMPORTS: Dict[str, Set[str]] = {module: set(imports_of(module)) for module in FI
 
 def room_of(module: str) -> str:
     return module.split(".")[1]
-
-
-def test_no_room_imports_from_one_above_it_or_beside_it():
-    upward = [
-        f"{module} imports {name}"
-        for module, names in IMPORTS.items()
-        if module != "smca"
-        for name in names
-        if name == "smca"
-        or (room_of(name) != room_of(module) and FLOOR[room_of(name)] >= FLOOR[room_of(module)])
-    ]
-    assert upward == []
 
 
 def test_imports_have_no_circle():
