@@ -196,7 +196,7 @@ def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
 
 
 def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
-    json_file, image_root = write_data(tmp_path / "my photos ü", *GOOD)
+    json_file, image_root = write_data(tmp_path / "my photos ü ${x}", *GOOD)
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
     break_an_image(image_root)
     assert run_tool(*command, "--no-decode") == 0

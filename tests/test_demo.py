@@ -217,6 +217,7 @@ def test_missing_files_are_named(trained, tmp_path, capsys):
         (["nowhere.py", weights, "--input", image], "nowhere.py does not exist"),
         ([config, "nowhere.pth", "--input", image], "nowhere.pth does not exist"),
         ([config, "", "--input", image], "add --weights"),
+        (["", image, "--input", image], "a.png cannot be read, perhaps it was cut short or is of"),
         (["", "nowhere.pth", "--input", image], "nowhere.pth does not exist"),
         (["", "", "--input", image], "add --config-file, --weights or both"),
     ):

@@ -112,7 +112,7 @@ def find_images(patterns: Sequence[str]) -> List[str]:
             found = sorted(str(path) for path in Path(pattern).iterdir() if not path.is_dir())
             found = [path for path in found if Path(path).suffix.lower() in image_suffixes]
             if not found:
-                raise UserError(f"There is no image in the folder {pattern}.")
+                raise UserError(f"There is no image in the folder {pattern} itself.")
         else:
             found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
             if not found:

@@ -107,8 +107,8 @@ def _take_from_base(cfg: DictConfig, name: str) -> None:
 
 
 def quoted(text: str) -> str:
-    """Quote a text for the value of an override. The text may not hold ``${...}``."""
-    return QuotedString(text, Quote.double).with_quotes()
+    """Quote a text for the value of an override, in which ``${...}`` is no reference."""
+    return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()
 
 
 def _missing(node: DictConfig, keys: Optional[Sequence[str]], prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import warnings
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Color profiles of a PNG are often larger than the million bytes for which Pillow refuses it.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# It would warn of images with half as many pixels as it refuses, of each size once.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _DEEP_COLOR = "color of 16 bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have

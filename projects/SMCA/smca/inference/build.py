@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer
+from smca.checkpoint.files import load_tensors, reading
 from smca.config import build, dataset_names, get_config_file, list_configs, require_values
 from smca.data import category_ids, require_dataset
 from smca.errors import CheckpointError, ConfigError, UserError
@@ -83,6 +85,9 @@ def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[
         if name and Path(known).name == Path(name).stem:
             return get_config_file(known), list(map(str, provenance.get("overrides", [])))
     problem = "does not say which config it belongs to"
+    if not name and not weights.endswith(".pkl"):
+        with reading(weights):  # a file of another kind does not say it, either
+            load_tensors(PathManager.get_local_path(weights))
     if name:
         problem = f"belongs to the config {name}, which is neither beside it nor in this package"
     raise ConfigError(f"{weights} {problem}: add --config-file (in code, config_file=FILE).")
