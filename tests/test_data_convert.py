@@ -205,6 +205,15 @@ def test_yolo_folders_can_be_several(tmp_path):
     assert [len(DatasetCatalog.get(name)) for name in names] == [2, 1]
 
 
+@pytest.mark.parametrize("line", ["./images/train/a.png", "{root}/images/train/a.png"])
+def test_a_text_file_lists_yolo_images(tmp_path, line):
+    path = write_yolo(tmp_path / "data")
+    path.write_text("train: images/train\nval: list.txt\nnames: [dog, cat]")
+    (tmp_path / "data" / "list.txt").write_text(line.format(root=tmp_path / "data") + "\n")
+    _, train, val = registered("custom_yolo.py", f"data.yaml={path}")
+    assert val == {"a.png": train["a.png"]} and len(train) == 2
+
+
 def test_changed_names_and_labels_are_read_again(tmp_path):
     path = write_yolo(tmp_path / "data", "[cow, cat]")
     assert class_names(coco_from_yolo(path, "val")) == ["cow", "cat"]
@@ -433,7 +442,7 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: [a]", "has no 'val'"),
         ("names: [a]\nval: gone", "image folder .*gone .*does not exist"),
         ("names: [a", "is no YAML file"),
-        ("names: [a]\nval: data.yaml", "give their folder"),
+        ("names: [a]\nval: data.yaml", "list of images has 2 names that .* has no image of"),
         ("names: {0: a, 2: b}\nval: .", "or number them from 0 without gaps"),
         ("names: dog\nval: .", "has 'names' that are no list"),
         ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),

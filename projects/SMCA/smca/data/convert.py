@@ -76,6 +76,41 @@ def pair(folder: str, label_files: Iterable[str], stems: Callable[[str], Iterabl
     return pairs, sorted(set(labels.values()).difference(filter(None, pairs.values())))
 
 
+def read_list(file: Path) -> List[str]:
+    """The names of images, one a line."""
+    try:
+        lines = read_text(file).splitlines()
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"The list of images {file} cannot be read ({error}).") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise DatasetError(f"The list of images {file} is empty: write a name on each line.")
+    return names
+
+
+def choose(
+    pairs: Dict[str, Optional[str]], lines: Sequence[str], folder: str
+) -> Dict[str, Optional[str]]:
+    """The images that are listed by their names, with or without suffix."""
+    images = {os.path.splitext(name)[0]: name for name in pairs}
+    images.update({name: name for name in pairs})
+    chosen, missing = set(), []
+    for line in lines:
+        name, _, flag = line.rpartition(" ")
+        if line not in images and flag in ("-1", "0", "1"):  # as in VOC's lists of a class
+            line = name.strip()
+        if line in images:
+            chosen.add(images[line])
+        else:
+            missing.append(line)
+    if missing:
+        raise DatasetError(
+            f"The list of images has {len(missing)} names that {folder} has no image of, such as "
+            f"{min(missing)}: correct it."
+        )
+    return {name: label for name, label in pairs.items() if name in chosen}
+
+
 def size_record(path: str) -> Record:
     """The size of an image for its record, or why it cannot be read."""
     try:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
 
-from smca.errors import DatasetError
-
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import Content, Pairs, convert, files_below, pair, read_text, size_record
+from .convert import Content, Pairs, choose, convert, files_below, pair, read_list, size_record
 from .mapper import PathLike
 
 _UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
@@ -40,7 +38,7 @@ def coco_from_voc(
     """
     images = existing(images, os.path.isdir, "image folder")
     annotations = existing(annotations, os.path.isdir, "annotation folder")
-    lines = None if image_list is None else _read_list(Path(image_list).expanduser().absolute())
+    lines = None if image_list is None else read_list(Path(image_list).expanduser().absolute())
     names = None if names is None else list(names)
     label_files = files_below(annotations, ".xml")
 
@@ -50,7 +48,7 @@ def coco_from_voc(
     def find() -> Pairs:
         pairs, unused = pair(images, label_files, stems)
         unused = _pair_by_file_name(pairs, unused)
-        return (pairs, unused) if lines is None else (_chosen(pairs, lines, images), [])
+        return (pairs, unused) if lines is None else (choose(pairs, lines, images), [])
 
     state = (names, lines, sorted(label_files.items()))
     return convert(images, annotations, state, find, _read_voc, names)
@@ -76,40 +74,6 @@ def _pair_by_file_name(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -
         else:
             left.append(label)
     return left
-
-
-def _read_list(file: Path) -> List[str]:
-    try:
-        lines = read_text(file).splitlines()
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"The list of images {file} cannot be read ({error}).") from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise DatasetError(f"The list of images {file} is empty: write a name on each line.")
-    return names
-
-
-def _chosen(
-    pairs: Dict[str, Optional[str]], lines: Sequence[str], folder: str
-) -> Dict[str, Optional[str]]:
-    """The images that are listed by their names, with or without suffix."""
-    images = {os.path.splitext(name)[0]: name for name in pairs}
-    images.update({name: name for name in pairs})
-    chosen, missing = set(), []
-    for line in lines:
-        name, _, flag = line.rpartition(" ")
-        if line not in images and flag in ("-1", "0", "1"):  # as in VOC's lists of a class
-            line = name.strip()
-        if line in images:
-            chosen.add(images[line])
-        else:
-            missing.append(line)
-    if missing:
-        raise DatasetError(
-            f"The list of images has {len(missing)} names that {folder} has no image of, such as "
-            f"{min(missing)}: correct it (names have no suffix)."
-        )
-    return {name: label for name, label in pairs.items() if name in chosen}
 
 
 def _read_voc(image: str, label: Optional[str]) -> Content:

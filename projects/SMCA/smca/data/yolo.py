@@ -11,7 +11,17 @@ import yaml
 from smca.errors import DatasetError
 
 from .coco_checks import FAULT, SOURCE, Record
-from .convert import Content, Pairs, convert, files_below, pair, read_text, size_record
+from .convert import (
+    Content,
+    Pairs,
+    choose,
+    convert,
+    files_below,
+    pair,
+    read_list,
+    read_text,
+    size_record,
+)
 from .mapper import PathLike
 
 OneOrMore = Union[str, List[str]]
@@ -19,7 +29,18 @@ OneOrMore = Union[str, List[str]]
 
 def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
     """The image folder of a split ("train", "val", or another key) of a YOLO data set, of which
-    `data_yaml` is the file; a list where the file has one."""
+    `data_yaml` is the file; a list where the file has one. Images that a text file lists are below
+    its folder."""
+    paths = _yolo_paths(data_yaml, split)
+    return _folder_of(paths) if isinstance(paths, str) else list(map(_folder_of, paths))
+
+
+def _folder_of(path: str) -> str:
+    return os.path.dirname(path) if os.path.isfile(path) else path
+
+
+def _yolo_paths(data_yaml: PathLike, split: str) -> OneOrMore:
+    """The folder of a split or the text file that lists its images, or several."""
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
     folders = content.get(split)
@@ -27,8 +48,8 @@ def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
         raise DatasetError(f"{file} has no '{split}': add the folder of its images, or a list.")
     root = file.parent / str(content.get("path") or "")
     if isinstance(folders, str):
-        return _yolo_folder(file, root, folders)
-    return [_yolo_folder(file, root, str(folder)) for folder in folders]
+        return _yolo_path(file, root, folders)
+    return [_yolo_path(file, root, str(folder)) for folder in folders]
 
 
 def _read_yaml(file: Path) -> Dict[str, Any]:
@@ -52,7 +73,7 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
     return {**content, "names": names}
 
 
-def _yolo_folder(file: Path, root: Path, folder: str) -> str:
+def _yolo_path(file: Path, root: Path, folder: str) -> str:
     # Exports write ../train/images for what lies beside the file, or C:\data\train\images.
     folder = folder.replace("\\", "/")
     parts = [] if folder.startswith("/") else folder.split("/")
@@ -60,10 +81,8 @@ def _yolo_folder(file: Path, root: Path, folder: str) -> str:
     beside = [folder, folder.removeprefix("../"), *shorter]
     candidates = [root / folder, *(file.parent / path for path in beside)]
     for candidate in candidates:
-        if candidate.is_dir():
+        if candidate.exists():
             return os.path.abspath(candidate)
-    if any(candidate.is_file() for candidate in candidates):
-        raise DatasetError(f"{file} lists images in the file {folder}: give their folder instead.")
     raise DatasetError(f"The image folder {candidates[0]} of {file} does not exist: correct it.")
 
 
@@ -80,7 +99,7 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     objects. Boxes are relative to the upright image.
 
     Returns:
-        The COCO JSON, or a list with one for each folder of `yolo_images`. It has the categories
+        The COCO JSON, or a list with one for each path of the split. It has the categories
         1, 2, ... in the order of ``names``.
     """
     file = Path(data_yaml).expanduser().absolute()
@@ -88,8 +107,10 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     names = content["names"]
     settings = {"names": names, "num_keypoint_values": _keypoint_values(file, content)}
 
-    def convert_folder(images: str) -> str:
+    def convert_one(path: str) -> str:
+        images = _folder_of(path)
         labels = _yolo_labels(images)
+        lines = None if images == path else read_list(Path(path))
         # The folder of labels need not exist.
         label_files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
 
@@ -99,16 +120,17 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
 
         def find() -> Pairs:
             pairs, unused = pair(images, label_files, stems)
-            return pairs, list(filter(_is_yolo_label, unused))
+            if lines is None:
+                return pairs, list(filter(_is_yolo_label, unused))
+            listed = (os.path.join(images, line.replace("\\", "/")) for line in lines)
+            return choose(pairs, [os.path.relpath(each, images) for each in listed], images), []
 
-        state = (settings, sorted(label_files.items()))
+        state = (settings, lines, sorted(label_files.items()))
         read = functools.partial(_read_yolo, **settings)
         return convert(images, labels, state, find, read, names)
 
-    folders = yolo_images(file, split)
-    if isinstance(folders, str):
-        return convert_folder(folders)
-    return [convert_folder(folder) for folder in folders]
+    paths = _yolo_paths(file, split)
+    return convert_one(paths) if isinstance(paths, str) else list(map(convert_one, paths))
 
 
 def _keypoint_values(file: Path, content: Dict[str, Any]) -> int:
