@@ -102,7 +102,10 @@ def test_a_class_may_have_any_name(multi_scale):
     maps = [replace(maps, class_index=index) for index in classes.tolist()]
     draw_gaussians(maps, ODD_NAMES).savefig(io.BytesIO(), dpi=30)
     names = [f"{name}.jpg" for name in ODD_NAMES]
-    draw_contact_sheet([picture] * len(names), names).savefig(io.BytesIO(), dpi=30)
+    names[0] = "long_name.rf." * 12
+    sheet = draw_contact_sheet([picture] * len(names), names)
+    sheet.savefig(io.BytesIO(), dpi=30)
+    assert sheet.axes[0].title.get_window_extent().width < sheet.bbox.width / 2
 
 
 def font_of(path, *letters):

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import textwrap
 import warnings
 from typing import Any, Dict, FrozenSet, Sequence, Set
 
@@ -96,7 +97,7 @@ def draw_contact_sheet(
         axes.set_anchor("N")
     for axes, picture, caption in zip(grid.flat, pictures, captions):
         axes.imshow(picture)
-        axes.set_title(plain_text(caption), fontsize=11)
+        axes.set_title(textwrap.fill(plain_text(caption), 85), fontsize=11)
     return figure
 
 
