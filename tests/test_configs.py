@@ -160,6 +160,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
         ("smca_r50_50ep", "model.encoder.pattern=IXI", "model.encoder.pattern='IXI' may only"),
         ("smca_r50_50ep", "model.backbone.depth=51", "model.backbone.depth=51 must be one of"),
         ("smca_r50_50ep", "model.num_queries=0", "model.num_queries=0 must be at least 1"),
+        ("smca_plus_r50_12ep", "model.num_queries=-1", "model.num_queries=-1 must be at least 1"),
         # What the encoder is given is a reference to the model's.
         ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),
         (

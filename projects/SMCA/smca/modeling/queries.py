@@ -77,6 +77,8 @@ class ProposedQueries(nn.Module):
 
     def __init__(self, num_queries: int, embed_dim: int, num_classes: int, project: bool = True):
         super().__init__()
+        if num_queries < 1:
+            raise ValueError(f"num_queries={num_queries} must be at least 1.")
         self.weight = nn.Parameter(torch.empty(num_queries, embed_dim))
         nn.init.normal_(self.weight)
         self.cells = CellHead(embed_dim, num_classes, project)
