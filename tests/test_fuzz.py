@@ -16,7 +16,7 @@ import zipfile
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -130,6 +130,14 @@ COCO = {
 }
 
 
+def number(value):
+    """Of a text that is one, such as "1"; other values as they are."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def check_coco(folder, text, check_images):
     """Registered and read, a file gives the boxes and classes that it holds, in every image."""
     images, path = folder / "images", folder / "truth.json"
@@ -142,8 +150,24 @@ def check_coco(folder, text, check_images):
     except UserError as error:
         return refused(error, path)
     records, data = DatasetCatalog.pop(name)(), json.loads(text)
-    boxes = [a["bbox"] for record in records for a in record["annotations"]]
-    assert sorted(boxes) == sorted(a["bbox"] for a in data["annotations"])
+    classes = MetadataCatalog.pop(name).thing_classes
+    found = [
+        (os.path.basename(record["file_name"]), classes[a["category_id"]], a["bbox"], a["iscrowd"])
+        for record in records
+        for a in record["annotations"]
+    ]
+    files = {number(image["id"]): image["file_name"] for image in data["images"]}
+    names = {number(category["id"]): category["name"] for category in data["categories"]}
+    wanted = [
+        (
+            os.path.basename(files[number(a["image_id"])]),
+            names[number(a["category_id"])],
+            [number(value) for value in a["bbox"]],
+            a.get("iscrowd") or 0,
+        )
+        for a in data["annotations"]
+    ]
+    assert sorted(found) == sorted(wanted)
     assert len(records) == len(data["images"])
     mapper = DetrDatasetMapper(is_train=True, augmentations=[])
     for record in records:
