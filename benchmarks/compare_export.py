@@ -156,9 +156,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError(f"{name} is not installed: run pip install {name}.")
     torch.set_num_threads(options.threads)
     configs = options.config or [str(CONFIGS / f"{name}.py") for name in MAIN_MODELS]
-    rows = [
-        r for config in tqdm(configs, unit="model", disable=None) for r in compare(config, options)
-    ]
+    progress = tqdm(configs, unit="model", disable=None)
+    rows = [row for config in progress for row in compare(config, options)]
     print_table(COLUMNS, rows, options)
 
 
