@@ -446,6 +446,7 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: {0: a, 2: b}\nval: .", "or number them from 0 without gaps"),
         ("names: dog\nval: .", "has 'names' that are no list"),
         ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),
+        ("names: [dog]\nnc: 2\nval: .", "has nc 2, but 1 'names'"),
         ("names: [dog]\nval: {a: b}", "has no 'val'"),
         ("names: [dog]\nval: .\nkpt_shape: [[17], 3]", "has kpt_shape .*write the number of"),
     ],
