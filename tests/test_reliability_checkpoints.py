@@ -96,6 +96,14 @@ def test_as_many_files_are_kept_as_asked_for_whoever_wrote_them(tmp_path):
         assert kept[-1] == f"model_{iteration - 1:07d}.pth"
 
 
+def test_a_checkpointer_loads_again_after_an_error(tmp_path):
+    checkpointer = SMCACheckpointer(TinyDetector(), str(tmp_path))
+    checkpointer.save("good")
+    with pytest.raises(CheckpointError, match="wrong.pth"):
+        checkpointer.load(str(tmp_path / "wrong.pth"))
+    checkpointer.load(str(tmp_path / "good.pth"))
+
+
 class Touch:
     """Creates a file when it is unpickled."""
 

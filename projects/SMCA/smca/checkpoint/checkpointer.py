@@ -111,8 +111,11 @@ class SMCACheckpointer(DetectionCheckpointer):
         """Load as Detectron2 does; a file that cannot be read or does not fit the model is a
         CheckpointError."""
         self._path = path
-        with reading(path):
-            return super().load(path, *args, **kwargs)
+        try:
+            with reading(path):
+                return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
 
     def find_resumable(self, need_trainer: bool = True) -> Optional[Tuple[str, Dict[str, Any]]]:
         """The newest checkpoint in `save_dir` that can be read (with more than weights, if
