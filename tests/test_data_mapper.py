@@ -338,6 +338,11 @@ def test_each_branch_is_drawn_half_the_time_and_half_the_images_are_flipped(tmp_
     assert 160 < sum(torch.equal(s["image"][:, 0, 0], left_top) for s in samples) < 240
 
 
+def test_an_evaluation_takes_no_crops():
+    with pytest.raises(ValueError, match="augmentations_with_crop is for training"):
+        DetrDatasetMapper(False, [], detr_augmentations(crop_range=(48, 80)))
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 6000), (6000, 1), (20, 30)])
 def test_images_smaller_than_the_crop_do_not_fail(tmp_path, height, width):
     path = _save(Image.fromarray(_rgb(height, width)), tmp_path / "odd.png")

@@ -158,6 +158,7 @@ def test_each_extra_scale_is_made_from_the_one_before():
     [
         (["res5"], 0, "in_features names .'res5'., but the backbone gives .'res4'."),
         ([], 1, "in_features is empty"),
+        (["res4"], -1, "num_extra_scales=-1 must not be negative"),
     ],
 )
 def test_scales_that_cannot_be_made_are_an_error(in_features, num_extra_scales, message):

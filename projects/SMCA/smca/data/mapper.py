@@ -318,7 +318,8 @@ class DetrDatasetMapper:
     Args:
         is_train: whether to return ``instances``.
         augmentations: applied in this order.
-        augmentations_with_crop: if given, applied instead of `augmentations` with probability 1/2.
+        augmentations_with_crop: if given, applied instead of `augmentations` with probability 1/2
+            (in training).
         image_format: "RGB" or "BGR", the order of the channels of ``image``.
     """
 
@@ -331,6 +332,8 @@ class DetrDatasetMapper:
     ):
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', not {image_format!r}.")
+        if augmentations_with_crop is not None and not is_train:
+            raise ValueError("augmentations_with_crop is for training: leave it out or None.")
         branches = [augmentations]
         if augmentations_with_crop is not None:
             branches.append(augmentations_with_crop)

@@ -33,6 +33,8 @@ class ScaleProjection(nn.Module):
             )
         if not in_features:
             raise ValueError("in_features is empty: name the backbone's features to use.")
+        if num_extra_scales < 0:
+            raise ValueError(f"num_extra_scales={num_extra_scales} must not be negative.")
         self.in_features = list(in_features)
         shapes = [input_shape[name] for name in in_features]
         self.strides = [shape.stride for shape in shapes]
