@@ -186,9 +186,8 @@ def test_yacs_setting_that_the_model_lacks_is_named():
     ],
 )
 def test_what_cannot_be_built_is_said_with_its_full_key(name, override, message):
-    cfg = load(name, override)
     with torch.device("meta"), pytest.raises(ConfigError) as error:
-        build(cfg.model, "model")
+        build(load(name, override).model)
     assert message in str(error.value)
 
 
@@ -201,9 +200,9 @@ class Broken(torch.nn.Module):
 
 
 def test_an_error_in_code_keeps_its_traceback_and_says_where_it_is(caplog):
-    cfg = OmegaConf.create({"_target_": f"{__name__}.Broken"})
+    cfg = OmegaConf.create({"model": {"part": {"_target_": f"{__name__}.Broken"}}})
     with caplog.at_level("DEBUG", "smca"), pytest.raises(ConfigError) as error:
-        build(cfg, "model.part")
+        build(cfg.model.part)
     words = "The config's model.part cannot be built: NameError: name 'undefined' is not defined ("
     assert words in str(error.value)
     assert ", line " in str(error.value) and "\n" not in str(error.value)

@@ -222,10 +222,10 @@ def check_overrides(*overrides):
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build(cfg.model, "model")
-        build(cfg.lr_multiplier, "lr_multiplier")
-        build(cfg.dataloader.train.mapper, "dataloader.train.mapper")
-        build(cfg.dataloader.test.mapper, "dataloader.test.mapper")
+            build(cfg.model)
+        build(cfg.lr_multiplier)
+        build(cfg.dataloader.train.mapper)
+        build(cfg.dataloader.test.mapper)
     except UserError as error:
         return refused(error, "model", "lr_multiplier", "dataloader")
     return True

@@ -316,6 +316,15 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
         ("dataloader.train.dataset.names=coco_nowhere", "coco_nowhere"),
         ("model.num_classes=1", "has 2 classes, the model 1: set model.num_classes=2, or data"),
         ("train.init_checkpoint=nowhere.pth", "nowhere.pth does not exist"),
+        ("optimizer.params=abc", "optimizer.params has to be a list of sections, it cannot be"),
+        ("optimizer.params=null", "The config's optimizer cannot be built"),
+        (
+            "dataloader.evaluator=abc",
+            "dataloader.evaluator has to be a section, it cannot be 'abc'",
+        ),
+        ("dataloader.test.mapper=3", "dataloader.test.mapper has to be a section, it cannot be 3"),
+        ("dataloader.test.dataset.names=3", "Data set '3' is not registered"),
+        ("dataloader=null", "does not have the sections dataloader: start"),
     ],
 )
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 _CODE_ERRORS = (AttributeError, ImportError, NameError, NotImplementedError, SyntaxError)
 
 
-def build(section: Any, name: str) -> Any:
-    """Instantiate a section of a LazyConfig, whose key is `name`, as Detectron2's `instantiate`.
+def build(section: Any) -> Any:
+    """Instantiate a section of a LazyConfig, as Detectron2's `instantiate`.
 
     Raises:
         ConfigError: it cannot be built. The message names the innermost section that cannot, or
@@ -46,25 +46,25 @@ def build(section: Any, name: str) -> Any:
     try:
         arguments: Any = section
         if isinstance(section, DictConfig) and "_target_" in section:
-            arguments = {
-                key: build(section[key], f"{name}.{key}") for key in map(str, section.keys())
-            }
+            arguments = {key: build(section[key]) for key in map(str, section.keys())}
             if str(getattr(section._target_, "__module__", section._target_)).startswith("smca."):
-                _check_types(arguments, section, name)
+                _check_types(arguments, section)
         elif isinstance(section, ListConfig):
-            items = [build(item, f"{name}.{index}") for index, item in enumerate(section)]
-            arguments = ListConfig(items, flags={"allow_objects": True})
+            arguments = ListConfig(list(map(build, section)), flags={"allow_objects": True})
         return instantiate(arguments)
     except UserError:
         raise
     except Exception as error:  # a value of the wrong type can fail anywhere, and in any way
         if isinstance(arguments, dict):
-            _check_types(arguments, section, name)
-        reason = f"{type(error).__name__}: {error}"
+            _check_types(arguments, section)
+        name, reason = section._get_full_key(None), f"{type(error).__name__}: {error}"
         if isinstance(error, OSError):
             reason = str(error)
         elif isinstance(error, (AssertionError, KeyError, ValueError)) and " " in str(error):
-            reason = _with_key(str(error.args[0]), section, name)
+            reason = str(error.args[0])
+            argument = re.match(r"\w+", reason)
+            if argument and isinstance(section, DictConfig) and argument[0] in section:
+                reason = _key_of(argument[0], section) + reason[argument.end() :]
         if isinstance(error, _CODE_ERRORS):
             logger.debug("The config's %s cannot be built:", name, exc_info=True)
             reason += f" ({origin(error)})"
@@ -78,40 +78,45 @@ def origin(error: BaseException) -> str:
     return f"{frame.filename}, line {frame.lineno}"
 
 
-def _with_key(reason: str, section: Any, name: str) -> str:
-    """A reason that begins with an argument, with the key that sets it in its place."""
-    argument = re.match(r"\w+", reason)
-    if not argument or not isinstance(section, DictConfig) or argument[0] not in section:
-        return reason
-    return _key_of(argument[0], section, name) + reason[argument.end() :]
-
-
-def _key_of(argument: str, section: DictConfig, name: str) -> str:
+def _key_of(argument: str, section: DictConfig) -> str:
     """The key that sets an argument of a section."""
-    key = f"{name}.{argument}"
     if OmegaConf.is_interpolation(section, argument):  # to the one that has the value
         node: Any = section._get_node(argument)
-        key = node._dereference_node()._get_full_key(None) or key
-    return key
+        return node._dereference_node()._get_full_key(None) or section._get_full_key(argument)
+    return section._get_full_key(argument)
 
 
-def _check_types(arguments: Mapping[str, Any], section: DictConfig, name: str) -> None:
+def _check_types(arguments: Mapping[str, Any], section: DictConfig) -> None:
     """Raise where an argument is not of the type that the function's signature says."""
-    target = arguments["_target_"]
+    for argument, parameter in signature_of(section).parameters.items():
+        if argument in arguments and arguments[argument] is not parameter.default:
+            require_type(arguments[argument], parameter.annotation, _key_of(argument, section))
+
+
+def signature_of(section: DictConfig) -> inspect.Signature:
+    """That of what a section calls, without types if they are of what is not imported. A class
+    returns itself, and a section that calls nothing a dict."""
+    target = OmegaConf.select(section, "_target_", throw_on_resolution_failure=False)
+    if target is None:
+        return inspect.Signature(return_annotation=dict)
     try:
         target = locate(target) if isinstance(target, str) else target
-        parameters = inspect.signature(target, eval_str=True).parameters
-    except Exception:  # a name that cannot be found, or annotations of what is not imported
-        return
-    for argument, value in arguments.items():
-        parameter = parameters.get(argument)
-        if parameter is None or parameter.annotation is parameter.empty:
-            continue
-        if value is not parameter.default and not _fits(value, parameter.annotation):
-            raise ConfigError(
-                f"{_key_of(argument, section, name)} has to be {words_for(parameter.annotation)}, "
-                f"it cannot be {value!r}."
-            )
+    except Exception as error:  # of a module that cannot be imported, too
+        key, reason = section._get_full_key("_target_"), str(error).splitlines()[0]
+        raise ConfigError(f"There is no {key}={target}: {reason}") from error
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (AttributeError, NameError):
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # which functions written in C may have none
+        signature = inspect.Signature()
+    return signature.replace(return_annotation=target) if isinstance(target, type) else signature
+
+
+def require_type(value: Any, kind: Any, key: str) -> None:
+    """Raise a ConfigError if the value of a key is not of an annotated type."""
+    if kind is not inspect.Signature.empty and not _fits(value, kind):
+        raise ConfigError(f"{key} has to be {words_for(kind)}, it cannot be {value!r}.")
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -143,12 +148,13 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is type(None) if value is None else kind not in _WORDS
     if origin in _LISTS or (kind in (int, float) and isinstance(value, bool)):
         return False
+    kind = origin or kind
     return not isinstance(kind, type) or isinstance(value, (int, float) if kind is float else kind)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model, on the device that ``train.device`` names."""
-    return build(cfg.model, "model").to(cfg.train.device)
+    return build(cfg.model).to(cfg.train.device)
 
 
 def dataset_names(cfg: DictConfig, split: str) -> List[str]:
@@ -156,9 +162,9 @@ def dataset_names(cfg: DictConfig, split: str) -> List[str]:
     config calls a function for them, whose files need not be here."""
     key = f"dataloader.{split}.dataset.names"
     names = OmegaConf.select(cfg, key, default=None, throw_on_resolution_failure=False)
-    if isinstance(names, DictConfig):
+    if names is None or isinstance(names, DictConfig):
         return []
-    return [names] if isinstance(names, str) else list(names or [])
+    return list(names) if isinstance(names, ListConfig) else [names]
 
 
 def use_classes(cfg: DictConfig, provenance: Mapping[str, Any]) -> None:
@@ -195,9 +201,9 @@ def fit_to_data(cfg: DictConfig, known: Optional[Mapping[str, Any]] = None) -> D
     for key in [key for key, target in _calls_of_data(cfg) if _is_fitted(target)]:
         if key not in known and isinstance(OmegaConf.select(source, names), DictConfig):
             # The data are registered once, not for each key.
-            registered = build(OmegaConf.select(source, names), names)
+            registered = build(OmegaConf.select(source, names))
             OmegaConf.update(source, names, registered, merge=False)
-        values[key] = known[key] if key in known else build(OmegaConf.select(source, key), key)
+        values[key] = known[key] if key in known else build(OmegaConf.select(source, key))
         OmegaConf.update(cfg, key, values[key], merge=False)
         logger.info("%s=%s follows from the training data.", key, values[key])
     return values

@@ -7,7 +7,6 @@ from typing import Any, Iterator, List, Optional, Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -19,7 +18,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from smca.config.build import origin
+from smca.config.build import origin, require_type, signature_of
 from smca.config.names import find_config_file, list_configs, load_file
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
@@ -59,9 +58,8 @@ def load_config(
             base = OmegaConf.select(cfg, _BASE)
             _take_from_base(cfg, base)
     # An evaluation needs no training data.
-    _require_sections(cfg, _SECTIONS, config_file)
-    splits = [name for name in ("train", "test") if name in cfg.dataloader]
-    _require_sections(cfg, [f"dataloader.{name}" for name in splits], config_file)
+    splits = [f"dataloader.{name}" for name in ("train", "test") if name in (cfg.dataloader or ())]
+    _require_sections(cfg, [*_SECTIONS, *splits], config_file)
     require_values(cfg, needed, config_file)
     check_train(cfg.train)
     _require_importable(OmegaConf.to_container(cfg.model, resolve=False), "model")
@@ -223,9 +221,12 @@ def _check_override(cfg: DictConfig, key: str, value: Any) -> None:
         node = _child(node, name)
         if node is None:  # a key without a value takes anything
             return
-    # "no" is a text, and true. What is built of the config checks other types.
-    if isinstance(node, bool) and not isinstance(value, bool) and "${" not in str(value):
-        raise ConfigError(f"{key} has to be true or false, it cannot be {value!r}.")
+    # What is built of the config checks other types.
+    if "${" not in str(value):
+        if isinstance(node, bool):  # "no" is a text, and true
+            require_type(value, bool, key)
+        elif isinstance(node, DictConfig) and isinstance(value, (str, int, float)):
+            require_type(value, signature_of(node).return_annotation, key)
 
 
 def _child(node: Any, name: str) -> Any:
@@ -242,21 +243,9 @@ def _names(node: Any) -> List[str]:
         return [str(index) for index in range(len(node))]
     if not isinstance(node, DictConfig):
         return []
-    names = [str(name) for name in node.keys()]
-    if "_target_" in names:
-        target = _child(node, "_target_")
-        try:
-            target = locate(target) if isinstance(target, str) else target
-        except Exception as error:  # of a module that cannot be imported, too
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"There is no _target_ {target}: {reason}") from error
-        if callable(target):
-            names += [
-                name
-                for name, parameter in inspect.signature(target).parameters.items()
-                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            ]
-    return names
+    arguments = signature_of(node).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [*map(str, node), *(each.name for each in arguments if each.kind not in variable)]
 
 
 def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -33,19 +33,19 @@ def build_run(cfg: DictConfig, saved: Optional[SavedRun] = None) -> Run:
     """
     # The data come first: a fault in them is reported before the model is built, which takes time.
     train_loader, test_loader = _build_loaders(cfg, ["train", "test"], saved)
-    evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
+    evaluator = build(cfg.dataloader.get("evaluator"))
     model = build_model(cfg)
     logging.getLogger("detectron2").info("Model:\n%s", model)  # in the log's file only
-    cfg.optimizer.params.model = model
-    optimizer = build(cfg.optimizer, "optimizer")
-    schedule = build(cfg.lr_multiplier, "lr_multiplier")
+    OmegaConf.update(cfg, "optimizer.params.model", model, force_add=True)
+    optimizer = build(cfg.optimizer)
+    schedule = build(cfg.lr_multiplier)
     return Run(model, train_loader, test_loader, evaluator, optimizer, schedule)
 
 
 def build_evaluation(cfg: DictConfig, saved: SavedRun) -> Tuple[nn.Module, Iterable[Any], Any]:
     """The model, the test loader, and the evaluator of a config."""
     (test_loader,) = _build_loaders(cfg, ["test"], saved)
-    evaluator = build(cfg.dataloader.get("evaluator"), "dataloader.evaluator")
+    evaluator = build(cfg.dataloader.get("evaluator"))
     return build_model(cfg), test_loader, evaluator
 
 
@@ -55,7 +55,7 @@ def _build_loaders(
     _resolve_data_settings(cfg, splits)
     for split in splits:
         require_dataset(dataset_names(cfg, split))
-    loaders = [build(cfg.dataloader[split], f"dataloader.{split}") for split in splits]
+    loaders = [build(cfg.dataloader[split]) for split in splits]
     for split in splits:  # the classes of a data set are known once it is loaded
         _check_classes(cfg, split, saved)
     if isinstance(loaders[-1], DataLoader):
@@ -75,7 +75,7 @@ def _resolve_data_settings(cfg: DictConfig, splits: Sequence[str]) -> None:
     for key in keys:
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig):
-            OmegaConf.update(cfg, key, build(node, key), merge=False)
+            OmegaConf.update(cfg, key, build(node), merge=False)
     check_train(cfg.train)
     evaluator = cfg.dataloader.get("evaluator")  # or a list of them
     evaluated = evaluator.get("dataset_name") if isinstance(evaluator, DictConfig) else None

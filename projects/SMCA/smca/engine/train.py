@@ -172,7 +172,7 @@ def do_train(
             PeriodicCheckpointer(checkpointer, train.checkpointer.period),
             EvalHook(train.eval_period, evaluate),
             best,
-            *build(train.hooks, "train.hooks"),
+            *build(train.hooks),
         ]
     )
     start_iter = _resume(checkpointer, trainer, ema, saved) if saved else 0
@@ -186,7 +186,7 @@ def do_train(
     # A config that is refused above must not replace the one that fits the run's checkpoints.
     from_main_process(save_config, to_save, train.output_dir)
     if comm.is_main_process():
-        writers = [ProgressPrinter(train.max_iter), *build(train.writers, "train.writers")]
+        writers = [ProgressPrinter(train.max_iter), *build(train.writers)]
         writers += default_writers(train.output_dir, train.max_iter)[1:]
         trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
     trainer.train(start_iter, train.max_iter)

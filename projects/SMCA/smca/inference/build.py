@@ -61,7 +61,7 @@ def load_test_dataset(cfg: Optional[DictConfig]) -> List[Dict[str, Any]]:
         )
     require_values(cfg, ["dataloader.test.dataset"])
     require_dataset(dataset_names(cfg, "test"))
-    return list(build(cfg.dataloader.test.dataset, "dataloader.test.dataset"))
+    return list(build(cfg.dataloader.test.dataset))
 
 
 def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:

@@ -96,7 +96,7 @@ class Predictor:
         self.weights, others = load_weights(model, path, weights)
         num_classes = getattr(model, "num_classes", None)
         names, ids = classes_of(provenance, dataset_names(cfg, "test"), num_classes)
-        augmentations = build(mapper.augmentations, "dataloader.test.mapper.augmentations")
+        augmentations = build(mapper.augmentations)
         self._use(model, augmentations, mapper.get("image_format", "RGB"), names, ids, dtype)
         self.cfg = cfg
         self.checkpoint = {k: others[k] for k in ("smca", "iteration", "best") if k in others}

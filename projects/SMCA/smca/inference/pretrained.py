@@ -100,7 +100,8 @@ def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]
                 f"{name} is no published detector, {os.path.basename(path)} is not in it: {advice}."
             )
     published = _read_config(config)
-    model, augmentations = (build(OmegaConf.create(published[k]), k) for k in _PART_KEYS)
+    parts = OmegaConf.create({key: published[key] for key in _PART_KEYS})
+    model, augmentations = (build(parts[key]) for key in _PART_KEYS)
     try:
         model.load_state_dict(safetensors.load_file(weights))
     except Exception as error:  # SafetensorError is no type of Python's own errors
