@@ -200,7 +200,7 @@ def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
     break_an_image(image_root)
     assert run_tool(*command, "--no-decode") == 0
-    assert "0 problems" in capsys.readouterr().out
+    assert "of 2 classes; 0 problems" in capsys.readouterr().out
     assert not (tmp_path / "out" / "training_images.jpg").exists()
 
 

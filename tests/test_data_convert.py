@@ -560,7 +560,7 @@ def test_a_yolo_data_set_trains_is_checked_evaluated_and_reported(tmp_path, monk
     capsys.readouterr()
     assert check(tmp_path, "custom_yolo.py", f"data.yaml={path}") == 1
     out = capsys.readouterr().out
-    assert f"val: {label.parent}: 1 usable images with 1 objects of 2 classes; 1 problems" in out
+    assert f"val: {label.parent}: 1 usable image with 1 object of 2 classes; 1 problem\n" in out
     assert f"{label} line 2 is" in out
 
 

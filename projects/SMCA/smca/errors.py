@@ -57,6 +57,12 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f": there are {', '.join(known)}." if len(known) <= _MAX_LISTED else "."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, as in "1 problem" or "2 classes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
 def some(names: Collection[str], count: int = 4) -> str:
     """The first few of many names, as in "a, b and 7 more"."""
     more = f" and {len(names) - count} more" if len(names) > count else ""

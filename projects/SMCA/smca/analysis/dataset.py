@@ -27,6 +27,7 @@ from smca.data import (
 from smca.data.coco import sorted_by_id
 from smca.data.coco_checks import existing
 from smca.data.mapper import reading_remark
+from smca.errors import counted
 
 _FEW_OBJECTS = 20  # of a class
 _AP_DETECTIONS = 100  # that COCO's evaluation takes of an image
@@ -154,16 +155,16 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
         items = split.dataset_dicts
         numbers = [sum(not a["iscrowd"] for a in item["annotations"]) for item in items]
         if 0 in numbers:
-            remarks.append(f"{name}: {_count(numbers.count(0), 'image')} without objects.")
+            remarks.append(f"{name}: {counted(numbers.count(0), 'image')} without objects.")
         full = sum(number > _AP_DETECTIONS for number in numbers)
         if full and name not in training:
             remarks.append(
-                f"{name}: {_count(full, 'image')} with more than {_AP_DETECTIONS} objects: AP "
+                f"{name}: {counted(full, 'image')} with more than {_AP_DETECTIONS} objects: AP "
                 "takes no more detections of an image, so it cannot reach 100."
             )
         counts = collections.Counter(reading_remark(item["file_name"]) for item in items)
         del counts[""]
-        remarks += [f"{name}: {_count(count, 'image')} {text}." for text, count in counts.items()]
+        remarks += [f"{name}: {counted(count, 'image')} {text}." for text, count in counts.items()]
         if sum("8 bits" in text for text in counts) > 1:
             remarks.append(f"{name}: {_MIXED_LEVELS}")
         seen = collections.Counter(
@@ -174,18 +175,14 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
         repeated = [(image, box) for (image, _, box), count in seen.items() if count > 1]
         if repeated:
             remarks.append(
-                f"{name}: {_count(len(repeated), 'object')} annotated more than once with the same "
-                f"box, such as {list(repeated[0][1])} in image {repeated[0][0]}."
+                f"{name}: {counted(len(repeated), 'object')} annotated more than once with the "
+                f"same box, such as {list(repeated[0][1])} in image {repeated[0][0]}."
             )
     for where, pairs in _same_files(splits).items():
         examples = "; ".join(" and ".join(dict.fromkeys(pair)) for pair in pairs[:num_examples])
-        count = _count(len(pairs), "picture")
+        count = counted(len(pairs), "picture")
         remarks.append(f"{where}: {count} in two places, such as {examples}.")
     return remarks
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _same_files(splits: Mapping[str, DataSplit]) -> Dict[str, List[Tuple[str, str]]]:

@@ -23,7 +23,7 @@ from smca.analysis.dataset import (
 )
 from smca.config import build, fit_to_data, load_config, quoted
 from smca.data import Problem, as_list, require_dataset
-from smca.errors import UserError, at_least, command_line, exit_code
+from smca.errors import UserError, at_least, command_line, counted, exit_code
 from smca.inference import make_folder
 
 _DESCRIPTION = """\
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     train_name = next(iter(splits))
     if statistics[train_name]["objects"] and not args.no_decode:
         mapper = cfg.dataloader.train.mapper
-        parts = build(mapper, "dataloader.train.mapper"), splits[train_name], args.num_images
+        parts = build(mapper), splits[train_name], args.num_images
         paths.append(os.path.join(args.output, "training_images.jpg"))
         draw_training_images(*parts, mapper.get("image_format", "RGB")).savefig(paths[-1], dpi=60)
     print("Written:", *paths, sep="\n  ")
@@ -129,7 +129,7 @@ def _files_of(cfg: DictConfig, key: str) -> List[Tuple[str, str]]:
     if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
         # Either may be a call as well, which converts other formats.
         arguments = ("json_file", "image_root")
-        files, roots = (as_list(build(names[each], f"{key}.{each}")) for each in arguments)
+        files, roots = (as_list(build(names[each])) for each in arguments)
         return list(zip(map(str, files), map(str, roots * len(files))))
     names = as_list(names)
     require_dataset(names)
@@ -162,9 +162,11 @@ def count_kinds(split: DataSplit) -> Dict[str, int]:
 def problems_text(name: str, split: DataSplit, num_examples: int) -> str:
     """A split's problems by kind, with examples."""
     objects = sum(len(item["annotations"]) for item in split.dataset_dicts)
+    images, classes = len(split.dataset_dicts), len(split.class_names)
     lines = [
-        f"{name}: {split.source}: {len(split.dataset_dicts)} usable images with {objects} "
-        f"objects of {len(split.class_names)} classes; {len(split.problems)} problems"
+        f"{name}: {split.source}: {counted(images, 'usable image')} with "
+        f"{counted(objects, 'object')} of {counted(classes, 'class')}; "
+        f"{counted(len(split.problems), 'problem')}"
     ]
     for kind, count in count_kinds(split).items():
         lines.append(f"  {count} x {kind}")

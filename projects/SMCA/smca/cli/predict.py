@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from smca.checkpoint.files import write_atomically
-from smca.errors import UserError, command_line, exit_code, writing
+from smca.errors import UserError, command_line, counted, exit_code, writing
 from smca.inference import add_predictor_arguments, add_threshold, make_folder, predictor_of
 from smca.inference.images import is_url
 
@@ -82,7 +82,7 @@ def run_on_images(args: argparse.Namespace) -> int:
             with writing(output):
                 detections.draw().save(output)
             results += detections.to_coco(file_name=path, image_id=image_id)
-            _say(f"{path}: {len(detections)} detections, drawn in {output}")
+            _say(f"{path}: {counted(len(detections), 'detection')}, drawn in {output}")
     if not results and num_failed < len(paths):
         least = f"No score is {args.confidence_threshold} or more"
         print(f"{least}, as after a short training: lower --confidence-threshold.")
@@ -193,7 +193,8 @@ def run_on_video(args: argparse.Namespace) -> int:
     if int(cv2.VideoCapture(output).get(cv2.CAP_PROP_FRAME_COUNT)) != num_drawn:
         # OpenCV does not say so when it writes.
         raise UserError(f"{output} could not be written in full: is the disk full?")
-    print(f"{args.video_input}: {num_drawn} frames, {len(results)} detections, drawn in {output}")
+    found = f"{counted(num_drawn, 'frame')}, {counted(len(results), 'detection')}"
+    print(f"{args.video_input}: {found}, drawn in {output}")
     seen = index + 1
     is_cut = num_frames is not None and seen < num_frames
     if num_drawn < seen:
@@ -230,4 +231,4 @@ def results_in(folder: str) -> Iterator[List[Dict[str, Any]]]:
     finally:
         with writing(path):
             write_atomically(path, json.dumps(results, indent=1).encode())
-        print(f"{len(results)} detections in {path}")
+        print(f"{counted(len(results), 'detection')} in {path}")

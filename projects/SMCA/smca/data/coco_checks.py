@@ -23,7 +23,7 @@ from typing import (
     Union,
 )
 
-from smca.errors import DatasetError
+from smca.errors import DatasetError, counted
 
 from .mapper import PathLike, check_image
 
@@ -214,10 +214,9 @@ def raise_problems(json_file: PathLike, problems: Sequence[Problem]) -> None:
     """Raise a DatasetError if there are problems; it says how many, and the first ones."""
     if not problems:
         return
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     shown = "".join(f"\n  {problem.message}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
     more = "\n  ..." if len(problems) > _NUM_PROBLEMS_SHOWN else ""
-    raise DatasetError(f"{count} in {json_file}:{shown}{more}")
+    raise DatasetError(f"{counted(len(problems), 'problem')} in {json_file}:{shown}{more}")
 
 
 # Rules
