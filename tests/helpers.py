@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reference
 from smca import model_zoo
 from smca.checkpoint.conversion.names import official_names
+from smca.modeling.dropout_attention import DropoutAttention
 from smca.modeling.matcher import Targets
 from smca.modeling.scales import Scale
 
@@ -373,7 +374,13 @@ def bend_dropout(monkeypatch):
     def bend(x, p=0.5, training=True, inplace=False):
         return x + 0.3 * torch.sin(2 * x) if training and p else x
 
+    def attend(query, key, value, mask, p):
+        logits = query @ key.mT
+        weights = (logits if mask is None else logits + mask).softmax(-1)
+        return bend(weights, p) @ value * (1 - p)
+
     monkeypatch.setattr(F, "dropout", bend)
+    monkeypatch.setattr(DropoutAttention, "apply", staticmethod(attend))
     monkeypatch.setattr(reference, "dropout", bend)
 
 

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 import reference
 from helpers import (
@@ -15,7 +16,7 @@ from helpers import (
     randomize,
     weighted_sum,
 )
-from smca.modeling import kernels
+from smca.modeling import dropout_attention, kernels
 from smca.modeling.attention import CoAttention, MultiheadAttention
 from smca.modeling.kernels import additive_mask, attend, fit_channels
 from smca.modeling.weight_map import MAPS
@@ -296,7 +297,7 @@ def test_gradients_in_half_precision_are_those_of_the_reference_but_for_rounding
 @pytest.mark.parametrize("spread", [None, *MAPS])
 def test_no_full_map_is_made_or_kept_for_the_backward_pass(spread, dropout, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_CHUNK", 1 << 16)
-    monkeypatch.setattr(kernels, "_MAX_KEPT", 1 << 16)
+    monkeypatch.setattr(dropout_attention, "_MAX_PIECE", 1 << 16)
     num_heads, num_queries, size = 8, 400, (20, 24)
     inputs = random_gaussians(size, spread or "fixed", num_queries, num_heads)
     attention = CoAttention(D, num_heads, dropout)
@@ -329,8 +330,8 @@ def test_dropout_keeps_the_same_weights_forward_and_backward(
 ):
     size, num_queries, p = (6, 8), 20, 0.4
     monkeypatch.setattr(kernels, "_MAX_CHUNK", B * H * num_queries * 48 // num_chunks)
-    if num_chunks == 7:  # computed again
-        monkeypatch.setattr(kernels, "_MAX_KEPT", 0)
+    monkeypatch.setattr(dropout_attention, "_MAX_PIECE", num_queries * 48 // num_chunks)
+    monkeypatch.setattr(dropout_attention, "_MIN_QUERIES", 1)
     mask = make_mask(make_scales([16])[0]) if padded else None
     # With the unit matrix as values, the result is the weights, and 0 where they were dropped.
     inputs = leaves(
@@ -357,6 +358,29 @@ def test_dropout_keeps_the_same_weights_forward_and_backward(
     expected = weights * kept / (1 - p) @ inputs["value"]
     assert_close(output, expected, 1e-5)
     assert_same_gradients(output, expected, inputs)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_elements_are_dropped_independently_of_one_another(p):
+    # Each of the 16 patterns of four neighbors, anywhere among many elements, and of all four of
+    # few, the first and the last among them.
+    torch.manual_seed(0)
+    for num_elements, num_draws in ((400_000, 1), (4, 4_000)):
+        dropped = torch.zeros(num_draws, num_elements)
+        for row in dropped:
+            row[dropout_attention.draw_dropped(num_elements, p)] = 1
+        dropped = dropped.view(-1, 4)
+        codes = torch.bincount((dropped * torch.tensor([1, 2, 4, 8])).sum(1).int(), minlength=16)
+        ones = torch.tensor([bin(code).count("1") for code in range(16)])
+        expected = p ** ones.double() * (1 - p) ** (4 - ones.double()) * len(dropped)
+        assert chisquare(codes, expected).pvalue > 1e-3
+
+
+def test_elements_are_dropped_everywhere():
+    # Places are sums of distances, which would end too early if too few were drawn.
+    torch.manual_seed(0)
+    parts = dropout_attention.draw_dropped(1_000_000, 0.1) // 10_000
+    assert chisquare(torch.bincount(parts, minlength=100)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -3,7 +3,8 @@
 Log-weights are channels of queries and keys, so that no (B, H, N, S) map is made. On a GPU, maps
 that are not large are added to the logits instead: to start the operations that make channels takes
 longer than to compute the map. `attend_explicitly` serves the cases that the fused kernels do not:
-log-weights that are not dot products, and on the CPU dropout and very large logits.
+log-weights that are not dot products, and on the CPU dropout (`dropout_attention.py`) and very
+large logits.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .dropout_attention import DropoutAttention
 from .weight_map import Channels, WeightMap, float32_region
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -27,10 +29,8 @@ _MAX_LOGIT = 1e5
 # Size of the channels' products up to which float32 rounds their sum, a log-weight, and its
 # gradients by less than 1e-4.
 _MAX_PRODUCT = 4096.0
-# `attend_explicitly` computes so many logits at once (16 MiB), and computes them again in the
-# backward pass where there are more than this of them: 64 MiB, for which 144 are kept.
+# `attend_explicitly` computes so many logits at once (16 MiB).
 _MAX_CHUNK = 1 << 22
-_MAX_KEPT = 1 << 24
 # Size of a map that is added to the logits on a GPU: 64 MiB in the half types.
 _MAX_ADDED = 1 << 25
 # Largest channel of a query in the half types.
@@ -111,16 +111,17 @@ def attend_explicitly(
     """The formula itself, in float32: dropout(softmax(q k^T logit_factor + log-weights + mask)) v,
     with the arguments of `attend`.
 
-    A large map is computed in chunks of queries, and the chunks of a very large one again in the
-    backward pass.
+    A large map is computed in chunks of queries, which are computed again in the backward pass.
     """
     dtype, num_queries = query.dtype, query.shape[2]
     query, key, value = query.float() * logit_factor, key.float(), value.float()
-    num_logits, num_chunks = 0, 1
+    num_chunks = 1
     if not torch.compiler.is_compiling():  # a graph takes one way for all sizes
-        num_logits = query.shape[:3].numel() * key.shape[2]
-        num_chunks = math.ceil(num_logits / _MAX_CHUNK)
+        num_chunks = math.ceil(query.shape[:3].numel() * key.shape[2] / _MAX_CHUNK)
     with float32_region(query):
+        if weight_map is None and 0 < dropout_p < 1:  # on a CPU; others fuse it
+            value = value / (1 - dropout_p)
+            return DropoutAttention.apply(query, key, value, mask, dropout_p).to(dtype)
         if num_chunks <= 1:
             return _formula(query, key, value, mask, dropout_p, weight_map).to(dtype)
         length = math.ceil(num_queries / num_chunks)
@@ -129,10 +130,7 @@ def attend_explicitly(
             rows = slice(start, start + length)
             part = None if weight_map is None else weight_map.of_queries(rows)
             inputs = (query[:, :, rows], key, value, mask, dropout_p, part)
-            if num_logits <= _MAX_KEPT:
-                chunks.append(_formula(*inputs))
-            else:
-                chunks.append(checkpoint(_formula, *inputs, use_reentrant=False))
+            chunks.append(checkpoint(_formula, *inputs, use_reentrant=False))
         return torch.cat(chunks, dim=2).to(dtype)
 
 
