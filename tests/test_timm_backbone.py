@@ -6,8 +6,10 @@ import torch
 from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
 
+from helpers import arguments, write_tiny_config
 from smca.checkpoint import SMCACheckpointer, timm_weights
 from smca.config import load_config
+from smca.engine import main
 from smca.errors import CheckpointError
 from smca.modeling import TimmBackbone
 
@@ -57,6 +59,13 @@ def test_features_are_those_of_the_whole_model(name, downloaded):
         torch.testing.assert_close(features[feature], like, rtol=1e-4, atol=1e-5)
         assert (shapes[feature].stride, shapes[feature].channels) == (stride, like.shape[1])
     assert len(features) == len(shapes) == 2
+
+
+def test_a_run_s_folder_may_be_called_like_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_tiny_config(tmp_path, max_iter=1, eval_period=0)
+    main(arguments("--config-file", config, "train.output_dir=efficientnet-lite0"))
+    assert (tmp_path / "efficientnet-lite0" / "model_final.pth").exists()
 
 
 def test_weights_are_downloaded_once(downloaded):

@@ -9,7 +9,7 @@ from typing import Any, Dict, List
 
 import torch
 from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import PathHandler, get_cache_dir
+from iopath.common.file_io import NativePathHandler, get_cache_dir
 
 from smca.checkpoint.files import load_tensors, write_atomically
 from smca.errors import CheckpointError
@@ -19,15 +19,16 @@ _LITE = "efficientnet-lite0"
 _LITE_MODEL = "tf_efficientnet_lite0"
 
 
-class TimmWeights(PathHandler):
-    """Writes the weights that a name stands for to a file in the cache, whose path it gives."""
+class TimmWeights(NativePathHandler):
+    """Writes the weights that a name stands for to a file in the cache, whose path it gives. Any
+    other path that begins like a name is one of the file system."""
 
     def _get_supported_prefixes(self) -> List[str]:
         return [_TIMM, _LITE]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         if path != _LITE and not path.startswith(_TIMM):
-            return path  # a file whose name begins like that
+            return super()._get_local_path(path, force, **kwargs)
         name = _LITE_MODEL if path == _LITE else path[len(_TIMM) :]
         file = os.path.join(get_cache_dir(), "timm", f"{path.replace('/', '_')}.pth")
         if force or not os.path.isfile(file):
@@ -36,12 +37,6 @@ class TimmWeights(PathHandler):
             content = {"model": weights, "timm": name.split(".")[0]}
             write_atomically(file, lambda stream: torch.save(content, stream))
         return file
-
-    def _isfile(self, path: str, **kwargs: Any) -> bool:
-        return path == _LITE or path.startswith(_TIMM) or os.path.isfile(path)
-
-    def _exists(self, path: str, **kwargs: Any) -> bool:
-        return self._isfile(path)
 
 
 def _weights(path: str, name: str) -> Dict[str, torch.Tensor]:
