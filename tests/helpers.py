@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
+from convert_checkpoint import official_names
 from smca import model_zoo
-from smca.checkpoint.conversion.names import official_names
 from smca.modeling.dropout_attention import DropoutAttention
 from smca.modeling.matcher import Targets
 from smca.modeling.scales import Scale
@@ -57,7 +57,7 @@ def error_of(capsys, main, *args):
 
 def child_environment():
     """Of a process that finds the tests' modules, and the package where this process does."""
-    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    paths = [str(ROOT / "tests"), str(ROOT / "tools"), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join(filter(None, paths))
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ from detectron2.data import MetadataCatalog
 
 import convert_checkpoint
 import reference
+from convert_checkpoint import convert, convert_file, official_names
 from helpers import build_model
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
-from smca.checkpoint.conversion import convert, convert_file
-from smca.checkpoint.conversion.names import official_names
 from smca.errors import CheckpointError
 from smca.inference import Predictor
 from smca.version import __version__
@@ -280,16 +278,10 @@ def test_predictor_needs_no_config_for_the_output(official_file, tmp_path):
     assert len(predictor(np.zeros((64, 96, 3), np.uint8), threshold=0)) == Q
 
 
-def run_tool(monkeypatch, *arguments):
-    """The exit code."""
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
-    return convert_checkpoint.main()
-
-
-def test_tool_says_what_it_found_and_how_to_use_it(official_file, tmp_path, monkeypatch, capsys):
+def test_tool_says_what_it_found_and_how_to_use_it(official_file, tmp_path, capsys):
     output = tmp_path / "smca.pth"
     arguments = ["--input", official_file, "--output", output, "--classes", "keep"]
-    assert run_tool(monkeypatch, *arguments) == 0
+    assert convert_checkpoint.main(list(map(str, arguments))) == 0
     printed = capsys.readouterr().out
     assert "SMCA, one scale, ResNet-18, spread independent" in printed
     use = printed.splitlines()[-1]

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from smca.checkpoint.conversion import read_state_dict
+from convert_checkpoint import read_state_dict
 from smca.config import build, get_config, get_config_file, load_config
 from smca.config.lazy import _all_keys
 from smca.data import DetrDatasetMapper, register_coco

@@ -10,9 +10,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.structures import Boxes, Instances
 
 import reference
+from convert_checkpoint import convert_file, official_names
 from helpers import ROOT, build_model, match_detections
-from smca.checkpoint.conversion import convert_file
-from smca.checkpoint.conversion.names import official_names
 from smca.modeling import kernels
 
 GOLDEN = ROOT / "tests" / "golden"
