@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import smca.engine.train
 from helpers import ROOT, error_of, write_tiny_config
 from smca.cli import train as train_command
 from smca.config import amp_dtype
-from smca.engine import launch
+from smca.engine import launch, run_folder
 from smca.errors import ConfigError
 
 
@@ -33,7 +32,7 @@ def reached(*args, **kwargs):
 
 
 def test_a_training_on_the_second_gpu_makes_it_the_current_one(gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(smca.engine.train, "log_to", reached)
+    monkeypatch.setattr(run_folder, "log_to", reached)
     with pytest.raises(Reached):
         train_command.main(["--config-file", write_tiny_config(tmp_path), "train.device=cuda:1"])
     assert gpus == ["cuda:1"]

@@ -166,7 +166,7 @@ class SMCACheckpointer(DetectionCheckpointer):
     def _torch_load(self, f: str) -> Any:
         return load_tensors(f)
 
-    def _load_model(self, checkpoint: Dict[str, Any]) -> _IncompatibleKeys:
+    def _load_model(self, checkpoint: Dict[str, Any]) -> None:  # it checks and logs itself
         model_weights = self.model.state_dict()
         if "timm" in checkpoint:
             self._leave_out_unused(checkpoint, model_weights)
@@ -178,19 +178,20 @@ class SMCACheckpointer(DetectionCheckpointer):
         adapted: List[str] = []
         if match_names:
             self._convert_ndarray_to_tensor(checkpoint["model"])
+            weights, prefixes = checkpoint["model"], ("backbone.bottom_up.", _BACKBONE)
+            # Of a whole detector only the backbone's weights.
+            start = next((p for p in prefixes if any(k.startswith(p) for k in weights)), "")
             # Detectron2 would match names in the whole model, where a "bias" is soon found.
             checkpoint["model"] = align_and_update_state_dicts(
                 {k: v for k, v in model_weights.items() if k.startswith(_BACKBONE)},
-                _strip_backbone_prefix(checkpoint["model"]),
+                {k[len(start) :]: v for k, v in weights.items() if k.startswith(start)},
                 c2_conversion=checkpoint.get("__author__") == "Caffe2",
             )
         elif not self.need_detector:
             adapted = self._adapt(checkpoint)
-        incompatible = super()._load_model(checkpoint)
-        self._check(incompatible, match_names)
+        self._check(super()._load_model(checkpoint), match_names)
         if adapted:
             logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
-        return incompatible
 
     def _leave_out_unused(self, checkpoint: Dict[str, Any], model_weights: Dict[str, Any]) -> None:
         """Of timm's weights, those of the parts that the backbone has not built."""
@@ -209,9 +210,6 @@ class SMCACheckpointer(DetectionCheckpointer):
             consume_prefix_in_state_dict_if_present(each, "module.")
         old_names = (checkpoint.get("smca") or {}).get("class_names") or []
         return adapt(weights, own, old_names, self.provenance.get("class_names") or [])
-
-    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
-        """`_check` has logged those that matter."""
 
     def _check(self, incompatible: _IncompatibleKeys, match_names: bool) -> None:
         """Raise if these are neither the detector's weights nor its backbone's."""
@@ -262,12 +260,3 @@ class SMCACheckpointer(DetectionCheckpointer):
             self._path,
             f", among them {some(lacking)}" if lacking else "",
         )
-
-
-def _strip_backbone_prefix(weights: Dict[str, Any]) -> Dict[str, Any]:
-    """A detector's weights reduced to its backbone's; weights without such a prefix as they are."""
-    for prefix in ("backbone.bottom_up.", _BACKBONE):
-        stripped = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-        if stripped:
-            return stripped
-    return weights

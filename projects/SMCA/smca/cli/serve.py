@@ -84,7 +84,7 @@ class Viewer:
         classes = [class_name(self.predictor.class_names, index) for index in range(count)]
         return {
             "classes": classes,
-            "colors": [_css_color(index) for index in range(count)],
+            "colors": ["rgb({:.0%} {:.0%} {:.0%})".format(*class_color(i)) for i in range(count)],
             "examples": [Path(path).name for path in self.examples],
             "threshold": self.threshold,
             "num_layers": len(self._layers),
@@ -214,10 +214,6 @@ def _read(file: Any, name: str) -> np.ndarray:
         return read_image(file)
     except DatasetError as error:
         raise UserError(unreadable(name, error.__cause__ or error)) from error
-
-
-def _css_color(class_index: int) -> str:
-    return "rgb({:.0%} {:.0%} {:.0%})".format(*class_color(class_index))
 
 
 def _as_json(value: Any) -> Reply:

@@ -54,30 +54,19 @@ class ModelEMA(HookBase):
         self.has_begun = True
 
 
-class PeriodicCheckpointer(HookBase):
-    """Saves ``model_<iteration>.pth`` after every `period` iterations, and ``model_final.pth``
-    after the training. Unlike Detectron2's, it writes the checkpoints of the last iteration after
-    its metrics, because a training that is resumed from them does not repeat it.
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, except that it writes the checkpoints of the last iteration after its metrics,
+    because a training that is resumed from them does not repeat it.
     """
-
-    def __init__(self, checkpointer: Checkpointer, period: int) -> None:
-        self._checkpointer = checkpointer
-        self._period = period
 
     def after_step(self) -> None:
         if self.trainer.iter + 1 < self.trainer.max_iter:
-            self._save_if_due()
+            super().after_step()
 
     def after_train(self) -> None:
         if self.trainer.error is None:
-            if self.trainer.last_iter + 1 == self.trainer.max_iter:
-                self._save_if_due()
-            self._checkpointer.save("model_final", iteration=self.trainer.last_iter)
-
-    def _save_if_due(self) -> None:
-        iteration = self.trainer.last_iter
-        if (iteration + 1) % self._period == 0:
-            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            self.max_iter = self.trainer.last_iter + 1  # it may have ended early
+            self.step(self.trainer.last_iter)
 
 
 class EmergencyCheckpointer(HookBase):

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from smca.checkpoint import SMCACheckpointer, provenance_of
-from smca.checkpoint.files import find_checkpoints, remove_temporary_files, write_atomically
-from smca.errors import ConfigError, UserError, writing
+from smca.checkpoint.files import remove_temporary_files, write_atomically
+from smca.errors import UserError, writing
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,6 @@ def from_main_process(function: Callable[..., _T], *args: Any) -> _T:
     if error is not None:
         raise error
     return result
-
-
-def refuse_trained(folder: str) -> None:
-    """Raise if a folder holds the checkpoints of a training, which a new one would replace."""
-    if find_checkpoints(folder):
-        raise ConfigError(
-            f"train.output_dir={folder} holds a training: continue it with --resume, choose "
-            "another folder, or remove this one."
-        )
 
 
 def log_to(folder: str, name: str = "log.txt") -> None:

@@ -9,7 +9,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence, cast
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import create_ddp_model, default_setup, default_writers, hooks
+from detectron2.engine import create_ddp_model, default_setup, default_writers
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicWriter
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table, setup_logger
@@ -30,23 +31,9 @@ from smca.config import (
     use_classes,
 )
 from smca.data import category_ids, forget_files
+from smca.engine import hooks, run_folder
 from smca.engine.build import Run, build_evaluation, build_run
-from smca.engine.hooks import (
-    BestCheckpointer,
-    EmergencyCheckpointer,
-    EvalHook,
-    ModelEMA,
-    PeriodicCheckpointer,
-    ProgressPrinter,
-)
-from smca.engine.run_folder import (
-    SavedRun,
-    from_main_process,
-    log_to,
-    open_run,
-    refuse_trained,
-    save_config,
-)
+from smca.engine.run_folder import SavedRun, from_main_process
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.errors import ConfigError
@@ -88,15 +75,19 @@ def main(args: argparse.Namespace) -> Results:
             "train.eval_period to the iterations between two, or train.early_stopping=0."
         )
     _require_files(cfg.get("data") or {})
+    trained = from_main_process(find_checkpoints, train.output_dir)
     # Started again by our launcher, or by torchrun.
     if getattr(args, "restart", 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        args.resume = bool(from_main_process(find_checkpoints, train.output_dir))
-    if not args.resume:
-        if train.fast_dev_run:
-            from_main_process(shutil.rmtree, train.output_dir, True)
-        from_main_process(refuse_trained, train.output_dir)
-    log_to(train.output_dir)
-    saved = open_run(train.output_dir) if args.resume else None
+        args.resume = bool(trained)
+    if train.fast_dev_run and not args.resume:
+        from_main_process(shutil.rmtree, train.output_dir, True)
+    elif trained and not args.resume:
+        raise ConfigError(
+            f"train.output_dir={train.output_dir} holds a training: continue it with --resume, "
+            "choose another folder, or remove this one."
+        )
+    run_folder.log_to(train.output_dir)
+    saved = run_folder.open_run(train.output_dir) if args.resume else None
     if train.seed < 0:
         drawn = from_main_process(random.SystemRandom().randrange, 2**31)
         train.seed = saved.seed if saved else drawn
@@ -144,7 +135,7 @@ def do_train(
     if not saved:
         checkpointer.load(train.init_checkpoint, checkpointables=[])
     # The average is copied from the model before that is wrapped or compiled.
-    ema = ModelEMA(run.model, train.model_ema.decay) if train.model_ema.enabled else None
+    ema = hooks.ModelEMA(run.model, train.model_ema.decay) if train.model_ema.enabled else None
     trainer = _build_trainer(cfg, run)
     checkpointer.add_checkpointable("trainer", trainer)
     if ema:
@@ -159,18 +150,18 @@ def do_train(
         # All processes end early by the results of the first.
         return comm.all_gather(dict(results))[0]
 
-    best = BestCheckpointer(
+    best = hooks.BestCheckpointer(
         train.eval_period, checkpointer, train.best_metric, train.early_stopping
     )
     trainer.register_hooks(
         [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=run.schedule),
+            IterationTimer(),
+            LRScheduler(scheduler=run.schedule),
             ema,
-            EmergencyCheckpointer(checkpointer),
+            hooks.EmergencyCheckpointer(checkpointer),
             # Checkpoints before evaluations, which may fail.
-            PeriodicCheckpointer(checkpointer, train.checkpointer.period),
-            EvalHook(train.eval_period, evaluate),
+            hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period),
+            hooks.EvalHook(train.eval_period, evaluate),
             best,
             *build(train.hooks),
         ]
@@ -184,11 +175,11 @@ def do_train(
             start_iter,
         )
     # A config that is refused above must not replace the one that fits the run's checkpoints.
-    from_main_process(save_config, to_save, train.output_dir)
+    from_main_process(run_folder.save_config, to_save, train.output_dir)
     if comm.is_main_process():
-        writers = [ProgressPrinter(train.max_iter), *build(train.writers)]
+        writers = [hooks.ProgressPrinter(train.max_iter), *build(train.writers)]
         writers += default_writers(train.output_dir, train.max_iter)[1:]
-        trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
+        trainer.register_hooks([PeriodicWriter(writers, train.log_period)])
     trainer.train(start_iter, train.max_iter)
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
     _log_summary(results, checkpointer.get_checkpoint_file(), train.output_dir, names)
@@ -200,9 +191,9 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
     folder, log = cfg.train.output_dir, "log_eval.txt"
-    log_to(folder, log)
+    run_folder.log_to(folder, log)
     _setup(cfg, args)
-    saved = open_run(folder, need_trainer=False) if args.resume else None
+    saved = run_folder.open_run(folder, need_trainer=False) if args.resume else None
     if saved is None:
         path = OmegaConf.select(cfg, "train.init_checkpoint")
         if not path:
@@ -271,7 +262,7 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
 
 
 def _resume(
-    checkpointer: SMCACheckpointer, trainer: Trainer, ema: Optional[ModelEMA], saved: SavedRun
+    checkpointer: SMCACheckpointer, trainer: Trainer, ema: Optional[hooks.ModelEMA], saved: SavedRun
 ) -> int:
     """Load a checkpoint, and return the iteration to go on with."""
     others = checkpointer.resume(saved.path, saved.content)
