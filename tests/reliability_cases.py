@@ -1,10 +1,8 @@
 """Trainings in processes of their own, to which real things happen: signals, full disks, death."""
 
-import functools
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,17 +19,15 @@ class Job:
     PyTorch already starts in milliseconds.
     """
 
-    def __init__(self, folder, config, *args, prepare=None, **environment):
+    def __init__(self, folder, config, *args, prepare=None):
         """
         Args:
             folder (Path): for the output.
             config: file of the config.
             args: of the command line beside it.
             prepare (callable or None): called in the new process before the command.
-            environment: additional variables.
         """
-        number = len(list(folder.glob("output_*")))
-        self.output_file = folder / f"output_{number}_{environment.get('RANK', 0)}"
+        self.output_file = folder / f"output_{len(list(folder.glob('output_*')))}"
         self.output_file.touch()  # so that the next one takes another name
         args = ["--config-file", config, *map(str, args)]
         sys.stdout.flush()
@@ -41,7 +37,7 @@ class Job:
         if self.pid == 0:
             code = 99
             try:
-                code = self._run(args, prepare, environment)
+                code = self._run(args, prepare)
             except SystemExit as error:
                 code = error.code
             except BaseException:
@@ -52,7 +48,7 @@ class Job:
                 sys.stderr.flush()
                 os._exit(code)
 
-    def _run(self, args, prepare, environment):
+    def _run(self, args, prepare):
         os.setsid()
         sys.stdin.close()
         with open(self.output_file, "w") as file:
@@ -63,7 +59,6 @@ class Job:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update({key: str(value) for key, value in environment.items()})
         # As in a data loader's worker: threads of the process before the fork are gone.
         torch.set_num_threads(1)
         if prepare is not None:
@@ -116,28 +111,6 @@ def train(folder, config, *args, prepare=None):
     """The exit code and the output of a training."""
     job = Job(folder, config, *args, prepare=prepare)
     return job.wait(), job.output
-
-
-def jobs(folder, config, *args, prepare):
-    """The two processes of one training, as torchrun starts them; `prepare` is given the rank."""
-    with socket.socket() as link:
-        link.bind(("127.0.0.1", 0))
-        port = link.getsockname()[1]
-    return [
-        Job(
-            folder,
-            config,
-            *args,
-            prepare=functools.partial(prepare, rank),
-            RANK=rank,
-            LOCAL_RANK=rank,
-            WORLD_SIZE=2,
-            LOCAL_WORLD_SIZE=2,
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(2)
-    ]
 
 
 def load(path):

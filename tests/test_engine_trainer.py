@@ -43,20 +43,6 @@ class Record(HookBase):
         self.values.append(self.function(self.trainer))
 
 
-class RaiseAt(HookBase):
-    """Raises at the end of an iteration's forward pass."""
-
-    def __init__(self, model, iteration, error):
-        self.model, self.iteration, self.error = model, iteration, error
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            self.model.register_forward_hook(self.fail)
-
-    def fail(self, *args):
-        raise self.error
-
-
 def test_clipping_in_float16_measures_the_unscaled_gradient(model):
     norm = torch.cat([g.flatten() for g in gradients(model, batches(1)[0])]).norm().item()
     trainer = train(model, batches(1), 1, clip_grad_norm=0.1, amp_dtype=torch.float16)
@@ -99,19 +85,6 @@ def test_buffers_are_averaged_like_weights(model):
     assert ema.model.statistic.item() == 0.75 * 1.0 + 0.25 * 5.0
 
 
-def test_state_of_the_average_loads_into_the_model_and_goes_on(model):
-    ema = ModelEMA(model, decay=0.75)
-    train(model, batches(3), 3, hooks=[ema])
-    state = ema.model.state_dict()
-    MeanLoss().load_state_dict(state)
-
-    restored = ModelEMA(model, decay=0.75)
-    restored.model.load_state_dict(copy.deepcopy(state))
-    for each in (ema, restored):
-        each.after_step()
-    assert torch.equal(restored.model.layer.weight, ema.model.layer.weight)
-
-
 def test_processes_draw_different_numbers(model, monkeypatch):
     drawn = []
     for rank in (0, 1, 0):
@@ -120,25 +93,6 @@ def test_processes_draw_different_numbers(model, monkeypatch):
         train(model, batches(1), 1, hooks=[record])
         drawn += record.values
     assert drawn[0] == drawn[2] != drawn[1]
-
-
-def saved(path):
-    return torch.load(path, weights_only=True)
-
-
-@pytest.mark.parametrize("error", [OSError("image is gone"), KeyboardInterrupt(), MemoryError()])
-def test_training_that_dies_leaves_its_last_complete_state(model, tmp_path, error):
-    checkpointer = SMCACheckpointer(model, str(tmp_path))
-    weights = Record(lambda trainer: copy.deepcopy(trainer.model.state_dict()))
-    guard = EmergencyCheckpointer(checkpointer)
-    trainer = Trainer(model, batches(5), torch.optim.SGD(model.parameters(), lr=0.1))
-    trainer.register_hooks([RaiseAt(model, 3, error), weights, guard])
-    checkpointer.add_checkpointable("trainer", trainer)
-    with pytest.raises(type(error)):
-        trainer.train(0, 5)
-    state = saved(checkpointer.get_checkpoint_file())
-    assert state["trainer"]["iteration"] == 2
-    assert torch.equal(state["model"]["layer.weight"], weights.values[2]["layer.weight"])
 
 
 def test_an_update_that_breaks_off_is_not_saved(model, tmp_path):

@@ -151,7 +151,7 @@ def evaluation_arguments(case, output):
 # Training
 
 
-def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, results_of_two, case):
+def test_two_processes_train_like_one_with_the_whole_batch(objects, results_of_two, case):
     # Of a batch's two images each process has one, with objects or without.
     assert {(True, False), (False, True), (True, True)} <= {(a > 0, b > 0) for a, b in objects}
     alone, both = case.losses("alone"), case.losses("two")
@@ -161,9 +161,6 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(objects, resu
         assert len(names) == 8
         for name in names:
             assert actual[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-
-
-def test_two_processes_have_the_weights_of_one_with_the_whole_batch(objects, results_of_two, case):
     alone, both = case.final("alone"), case.final("two")
     assert (alone["trainer"]["world_size"], both["trainer"]["world_size"]) == (1, 2)
     # They have moved a thousand times as far.

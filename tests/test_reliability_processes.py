@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import ROOT, assert_same_bits, child_environment, error_of, write_tiny_config
-from reliability_cases import Job, files, iteration_of, jobs, load
+from reliability_cases import Job, files, iteration_of, load
 from smca.cli import train as train_command
 from smca.engine import Trainer, launch
 from smca.errors import DatasetError
@@ -20,9 +20,9 @@ RARELY = {"period": 1000, "max_to_keep": 5}
 MANY = {"max_iter": 1000, "eval_period": 0}
 
 
-def at(action):
-    """Prepares processes: `action(rank, iteration, restart)` is called before each batch. The
-    launcher forks, so that its processes have that, too."""
+def at(action, begin):
+    """Prepares processes: `begin(rank)` is called at first and `action(rank, iteration, restart)`
+    before each batch. The launcher forks, so that its processes have that, too."""
 
     def prepare():
         launch._START_METHOD = "fork"
@@ -35,6 +35,7 @@ def at(action):
         def work_on_one_thread(args):
             torch.set_num_threads(1)  # the threads of the process before are gone
             os.environ["RESTART"] = str(args.restart)
+            begin(int(os.environ["RANK"]))
             work(args)
 
         Trainer._forward_backward, launch._work = act, work_on_one_thread
@@ -42,9 +43,9 @@ def at(action):
     return prepare
 
 
-def launch_two(folder, action, *words, **changes):
+def launch_two(folder, action, *words, begin=lambda rank: None, **changes):
     config = write_tiny_config(folder, **changes)
-    return Job(folder, config, "--num-gpus", 2, *words, prepare=at(action))
+    return Job(folder, config, "--num-gpus", 2, *words, prepare=at(action, begin))
 
 
 def kill(pid=None):
@@ -149,19 +150,15 @@ def test_another_error_has_its_traceback(tmp_path):
 
 
 def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path):
-    def prepare(rank):
+    def begin(rank):
         os.makedirs(f"{tmp_path}/machine_{rank}", exist_ok=True)
         os.chdir(f"{tmp_path}/machine_{rank}")
 
-    settings = dict(output_dir="run", seed=-1, eval_period=0)
-    config = write_tiny_config(tmp_path, max_iter=2, **settings)
-    for job in jobs(tmp_path, config, prepare=prepare):
+    settings = dict(begin=begin, output_dir="run", seed=-1, eval_period=0)
+    for max_iter, words in ((2, []), (4, ["--resume"])):
+        job = launch_two(tmp_path, lambda *_: None, *words, max_iter=max_iter, **settings)
         assert job.wait() == 0, job.output
-    config = write_tiny_config(tmp_path, max_iter=4, **settings)
-    resumed = jobs(tmp_path, config, "--resume", prepare=prepare)
-    for job in resumed:
-        assert job.wait() == 0, job.output
-    assert "Resuming at iteration 2" in resumed[0].output
+    assert "Resuming at iteration 2" in job.output
     assert iteration_of(tmp_path / "machine_0" / "run" / "model_final.pth") == 3
 
 

@@ -1,23 +1,16 @@
-"""smca-serve: what the server answers, and the page in a browser.
-
-The picture in the documentation is the last test's, of the demo's model:
-
-    python tests/test_serve.py output/demo/model_best.pth IMAGE docs/serve.png 0.4
-"""
+"""smca-serve: what the server answers, and the page in a browser."""
 
 import contextlib
 import io
 import itertools
 import json
 import shutil
-import sys
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,7 +159,7 @@ def chromium():
 
 
 @contextlib.contextmanager
-def browser(downloads, width=1280, height=1500, dark=False):
+def browser(downloads):
     """Chromium without a window, that keeps and asks for nothing."""
     from selenium import webdriver
 
@@ -177,13 +170,12 @@ def browser(downloads, width=1280, height=1500, dark=False):
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
             *(f"--user-data-dir={profile}", "--no-proxy-server", "--disable-dev-shm-usage"),
-            *("--hide-scrollbars", *(["--force-dark-mode"] if dark else [])),
         ):
             options.add_argument(argument)
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         driver = webdriver.Chrome(options=options, service=service)
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        size = dict(width=1280, height=1500, deviceScaleFactor=1, mobile=False)
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         try:
             yield driver
@@ -205,9 +197,7 @@ def until(condition, what):
 
 
 def find(driver, selector):
-    from selenium.webdriver.common.by import By
-
-    return driver.find_elements(By.CSS_SELECTOR, selector)
+    return driver.find_elements("css selector", selector)
 
 
 def give(driver, *paths):
@@ -218,11 +208,6 @@ def give(driver, *paths):
     until(lambda: len(find(driver, "#images button")) == count, "the images")
     loaded = "return [...document.images].every(image => image.naturalWidth || !image.src)"
     until(lambda: driver.execute_script(loaded), "all pictures")
-
-
-def chosen(driver):
-    (made,) = find(driver, "#list [aria-pressed=true]")
-    return made.text
 
 
 def labels(driver):
@@ -245,7 +230,8 @@ def test_in_a_browser_images_get_boxes_to_filter_click_and_save(viewer, address,
         first = find(driver, "#maps")[0].get_attribute("src")
         assert "layer=1" in first  # the last of two
         find(driver, ".box")[-1].click()  # the smallest box lies above the others
-        assert names[int(found.pred_boxes.area().argmin())] == chosen(driver)
+        (chosen,) = find(driver, "#list [aria-pressed=true]")
+        assert names[int(found.pred_boxes.area().argmin())] == chosen.text
         find(driver, "#classes button")[0].click()
         kept = [name for name in found.names if name != find(driver, ".chip")[0].text]
         assert len(labels(driver)) == len(kept)
@@ -256,13 +242,3 @@ def test_in_a_browser_images_get_boxes_to_filter_click_and_save(viewer, address,
         found = {"file_name": "ü", "category_id": "a,b", "category_name": 'c"', "bbox": [1]}
         text = driver.execute_script("return asCsv([arguments[0]])", found)
         assert text.startswith("\ufeff") and '"ü",,"a,b","c""",1,\n' in text
-        driver.save_screenshot(str(tmp_path / "page.png"))
-
-
-if __name__ == "__main__":
-    weights, photo, output, least = sys.argv[1:]
-    page = serve.Viewer(Predictor(weights), threshold=float(least))
-    with served(page) as url, browser(Path(output).parent) as chrome:
-        chrome.get(url)
-        give(chrome, Path(photo).resolve())
-        chrome.save_screenshot(output)
