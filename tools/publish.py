@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from smca.analysis import read_metrics
-from smca.checkpoint.files import steps_of
 from smca.config import dataset_names
 from smca.errors import UserError, command_line, exit_code
 from smca.inference import CARD_NAME, Predictor, add_weights_kind, save_pretrained
@@ -109,7 +108,13 @@ def model_card(args: argparse.Namespace, predictor: Predictor, published: Dict[s
     # A config may compute the iterations from data that need not be here.
     said = [OmegaConf.select(predictor.cfg, "train.max_iter"), provenance.get("max_iter")]
     max_iter = next((number for number in said if isinstance(number, int)), None)
-    model, steps = published["model"], steps_of(predictor.checkpoint, max_iter)
+    best = predictor.checkpoint.get("best") or {}
+    steps = predictor.checkpoint.get("iteration", best.get("iteration"))
+    if steps is not None:
+        # Detectron2 numbers an evaluation like the last iteration, from 0, and the one after the
+        # training like the next.
+        steps = min(steps + 1, max_iter or steps + 1)
+    model = published["model"]
     # Others would tell paths of the machine that trained it.
     overrides = [*(provenance.get("overrides") or []), *args.opts]
     overrides = [text for text in overrides if text.lstrip("+").startswith("model.")]
@@ -164,7 +169,7 @@ def _results(
         metrics = {}
     if not metrics or steps is None:
         return "There is no evaluation beside the checkpoint."
-    # As `steps_of` says.
+    # As Detectron2 numbers it.
     iteration = steps if steps == max_iter else steps - 1
     found = {}
     for name in _METRICS:

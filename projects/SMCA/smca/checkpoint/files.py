@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
+from typing import IO, Any, Callable, Dict, Iterator, List, Union
 
 import numpy as np
 import torch
@@ -171,14 +171,3 @@ def require_file(path: str) -> None:
     """Raise a CheckpointError if there is no such file, or if a URL cannot be downloaded."""
     with reading(path):
         open(PathManager.get_local_path(path), "rb").close()
-
-
-def steps_of(checkpoint: Mapping[str, Any], max_iter: Optional[int]) -> Optional[int]:
-    """The iterations that a checkpoint (with "iteration", or with "best" and its "iteration") of a
-    training of `max_iter` has behind it; None if it does not say."""
-    iteration = checkpoint.get("iteration", (checkpoint.get("best") or {}).get("iteration"))
-    if iteration is None:
-        return None
-    # Detectron2 numbers an evaluation like the last iteration, from 0, and the one after the
-    # training like the next.
-    return iteration + 1 if max_iter is None else min(iteration + 1, max_iter)

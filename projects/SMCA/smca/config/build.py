@@ -213,15 +213,21 @@ def _is_fitted(target: Any) -> bool:
     return target.__module__ == fitted.__name__
 
 
-def _calls_of_data(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """Keys of the calls of functions of `smca.data` in a config, and these functions. A value may
-    be replaced while this runs."""
-    for name in map(str, list(node) if isinstance(node, DictConfig) else ()):
-        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
-            continue
-        target = node[name].get("_target_") if isinstance(node[name], DictConfig) else None
+def _calls_of_data(cfg: DictConfig) -> Iterator[Tuple[str, Any]]:
+    """Keys of the calls of functions of `smca.data` in a config, and these functions."""
+    for key, target in calls_in(cfg):
         if isinstance(target, str) and target.startswith("smca.data."):
             target = locate(target)
         if str(getattr(target, "__module__", None)).startswith("smca.data."):
-            yield f"{prefix}{name}", target
-        yield from _calls_of_data(node[name], f"{prefix}{name}.")
+            yield key, target
+
+
+def calls_in(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """Keys of a config's calls, and what they call: itself, or its name. A value may be replaced
+    while this runs."""
+    for name in map(str, list(node) if isinstance(node, DictConfig) else ()):
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        if isinstance(node[name], DictConfig) and "_target_" in node[name]:
+            yield f"{prefix}{name}", node[name].get("_target_")
+        yield from calls_in(node[name], f"{prefix}{name}.")

@@ -18,7 +18,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from smca.config.build import origin, require_type, signature_of
+from smca.config.build import calls_in, origin, require_type, signature_of
 from smca.config.names import find_config_file, list_configs, load_file
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
@@ -62,22 +62,13 @@ def load_config(
     _require_sections(cfg, [*_SECTIONS, *splits], config_file)
     require_values(cfg, needed, config_file)
     check_train(cfg.train)
-    _require_importable(OmegaConf.to_container(cfg.model, resolve=False), "model")
-    return cfg
-
-
-def _require_importable(value: Any, key: str) -> None:
-    """Raise where a part of the model is of a class that the config file defines itself: it has no
-    module, in which the trained detector could be found again."""
-    if isinstance(value, dict):
-        target = value.get("_target_")
+    for key, target in calls_in(OmegaConf.masked_copy(cfg, "model")):
         if isinstance(target, type) and target.__module__ == "builtins":
             raise ConfigError(
                 f"The class {target.__name__} of {key} stands in the config itself, where the "
                 "trained detector does not find it: put it in a module and import it."
             )
-        for name, child in value.items():
-            _require_importable(child, f"{key}.{name}")
+    return cfg
 
 
 def require_values(

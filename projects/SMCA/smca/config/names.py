@@ -1,6 +1,6 @@
 """The configs that come with this package, by name."""
 
-import importlib.util
+import importlib.resources
 import os
 from pathlib import Path
 from typing import Dict, List
@@ -13,10 +13,7 @@ from smca.errors import ConfigError, did_you_mean
 
 def _config_files() -> Dict[str, Path]:
     """Paths by name, in the repository or in the installation."""
-    # The configs import this package, so it does not import them.
-    spec = importlib.util.find_spec("smca.configs")
-    assert spec and spec.submodule_search_locations, "the installation lacks the configs"
-    folder = Path(spec.submodule_search_locations[0])
+    folder = Path(str(importlib.resources.files("smca.configs")))
     files = {
         path.relative_to(folder).with_suffix("").as_posix(): path
         for path in sorted(folder.rglob("*.py"))

@@ -3,13 +3,11 @@
 import copy
 import logging
 import os
-from typing import Optional
 
 import torch
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventStorage
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -199,13 +197,3 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 self._patience,
             )
             self.trainer.stopped_early = True
-
-
-class ProgressPrinter(CommonMetricPrinter):
-    """Detectron2's progress line, which divides by zero where a training fails in its first
-    iterations and the line is written twice."""
-
-    def _get_eta(self, storage: EventStorage) -> Optional[str]:
-        if self._last_write is not None and self._last_write[0] == storage.iter:
-            return None
-        return super()._get_eta(storage)

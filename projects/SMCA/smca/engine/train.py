@@ -155,7 +155,8 @@ def do_train(
     )
     trainer.register_hooks(
         [
-            IterationTimer(),
+            # Without a time, the progress line divides by zero where a training fails at once.
+            IterationTimer(warmup_iter=0),
             LRScheduler(scheduler=run.schedule),
             ema,
             hooks.EmergencyCheckpointer(checkpointer),
@@ -177,8 +178,7 @@ def do_train(
     # A config that is refused above must not replace the one that fits the run's checkpoints.
     from_main_process(run_folder.save_config, to_save, train.output_dir)
     if comm.is_main_process():
-        writers = [hooks.ProgressPrinter(train.max_iter), *build(train.writers)]
-        writers += default_writers(train.output_dir, train.max_iter)[1:]
+        writers = [*build(train.writers), *default_writers(train.output_dir, train.max_iter)]
         trainer.register_hooks([PeriodicWriter(writers, train.log_period)])
     trainer.train(start_iter, train.max_iter)
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
