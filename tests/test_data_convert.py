@@ -441,7 +441,8 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("train: images/train", "has no 'names'"),
         ("names: [a]", "has no 'val'"),
         ("names: [a]\nval: gone", "image folder .*gone .*does not exist"),
-        ("names: [a", "is no YAML file"),
+        ("val: .\nnames: [a", r"data\.yaml is no YAML file, see line 2 \(exp.*\): correct it\.$"),
+        ("names:\n- \0", r"data\.yaml is no YAML file, see line 2 \(.*allowed\): correct it\.$"),
         ("names: [a]\nval: data.yaml", "list of images has 2 names that .* has no image of"),
         ("names: {0: a, 2: b}\nval: .", "or number them from 0 without gaps"),
         ("names: dog\nval: .", "has 'names' that are no list"),
@@ -454,8 +455,9 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
 def test_a_yolo_file_that_cannot_be_used_says_why(tmp_path, text, message):
     path = tmp_path / "data.yaml"
     path.write_text(text)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=message) as error:
         coco_from_yolo(path, "val")
+    assert "\n" not in str(error.value)
     with pytest.raises(DatasetError, match="nothing.yaml does not exist"):
         coco_from_yolo(tmp_path / "nothing.yaml", "val")
 

@@ -23,9 +23,6 @@ from .coco_checks import FAULT, REMARKS, SOURCE, Record, in_threads
 from .mapper import PathLike, upright_size
 
 States = Dict[str, Tuple[int, int]]  # path -> (size, time of the last change)
-# The path of each image's label, or None, by the image's path in its folder; and the labels that no
-# image has.
-Pairs = Tuple[Dict[str, Optional[str]], List[str]]
 # Of an image: what its record gets, and its objects with "name" and "bbox"
 Content = Tuple[Record, List[Record]]
 
@@ -59,9 +56,11 @@ def files_below(folder: str, suffix: str = "") -> States:
     return found
 
 
-def pair(folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]) -> Pairs:
-    """Find the label files of a folder's images; `stems` gives the paths without suffix that the
-    label of an image may have."""
+def _pair(
+    folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]
+) -> Tuple[Dict[str, Optional[str]], List[str]]:
+    """The path of the label of each image, or None, by the image's path in its folder; and the
+    labels that no image has."""
     labels = {os.path.splitext(path)[0]: path for path in label_files}
 
     def label_of(image: str) -> Optional[str]:
@@ -88,7 +87,7 @@ def read_list(file: Path) -> List[str]:
     return names
 
 
-def choose(
+def _choose(
     pairs: Dict[str, Optional[str]], lines: Sequence[str], folder: str
 ) -> Dict[str, Optional[str]]:
     """The images that are listed by their names, with or without suffix."""
@@ -123,25 +122,36 @@ def size_record(path: str) -> Record:
 def convert(
     images: str,
     labels: str,
-    state: Any,
-    find: Callable[[], Pairs],
+    label_files: States,
+    stems: Callable[[str], Iterable[str]],
+    pair_rest: Callable[[Dict[str, Optional[str]], List[str]], List[str]],
+    lines: Optional[Sequence[str]],
     read: Callable[[str, Optional[str]], Content],
     names: Optional[Sequence[str]],
+    state: Any = None,
 ) -> str:
     """The JSON of the folders of images and labels, converted unless it is there and nothing has
     changed.
 
     Args:
-        state: what the JSON depends on, beside the images.
-        find: pairs images and labels.
+        label_files: those that may be an image's.
+        stems: gives the paths without suffix that the label file of an image may have.
+        pair_rest: may pair what `stems` did not, in place; gives the labels that are left.
+        lines: choose images by their names; None takes all.
         read: gives an image's size and objects.
         names: of the classes; None takes those of the objects.
+        state: what else the JSON depends on.
     """
-    state = (_LAYOUT, images, labels, state, sorted(files_below(images).items()))
+    files = [sorted(files.items()) for files in (files_below(images), label_files)]
+    state = (_LAYOUT, images, labels, names, lines, state, files)
     path = cache_dir() / "converted" / f"{name_for(labels, state)}.json"
 
     def write(partial: Path) -> None:
-        coco = _make_coco(images, labels, *find(), read, names)
+        pairs, unused = _pair(images, label_files, stems)
+        unused = pair_rest(pairs, unused)
+        if lines is not None:
+            pairs, unused = _choose(pairs, lines, images), []
+        coco = _make_coco(images, labels, pairs, unused, read, names)
         for remark in coco["info"][REMARKS]:
             log_first_n(logging.WARNING, remark, key="message", name=__name__)
         partial.write_text(json.dumps(coco), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
 
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import Content, Pairs, choose, convert, files_below, pair, read_list, size_record
+from .convert import Content, convert, files_below, read_list, size_record
 from .mapper import PathLike
 
 _UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
@@ -43,15 +43,11 @@ def coco_from_voc(
     label_files = files_below(annotations, ".xml")
 
     def stems(image: str) -> Iterable[str]:
-        return (os.path.splitext(os.path.join(annotations, os.path.relpath(image, images)))[0],)
+        return [os.path.splitext(os.path.join(annotations, os.path.relpath(image, images)))[0]]
 
-    def find() -> Pairs:
-        pairs, unused = pair(images, label_files, stems)
-        unused = _pair_by_file_name(pairs, unused)
-        return (pairs, unused) if lines is None else (choose(pairs, lines, images), [])
-
-    state = (names, lines, sorted(label_files.items()))
-    return convert(images, annotations, state, find, _read_voc, names)
+    return convert(
+        images, annotations, label_files, stems, _pair_by_file_name, lines, _read_voc, names
+    )
 
 
 def _pair_by_file_name(pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:

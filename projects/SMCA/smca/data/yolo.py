@@ -1,27 +1,18 @@
 """YOLO folders as data sets in COCO's format."""
 
+import contextlib
 import functools
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
 
 import yaml
 
 from smca.errors import DatasetError
 
-from .coco_checks import FAULT, SOURCE, Record
-from .convert import (
-    Content,
-    Pairs,
-    choose,
-    convert,
-    files_below,
-    pair,
-    read_list,
-    read_text,
-    size_record,
-)
+from .coco_checks import FAULT, SOURCE, Record, existing
+from .convert import Content, convert, files_below, read_list, read_text, size_record
 from .mapper import PathLike
 
 OneOrMore = Union[str, List[str]]
@@ -31,16 +22,16 @@ def yolo_images(data_yaml: PathLike, split: str) -> OneOrMore:
     """The image folder of a split ("train", "val", or another key) of a YOLO data set, of which
     `data_yaml` is the file; a list where the file has one. Images that a text file lists are below
     its folder."""
-    paths = _yolo_paths(data_yaml, split)
-    return _folder_of(paths) if isinstance(paths, str) else list(map(_folder_of, paths))
+    return _of_each_path(data_yaml, split, _folder_of)
 
 
 def _folder_of(path: str) -> str:
     return os.path.dirname(path) if os.path.isfile(path) else path
 
 
-def _yolo_paths(data_yaml: PathLike, split: str) -> OneOrMore:
-    """The folder of a split or the text file that lists its images, or several."""
+def _of_each_path(data_yaml: PathLike, split: str, function: Callable[[str], str]) -> OneOrMore:
+    """What a function gives for the folder of a split or for the text file that lists its images,
+    or for each of several."""
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
     folders = content.get(split)
@@ -48,18 +39,28 @@ def _yolo_paths(data_yaml: PathLike, split: str) -> OneOrMore:
         raise DatasetError(f"{file} has no '{split}': add the folder of its images, or a list.")
     root = file.parent / str(content.get("path") or "")
     if isinstance(folders, str):
-        return _yolo_path(file, root, folders)
-    return [_yolo_path(file, root, str(folder)) for folder in folders]
+        return function(_yolo_path(file, root, folders))
+    return [function(_yolo_path(file, root, str(folder))) for folder in folders]
 
 
 def _read_yaml(file: Path) -> Dict[str, Any]:
+    existing(file, os.path.isfile, "file")
+    text = ""
     try:
+        text = read_text(file)
         # All values stay the texts that they are: a class may be called "no" or "null".
-        content = yaml.load(file.read_bytes(), Loader=yaml.BaseLoader)  # noqa: S506
-    except FileNotFoundError:
-        raise DatasetError(f"The file {file} does not exist: correct the path.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DatasetError(f"{file} is no YAML file ({error}): correct it.") from error
+        content = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{file} cannot be read ({error}): correct it.") from error
+    except yaml.YAMLError as error:
+        # There is a mark, or the position of a character that YAML does not allow.
+        about = vars(error)
+        mark = about.get("problem_mark")
+        line = mark.line if mark else text.count("\n", 0, about["position"])
+        reason = about.get("problem") or about["reason"]
+        raise DatasetError(
+            f"{file} is no YAML file, see line {line + 1} ({reason}): correct it."
+        ) from error
     if not isinstance(content, dict) or not content.get("names"):
         raise DatasetError(f"{file} has no 'names': add the names of the classes.")
     names = content["names"]
@@ -108,38 +109,7 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     """
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
-    names = content["names"]
-    settings = {"names": names, "num_keypoint_values": _keypoint_values(file, content)}
-
-    def convert_one(path: str) -> str:
-        images = _folder_of(path)
-        labels = _yolo_labels(images)
-        lines = None if images == path else read_list(Path(path))
-        # The folder of labels need not exist.
-        label_files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
-
-        def stems(image: str) -> Iterable[str]:
-            stem = os.path.splitext(image)[0]
-            return _yolo_labels(stem), stem
-
-        def find() -> Pairs:
-            pairs, unused = pair(images, label_files, stems)
-            if lines is None:
-                return pairs, list(filter(_is_yolo_label, unused))
-            listed = (os.path.join(images, line.replace("\\", "/")) for line in lines)
-            return choose(pairs, [os.path.relpath(each, images) for each in listed], images), []
-
-        state = (settings, lines, sorted(label_files.items()))
-        read = functools.partial(_read_yolo, **settings)
-        return convert(images, labels, state, find, read, names)
-
-    paths = _yolo_paths(file, split)
-    return convert_one(paths) if isinstance(paths, str) else list(map(convert_one, paths))
-
-
-def _keypoint_values(file: Path, content: Dict[str, Any]) -> int:
-    """How many numbers of keypoints follow a box."""
-    shape = content.get("kpt_shape", ["0", "0"])
+    names, shape = content["names"], content.get("kpt_shape", ["0", "0"])
     try:
         num_keypoints, num_values = map(int, shape)
     except (TypeError, ValueError) as error:
@@ -147,7 +117,26 @@ def _keypoint_values(file: Path, content: Dict[str, Any]) -> int:
             f"{file} has kpt_shape {shape}: write the number of keypoints and of their values, "
             "[17, 3], or remove it."
         ) from error
-    return num_keypoints * num_values
+    num_keypoint_values = num_keypoints * num_values
+    read = functools.partial(_read_yolo, names=names, num_keypoint_values=num_keypoint_values)
+
+    def convert_one(path: str) -> str:
+        images, lines = _folder_of(path), None
+        if images != path:
+            listed = (line.replace("\\", "/") for line in read_list(Path(path)))
+            lines = [os.path.relpath(os.path.join(images, line), images) for line in listed]
+        labels = _yolo_labels(images)
+        # The folder of labels need not exist.
+        label_files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
+        folders = (images, labels, label_files)
+        return convert(*folders, _stems, _labels_in, lines, read, names, num_keypoint_values)
+
+    return _of_each_path(file, split, convert_one)
+
+
+def _stems(image: str) -> Iterable[str]:
+    stem = os.path.splitext(image)[0]
+    return _yolo_labels(stem), stem
 
 
 def _read_yolo(
@@ -205,10 +194,11 @@ def _yolo_object(
     return {"name": names[int(label)], "bbox": box}
 
 
-def _is_yolo_label(path: str) -> bool:
-    """Whether a text file has boxes; classes.txt, for instance, has none."""
-    try:
-        words = read_text(path).split(maxsplit=5)[:5]
-        return len(list(map(float, words))) == 5
-    except (OSError, ValueError):
-        return False
+def _labels_in(pairs: Dict[str, Optional[str]], text_files: List[str]) -> List[str]:
+    """The text files that have boxes; classes.txt, for instance, has none."""
+    labels = []
+    for path in text_files:
+        with contextlib.suppress(OSError, ValueError):
+            if len(list(map(float, read_text(path).split(maxsplit=5)[:5]))) == 5:
+                labels.append(path)
+    return labels
