@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from helpers import CLASS_NAMES, ODD_NAMES, make_smca, write_smca_config, write_weights
-from smca.analysis.evaluation import detect, evaluate, load_truth
+from smca.analysis.evaluation import Evaluation, detect, load_truth
 from smca.analysis.report import draw_confusion, worst_images, write_report
 from smca.cli import evaluate as tool
 from smca.data import register_coco
@@ -72,7 +72,7 @@ def evaluation_of(data, name="fixed", **kwargs):
     dataset, content = data
     dicts = DatasetCatalog.get(dataset)
     found, seconds = detect(FixedDetector(), dicts, [10, 11, 12])
-    return evaluate(name, load_truth(content), found, seconds, **kwargs), dicts
+    return Evaluation(name, load_truth(content), found, seconds, **kwargs), dicts
 
 
 class Page(HTMLParser):
@@ -127,7 +127,7 @@ def test_average_precision_is_that_of_detectron2s_evaluator(data, tmp_path):
     found.append({"image_id": 4, "category_id": 10, "bbox": [6, 10, 19, 30], "score": 1.5})
     expected = evaluator.evaluate()["bbox"]
     assert expected["AP"] > 1
-    actual = evaluate("", load_truth(data[1]), found)
+    actual = Evaluation("", load_truth(data[1]), found)
     for key in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
         assert actual.overall[key] == pytest.approx(expected[key], abs=1e-6, nan_ok=True)
     for category_id, name in zip((10, 11, 12), CLASS_NAMES):

@@ -7,7 +7,7 @@ import pytest
 
 from smca.analysis.evaluation import (
     RECALLS,
-    Matches,
+    Match,
     average_precision,
     best_threshold,
     confusion_matrix,
@@ -85,16 +85,16 @@ def test_without_detections_average_precision_is_zero():
 
 def test_an_object_is_found_once_and_by_the_surest_detection_of_its_class():
     matches = match(TRUTH, DETECTIONS)
-    assert matches.scores.tolist() == [0.9, 0.8, 0.7, 0.6, 0.2]
-    assert matches.correct.tolist() == [True, False, False, True, False]
-    assert matches.image_ids == [1, 1, 1, 2, 2]
-    assert matches.num_objects == {1: 2, 2: 1}
+    assert [each.score for each in matches] == [0.9, 0.8, 0.7, 0.6, 0.2]
+    assert [each.found for each in matches] == [CAT, None, None, DOG, None]
+    assert [each.image_id for each in matches] == [1, 1, 1, 2, 2]
 
 
 def test_a_match_needs_its_iou():
     for width, is_match in ((20, True), (19, False)):  # of 40, the object's
         found = [detection(1, CAT, [0, 0, width, 40], 0.5)]
-        assert match(truth_of((1, CAT, LEFT)), found).correct.tolist() == [is_match]
+        (found,) = match(truth_of((1, CAT, LEFT)), found)
+        assert (found.found == CAT) == is_match
 
 
 def test_detections_in_a_crowd_do_not_count():
@@ -102,7 +102,8 @@ def test_detections_in_a_crowd_do_not_count():
     truth = truth_of((1, CAT, LEFT), crowd)
     found = [detection(1, CAT, box, 0.5) for box in (LEFT, MIDDLE, RIGHT, FAR)]
     matches = match(truth, found)
-    assert sorted(matches.correct.tolist()) == [False, True] and matches.num_objects == {1: 1, 2: 0}
+    assert [each.found for each in matches] in ([CAT, None], [None, CAT])
+    assert count_by_image(truth, matches, 0) == {1: (1, 1, 0), 2: (0, 0, 0)}
     assert confusion_matrix(truth, found, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
 
 
@@ -110,31 +111,26 @@ def test_an_object_in_a_crowd_is_found_before_the_crowd():
     # The detection lies in the crowd wholly, and covers the object by 0.9 only.
     truth = truth_of((1, CAT, [0, 0, 200, 200], True), (1, CAT, LEFT))
     found = [detection(1, CAT, NEARLY_LEFT, 0.5)]
-    assert match(truth, found).correct.tolist() == [True]
+    assert [each.found for each in match(truth, found)] == [CAT]
     assert confusion_matrix(truth, found, 0)[:, 2].tolist() == [0, 0, 0]  # nothing is missed
-
-
-def matches_of(scores, correct, num_objects):
-    """Of one image and class."""
-    found = [CAT if each else None for each in correct]
-    classes = [CAT] * len(scores)
-    return Matches(np.array(scores), [1] * len(scores), classes, found, {1: num_objects})
 
 
 def test_best_threshold_has_the_highest_f1():
     # F1 = 2 TP / (detections + objects), of 3 objects: 2/4, 2/5, 2/6, 4/7, 4/8.
-    assert best_threshold(match(TRUTH, DETECTIONS)) == 0.6
+    matches = match(TRUTH, DETECTIONS)
+    assert best_threshold(TRUTH, matches) == 0.6
     # The right one of two detections of one score does not come without the wrong one.
-    assert best_threshold(matches_of([0.9, 0.5, 0.5], [True, True, False], 2)) == 0.5
-    assert best_threshold(match(TRUTH, DETECTIONS[4:])) == 0.5  # where nothing is right
-    assert best_threshold(match(TRUTH, [])) == 0.5
+    tie = [Match(score, 1, CAT, found) for score, found in ((0.9, CAT), (0.5, CAT), (0.5, None))]
+    assert best_threshold(truth_of((1, CAT, LEFT), (1, CAT, MIDDLE)), tie) == 0.5
+    assert best_threshold(TRUTH, matches[4:]) == 0.5  # where nothing is right
+    assert best_threshold(TRUTH, []) == 0.5
 
 
 def test_counts_of_each_image_are_found_false_and_missed():
     matches = match(TRUTH, DETECTIONS)
-    assert count_by_image(matches, 0.6) == {1: (1, 2, 1), 2: (1, 0, 0)}
-    assert count_by_image(matches, 0.1) == {1: (1, 2, 1), 2: (1, 1, 0)}
-    assert count_by_image(matches, 0.95) == {1: (0, 0, 2), 2: (0, 0, 1)}
+    assert count_by_image(TRUTH, matches, 0.6) == {1: (1, 2, 1), 2: (1, 0, 0)}
+    assert count_by_image(TRUTH, matches, 0.1) == {1: (1, 2, 1), 2: (1, 1, 0)}
+    assert count_by_image(TRUTH, matches, 0.95) == {1: (0, 0, 2), 2: (0, 0, 1)}
 
 
 # Confusions

@@ -13,6 +13,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
+import draw
 import reference
 from helpers import (
     CLASS_NAMES,
@@ -28,9 +29,7 @@ from smca.analysis import (
     draw_gaussians,
     draw_instances,
     modulation_maps,
-    pictures,
     read_metrics,
-    write_pictures,
 )
 from smca.data import read_image
 from smca.errors import UserError
@@ -331,6 +330,18 @@ def dataset_dicts(tmp_path):
     return items
 
 
+def run_draw(predictor, dataset_dicts, folder, monkeypatch, *options):
+    """Run tools/draw.py; gives the names of the pictures."""
+    monkeypatch.setattr(draw, "predictor_of", lambda args: predictor)
+    monkeypatch.setattr(draw, "load_test_dataset", lambda cfg: dataset_dicts)
+    command = ["--weights", str(folder / "a.pth"), "--output", str(folder / "out"), *options]
+    paths = draw.run(draw.get_parser().parse_args(command))
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+    return [Path(path).name for path in paths]
+
+
 def test_a_run_gets_pictures_of_its_surest_detections(
     multi_scale, dataset_dicts, tmp_path, monkeypatch
 ):
@@ -341,23 +352,16 @@ def test_a_run_gets_pictures_of_its_surest_detections(
     assert best[0].score > best[1].score > best[2].score
     drawn = []
     monkeypatch.setattr(
-        pictures,
+        draw,
         "draw_gaussians",
-        lambda maps, *args: drawn.append(maps) or draw_gaussians(maps, *args),
+        lambda maps, *args: drawn.extend(maps) or draw_gaussians(maps, *args),
     )
-    metrics_file = write_metrics(tmp_path / "m.json", losses(0, 10))
-    paths = write_pictures(
-        multi_scale, dataset_dicts, tmp_path / "pictures", metrics_file, num_detections=2
-    )
-    assert [Path(path).name for path in paths] == ["validation.png", "gaussians.png", "curves.png"]
-    for path in paths:
-        with Image.open(path) as image:
-            image.load()
-    assert [maps.query for maps in drawn[0]] == [maps.query for maps in best[:2]]
-    assert [maps.score for maps in drawn[0]] == [maps.score for maps in best[:2]]
+    write_metrics(tmp_path / "metrics.json", losses(0, 10))
+    names = run_draw(multi_scale, dataset_dicts, tmp_path, monkeypatch, "--num-detections", "2")
+    assert names == ["validation.png", "gaussians.png", "curves.png"]
+    assert [(maps.query, maps.score) for maps in drawn] == [(m.query, m.score) for m in best[:2]]
 
 
-def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path):
+def test_detr_gets_the_other_pictures(dataset_dicts, tmp_path, monkeypatch):
     predictor = Predictor.from_model(make_smca(write_smca_config(tmp_path, "detr")))
-    paths = write_pictures(predictor, dataset_dicts, tmp_path / "pictures")
-    assert [Path(path).name for path in paths] == ["validation.png"]
+    assert run_draw(predictor, dataset_dicts, tmp_path, monkeypatch) == ["validation.png"]

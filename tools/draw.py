@@ -1,21 +1,33 @@
 #!/usr/bin/env python
 """Draw what a trained detector sees.
 
-That is validation images with truth and detections, the Gaussian map of each head for some
-detections, and the curves of the training (from the metrics.json beside the weights, if there is
-one):
+That is validation images with truth and detections (validation.png), the Gaussian map of each head
+for the best detections of different images (gaussians.png; not for a model without modulation), and
+the curves of the training (curves.png, from the metrics.json beside the weights, if there is one):
 
     draw.py --weights output/demo/model_best.pth --output pictures
     draw.py --config-file CONFIG --weights FILE --layer 0 --scale 1 --output pictures
 """
 
 import argparse
-import functools
 import os
 import sys
 from typing import List
 
-from smca.analysis import write_pictures
+from smca.analysis import (
+    DetectionMaps,
+    detect_and_record,
+    draw_contact_sheet,
+    draw_curves,
+    draw_gaussians,
+    draw_truth_and_detections,
+    evenly,
+    maps_of,
+    read_metrics,
+    record_of,
+    truth_of,
+)
+from smca.data import read_image
 from smca.errors import at_least, command_line, exit_code
 from smca.inference import (
     add_predictor_arguments,
@@ -45,21 +57,32 @@ def get_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> List[str]:
     """The command's work; gives the paths of the pictures."""
     predictor = predictor_of(args)
-    metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
     dataset_dicts = load_test_dataset(predictor.cfg)
     make_folder(args.output)
-    return write_pictures(
-        predictor,
-        dataset_dicts,
-        args.output,
-        metrics_file if os.path.isfile(metrics_file) else None,
-        num_images=args.num_images,
-        num_detections=args.num_detections,
-        confidence_threshold=args.confidence_threshold,
-        layer=args.layer,
-        scale=args.scale,
-        progress=functools.partial(tqdm, unit="image", disable=None),
-    )
+    pictures, captions = [], []
+    best: List[DetectionMaps] = []
+    for item in tqdm(evenly(dataset_dicts, args.num_images), unit="image", disable=None):
+        image = read_image(item["file_name"], item["height"], item["width"])
+        truth, (found, records) = truth_of(item), detect_and_record(predictor, image)
+        detections = found[found.scores >= args.confidence_threshold]
+        pictures.append(draw_truth_and_detections(image, truth, detections, predictor.class_names))
+        captions.append(
+            f"{os.path.basename(item['file_name'])}: truth ({len(truth)})  |  "
+            f"detections from {100 * args.confidence_threshold:.0f}% ({len(detections)})"
+        )
+        if records:
+            best += maps_of(found[[0]], record_of(records, args.layer), image)
+    figures = {"validation.png": draw_contact_sheet(pictures, captions)}
+    if best:
+        best.sort(key=lambda detection: -detection.score)
+        drawn = draw_gaussians(best[: args.num_detections], predictor.class_names, args.scale)
+        figures["gaussians.png"] = drawn
+    metrics_file = os.path.join(os.path.dirname(args.weights or ""), "metrics.json")
+    if os.path.isfile(metrics_file):
+        figures["curves.png"] = draw_curves(read_metrics(metrics_file))
+    for name, figure in figures.items():
+        figure.savefig(os.path.join(args.output, name))
+    return [os.path.join(args.output, name) for name in figures]
 
 
 def main() -> None:

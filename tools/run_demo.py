@@ -14,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from smca import Predictor
-from smca.analysis import evenly, write_pictures
+from smca.analysis import evenly
 from smca.checkpoint.files import find_checkpoints
 from smca.config import load_config, quoted
 from smca.engine import main
@@ -23,6 +22,8 @@ from smca.errors import UserError, command_line, exit_code
 from smca.inference import load_test_dataset
 
 from detectron2.engine import default_argument_parser
+
+import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,15 +56,13 @@ def run(args: argparse.Namespace) -> str:
     resume = ["--resume"] if find_checkpoints(run_dir) else []
     arguments = ["--config-file", args.config_file, *resume, *overrides]
     results = main(default_argument_parser().parse_args(arguments))
-    predictor = Predictor(weights, config_file=args.config_file, overrides=overrides)
-    dataset_dicts = load_test_dataset(predictor.cfg)
     metrics_file = os.path.join(run_dir, "metrics.json")
-    pictures = write_pictures(
-        predictor, dataset_dicts, os.path.join(run_dir, "pictures"), metrics_file
-    )
+    command = ["--config-file", args.config_file, "--weights", weights, *overrides]
+    command += ["--output", os.path.join(run_dir, "pictures")]
+    pictures = draw.run(draw.get_parser().parse_intermixed_args(command))
     examples = os.path.join(run_dir, "examples")
     os.makedirs(examples, exist_ok=True)
-    for item in evenly(dataset_dicts, 12):
+    for item in evenly(load_test_dataset(cfg), 12):
         shutil.copy(item["file_name"], examples)
     files = [weights, metrics_file, os.path.join(run_dir, "log.txt"), *pictures, examples]
     lines = [""]

@@ -1,7 +1,12 @@
 """Looking into a model, a training, and data: pictures of detections, weight maps and curves."""
 
 from .curves import draw_curves, read_metrics
-from .detections import draw_contact_sheet, draw_instances, draw_truth_and_detections, truth_of
-from .pictures import evenly, write_pictures
-from .recorder import LayerRecord, detect_and_record
+from .detections import (
+    draw_contact_sheet,
+    draw_instances,
+    draw_truth_and_detections,
+    evenly,
+    truth_of,
+)
+from .recorder import LayerRecord, detect_and_record, record_of
 from .weight_maps import DetectionMaps, draw_gaussians, maps_of, modulation_maps

@@ -10,8 +10,7 @@ import numpy as np
 from detectron2.utils.env import seed_all_rng
 from matplotlib.figure import Figure
 
-from smca.analysis.detections import draw_contact_sheet, draw_instances
-from smca.analysis.pictures import evenly
+from smca.analysis.detections import draw_contact_sheet, draw_instances, evenly
 from smca.data import (
     DatasetError,
     Problem,

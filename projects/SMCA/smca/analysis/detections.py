@@ -5,7 +5,7 @@ import logging
 import math
 import textwrap
 import warnings
-from typing import Any, Dict, FrozenSet, Sequence, Set
+from typing import Any, Dict, FrozenSet, List, Sequence, Set
 
 import matplotlib
 import numpy as np
@@ -99,6 +99,12 @@ def draw_contact_sheet(
         axes.imshow(picture)
         axes.set_title(textwrap.fill(plain_text(caption), 85), fontsize=11)
     return figure
+
+
+def evenly(items: Sequence[Any], count: int) -> List[Any]:
+    """`count` items (or all, if there are fewer) at equal distances."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def aspect(image: np.ndarray) -> float:

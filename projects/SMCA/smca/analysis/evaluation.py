@@ -12,8 +12,18 @@ import contextlib
 import io
 import json
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -31,23 +41,38 @@ Detection = Dict[str, Any]
 RECALLS = np.linspace(0, 1, 101)  # of COCO's curves
 
 
-@dataclass
 class Evaluation:
-    """What is known of a detector on a data set. IoU is 0.5 where it is not said."""
+    """All metrics of a detector on a data set. IoU is 0.5 where it is not said.
 
-    name: str  # of the detector, for tables
-    class_names: List[str]  # by ascending id
-    category_ids: List[int]
-    detections: List[Detection]  # of any score
-    milliseconds: float  # the median of an image's
-    overall: Dict[str, float]  # this and the next two: see `average_precision`
-    classes: Dict[int, Dict[str, float]]
-    curves: Dict[int, np.ndarray]
-    threshold: float  # the least score of the detections that the next three count
-    f1: float  # 2 TP / (detections + objects) in percent
-    counts: Dict[int, Tuple[int, int, int]]  # see `count_by_image`
-    confusion: np.ndarray  # see `confusion_matrix`
-    image_ids: Dict[int, Any]  # to the ids of the user's JSON, where these are others
+    Args:
+        name: of the detector, for tables.
+        truth, detections, seconds, image_ids: from `load_truth`, `detect`, `smca.data.image_ids`.
+        threshold: the least score that counts where metrics need one; None: that of the best F1.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        truth: COCO,
+        detections: List[Detection],
+        seconds: Sequence[float] = (),
+        threshold: Optional[float] = None,
+        image_ids: Optional[Dict[int, Any]] = None,
+    ):
+        categories = sorted(truth.dataset["categories"], key=lambda category: category["id"])
+        self.name = name
+        self.class_names: List[str] = [category["name"] for category in categories]
+        self.category_ids: List[int] = [category["id"] for category in categories]
+        self.detections = detections
+        self.milliseconds = 1000 * float(np.median(seconds)) if len(seconds) else float("nan")
+        self.overall, self.classes, self.curves = average_precision(truth, detections)
+        matches = match(truth, detections)
+        self.threshold = best_threshold(truth, matches) if threshold is None else threshold
+        self.counts = count_by_image(truth, matches, self.threshold)
+        found, false, missed = (sum(numbers) for numbers in zip(*self.counts.values()))
+        self.f1 = 100 * 2 * found / max(2 * found + false + missed, 1)
+        self.confusion = confusion_matrix(truth, detections, self.threshold)
+        self.image_ids = image_ids or {}  # to the ids of the user's JSON, where these are others
 
     def to_json(self) -> Dict[str, Any]:
         """All but the detections, in plain types; None for what is not a number."""
@@ -105,45 +130,6 @@ def detect(
         for detection in instances_to_coco_json(found, item["image_id"]):
             detections.append({**detection, "category_id": category_ids[detection["category_id"]]})
     return detections, seconds
-
-
-def evaluate(
-    name: str,
-    truth: COCO,
-    detections: List[Detection],
-    seconds: Sequence[float] = (),
-    threshold: Optional[float] = None,
-    image_ids: Optional[Dict[int, Any]] = None,
-) -> Evaluation:
-    """Compute all metrics of detections.
-
-    Args:
-        name: of the detector.
-        truth, detections, seconds, image_ids: from `load_truth`, `detect`, `smca.data.image_ids`.
-        threshold: the least score that counts where metrics need one; None: that of the best F1.
-    """
-    categories = sorted(truth.dataset["categories"], key=lambda category: category["id"])
-    matches = match(truth, detections)
-    if threshold is None:
-        threshold = best_threshold(matches)
-    counts = count_by_image(matches, threshold)
-    found, false, missed = (sum(numbers) for numbers in zip(*counts.values()))
-    overall, classes, curves = average_precision(truth, detections)
-    return Evaluation(
-        name=name,
-        class_names=[category["name"] for category in categories],
-        category_ids=[category["id"] for category in categories],
-        detections=detections,
-        milliseconds=1000 * float(np.median(seconds)) if len(seconds) else float("nan"),
-        overall=overall,
-        classes=classes,
-        curves=curves,
-        threshold=threshold,
-        f1=100 * 2 * found / max(2 * found + false + missed, 1),
-        counts=counts,
-        confusion=confusion_matrix(truth, detections, threshold),
-        image_ids=image_ids or {},
-    )
 
 
 def load_truth(annotations: Dict[str, Any], image_ids: Optional[Sequence[int]] = None) -> COCO:
@@ -206,9 +192,7 @@ def average_precision(
     # (IoU, recall, class), of all areas and 100 detections; -1 for a class without objects
     precision = evaluation.eval["precision"][..., 0, -1]
     precision = np.where(precision < 0, np.nan, precision)
-    objects = collections.Counter(
-        each["category_id"] for each in truth.anns.values() if not each["iscrowd"]
-    )
+    objects = _count_objects(truth, "category_id")
     classes, curves = {}, {}
     for key, values in zip(evaluation.params.catIds, precision.transpose(2, 0, 1)):
         parts = {"AP": values, "AP50": values[0], "AP75": values[5]}
@@ -218,25 +202,23 @@ def average_precision(
     return overall, classes, curves
 
 
-@dataclass
-class Matches:
-    """N detections, those in crowds left out, by falling score, and the objects that they find."""
-
-    scores: np.ndarray  # (N,)
-    image_ids: List[int]
-    classes: List[int]  # category ids
-    found: List[Optional[int]]  # category ids of the objects; None for a detection that finds none
-    num_objects: Dict[int, int]  # of each image, by its id, without crowds
-
-    @property
-    def correct(self) -> np.ndarray:
-        """(N,) bool, whether a detection finds an object."""
-        return np.array([category_id is not None for category_id in self.found], dtype=bool)
+def _count_objects(truth: COCO, key: str) -> Dict[int, int]:
+    """The numbers of objects, without crowds, by their ``image_id`` or ``category_id``."""
+    return collections.Counter(each[key] for each in truth.anns.values() if not each["iscrowd"])
 
 
-def match(truth: COCO, detections: Sequence[Detection], by_class: bool = True) -> Matches:
+class Match(NamedTuple):
+    """A detection that is not in a crowd, and the object that it finds."""
+
+    score: float
+    image_id: int
+    category_id: int
+    found: Optional[int]  # category id of the object; None for a detection that finds none
+
+
+def match(truth: COCO, detections: Sequence[Detection], by_class: bool = True) -> List[Match]:
     """Match detections and objects that have an IoU of at least 0.5, only within a class or, if
-    `by_class` is false, with objects of any class."""
+    `by_class` is false, with objects of any class. Detections are by falling score."""
     evaluation = _evaluate(
         truth,
         detections,
@@ -246,45 +228,44 @@ def match(truth: COCO, detections: Sequence[Detection], by_class: bool = True) -
         areaRngLbl=["all"],
         maxDets=[len(detections)],
     )
-    rows: List[Tuple[float, int, int, Optional[int]]] = []
+    matches = []
     for image in filter(None, evaluation.evalImgs):
         columns = image["dtIds"], image["dtMatches"][0], image["dtIgnore"][0]
         for key, object_id, is_ignored in zip(*columns):
             if not is_ignored:
                 detection = evaluation.cocoDt.anns[key]
-                found = truth.anns[int(object_id)]["category_id"] if object_id else None
                 place = detection["image_id"], detection["category_id"]
-                rows.append((detection["score"], *place, found))
-    rows.sort(key=lambda row: -row[0])
-    num_objects = dict.fromkeys(truth.getImgIds(), 0)
-    for annotation in truth.anns.values():
-        num_objects[annotation["image_id"]] += not annotation["iscrowd"]
-    scores, *others = map(list, zip(*rows)) if rows else ([], [], [], [])
-    return Matches(np.array(scores, dtype=np.float64), *others, num_objects)  # type: ignore
+                found = truth.anns[int(object_id)]["category_id"] if object_id else None
+                matches.append(Match(detection["score"], *place, found))
+    return sorted(matches, key=lambda each: -each.score)
 
 
-def best_threshold(matches: Matches) -> float:
+def best_threshold(truth: COCO, matches: Sequence[Match]) -> float:
     """The score from which on detections have the highest F1, over all images and classes; 0.5
     where nothing is found."""
-    if not matches.correct.any():
+    correct = np.array([each.found is not None for each in matches], dtype=bool)
+    if not correct.any():
         return 0.5
-    counts = np.arange(1, len(matches.scores) + 1)
-    f1 = 2 * matches.correct.cumsum() / (counts + sum(matches.num_objects.values()))
+    scores = np.array([each.score for each in matches])
+    num_objects = sum(_count_objects(truth, "image_id").values())
+    f1 = 2 * correct.cumsum() / (np.arange(1, len(scores) + 1) + num_objects)
     # A threshold takes all detections of one score or none.
-    is_last = np.append(matches.scores[1:] != matches.scores[:-1], True)
-    return float(matches.scores[np.where(is_last, f1, -1.0).argmax()])
+    is_last = np.append(scores[1:] != scores[:-1], True)
+    return float(scores[np.where(is_last, f1, -1.0).argmax()])
 
 
-def count_by_image(matches: Matches, threshold: float) -> Dict[int, Tuple[int, int, int]]:
+def count_by_image(
+    truth: COCO, matches: Sequence[Match], threshold: float
+) -> Dict[int, Tuple[int, int, int]]:
     """By image id the numbers of objects found, of false detections and of objects missed, of the
     detections with at least the score `threshold`."""
-    found, false = collections.Counter[int](), collections.Counter[int]()
-    for score, image_id, is_correct in zip(matches.scores, matches.image_ids, matches.correct):
-        if score >= threshold:
-            (found if is_correct else false)[image_id] += 1
+    counts = collections.Counter(
+        (each.image_id, each.found is not None) for each in matches if each.score >= threshold
+    )
+    objects = _count_objects(truth, "image_id")
     return {
-        key: (found[key], false[key], count - found[key])
-        for key, count in matches.num_objects.items()
+        key: (counts[key, True], counts[key, False], objects[key] - counts[key, True])
+        for key in truth.getImgIds()
     }
 
 
@@ -299,12 +280,11 @@ def confusion_matrix(truth: COCO, detections: Sequence[Detection], threshold: fl
     """
     indices = {category_id: index for index, category_id in enumerate(sorted(truth.getCatIds()))}
     matrix = np.zeros((len(indices) + 1, len(indices) + 1), dtype=np.int64)
-    for annotation in truth.anns.values():
-        matrix[indices[annotation["category_id"]], -1] += not annotation["iscrowd"]
-    matches = match(truth, detections, by_class=False)
-    for score, detected, found in zip(matches.scores, matches.classes, matches.found):
-        if score >= threshold:
-            row = -1 if found is None else indices[found]
-            matrix[row, indices[detected]] += 1
-            matrix[row, -1] -= found is not None
+    for category_id, count in _count_objects(truth, "category_id").items():
+        matrix[indices[category_id], -1] = count
+    for each in match(truth, detections, by_class=False):
+        if each.score >= threshold:
+            row = -1 if each.found is None else indices[each.found]
+            matrix[row, indices[each.category_id]] += 1
+            matrix[row, -1] -= each.found is not None
     return matrix

@@ -12,8 +12,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import jinja2
 import numpy as np
 import torch
-from detectron2.structures import Boxes, BoxMode, Instances
-from matplotlib.axes import Axes
+from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -132,14 +131,16 @@ def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
     for axes in grid[1 + len(shown) :]:
         axes.set_axis_off()
     for axes, key in zip(grid, [None, *shown]):
+        keys, title = with_objects, "mean of the classes"
+        if key is not None:
+            keys, title = [key], f"{names[key]} ({first[key]['objects']} objects)"
         for evaluation in evaluations:
-            keys = with_objects if key is None else [key]
             curves = [evaluation.curves[k] for k in keys] or [0 * RECALLS]
             axes.plot(RECALLS, np.mean(curves, axis=0), label=plain_text(evaluation.name))
-        title = "mean of the classes"
-        if key is not None:
-            title = f"{names[key]} ({first[key]['objects']} objects)"
-        _finish(axes, "recall", "precision", title)
+        axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="recall", ylabel="precision")
+        axes.set_title(plain_text(title), fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     grid[0].legend(fontsize=8)
     return figure
 
@@ -161,8 +162,7 @@ def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
         labels = [plain_text(name) for name in evaluation.class_names]
         axes.set_xticks(ticks, [*labels, "nothing"], rotation=90, fontsize=fontsize)
         axes.set_yticks(ticks, [*labels, "background"], fontsize=fontsize)
-        axes.set_xlabel("detected as")
-        axes.set_ylabel("truth")
+        axes.set(xlabel="detected as", ylabel="truth")
         title = f"{evaluation.name}, scores from {evaluation.threshold:.2f}"
         axes.set_title(plain_text(title), fontsize=10)
         for row, column in np.argwhere(matrix > 0) if has_numbers else ():
@@ -170,13 +170,6 @@ def draw_confusion(evaluations: Sequence[Evaluation]) -> Figure:
             text = str(matrix[row, column])
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     return figure
-
-
-def _finish(axes: Axes, xlabel: str, ylabel: str, title: str) -> None:
-    axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(plain_text(title), fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def worst_images(evaluation: Evaluation, count: int) -> List[int]:
@@ -193,20 +186,18 @@ def worst_images(evaluation: Evaluation, count: int) -> List[int]:
 
 def _picture(evaluation: Evaluation, item: Dict[str, Any]) -> Dict[str, str]:
     """Truth and detections of an image, as the template takes it."""
-    image = read_image(item["file_name"], item.get("height"), item.get("width"))
-    indices = {key: index for index, key in enumerate(evaluation.category_ids)}
+    image = read_image(item["file_name"], item["height"], item["width"])
     found = [
-        d
-        for d in evaluation.detections
-        if d["image_id"] == item["image_id"] and d["score"] >= evaluation.threshold
+        {
+            **detection,
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": evaluation.category_ids.index(detection["category_id"]),
+        }
+        for detection in evaluation.detections
+        if detection["image_id"] == item["image_id"] and detection["score"] >= evaluation.threshold
     ]
-    boxes = torch.tensor([d["bbox"] for d in found], dtype=torch.float32).reshape(-1, 4)
-    detections = Instances(
-        image.shape[:2],
-        pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-        scores=torch.tensor([d["score"] for d in found], dtype=torch.float32),
-        pred_classes=torch.tensor([indices[d["category_id"]] for d in found], dtype=torch.int64),
-    )
+    detections = truth_of({**item, "annotations": found})
+    detections.scores = torch.tensor([detection["score"] for detection in found])
     drawn = draw_truth_and_detections(image, truth_of(item), detections, evaluation.class_names)
     picture = Image.fromarray(drawn)
     picture.thumbnail((_MAX_PICTURE_WIDTH, 10 * _MAX_PICTURE_WIDTH))

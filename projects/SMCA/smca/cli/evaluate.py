@@ -15,7 +15,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from smca.analysis import evenly
-from smca.analysis.evaluation import Evaluation, detect, evaluate, load_truth
+from smca.analysis.evaluation import Evaluation, detect, load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import as_list, image_ids, read_coco
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> List[str]:
             progress=functools.partial(tqdm, desc=title, unit="image", disable=None),
         )
         threshold = args.confidence_threshold
-        evaluations.append(evaluate(title, truth, detections, seconds, threshold, image_ids(name)))
+        numbers = (truth, detections, seconds, threshold, image_ids(name))
+        evaluations.append(Evaluation(title, *numbers))
     print(summary(evaluations))
     return write_report(
         evaluations,
