@@ -1,7 +1,8 @@
 """SMCA written out slowly: the reference that the tests compare the package with.
 
 Plain functions on tensors and on a plain ``state_dict`` with the official checkpoints' key names.
-Every map is built in full, every pair is visited in a loop, and no code is shared with the package.
+Every map is built in full, heads and cells are visited in loops, and no code is shared with the
+package.
 `dropout` marks where the model drops, and drops nothing.
 
 Shorthand for shapes: B images, Q queries, C classes, d channels, H heads, L scales, S = h * w cells
@@ -17,6 +18,7 @@ from typing import Any, List, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from scipy.optimize import linear_sum_assignment
 
 # The squared distance of a scale is multiplied by this. Only models of several scales.
@@ -359,24 +361,14 @@ def conv_encoder(state_dict, maps, positions, num_layers):
 # ---------------------------------------------------------------------------- matching and loss
 
 
-def corners(box):
-    """cxcywh to xyxy, one box."""
-    cx, cy, w, h = box
-    return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+def corners(boxes):
+    """(..., 4) cxcywh to xyxy."""
+    return torchvision.ops.box_convert(boxes, "cxcywh", "xyxy")
 
 
-def generalized_iou(box_a, box_b):
-    """GIoU of two cxcywh boxes."""
-    ax0, ay0, ax1, ay1 = corners(box_a)
-    bx0, by0, bx1, by1 = corners(box_b)
-    overlap_w = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
-    overlap_h = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
-    intersection = overlap_w * overlap_h
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
-    hull_w = torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)
-    hull_h = torch.maximum(ay1, by1) - torch.minimum(ay0, by0)
-    hull = hull_w * hull_h
-    return intersection / union - (hull - union) / hull
+def generalized_iou(boxes_a, boxes_b):
+    """(A, B) GIoU of all pairs of cxcywh boxes."""
+    return torchvision.ops.generalized_box_iou(corners(boxes_a), corners(boxes_b))
 
 
 def class_cost(logit):
@@ -388,12 +380,8 @@ def class_cost(logit):
 
 def cost_matrix(logits, boxes, labels, target_boxes):
     """One image: logits (Q, C), boxes (Q, 4), labels (T,), target_boxes (T, 4); returns (Q, T)."""
-    costs = torch.zeros(len(logits), len(labels), dtype=torch.float64)
-    for q, t in itertools.product(range(len(logits)), range(len(labels))):
-        l1 = (boxes[q] - target_boxes[t]).abs().sum()
-        giou = generalized_iou(boxes[q], target_boxes[t])
-        costs[q, t] = 2 * class_cost(logits[q, labels[t]]) + 5 * l1 + 2 * -giou
-    return costs
+    l1 = (boxes[:, None] - target_boxes).abs().sum(-1)
+    return 2 * class_cost(logits[:, labels]) + 5 * l1 - 2 * generalized_iou(boxes, target_boxes)
 
 
 def match(logits, boxes, labels, target_boxes):
@@ -419,13 +407,14 @@ def layer_losses(logits, boxes, targets):
     loss_ce, loss_bbox, loss_giou = logits.sum() * 0, boxes.sum() * 0, boxes.sum() * 0
     for b, target in enumerate(targets):
         labels, target_boxes = target["labels"], target["boxes"]
+        giou = generalized_iou(boxes[b], target_boxes)
         # Every logit is first taken for background, then the matched ones are put right.
         loss_ce = loss_ce + focal_loss(logits[b], False).sum()
         for q, t in match(logits[b], boxes[b], labels, target_boxes):
             logit = logits[b, q, labels[t]]
             loss_ce = loss_ce - focal_loss(logit, False) + focal_loss(logit, True)
             loss_bbox = loss_bbox + (boxes[b, q] - target_boxes[t]).abs().sum()
-            loss_giou = loss_giou + 1 - generalized_iou(boxes[b, q], target_boxes[t])
+            loss_giou = loss_giou + 1 - giou[q, t]
     return {
         "loss_ce": loss_ce / num_boxes,
         "loss_bbox": loss_bbox / num_boxes,
@@ -457,10 +446,9 @@ def inference(logits, boxes, height, width, top_k):
     for q, c in itertools.product(range(logits.shape[0]), range(logits.shape[1])):
         candidates.append((float(torch.sigmoid(logits[q, c])), c, q))
     candidates.sort(key=lambda candidate: -candidate[0])
-    scores, labels, queries = zip(*candidates[:top_k])
+    scores, labels, queries = map(list, zip(*candidates[:top_k]))
     pixels = torch.tensor([width, height, width, height])
-    xyxy = [torch.stack(corners(boxes[q])) * pixels for q in queries]
-    return torch.tensor(scores), torch.tensor(labels), torch.stack(xyxy)
+    return torch.tensor(scores), torch.tensor(labels), corners(boxes[queries]) * pixels
 
 
 # --------------------------------------------------------------------------------- golden cases

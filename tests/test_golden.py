@@ -79,7 +79,7 @@ def make_batch(case):
     for image, target in zip(images, targets, strict=True):
         height, width = image.shape[:2]
         instances = Instances((height, width))
-        boxes = torch.stack([torch.stack(reference.corners(box)) for box in target["boxes"]])
+        boxes = reference.corners(target["boxes"])
         instances.gt_boxes = Boxes(boxes * torch.tensor([width, height, width, height]))
         instances.gt_classes = target["labels"]
         image = torch.from_numpy(image).permute(2, 0, 1).contiguous()
