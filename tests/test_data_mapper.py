@@ -10,7 +10,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from smca.data import DetrDatasetMapper, check_image, detr_augmentations, mapper, read_image
+from smca.data import DetrDatasetMapper, detr_augmentations, mapper, read_image
+from smca.data.mapper import check_image
 from smca.errors import DatasetError
 
 

@@ -7,8 +7,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from smca.data import DatasetError, draw_scene, register_shapes, shapes, write_shapes
+from smca.data import DatasetError, draw_scene, register_shapes, shapes
 from smca.data.cache import create_once
+from smca.data.shapes import write_shapes
 
 
 @pytest.fixture(scope="module")

@@ -11,29 +11,21 @@ from detectron2.utils.env import seed_all_rng
 from matplotlib.figure import Figure
 
 from smca.analysis.detections import draw_contact_sheet, draw_instances, evenly
-from smca.data import (
-    DatasetError,
+from smca.data.coco import check_classes, class_names, dataset_dicts, sorted_by_id
+from smca.data.coco_checks import (
     Problem,
-    check_classes,
-    class_names,
-    dataset_dicts,
+    existing,
     file_problems,
     read_coco,
     record_problems,
     remarks_on,
     source_of,
 )
-from smca.data.coco import sorted_by_id
-from smca.data.coco_checks import existing
 from smca.data.mapper import reading_remark
-from smca.errors import counted
+from smca.errors import DatasetError, counted
 
 _FEW_OBJECTS = 20  # of a class
 _AP_DETECTIONS = 100  # that COCO's evaluation takes of an image
-_MIXED_LEVELS = (
-    "images of more than 8 bits are read by different levels: scale all files to 16 bits if their "
-    "brightness should be comparable."
-)
 
 
 @dataclass
@@ -57,16 +49,14 @@ def examine(
     check_images: bool = True,
     progress: Callable[..., Iterable[Any]] = lambda items, total: items,
 ) -> DataSplit:
-    """Find all problems of a data set in COCO's format.
+    """Find all problems of a data set in COCO's format. A missing file or folder, or a file that is
+    no COCO JSON, is a DatasetError.
 
     Args:
         json_file, image_root: the file, and the folder that ``file_name`` is relative to.
         categories_from: another COCO JSON that must have the same categories.
         check_images: decode every image, in a few threads.
         progress: wraps the images, whose number is `total`, as `tqdm.tqdm` does.
-
-    Raises:
-        DatasetError: the file or the folder is missing, or the file is no COCO JSON.
     """
     image_root = existing(image_root, os.path.isdir, "image folder")
     data = read_coco(json_file)
@@ -165,7 +155,10 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
         del counts[""]
         remarks += [f"{name}: {counted(count, 'image')} {text}." for text, count in counts.items()]
         if sum("8 bits" in text for text in counts) > 1:
-            remarks.append(f"{name}: {_MIXED_LEVELS}")
+            remarks.append(
+                f"{name}: images of more than 8 bits are read by different levels: scale all files "
+                "to 16 bits if their brightness should be comparable."
+            )
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))
             for item in items

@@ -22,7 +22,8 @@ from smca.analysis.dataset import (
     training_splits,
 )
 from smca.config import build, fit_to_data, load_config, quoted
-from smca.data import Problem, as_list, require_dataset
+from smca.data import as_list, require_dataset
+from smca.data.coco_checks import Problem
 from smca.errors import UserError, at_least, command_line, counted, exit_code
 from smca.inference import make_folder
 

@@ -9,24 +9,14 @@ from smca.errors import DatasetError
 from .coco import (
     as_list,
     category_ids,
-    check_classes,
     class_names,
-    dataset_dicts,
     image_ids,
     num_classes,
     num_images,
     register_coco,
     require_dataset,
 )
-from .coco_checks import (
-    Problem,
-    file_problems,
-    forget_files,
-    read_coco,
-    record_problems,
-    remarks_on,
-    source_of,
-)
+from .coco_checks import forget_files, read_coco
 from .evaluator import CocoEvaluator
 from .fitted import (
     fit_crop_range,
@@ -39,8 +29,8 @@ from .fitted import (
     fit_short_sides,
 )
 from .loader import build_train_loader, set_start_sample, spare_shared_memory
-from .mapper import DetrDatasetMapper, as_rgb, check_image, detr_augmentations, read_image
-from .shapes import SHAPE_CLASSES, draw_scene, register_shapes, write_shapes
+from .mapper import DetrDatasetMapper, as_rgb, detr_augmentations, read_image
+from .shapes import SHAPE_CLASSES, draw_scene, register_shapes
 from .voc import coco_from_voc
 from .yolo import coco_from_yolo, yolo_images
 

@@ -25,11 +25,8 @@ def name_for(source: str, state: object) -> str:
 def create_once(path: Path, write: Callable[[Path], Any]) -> None:
     """Make sure that a file or folder in the cache exists, whole: `write` creates it under the path
     that it is given. Several processes may call this at the same time (one writes, the others
-    wait), and one that is killed leaves nothing under `path`.
-
-    Raises:
-        DatasetError: the cache folder cannot be written to.
-    """
+    wait), and one that is killed leaves nothing under `path`. A cache folder that cannot be written
+    to is a DatasetError."""
     if path.exists():  # asked without the lock first: a finished cache may be read-only
         return
     partial = path.with_name(path.name + ".partial")

@@ -171,9 +171,8 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
     :func:`forget_files`), which callers do not change. Ids and sizes that are whole numbers written
     as texts or floats ("007", 7.0) are numbers; other texts stay ids.
 
-    Raises:
-        DatasetError: it is missing, not JSON or lacks one of the lists ``images``, ``annotations``
-            and ``categories``, whose records :func:`record_problems` checks.
+    A DatasetError says that it is missing, not JSON or lacks one of the lists ``images``,
+    ``annotations`` and ``categories``, whose records :func:`record_problems` checks.
     """
     json_file = existing(json_file, os.path.isfile, "annotation file")
     try:

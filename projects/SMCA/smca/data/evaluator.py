@@ -1,7 +1,6 @@
 """Detectron2's COCO evaluation, whose result file has the ids of the user's own JSON."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -19,23 +18,20 @@ class CocoEvaluator(COCOEvaluator):
         """Same as in Detectron2."""
         results = super().evaluate(img_ids)
         # A data set that is not in COCO's format has no other ids.
-        if results and self._output_dir and self._metadata.get("thing_dataset_id_to_contiguous_id"):
-            self._restore_ids()
-        return results
-
-    def _restore_ids(self) -> None:
-        used = self._metadata.thing_dataset_id_to_contiguous_id
-        categories = category_ids(self._metadata.name)
-        images = image_ids(self._metadata.name)
-        path = os.path.join(self._output_dir, "coco_instances_results.json")
-        detections = json.loads(Path(path).read_text(encoding="utf-8"))
+        used = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if not (results and self._output_dir and used):
+            return results
+        categories, images = category_ids(self._metadata.name), image_ids(self._metadata.name)
+        path = Path(self._output_dir, "coco_instances_results.json")
+        detections = json.loads(path.read_text(encoding="utf-8"))
         for detection in detections:
             detection["image_id"] = images.get(detection["image_id"], detection["image_id"])
             detection["category_id"] = categories[used[detection["category_id"]]]
-        Path(path).write_text(json.dumps(detections), encoding="utf-8")
-        path = os.path.join(self._output_dir, "instances_predictions.pth")
+        path.write_text(json.dumps(detections), encoding="utf-8")
+        path = Path(self._output_dir, "instances_predictions.pth")
         predictions = torch.load(path, weights_only=True)  # with indices of classes
         for prediction in predictions:
             for item in (prediction, *prediction.get("instances", [])):
                 item["image_id"] = images.get(item["image_id"], item["image_id"])
         torch.save(predictions, path)
+        return results

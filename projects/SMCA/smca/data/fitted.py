@@ -30,14 +30,14 @@ def fit_num_queries(names: Names) -> int:
     """Half as many queries again as the fullest image has objects, 40 at least and 300 at most."""
     counts, _ = _objects(names)
     most = max(counts, default=0)
-    return _between(10 * math.ceil(1.5 * most / 10), _NUM_QUERIES)
+    return int(np.clip(10 * math.ceil(1.5 * most / 10), *_NUM_QUERIES))
 
 
 def fit_short_sides(names: Names, stride: int, factors: Sequence[float] = (1.0,)) -> List[int]:
     """The short side at which a small object spans three cells of the finest scale's stride, a
     multiple of 32 from 160 to 320 pixels; times each factor, for training at several."""
     pixels = _SMALL_CELLS * stride / _length(names)
-    side = _between(32 * math.ceil(pixels / 32), _SHORT_SIDES)
+    side = int(np.clip(32 * math.ceil(pixels / 32), *_SHORT_SIDES))
     return [round(factor * side) for factor in factors]
 
 
@@ -76,8 +76,7 @@ def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int
     """Thirty epochs in batches of all processes together, but 1,000 iterations at least and 5,000
     at most; of these a share, for periods."""
     counts, _ = _objects(names)
-    iterations = round(_EPOCHS * len(counts) / batch_size)
-    return round(share * _between(iterations, _NUM_ITERATIONS))
+    return round(share * np.clip(round(_EPOCHS * len(counts) / batch_size), *_NUM_ITERATIONS))
 
 
 def _length(names: Names, percentile: float = _SMALL) -> float:
@@ -108,7 +107,3 @@ def _objects_of(name: str, registered: Any) -> Tuple[List[int], List[float]]:
             _, _, w, h = BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS)
             lengths.append(math.sqrt(w * h) / side)
     return counts, lengths
-
-
-def _between(value: int, bounds: Tuple[int, int]) -> int:
-    return max(bounds[0], min(bounds[1], value))

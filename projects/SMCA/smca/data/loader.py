@@ -52,24 +52,9 @@ class _EndlessBatches(Sampler[List[Tuple[int, int]]]):
             yield batch
 
 
-@contextlib.contextmanager
-def _random_state_from(seed: int) -> Iterator[None]:
-    """Seed `random`, `numpy.random` and `torch` on the CPU inside the block, and put their states
-    back after it. (`torch.manual_seed` would reset the GPUs' states as well.)"""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
 class _SeededMapDataset(Dataset[Dict[str, Any]]):
-    """Applies `mapper` with random numbers that depend on the position in the stream only."""
+    """Applies `mapper` with random numbers that depend on the position in the stream only, and
+    leaves the states of `random`, `numpy.random` and `torch` on the CPU as they are."""
 
     def __init__(self, dataset: Sequence[Dict[str, Any]], mapper: Mapper, seed: int):
         self.dataset, self.mapper, self.seed = dataset, mapper, seed
@@ -80,8 +65,17 @@ class _SeededMapDataset(Dataset[Dict[str, Any]]):
     def __getitem__(self, position_and_index: Tuple[int, int]) -> Dict[str, Any]:
         position, index = position_and_index
         sequence = np.random.SeedSequence((self.seed, _AUGMENT, position))
-        with _random_state_from(int(sequence.generate_state(1)[0])):
-            return self.mapper(self.dataset[index])
+        seed = int(sequence.generate_state(1)[0])
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed resets GPUs as well
+            try:
+                return self.mapper(self.dataset[index])
+            finally:
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)
 
 
 def build_train_loader(

@@ -248,13 +248,10 @@ class _ResizeShortSide(T.ResizeShortestEdge):
         super().__init__(sides, max_size, sample_style="choice")
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """Of an (H, W, 3) image; no transform where it has the size already."""
+        """Of an (H, W, 3) image."""
         transform = super().get_transform(image)
-        if not isinstance(transform, T.ResizeTransform):
-            return transform
-        height, width = image.shape[:2]
-        new_height, new_width = max(1, transform.new_h), max(1, transform.new_w)
-        return T.ResizeTransform(height, width, new_height, new_width, self.interp)
+        transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform
 
 
 def detr_augmentations(

@@ -5,6 +5,7 @@ to six objects an image, up to 100 pixels long, rotated, stretched and overlappi
 typical texture, but not every object has it.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,6 @@ _TYPICAL_TEXTURE_SHARE = 0.75
 
 # Part of the cache's folder name: raise it whenever the pictures change.
 _VERSION = 6
-_SPLITS = ("train", "val")
 
 _IMAGE_SIDES = (128, 160)  # pixels
 _NUM_OBJECTS = (1, 6)
@@ -75,25 +75,21 @@ def register_shapes(
     def make_files() -> None:
         create_once(folder, lambda path: write_shapes(path, num_train, num_val, seed, lengths))
 
-    def register(split: str) -> str:
-        name, json_file, image_root = f"{prefix}_{split}", f"{folder}/{split}.json", folder / split
+    def load(split: str) -> List[Dict[str, Any]]:
+        make_files()
+        return load_coco_json(f"{folder}/{split}.json", f"{folder}/{split}", f"{prefix}_{split}")
 
-        def load() -> List[Dict[str, Any]]:
-            make_files()
-            return load_coco_json(json_file, str(image_root), name)
-
-        DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(
-            json_file=json_file,
-            image_root=str(image_root),
+    for split in ("train", "val"):
+        DatasetCatalog.register(f"{prefix}_{split}", functools.partial(load, split))
+        MetadataCatalog.get(f"{prefix}_{split}").set(
+            json_file=f"{folder}/{split}.json",
+            image_root=f"{folder}/{split}",
             evaluator_type="coco",
             thing_classes=list(SHAPE_CLASSES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(SHAPE_CLASSES))},
             make_files=make_files,
         )
-        return name
-
-    return register("train"), register("val")
+    return f"{prefix}_train", f"{prefix}_val"
 
 
 def write_shapes(
@@ -109,7 +105,7 @@ def write_shapes(
     Image i of a split depends only on the lengths, the seed, the split and i. Boxes are tight
     around an object's visible pixels, whose number is ``area``.
     """
-    for split_index, (split, num_images) in enumerate(zip(_SPLITS, (num_train, num_val))):
+    for split_index, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
         (folder / split).mkdir(parents=True)
         images: List[Dict[str, Any]] = []
         annotations: List[Dict[str, Any]] = []
@@ -120,15 +116,10 @@ def write_shapes(
             images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
             Image.fromarray(scene.image).save(folder / split / name, quality=95, subsampling=0)
             for mask, class_index in zip(scene.masks, scene.classes):
-                annotation = {
-                    "id": len(annotations) + 1,
-                    "image_id": i + 1,
-                    "category_id": class_index + 1,
-                    "bbox": _box_of(mask),
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                }
-                annotations.append(annotation)
+                number, category_id = len(annotations) + 1, class_index + 1
+                annotation = {"id": number, "image_id": i + 1, "category_id": category_id}
+                area = {"area": int(mask.sum()), "iscrowd": 0}
+                annotations.append({**annotation, "bbox": _box_of(mask), **area})
         coco = {
             "info": {"description": f"SMCA shapes, version {_VERSION}, seed {seed}"},
             "images": images,
@@ -140,8 +131,8 @@ def write_shapes(
 
 def _box_of(mask: np.ndarray) -> List[int]:
     """Tight box [x, y, width, height] around the True pixels of a mask, in pixels."""
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    return [left, top, right - left, bottom - top]
 
 
 def draw_scene(rng: np.random.Generator, lengths: Tuple[int, int] = LENGTHS) -> Scene:
@@ -149,37 +140,31 @@ def draw_scene(rng: np.random.Generator, lengths: Tuple[int, int] = LENGTHS) -> 
     `lengths` in pixels."""
     height, width = rng.integers(_IMAGE_SIDES[0], _IMAGE_SIDES[1], size=2, endpoint=True)
     canvas = _background(rng, height, width)
-    masks: List[np.ndarray] = []
-    full_areas: List[float] = []
-    classes: List[int] = []
+    objects: List[Tuple[np.ndarray, float, int]] = []  # visible pixels, full area and class
     num_objects = rng.integers(*_NUM_OBJECTS, endpoint=True)
     for _ in range(8 * num_objects):  # attempts: some places are taken
-        if len(masks) == num_objects:
+        if len(objects) == num_objects:
             break
         class_index = int(rng.integers(len(SHAPE_CLASSES)))
         name = SHAPE_CLASSES[class_index]
         alpha, full_area, outline = _random_shape(rng, name, lengths, height, width)
         mask = alpha > 0.5
-        visible = [earlier & ~mask for earlier in masks] + [mask]
-        min_side = lengths[0] * _MIN_BOX_SIDE
+        visible = [(earlier & ~mask, area, index) for earlier, area, index in objects]
+        visible.append((mask, full_area, class_index))
         if all(
-            _is_visible_enough(*pair, min_side) for pair in zip(visible, [*full_areas, full_area])
+            each.sum() >= max(_MIN_VISIBLE_FRACTION * area, 1)
+            and min(_box_of(each)[2:]) >= lengths[0] * _MIN_BOX_SIDE
+            for each, area, _ in visible
         ):
-            masks, classes = visible, classes + [class_index]
-            full_areas.append(full_area)
+            objects = visible
             is_typical = rng.random() < _TYPICAL_TEXTURE_SHARE
             texture = _TEXTURES[class_index] if is_typical else str(rng.choice(_TEXTURES))
             _paint(rng, canvas, alpha, outline, texture)
     noise = rng.normal(0, rng.uniform(2, 9), canvas.shape)
     image = Image.fromarray(np.clip(canvas + noise, 0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
+    masks, _, classes = map(list, zip(*objects))
     return Scene(np.asarray(image), masks, classes)
-
-
-def _is_visible_enough(mask: np.ndarray, full_area: float, min_side: float) -> bool:
-    if mask.sum() < max(_MIN_VISIBLE_FRACTION * full_area, 1):
-        return False
-    return min(_box_of(mask)[2:]) >= min_side
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -277,20 +262,15 @@ def _paint(
 ) -> None:
     """Blend a textured, perhaps outlined, slightly transparent shape into the canvas, in place."""
     covered = canvas[alpha > 0.5].mean(axis=0)
-    color = _contrasting_color(rng, covered)
+    # One that differs from what it covers about as much as one of _CONTRASTS.
+    contrast, candidates = rng.uniform(*_CONTRASTS), rng.uniform(0, 255, (64, 3))
+    distances = np.linalg.norm(candidates - covered, axis=1)
+    color = candidates[np.abs(distances - contrast).argmin()]
     fill = color + _texture(rng, name, *alpha.shape)
     if rng.random() < 0.5:
         edge_color = color * rng.uniform(0.3, 0.7) if rng.random() < 0.5 else (color + 255) / 2
         fill = fill + outline[..., None] * (edge_color - fill)
     canvas += (alpha * rng.uniform(0.85, 1.0))[..., None] * (fill - canvas)
-
-
-def _contrasting_color(rng: np.random.Generator, covered: np.ndarray) -> np.ndarray:
-    """(3,) RGB that differs from the `covered` color about as much as one of _CONTRASTS."""
-    contrast = rng.uniform(*_CONTRASTS)
-    candidates = rng.uniform(0, 255, (64, 3))
-    distances = np.linalg.norm(candidates - covered, axis=1)
-    return candidates[np.abs(distances - contrast).argmin()]
 
 
 def _texture(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
