@@ -408,7 +408,7 @@ def test_a_record_has_heads_and_maps_in_pixels_of_the_image(config):
     queries = torch.arange(6)
     boxes = outputs[0].references[-1, 0]
     assert_close(record.centers_in_pixels(queries, size), boxes[:, :2] * torch.tensor([256, 192]))
-    centers = record.head_centers_in_pixels(queries, size)
+    centers, maps = record.heads(queries, size)
     modulation = model.decoder.layers[-1].modulation
     first = record.weight_maps[0]
     expected = (first.centers[0] + 0.5) * record.strides[0] * 2
@@ -417,7 +417,6 @@ def test_a_record_has_heads_and_maps_in_pixels_of_the_image(config):
     half = boxes[:, None, 2:] * torch.tensor([128, 96]) / 2
     unit = half.clamp(min=0.5 * record.strides[0]) * 2
     radii = unit / spreads / 2**0.5
-    maps = record.maps(queries, size)
     assert modulation.in_boxes and maps.shape[-2:] == size
     # The map is 1 at the center of a head.
     inside = (centers[:, 0] > 1).all(-1) & (centers[:, 0] < torch.tensor([254, 190])).all(-1)

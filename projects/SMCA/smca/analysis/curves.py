@@ -27,10 +27,7 @@ def read_metrics(path: str) -> Metrics:
 
     Lines that are no JSON, as a run leaves that was stopped while it wrote, or have no iteration
     are skipped. Where a metric goes back to an earlier iteration, a resumed run replaces what the
-    run before wrote from there on.
-
-    Raises:
-        UserError: there is no such file, or there is nothing in it.
+    run before wrote from there on. No such file, or nothing in it, is a UserError.
     """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -63,11 +60,8 @@ def read_metrics(path: str) -> Metrics:
 
 
 def draw_curves(metrics: Metrics) -> Figure:
-    """Losses, and AP where there was an evaluation, over the iterations.
-
-    Raises:
-        UserError: there is nothing to draw.
-    """
+    """Losses, and AP where there was an evaluation, over the iterations; a UserError where there is
+    neither."""
     losses = {label: metrics[name] for name, label in _LOSSES.items() if name in metrics}
     results = {
         label + suffix: metrics[prefix + name]

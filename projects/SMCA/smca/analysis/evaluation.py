@@ -105,15 +105,9 @@ def detect(
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Tuple[List[Detection], List[float]]:
     """Run a detector on a data set in Detectron2's format, image by image, which `progress` wraps
-    as `tqdm.tqdm` does.
-
-    Returns:
-        COCO results with the classes' `category_ids`, of whatever score, and the seconds that each
-        image took, without reading its file.
-
-    Raises:
-        UserError: an image cannot be read, or the detector has classes that `category_ids` lacks.
-    """
+    as `tqdm.tqdm` does; gives COCO results with the classes' `category_ids`, of whatever score, and
+    the seconds that each image took, without reading its file. An image that cannot be read, or a
+    class that `category_ids` lacks, is a UserError."""
     detections: List[Detection] = []
     seconds: List[float] = []
     for item in progress(dataset_dicts):

@@ -2,7 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -36,32 +36,22 @@ class LayerRecord:
         """(K, 2) predicted centers (x, y), which the heads share."""
         return self.center[0, queries].float() * self._scaling(size)
 
-    def head_centers_in_pixels(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(K, L, H', 2)"""
-        scales = self._maps_and_cells(queries, size)
-        found = [(m.centers[0].transpose(0, 1) + shift) * cell for m, shift, cell in scales]
-        return torch.stack(found, dim=1)
-
-    def maps(self, queries: Tensor, size: Tuple[int, int]) -> Tensor:
-        """(K, L, H', h, w) weights exp(log-weight); row i and column j are at y = i and x = j."""
+    def heads(self, queries: Tensor, size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
+        """Of each scale and head the center (K, L, H', 2), and the weights exp(log-weight)
+        (K, L, H', h, w); row i and column j are at y = i and x = j."""
         x, y = (torch.arange(n, device=self.image_sizes.device) for n in size[::-1])
-        found = []
-        for weight_map, shift, (width, height) in self._maps_and_cells(queries, size):
-            log_weights = weight_map.log_weights(x / width - shift, y / height - shift)
-            found.append(log_weights[0].transpose(0, 1).exp())
-        return torch.stack(found, dim=1)
-
-    def _maps_and_cells(
-        self, queries: Tensor, size: Tuple[int, int]
-    ) -> Iterator[Tuple[WeightMap, float, Tensor]]:
-        """Each scale's map of these queries alone, B = 1, in float32; where in its cells it has its
-        positions, in cells from their corners; and its cells' (width, height)."""
+        centers, maps = [], []
         for weight_map, stride in zip(self.weight_maps, self.strides):
             chosen = weight_map.of_queries(queries)
             values = {name: getattr(chosen, name) for name in ("centers", "spreads", "unit")}
             first = {name: v[:1].float() for name, v in values.items() if v is not None}
-            shift = 0.0 if weight_map.unit is None else HALF_CELL
-            yield replace(chosen, **first), shift, stride * self._scaling(size)
+            chosen = replace(chosen, **first)  # of B = 1
+            shift = 0.0 if chosen.unit is None else HALF_CELL  # of positions, from a cell's corner
+            width, height = cell = stride * self._scaling(size)
+            centers.append((chosen.centers[0].transpose(0, 1) + shift) * cell)
+            log_weights = chosen.log_weights(x / width - shift, y / height - shift)
+            maps.append(log_weights[0].transpose(0, 1).exp())
+        return torch.stack(centers, dim=1), torch.stack(maps, dim=1)
 
     def _scaling(self, size: Tuple[int, int]) -> Tensor:
         return self.image_sizes.new_tensor(size[::-1]) / self.image_sizes[0]
@@ -106,11 +96,8 @@ def detect_and_record(
 
 
 def record_of(records: Sequence[LayerRecord], layer: int) -> LayerRecord:
-    """The record of the decoder layer of an index; -1 is the last layer.
-
-    Raises:
-        UserError: there is no such layer, or the model has no modulation.
-    """
+    """The record of the decoder layer of an index; -1 is the last layer. One that is not there, or
+    a model without modulation, is a UserError."""
     if not records:
         raise UserError("A model without modulation (model.decoder.modulation=null) has no maps.")
     count = len(records)

@@ -45,16 +45,14 @@ def write_report(
     device: str = "",
     num_worst: int = 8,
 ) -> List[str]:
-    """Write ``report.html``, and ``report.json`` with its numbers; gives their paths.
+    """Write ``report.html``, and ``report.json`` with its numbers; gives their paths. An image that
+    cannot be read is a UserError.
 
     Args:
         evaluations: at least one, all on the data `dataset_dicts`, in Detectron2's format.
         output_dir: is made if need be.
         dataset, device: what was evaluated on, and where.
         num_worst: pictures of each detector's worst images.
-
-    Raises:
-        UserError: an image cannot be read.
     """
     by_id = {item["image_id"]: item for item in dataset_dicts}
     template = jinja2.Environment(

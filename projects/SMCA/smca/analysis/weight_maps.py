@@ -40,25 +40,19 @@ class DetectionMaps:
     class_index: int
     score: float
     query: int  # its index
-    layer: int  # its index
-    num_layers: int
+    layer: LayerRecord
     center: np.ndarray  # (2,) predicted center (x, y), the same for all heads
     head_centers: np.ndarray  # (L, H', 2)
     # (L, H', h, w) exp(log-weight), 1 at a head's center; row i and column j are at y = i and x = j
     maps: np.ndarray
     scale_weights: np.ndarray  # (L,), adding up to 1; equal where the model does not select scales
-    strides: List[int]  # L pixels (of the model's input) a cell
 
 
 def modulation_maps(
     predictor: "Predictor", image: np.ndarray, indices: Sequence[int] = (0,), layer: int = -1
 ) -> List[DetectionMaps]:
     """Detect objects in an (h, w, 3) uint8 RGB image, and compute where the queries of some
-    detections, of which 0 is the best, look in a decoder layer.
-
-    Raises:
-        UserError: the model has no modulation or no such layer.
-    """
+    detections, of which 0 is the best, look in a decoder layer; errors are those of `record_of`."""
     instances, records = detect_and_record(predictor, image)
     return maps_of(instances[list(indices)], record_of(records, layer), image)
 
@@ -75,8 +69,7 @@ def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> Lis
     arrays = (
         instances.pred_boxes.tensor * torch.tensor([size[1] / width, size[0] / height] * 2),
         record.centers_in_pixels(queries, size),
-        record.head_centers_in_pixels(queries, size),
-        record.maps(queries, size),
+        *record.heads(queries, size),
         record.scale_shares(queries),
     )
     names = ("box", "center", "head_centers", "maps", "scale_weights")
@@ -86,9 +79,7 @@ def maps_of(instances: Instances, record: LayerRecord, image: np.ndarray) -> Lis
             class_index=int(instances.pred_classes[index]),
             score=float(instances.scores[index]),
             query=int(queries[index]),
-            layer=record.index,
-            num_layers=record.num_layers,
-            strides=record.strides,
+            layer=record,
             **{name: array[index].cpu().numpy() for name, array in zip(names, arrays)},
         )
         for index in range(len(instances))
@@ -106,10 +97,7 @@ def draw_gaussians(
         detections: at least one.
         class_names: as in `draw_instances`.
         scale: index of the scale whose map is drawn, 0 is the finest; None draws the sum over the
-            scales, weighted with the query's scale weights.
-
-    Raises:
-        UserError: the model has no such scale.
+            scales, weighted with the query's scale weights. One that is not there is a UserError.
     """
     num_scales, num_heads = detections[0].maps.shape[:2]
     if scale is not None and not 0 <= scale < num_scales:
@@ -139,13 +127,12 @@ def draw_gaussians(
 def _draw_overview(axes: Axes, detection: DetectionMaps, shares: np.ndarray) -> None:
     """The detection, and its heads' centers, the means of those of the scales with `shares`."""
     _show_image(axes, detection.image, "detection and heads' centers")
-    _draw_box(axes, detection, linewidth=2)
     centers = np.tensordot(shares, detection.head_centers, axes=1)
     style: Dict[str, Any] = dict(ha="center", va="center", clip_on=True, fontsize=6.5)
     for head, (x, y) in enumerate(centers if len(centers) > 1 else ()):
         axes.plot(x, y, "o", color="white", markersize=9, markeredgecolor="black")
         axes.text(x, y, str(head + 1), color="black", **style)
-    _draw_center(axes, detection, markersize=11)
+    _draw_query(axes, detection, linewidth=2, markersize=11)
 
 
 def _draw_head(axes: Axes, detection: DetectionMaps, shares: np.ndarray, head: int) -> None:
@@ -161,23 +148,22 @@ def _draw_head(axes: Axes, detection: DetectionMaps, shares: np.ndarray, head: i
     height, width = weights.shape
     axes.imshow(colors, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     axes.set(xlim=(0, width), ylim=(height, 0))
-    _draw_box(axes, detection, linewidth=1)
     for scale in np.flatnonzero(shares):
         # Larger and clearer, the more the query reads from that scale.
         share, marker = shares[scale], _SCALE_MARKERS[scale % len(_SCALE_MARKERS)]
         style: Dict[str, Any] = dict(color="white", markeredgecolor="black", markeredgewidth=0.7)
         style.update(markersize=2.5 + 2 * share, alpha=0.4 + 0.6 * share)
-        label = f"head's center, stride {detection.strides[scale]}"
+        label = f"head's center, stride {detection.layer.strides[scale]}"
         axes.plot(*detection.head_centers[scale, head], marker, label=label, **style)
-    _draw_center(axes, detection, markersize=7)
+    _draw_query(axes, detection, linewidth=1, markersize=7)
 
 
 def _describe(detection: DetectionMaps, class_names: Sequence[str], shares: np.ndarray) -> str:
-    scales = zip(detection.strides, shares)
+    scales = zip(detection.layer.strides, shares)
     parts = [
         f"{class_name(class_names, detection.class_index)} {100 * detection.score:.0f}%",
         f"query {detection.query}",
-        f"decoder layer {detection.layer + 1} of {detection.num_layers}",
+        f"decoder layer {detection.layer.index + 1} of {detection.layer.num_layers}",
         ", ".join(f"stride {stride} ({100 * share:.0f}%)" for stride, share in scales if share),
     ]
     return "   ·   ".join(parts)
@@ -192,15 +178,13 @@ def _show_image(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
-def _draw_box(axes: Axes, detection: DetectionMaps, linewidth: float) -> None:
+def _draw_query(axes: Axes, detection: DetectionMaps, linewidth: float, markersize: float) -> None:
+    """The detection's box, and the center that its query predicts."""
     x0, y0, x1, y1 = detection.box
     style: Dict[str, Any] = dict(fill=False, linewidth=linewidth, label="box")
     style.update(edgecolor=class_color(detection.class_index))
     style.update(path_effects=[withStroke(linewidth=linewidth + 1.5, foreground="black")])
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
-
-
-def _draw_center(axes: Axes, detection: DetectionMaps, markersize: float) -> None:
-    style: Dict[str, Any] = dict(color="white", markersize=markersize, markeredgewidth=2)
+    style = dict(color="white", markersize=markersize, markeredgewidth=2)
     style.update(path_effects=[withStroke(linewidth=4, foreground="black")])
     axes.plot(*detection.center, "+", label="predicted center, shared by the heads", **style)

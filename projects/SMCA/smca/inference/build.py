@@ -22,14 +22,9 @@ WEIGHTS = ("model", "ema")
 def load_weights(
     model: nn.Module, checkpoint: str, weights: Optional[str] = None
 ) -> Tuple[str, Dict[str, Any]]:
-    """Load a detector's checkpoint, or the average of the weights in it, as `smca.Predictor` says.
-
-    Returns:
-        "model" or "ema", and what else the checkpoint holds.
-
-    Raises:
-        UserError: the checkpoint cannot be read, does not fit, or has no such weights.
-    """
+    """Load a detector's checkpoint, or the average of the weights in it, as `smca.Predictor` says;
+    gives "model" or "ema", and what else the checkpoint holds. One that cannot be read, does not
+    fit, or has no such weights is a UserError."""
     if weights not in (None, *WEIGHTS):
         raise UserError(f"weights has to be {' or '.join(WEIGHTS)}, not {weights!r}.")
     others = SMCACheckpointer(model, need_detector=True).load(checkpoint)
@@ -48,12 +43,8 @@ def load_weights(
 
 
 def load_test_dataset(cfg: Optional[DictConfig]) -> List[Dict[str, Any]]:
-    """The test data of the config of a `smca.Predictor`, in Detectron2's format.
-
-    Raises:
-        ConfigError: there is none, for instance because the detector was published.
-        DatasetError: they are not there.
-    """
+    """The test data of the config of a `smca.Predictor`, in Detectron2's format. A published
+    detector, which has no config, is a ConfigError, and data that are not there a DatasetError."""
     if cfg is None:
         raise ConfigError(
             "A published detector does not say what data it was tested on: give a checkpoint of "

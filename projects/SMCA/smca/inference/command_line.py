@@ -56,11 +56,8 @@ def _score(text: str) -> float:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder for a command's output if it is not there, and try to write into it.
-
-    Raises:
-        UserError: that cannot be done.
-    """
+    """Make a folder for a command's output if it is not there, and try to write into it; a
+    UserError says why that cannot be done."""
     with writing(path):
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -22,10 +22,7 @@ _TIMEOUT = 30  # seconds without an answer
 def rgb_array(image: ImageSource) -> np.ndarray:
     """An image as (height, width, 3) uint8 RGB. A file is turned upright as its EXIF says; pixels
     are taken as they are: a PIL image of any mode, an array (height, width, 3) or a tensor
-    (3, height, width), both uint8 RGB.
-
-    Raises:
-        UserError: it cannot be read, or is of another kind.
+    (3, height, width), both uint8 RGB. What cannot be read, or is of another kind, is a UserError.
     """
     if isinstance(image, (str, os.PathLike)):
         return _read(os.fspath(image))

@@ -83,11 +83,8 @@ def save_pretrained(predictor: "Predictor", folder: str) -> Dict[str, Any]:
 
 def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]:
     """``weights`` ("model" or "ema") of a published detector, and the arguments of
-    `smca.Predictor.from_model`.
-
-    Raises:
-        CheckpointError: there is no such folder or repository, or it cannot be read.
-        ConfigError: its config is of another kind, or calls what is no part of a detector.
+    `smca.Predictor.from_model`. A folder or repository that is missing or cannot be read is a
+    CheckpointError; a config of another kind, or with what is no part of a detector, a ConfigError.
     """
     safetensors = need_extra("safetensors.torch")
     folder = name if os.path.isdir(name) else _download(name, revision)
