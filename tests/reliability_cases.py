@@ -1,11 +1,11 @@
 """Trainings in processes of their own, to which real things happen: signals, full disks, death."""
 
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import time
-import traceback
 
 import torch
 import torch.utils.tensorboard  # noqa: F401  once, and not in each process that is forked
@@ -13,7 +13,7 @@ import torch.utils.tensorboard  # noqa: F401  once, and not in each process that
 from smca.cli.train import main
 
 
-class Job:
+class Job(multiprocessing.get_context("fork").Process):
     """
     ``train_net.py`` in a process group of its own, which is forked: a Python that has imported
     PyTorch already starts in milliseconds.
@@ -27,43 +27,28 @@ class Job:
             args: of the command line beside it.
             prepare (callable or None): called in the new process before the command.
         """
+        super().__init__()
         self.output_file = folder / f"output_{len(list(folder.glob('output_*')))}"
         self.output_file.touch()  # so that the next one takes another name
-        args = ["--config-file", config, *map(str, args)]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.code = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 99
-            try:
-                code = self._run(args, prepare)
-            except SystemExit as error:
-                code = error.code
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+        self.words = ["--config-file", config, *map(str, args)]
+        self.prepare = prepare
+        self.start()
 
-    def _run(self, args, prepare):
+    def run(self):
         os.setsid()
-        sys.stdin.close()
         with open(self.output_file, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, closefd=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # As in a data loader's worker: threads of the process before the fork are gone.
         torch.set_num_threads(1)
-        if prepare is not None:
-            prepare()
-        return main(args)
+        if self.prepare is not None:
+            self.prepare()
+        sys.exit(main(self.words))
 
     @property
     def output(self):
@@ -85,26 +70,16 @@ class Job:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def is_alive(self):
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code is None
-
     def signal_group(self, number):
         os.killpg(self.pid, number)
 
     def wait(self, seconds=600):
         """The exit code; kills what takes longer."""
-        deadline = time.monotonic() + seconds
-        while self.is_alive():
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise AssertionError(f"not ended after {seconds} s:\n{self.output}")
-            time.sleep(0.02)
-        return self.code
+        self.join(seconds)
+        if self.is_alive():
+            self.signal_group(signal.SIGKILL)
+            raise AssertionError(f"not ended after {seconds} s:\n{self.output}")
+        return self.exitcode
 
 
 def train(folder, config, *args, prepare=None):

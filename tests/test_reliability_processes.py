@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, assert_same_bits, child_environment, error_of, write_tiny_config
+from helpers import ROOT, assert_same_bits, child_environment, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
-from smca.cli import train as train_command
 from smca.engine import Trainer, launch
 from smca.errors import DatasetError
 
@@ -160,15 +159,6 @@ def test_a_process_without_the_file_system_of_the_first_resumes_with_it(tmp_path
         assert job.wait() == 0, job.output
     assert "Resuming at iteration 2" in job.output
     assert iteration_of(tmp_path / "machine_0" / "run" / "model_final.pth") == 3
-
-
-# The real command lines
-
-
-def test_several_machines_need_torchrun(tmp_path, capsys):
-    config = write_tiny_config(tmp_path)
-    words = ["--config-file", config, "--num-machines", "2", "train.device=cpu"]
-    assert "use torchrun --nnodes or Slurm" in error_of(capsys, train_command.main, *words)
 
 
 def descendants(pid):

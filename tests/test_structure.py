@@ -1,7 +1,11 @@
-"""Imports of the package: no circle, nothing that is not needed, and what comes before PyTorch."""
+"""Imports of the package: no circle, nothing that is not needed, and what comes before PyTorch; and
+docs/architecture.md, which says what each room may import."""
 
 import ast
 import graphlib
+import importlib
+import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +55,6 @@ def imports_of(module: str) -> Iterator[str]:
 
 
 IMPORTS: Dict[str, Set[str]] = {module: set(imports_of(module)) for module in FILES}
-
-
-def room_of(module: str) -> str:
-    return module.split(".")[1]
 
 
 def test_imports_have_no_circle():
@@ -108,3 +108,43 @@ def test_threads_are_told_how_to_wait_before_there_are_any(script, settings, exp
     command = [sys.executable, "-c", SPY, str(ROOT / script)]
     run = subprocess.run(command, env=env | settings, capture_output=True, text=True)
     assert run.stdout.split() == [expected], run.stderr
+
+
+# docs/architecture.md
+
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+# The file and the names of a row: | ... | `modeling/file.py` | `a`, `b` |
+ROWS = re.findall(r"^\|.*\| `([\w/]+\.py)` \| (.+) \|$", TEXT, re.MULTILINE)
+# A folder and those that it may import: | `folder` | ... | `a`, `b` |
+ROOMS = dict(
+    re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", TEXT.partition("## Folders")[2], re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("file, names", ROWS)
+def test_every_name_in_the_tables_exists(file, names):
+    module = importlib.import_module(f"smca.{file.removesuffix('.py').replace('/', '.')}")
+    names = re.findall(r"`([^`]+)`", names)
+    assert names
+    for name in names:
+        operator.attrgetter(name)(module)
+
+
+def test_every_file_of_the_model_is_in_the_tables():
+    files = {f"modeling/{path.name}" for path in (FOLDERS["smca"] / "modeling").glob("*.py")}
+    assert {file for file, _ in ROWS} >= files - {"modeling/__init__.py"}
+
+
+def test_every_room_has_its_row():
+    rooms = {path.parent.name for path in FOLDERS["smca"].glob("*/__init__.py")} | {"configs"}
+    rooms |= {path.stem for path in FOLDERS["smca"].glob("*.py")} - {"__init__", "version"}
+    assert set(ROOMS) == rooms
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_the_document_allows(room):
+    modules = [module for module in IMPORTS if f"{module}.".startswith(f"smca.{room}.")]
+    named = {other for module in modules for other in IMPORTS[module]}
+    rooms = {other.split(".")[1] for other in named} - {room, "version"}
+    allowed = set(re.findall(r"`(\w+)`", ROOMS[room]))
+    assert rooms <= allowed <= set(list(ROOMS)[: list(ROOMS).index(room)])  # which stand above it

@@ -350,6 +350,7 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys, text, words):
         ([], "--config-file"),
         (["--config-file", "x/custom_smal.py"], "does not exist, did you mean custom_small?"),
         (["--config-file", "CONFIG", "--num-gpus", 0], "--num-gpus"),
+        (["--config-file", "CONFIG", "--num-machines", 2], "use torchrun --nnodes or Slurm"),
         (["--config-file", "CONFIG", "--eval-only", "OUT"], "train.init_checkpoint=FILE"),
         (["--config-file", "CONFIG", "OUT", "FOLDER"], "run is a folder: name a checkpoint in it"),
         (

@@ -223,30 +223,25 @@ def test_the_best_checkpoint_is_that_of_the_best_metric(run, weights):
     assert_same_weights(best["model"], weights[6])
 
 
-@pytest.mark.parametrize("name", ["loss_ce", "loss_bbox"])
-def test_logged_losses_are_the_means_of_an_iterations_batches(run, name):
-    values = [batch.losses[name] for batch in run.batches]
-    means = np.reshape(values, (NUM_ITERS, ACCUMULATE)).mean(1)
-    # A line has the median of the last 20 iterations.
-    expected = {n: np.median(means[: n + 1]) for n in (3, 7, 8)}
-    assert run.metrics(name) == pytest.approx(expected, rel=1e-5)
+def test_logged_losses_are_the_means_of_an_iterations_batches(run):
+    for name in ("loss_ce", "loss_bbox"):
+        values = [batch.losses[name] for batch in run.batches]
+        means = np.reshape(values, (NUM_ITERS, ACCUMULATE)).mean(1)
+        # A line has the median of the last 20 iterations.
+        expected = {n: np.median(means[: n + 1]) for n in (3, 7, 8)}
+        assert run.metrics(name) == pytest.approx(expected, rel=1e-5)
 
 
 # Mixed precision
 
 
-@pytest.mark.parametrize(
-    "enabled, name, dtype",
-    [
-        (True, "bf16", torch.bfloat16),
-        (True, "fp16", torch.float16),
-        (False, "fp16", torch.float32),
-    ],
-)
-def test_the_model_computes_in_the_type_of_the_config(tmp_path, enabled, name, dtype):
-    amp = dict(enabled=enabled, dtype=name)
-    done = drive(tmp_path, max_iter=2, eval_period=0, amp=amp)
-    assert [batch.dtype for batch in done.batches] == [dtype] * 2
-    # Only float16 scales the loss.
-    has_scale = bool(done.checkpoint("model_final.pth")["trainer"]["grad_scaler"])
-    assert has_scale == (dtype == torch.float16)
+def test_the_model_computes_in_the_type_of_the_config(run, tmp_path):
+    half, full = (
+        drive(tmp_path / f"{on}", max_iter=1, eval_period=0, amp=dict(enabled=on, dtype="fp16"))
+        for on in (True, False)
+    )
+    for done, dtype in ((run, torch.bfloat16), (half, torch.float16), (full, torch.float32)):
+        assert {batch.dtype for batch in done.batches} == {dtype}
+        # Only float16 scales the loss.
+        scaler = done.checkpoint("model_final.pth")["trainer"]["grad_scaler"]
+        assert bool(scaler) == (dtype == torch.float16)
