@@ -156,24 +156,38 @@ class MeanLoss(nn.Module):
         return {"loss": self.layer(batch).float().square().mean()}
 
 
+def write_coco(json_file, image_root, annotations, categories, image_ids, size, seed=0):
+    """Images of noise, which are called by their ids, and their COCO JSON; gives its content.
+
+    Args:
+        categories: names by id.
+        size: (height, width) of all images.
+    """
+    image_root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    images = []
+    for image_id in image_ids:
+        name = f"{image_id}.png"
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(image_root / name)
+        images.append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
+    categories = [{"id": key, "name": name} for key, name in categories.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories, "info": {}}
+    json_file.write_text(json.dumps(content))
+    return content
+
+
 def write_dataset(folder, num_objects=(1,) * 8):
     """Random 32 x 32 images, each with so many boxes, as files and COCO JSON, in a new folder or
     one that is there."""
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
+    annotations = []
     for n, count in enumerate(num_objects):
-        name = f"{n}.png"
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name)
-        images.append({"id": n + 1, "file_name": name, "height": 32, "width": 32})
         of_image = {"image_id": n + 1, "category_id": 1 + n % 2, "iscrowd": 0}
         for k in range(count):
             width, height = 16 - 3 * k, 16 - k
             box = {"bbox": [4 + n % 3 + 3 * k, 4 + k, width, height], "area": width * height}
             annotations.append({"id": len(annotations) + 1, **of_image, **box})
-    categories = [{"id": 1, "name": "round"}, {"id": 2, "name": "square"}]
-    data = {"images": images, "annotations": annotations, "categories": categories, "info": {}}
-    (folder / "truth.json").write_text(json.dumps(data))
+    classes, image_ids = {1: "round", 2: "square"}, range(1, 1 + len(num_objects))
+    write_coco(folder / "truth.json", folder, annotations, classes, image_ids, (32, 32))
 
 
 def write_tiny_config(folder, **changes):

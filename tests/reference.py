@@ -10,7 +10,6 @@ of one scale, T boxes of one image. Tokens are batch first, ``padding_mask`` is 
 lists of scales run from fine to coarse.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, List, NamedTuple
@@ -55,29 +54,20 @@ class Memory(NamedTuple):
 
 def sine_position_encoding(padding_mask, num_features=128):
     """(B, h, w) mask to (B, 2 * num_features, h, w): the features of y, then those of x."""
-    batch, height, width = padding_mask.shape
-    encoding = torch.zeros(batch, 2 * num_features, height, width, dtype=torch.float64)
-    for b, y, x in itertools.product(range(batch), range(height), range(width)):
-        column = (~padding_mask[b, :, x]).double()
-        row = (~padding_mask[b, y, :]).double()
-        angle_y = column[: y + 1].sum().item() / (column.sum().item() + 1e-6) * 2 * math.pi
-        angle_x = row[: x + 1].sum().item() / (row.sum().item() + 1e-6) * 2 * math.pi
-        for offset, angle in ((0, angle_y), (num_features, angle_x)):
-            for i in range(num_features):
-                phase = angle / 10000 ** (2 * (i // 2) / num_features)
-                value = math.sin(phase) if i % 2 == 0 else math.cos(phase)
-                encoding[b, offset + i, y, x] = value
-    return encoding.float()
+    feature, halves = torch.arange(num_features), []
+    for axis in (1, 2):
+        count = (~padding_mask).double().cumsum(axis)
+        angle = count / (count.select(axis, -1).unsqueeze(axis) + 1e-6) * 2 * math.pi
+        phase = angle[..., None] / 10000 ** (2 * (feature // 2) / num_features)
+        halves.append(torch.where(feature % 2 == 0, phase.sin(), phase.cos()))
+    return torch.cat(halves, -1).permute(0, 3, 1, 2).float()
 
 
 def resize_mask(padding_mask, height, width):
     """(B, H, W) pixel mask to (B, height, width): cell i is padding if pixel floor(i H / h) is."""
-    resized = padding_mask.new_zeros(len(padding_mask), height, width)
-    for y, x in itertools.product(range(height), range(width)):
-        pixel_y = y * padding_mask.shape[1] // height
-        pixel_x = x * padding_mask.shape[2] // width
-        resized[:, y, x] = padding_mask[:, pixel_y, pixel_x]
-    return resized
+    rows = torch.arange(height) * padding_mask.shape[1] // height
+    columns = torch.arange(width) * padding_mask.shape[2] // width
+    return padding_mask[:, rows[:, None], columns]
 
 
 # --------------------------------------------------------------------------------- small layers
@@ -442,13 +432,10 @@ def inference(logits, boxes, height, width, top_k):
 
     logits (Q, C), boxes (Q, 4) normalized cxcywh. Boxes are not clipped.
     """
-    candidates = []
-    for q, c in itertools.product(range(logits.shape[0]), range(logits.shape[1])):
-        candidates.append((float(torch.sigmoid(logits[q, c])), c, q))
-    candidates.sort(key=lambda candidate: -candidate[0])
-    scores, labels, queries = map(list, zip(*candidates[:top_k]))
+    scores, order = logits.sigmoid().flatten().sort(descending=True, stable=True)
+    queries, labels = order[:top_k] // logits.shape[1], order[:top_k] % logits.shape[1]
     pixels = torch.tensor([width, height, width, height])
-    return torch.tensor(scores), torch.tensor(labels), corners(boxes[queries]) * pixels
+    return scores[:top_k], labels, corners(boxes[queries]) * pixels
 
 
 # --------------------------------------------------------------------------------- golden cases

@@ -9,7 +9,7 @@ import pytest
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
-from helpers import ODD_NAMES, ROOT, write_smca_config
+from helpers import ODD_NAMES, ROOT, write_coco, write_smca_config
 from smca.analysis import draw_instances
 from smca.analysis.dataset import draw_training_images, examine, find_remarks, statistics_of
 from smca.cli import check_data as tool
@@ -28,19 +28,10 @@ def annotation(id, image_id, category_id, bbox, **more):
 
 def write_data(folder, *annotations, num_images=3, seed=0):
     """Images 1, 2, ... of 80 x 60 pixels of noise, categories 5 (dog) and 9 (cat): the paths."""
-    image_root = folder / "images"
-    image_root.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    images = []
-    for image_id in range(1, num_images + 1):
-        pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(image_root / f"{image_id}.png")
-        name = f"{image_id}.png"
-        images.append({"id": image_id, "file_name": name, "height": 60, "width": 80})
-    categories = [{"id": 9, "name": "cat"}, {"id": 5, "name": "dog"}]
-    content = {"images": images, "annotations": list(annotations), "categories": categories}
-    (folder / "data.json").write_text(json.dumps(content))
-    return str(folder / "data.json"), str(image_root)
+    folder.mkdir(exist_ok=True)
+    paths, image_ids = (folder / "data.json", folder / "images"), range(1, num_images + 1)
+    write_coco(*paths, annotations, {9: "cat", 5: "dog"}, image_ids, (60, 80), seed)
+    return tuple(map(str, paths))
 
 
 GOOD = [

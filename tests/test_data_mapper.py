@@ -35,13 +35,8 @@ def _record(path, boxes=(), crowd=(), height=12, width=20):
         {"bbox": list(box), "bbox_mode": BoxMode.XYWH_ABS, "category_id": i, "iscrowd": i in crowd}
         for i, box in enumerate(boxes)
     ]
-    return {
-        "file_name": path,
-        "image_id": 7,
-        "height": height,
-        "width": width,
-        "annotations": annotations,
-    }
+    size = {"height": height, "width": width}
+    return {"file_name": path, "image_id": 7, **size, "annotations": annotations}
 
 
 @pytest.fixture

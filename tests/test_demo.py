@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -188,12 +187,16 @@ def test_results_so_far_are_kept_when_the_disk_is_full(trained, tmp_path, monkey
     assert "out/2.png cannot be written: No space left" in line
 
 
-def test_missing_files_are_named(trained, tmp_path, capsys):
+def test_missing_files_and_wrong_outputs_are_named(trained, tmp_path, capsys):
     config, weights = trained
     image = tmp_path / "a.png"
     write_image(image)
     (tmp_path / "empty").mkdir()
     for arguments, words in (
+        ([config, weights, "--input", image, "--output", tmp_path], f"is the folder of {image}"),
+        ([config, weights, "--input", image, "--output", image / "c"], "cannot be written"),
+        ([config, weights, "--input", image, "--output", "x.png"], "x.png has to be a folder"),
+        ([config, weights, "--input", "model.a=5"], "overrides go behind --opts, at the end"),
         ([config, weights, "--input", "nowhere.png"], "nowhere.png does not exist"),
         ([config, weights, "--input", tmp_path / "*.gif"], "*.gif does not exist"),
         ([config, weights, "--input", tmp_path / "empty"], "no image in the folder"),
@@ -205,10 +208,9 @@ def test_missing_files_are_named(trained, tmp_path, capsys):
         (["", "", "--input", image], "add --config-file, --weights or both"),
     ):
         config_file, file, *rest = arguments
-        out = ["--output", tmp_path / "out"]
         model = ["--config-file", config_file, "--weights", file]
-        text = error_of(capsys, demo.main, *model, *rest, *out)
-        assert words in text
+        out = ["--output", tmp_path / "out"]  # where none is given
+        assert words in error_of(capsys, demo.main, *model, *out, *rest)
     assert not (tmp_path / "out").exists()
 
 
@@ -221,21 +223,6 @@ def test_weights_that_do_not_say_their_config_need_one(trained, tmp_path, capsys
         weights = write_weights(tmp_path, trained[0], **provenance)
         args = ["--weights", weights, "--input", tmp_path / "a.png"]
         assert words in error_of(capsys, demo.main, *args)
-
-
-def test_wrong_outputs_and_thresholds_are_errors(trained, tmp_path, capsys):
-    write_image(tmp_path / "a.png")
-    model = ["--config-file", trained[0], "--weights", trained[1]]
-    for arguments, words in (
-        (["--input", tmp_path, "--output", tmp_path], f"is the folder of {tmp_path}/a.png"),
-        (
-            ["--input", tmp_path / "a.png", "--output", tmp_path / "a.png" / "c"],
-            "cannot be written",
-        ),
-        (["--input", tmp_path, "--output", "x.png"], "--output x.png has to be a folder"),
-        (["--input", "model.max_detections=5"], "overrides go behind --opts, at the end"),
-    ):
-        assert words in error_of(capsys, demo.main, *model, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -258,15 +245,10 @@ def test_an_option_s_value_out_of_range_is_named_before_anything_is_read(capsys,
     assert f"argument {given[0]}: has to be " in error and f", not {given[1]} (see" in error
 
 
-def test_images_may_be_urls(trained, tmp_path, monkeypatch):
-    write_image(tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
+def test_images_may_be_urls():
     urls = ["https://example.com/photos/a.png?size=2/3", "https://example.com/"]
-    out = ("--output", tmp_path / "out", "--confidence-threshold", 0)
-    assert run(trained, "--input", *urls, *out) == 0
-    assert {row["file_name"] for row in read_json(tmp_path / "out")} == set(urls)
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png", "example.png"}
+    assert find_images(urls) == urls
+    assert demo.output_paths(urls, "out") == ["out/a.png", "out/example.png"]
 
 
 # Video

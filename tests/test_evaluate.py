@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from helpers import CLASS_NAMES, ODD_NAMES, make_smca, write_smca_config, write_weights
+from helpers import CLASS_NAMES, ODD_NAMES, make_smca, write_coco, write_smca_config, write_weights
 from smca.analysis.evaluation import Evaluation, detect, load_truth
 from smca.analysis.report import draw_confusion, worst_images, write_report
 from smca.cli import evaluate as tool
@@ -26,29 +26,21 @@ from smca.inference import Predictor
 def data(tmp_path, monkeypatch):
     """A data set of three images of noise with one or two objects: its name."""
     monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "images"
-    folder.mkdir()
-    images, annotations = [], []
-    for image_id in (4, 5, 6):
-        pixels = np.random.default_rng(image_id).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{image_id}.png")
-        file_name = f"{image_id}.png"
-        images.append({"id": image_id, "file_name": file_name, "height": 60, "width": 80})
-        for number in range(image_id % 2 + 1):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 10 + number,
-                    "bbox": [5 + 30 * number, 10, 20, 30],
-                    "area": 600,
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": 10 + i, "name": name} for i, name in enumerate(CLASS_NAMES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "data.json").write_text(json.dumps({"info": {}, **content}))
-    return register_coco(tmp_path / "data.json", folder), content
+    objects = [(4, 0), (5, 0), (5, 1), (6, 0)]  # image id, and number in the image
+    annotations = [
+        {
+            "id": index,
+            "image_id": image_id,
+            "category_id": 10 + number,
+            "bbox": [5 + 30 * number, 10, 20, 30],
+            "area": 600,
+            "iscrowd": 0,
+        }
+        for index, (image_id, number) in enumerate(objects, 1)
+    ]
+    paths, classes = (tmp_path / "data.json", tmp_path / "images"), enumerate(CLASS_NAMES, 10)
+    content = write_coco(*paths, annotations, dict(classes), (4, 5, 6), (60, 80))
+    return register_coco(*paths), content
 
 
 class FixedDetector:
@@ -214,7 +206,7 @@ def test_names_and_ids_of_the_report_are_the_data_sets_own(data, tmp_path):
     config, folder = write_smca_config(tmp_path), tmp_path / "_$run$_{"
     folder.mkdir()
     model = make_smca(config)
-    model.class_embed.bias.data[0] += 40  # so that a wrong order of the classes would show
+    model.class_embed.bias.data[0] += 10  # so that a wrong order of the classes would show
     for order in ([0, 1, 2], [2, 0, 1]):
         weights = model.state_dict()
         for key in ("class_embed.weight", "class_embed.bias"):
