@@ -102,7 +102,7 @@ def test_the_first_queries_are_kept(tmp_path, caplog, count):
     kept = min(count, 6)
     assert torch.equal(new.query_embed.weight[:kept], old.query_embed.weight[:kept])
     assert torch.equal(new.query_embed.weight[kept:], initial[kept:])
-    words = {4: "the last 2 of 6 queries are left out", 9: "3 of 9 queries start anew"}
+    words = {4: "2 of 6 old queries are left out", 9: "3 of 9 queries start anew"}
     assert words[count] in caplog.text
 
 

@@ -36,41 +36,27 @@ def adapt(
 
     Returns texts that say what is not kept; none if everything is.
     """
-    notes = []
-    known_rows = [
-        key
-        for key in initial
-        if key in weights and weights[key].shape[1:] == initial[key].shape[1:]
-    ]
-    class_rows = [key for key in known_rows if has_class_rows(key)]
-    if class_rows:
-        num_old, num_new = (len(rows[class_rows[0]]) for rows in (weights, initial))
-        has_names = len(old_names) == num_old and len(new_names) == num_new
-        if has_names or num_old != num_new:
-            known = {name: row for row, name in enumerate(old_names)} if has_names else {}
-            names = list(new_names) if has_names else [str(index) for index in range(num_new)]
-            kept = {row: known[name] for row, name in enumerate(names) if name in known}
-            for key in class_rows:
-                weights[key] = _with_rows(initial[key], weights[key], kept)
-            anew = [name for row, name in enumerate(names) if row not in kept]
-            if anew:
-                notes.append(f"{len(anew)} of {num_new} classes start anew ({some(anew, 8)})")
-            if len(kept) < num_old:
-                notes.append(f"{num_old - len(kept)} of {num_old} old classes are left out")
-    if _QUERIES in known_rows:
-        num_old, num_new = len(weights[_QUERIES]), len(initial[_QUERIES])
-        kept = {row: row for row in range(min(num_old, num_new))}
-        weights[_QUERIES] = _with_rows(initial[_QUERIES], weights[_QUERIES], kept)
-        if num_new > num_old:
-            notes.append(f"{num_new - num_old} of {num_new} queries start anew")
-        elif num_new < num_old:
-            notes.append(f"the last {num_old - num_new} of {num_old} queries are left out")
+    rows = [key for key in initial if key in weights]
+    rows = [key for key in rows if weights[key].shape[1:] == initial[key].shape[1:]]
+    notes: List[str] = []
+    for kind, keys, old, new in (
+        ("classes", list(filter(has_class_rows, rows)), old_names, new_names),
+        ("queries", [key for key in rows if key == _QUERIES], (), ()),
+    ):
+        num_old, num_new = (len(each[keys[0]]) if keys else 0 for each in (weights, initial))
+        if len(old) != num_old or len(new) != num_new:
+            are_same = kind == "queries" or num_old == num_new
+            old = [str(row) for row in range(num_old if are_same else 0)]
+            new = [str(row) for row in range(num_new)]
+        known = {name: row for row, name in enumerate(old)}
+        kept = {row: known[name] for row, name in enumerate(new) if name in known}
+        for key in keys:
+            values = initial[key].detach().clone()
+            values[list(kept)] = weights[key][list(kept.values())].to(values)
+            weights[key] = values
+        anew = [name for row, name in enumerate(new) if row not in kept]
+        if anew:
+            notes.append(f"{len(anew)} of {num_new} {kind} start anew ({some(anew, 8)})")
+        if len(kept) < num_old:
+            notes.append(f"{num_old - len(kept)} of {num_old} old {kind} are left out")
     return notes
-
-
-def _with_rows(initial: Tensor, old: Tensor, kept: Mapping[int, int]) -> Tensor:
-    """`initial` with the rows `kept` (new row: old row) from `old`."""
-    rows = initial.detach().clone()
-    if kept:
-        rows[list(kept.keys())] = old[list(kept.values())].to(rows)
-    return rows

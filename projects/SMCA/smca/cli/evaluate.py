@@ -72,15 +72,18 @@ def run(args: argparse.Namespace) -> List[str]:
     if args.max_images is not None:
         dataset_dicts = evenly(dataset_dicts, args.max_images)
     name, truth = load_test_truth(cfg, dataset_dicts)
-    for (weights, _), predictor in zip(detectors, predictors):
-        check_classes(weights, predictor, name)
+    category_ids = [
+        category_ids_of(weights, predictor, name, truth)
+        for (weights, _), predictor in zip(detectors, predictors)
+    ]
     make_folder(args.output)
     evaluations = []
-    for title, predictor in zip(column_names(args.weights, args.dtype), predictors):
+    titles = column_names(args.weights, args.dtype)
+    for title, predictor, ids in zip(titles, predictors, category_ids):
         detections, seconds = detect(
             predictor,
             dataset_dicts,
-            category_ids_of(predictor, name, truth),
+            ids,
             progress=functools.partial(tqdm, desc=title, unit="image", disable=None),
         )
         threshold = args.confidence_threshold
@@ -113,8 +116,9 @@ def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[
     return names[0], load_truth(read_coco(json_file), [d["image_id"] for d in dataset_dicts])
 
 
-def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
-    """Raise a UserError if a detector's classes are known to be others than the data set's."""
+def category_ids_of(weights: str, predictor: Predictor, dataset: str, truth: COCO) -> List[int]:
+    """For each of the detector's classes the id that its name has in the data set; a detector
+    without names has the data set's order. A UserError if its classes are known to be others."""
     expected = list(MetadataCatalog.get(dataset).get("thing_classes", []))
     count = getattr(predictor.model, "num_classes", len(expected))
     names = sorted(predictor.class_names)
@@ -128,14 +132,8 @@ def check_classes(weights: str, predictor: Predictor, dataset: str) -> None:
             f"{weights} has other classes than the data set '{dataset}', {found}: evaluate it on a "
             "data set with its own classes (dataloader.test.dataset.names or data.val_json)."
         )
-
-
-def category_ids_of(predictor: Predictor, dataset: str, truth: COCO) -> List[int]:
-    """For each of the detector's classes the id that its name has in the data set; a detector
-    without names has the data set's order."""
     ids = sorted(truth.getCatIds())
-    names = list(MetadataCatalog.get(dataset).get("thing_classes", []))
-    return [ids[names.index(name)] for name in predictor.class_names] or ids
+    return [ids[expected.index(name)] for name in predictor.class_names] or ids
 
 
 def column_names(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -> List[str]:

@@ -143,13 +143,9 @@ def _load_file(config_file: str) -> DictConfig:
 
 
 def _require_sections(cfg: Any, names: Sequence[str], config_file: str) -> None:
-    def is_section(name: str) -> bool:
-        try:
-            return isinstance(OmegaConf.select(cfg, name), DictConfig)
-        except (OmegaConfBaseException, ValueError):  # a reference to nothing; an empty file
-            return False
-
-    absent = [name for name in names if not is_section(name)]
+    cfg = cfg if isinstance(cfg, DictConfig) else OmegaConf.create()  # a file of something else
+    found = {name: OmegaConf.select(cfg, name, throw_on_resolution_failure=False) for name in names}
+    absent = [name for name in names if not isinstance(found[name], DictConfig)]
     if absent:
         raise ConfigError(
             f"{config_file} is no config for this command, it does not have the sections "

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import functools
 import logging
 import math
 import random
@@ -30,17 +31,6 @@ _MODEL = 2
 _LEAST_SCALE = 2.0**-14
 # What a config says of an optimizer, and a checkpoint as well.
 _OPTIMIZER_SETTINGS = {"lr", "weight_decay", "betas", "eps", "momentum"}
-
-
-class BoundedStorage(EventStorage):
-    """Detectron2's storage with the last thousand values of each metric, the most that a writer
-    looks at. Detectron2 keeps a million, gigabytes in a training on COCO."""
-
-    def __init__(self, start_iter: int = 0) -> None:
-        super().__init__(start_iter)
-        self._history: Dict[str, HistoryBuffer] = collections.defaultdict(
-            lambda: HistoryBuffer(max_length=1000)
-        )
 
 
 class Trainer(SimpleTrainer):
@@ -104,7 +94,10 @@ class Trainer(SimpleTrainer):
         self.iter = self.start_iter = start_iter
         self.last_iter = start_iter - 1
         self.max_iter = max_iter
-        with BoundedStorage(start_iter) as self.storage:
+        with EventStorage(start_iter) as self.storage:
+            # As many values of a metric as a writer looks at: a million are gigabytes.
+            buffer = functools.partial(HistoryBuffer, max_length=1000)
+            self.storage._history = collections.defaultdict(buffer)
             try:
                 self.before_train()
                 while self.iter < self.max_iter and not self.stopped_early:
