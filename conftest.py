@@ -70,11 +70,16 @@ def data_sets_of_one_test():
             catalog.remove(name)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The package makes its files here, not in the user's folder."""
+    os.environ["SMCA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
-def few_shapes(tmp_path_factory, monkeypatch):
+def few_shapes(monkeypatch):
     """The embedded data set's names stand for three of its images: it takes a minute to draw, and
     lies in the user's cache folder."""
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     for split, name in zip(("train", "val"), register_shapes(1, 2, prefix="few_shapes")):
         for catalog in (DatasetCatalog, MetadataCatalog):
             monkeypatch.setitem(catalog.data, f"smca_shapes_{split}", catalog.data[name])
@@ -115,7 +120,7 @@ def write_data(folder):
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory):
+def workspace(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("pages")
     for path in ROOT.iterdir():
         if path.name not in (".git", "output"):
@@ -125,7 +130,6 @@ def workspace(tmp_path_factory):
         settings += [f"data.{split}_json={split}.json", f"data.{split}_images=images"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("SMCA_CACHE", str(tmp_path_factory.mktemp("cache")))
         write_data(folder)
         assert train.main(["--config-file", "convergence/coco_single_scale", *settings]) == 0
     (folder / "output" / "demo" / "examples").symlink_to(folder / "images")

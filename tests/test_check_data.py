@@ -17,11 +17,6 @@ from smca.data import DetrDatasetMapper, detr_augmentations
 from smca.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-
-
 def annotation(id, image_id, category_id, bbox, **more):
     return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
 

@@ -24,11 +24,6 @@ from smca.data import (
 from smca.errors import DatasetError
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-
-
 def _coco():
     """Two images of 40 x 30 pixels, the second without objects; category ids with gaps."""
     return {
@@ -83,7 +78,6 @@ def test_registered_data_set_has_contiguous_classes_in_the_order_of_their_ids(tm
     assert metadata.json_file == str(json_file) and metadata.evaluator_type == "coco"
     assert num_classes(json_file) == 2
     assert _perfect_ap(name) == pytest.approx(100)
-    assert not (tmp_path / "cache" / "coco").exists()
 
 
 def test_several_files_can_have_a_folder_of_images_each(tmp_path):

@@ -30,11 +30,6 @@ from test_train_net import SMALL, arguments
 BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-
-
 def write_images(folder, *names):
     folder.mkdir(parents=True)
     for name in names:

@@ -23,9 +23,8 @@ from smca.inference import Predictor
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data(tmp_path):
     """A data set of three images of noise with one or two objects: its name."""
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
     objects = [(4, 0), (5, 0), (5, 1), (6, 0)]  # image id, and number in the image
     annotations = [
         {

@@ -42,8 +42,7 @@ damage = settings(
 
 
 @pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
+def quiet():
     logging.disable()
     yield
     logging.disable(logging.NOTSET)

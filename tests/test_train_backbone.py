@@ -13,11 +13,6 @@ from smca.config import load_config
 CONFIG = str(ROOT / "configs" / "convergence" / "pretrained_multi_scale.py")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
-
-
 def test_a_trained_backbone_is_where_a_detector_starts(tmp_path, capsys, caplog):
     file = tmp_path / "new" / "backbone.pth"
     arguments = [CONFIG, "--output", str(file), "--images", "30", "--steps", "2"]

@@ -212,9 +212,8 @@ def detections_of(folder, ids):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def own(tmp_path):
     """Overrides of a training on own data that is finished, and the file of these data."""
-    monkeypatch.setenv("SMCA_CACHE", str(tmp_path / "cache"))
     write_dataset(tmp_path / "data")
     file = tmp_path / "data" / "truth.json"
     file.write_text(file.read_text().replace("round", NAMES[0]).replace("square", NAMES[1]))
