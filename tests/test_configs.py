@@ -83,6 +83,11 @@ def test_paths_and_names_of_classes_need_no_quotes(value, expected):
     assert load_config(path, [f"data.names={value}"], needed=()).data.names == expected
 
 
+def test_a_value_of_another_kind_may_stand_for_what_a_config_computes():
+    key = "dataloader.test.mapper.augmentations.short_sides"
+    assert OmegaConf.select(load_config("custom_small", [f"{key}=300"], needed=()), key) == 300
+
+
 def test_a_swin_backbone_works():
     cfg = load("smca_r50_50ep", *SMALL)
     cfg.model.backbone = L(SwinTransformer)(

@@ -1,6 +1,7 @@
 """What a LazyConfig's sections build, with errors that say which section it was."""
 
 import collections.abc
+import contextlib
 import copy
 import inspect
 import json
@@ -104,18 +105,18 @@ def signature_of(section: DictConfig) -> inspect.Signature:
     except Exception as error:  # of a module that cannot be imported, too
         key, reason = section._get_full_key("_target_"), str(error).splitlines()[0]
         raise ConfigError(f"There is no {key}={target}: {reason}") from error
-    try:
-        signature = inspect.signature(target, eval_str=True)
-    except (AttributeError, NameError):
+    signature = inspect.Signature()
+    with contextlib.suppress(TypeError, ValueError):  # functions written in C may have none
         signature = inspect.signature(target)
-    except (TypeError, ValueError):  # which functions written in C may have none
-        signature = inspect.Signature()
+        with contextlib.suppress(Exception):  # annotations that are texts are code
+            signature = inspect.signature(target, eval_str=True)
     return signature.replace(return_annotation=target) if isinstance(target, type) else signature
 
 
 def require_type(value: Any, kind: Any, key: str) -> None:
     """Raise a ConfigError if the value of a key is not of an annotated type."""
-    if kind is not inspect.Signature.empty and not _fits(value, kind):
+    is_known = kind is not inspect.Signature.empty and not isinstance(kind, str)
+    if is_known and not _fits(value, kind):
         raise ConfigError(f"{key} has to be {words_for(kind)}, it cannot be {value!r}.")
 
 
