@@ -47,8 +47,8 @@ dataloader.test.dataset.names = L(register_coco)(
 )
 dataloader.train.total_batch_size = 8
 
-# The published recipe starts at the full rate. Five encoder layers bear that badly where little is
-# pretrained or the rate is higher (docs/convergence.md), and a warm-up costs little.
+# The published recipe starts at the full rate, with which five encoder layers learn badly if little
+# is pretrained or the rate is higher. A warm-up costs little.
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[8, 10]),
     warmup_factor=0.01,

@@ -1,4 +1,4 @@
-"""The demo without modulation: everything else is `smca_shapes.py`."""
+"""`smca_shapes.py` without modulation: a small DETR."""
 
 from .smca_shapes import dataloader, lr_multiplier, model, optimizer, train
 

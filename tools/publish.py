@@ -2,7 +2,7 @@
 """Make a folder of a trained detector that can be given away.
 
 It holds what inference needs of a checkpoint (model.safetensors, config.yaml) and a model card
-(README.md); `smca.Predictor.from_pretrained` and demo.py read it:
+(README.md); `smca.Predictor.from_pretrained` and the commands' --weights read it:
 
     publish.py --weights output/demo/model_best.pth --output published --license cc-by-4.0
     publish.py --weights FILE --output DIR --license mit --data "My photographs"
@@ -68,7 +68,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = command_line(__doc__)
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a training")
     add_weights_kind(parser)
-    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    parser.add_argument("--config-file", metavar="FILE", help="default: the config of the weights")
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument(
         "--license", required=True, metavar="ID", help="of the weights, such as cc-by-4.0 or other"
@@ -129,7 +129,7 @@ def model_card(args: argparse.Namespace, predictor: Predictor, published: Dict[s
         ("weights", kind),
         ("iterations", steps and f"{steps:,}"),
         ("trained on", data),
-        ("licence of the weights", args.license),
+        ("license of the weights", args.license),
         ("smca", published["smca_version"]),
         ("torch", torch.__version__.partition("+")[0]),
     ]

@@ -1,4 +1,4 @@
-"""The demo's model and schedule, from scratch, on your own data in COCO format at 160 pixels; the
+"""The model and schedule of `smca_shapes.py` on your own data in COCO format at 160 pixels; the
 files are given as for `custom_coco.py`."""
 
 from detectron2.config import LazyCall as L

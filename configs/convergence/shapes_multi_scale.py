@@ -1,4 +1,4 @@
-"""The demo's model with three scales (strides 8, 16 and 32) and the paper's encoder, "IIMII"."""
+"""The model of `smca_shapes.py` with three scales (strides 8, 16 and 32) and the encoder "IIMII"."""
 
 from ..smca_shapes import dataloader, lr_multiplier, model, optimizer, train
 
@@ -7,7 +7,7 @@ model.in_features = ["res3", "res4"]
 model.num_extra_scales = 1
 model.encoder.pattern = "IIMII"
 # With several scales a map's radius starts at sqrt(16 beta stride) pixels: 8 pixels at stride 8,
-# as in the demo.
+# as in `smca_shapes.py`.
 model.decoder.modulation.beta = 0.5
-# Five layers of attention from scratch do not bear the demo's rate.
+# Five layers of attention do not learn from scratch at the rate of `smca_shapes.py`.
 optimizer.lr = 2e-4

@@ -43,12 +43,13 @@ problems that training would stop at.
 def get_parser() -> argparse.ArgumentParser:
     parser = command_line(_DESCRIPTION)
     parser.add_argument("--config-file", metavar="FILE", help="default: custom_small")
-    parser.add_argument("--json", metavar="FILE", help="instead of a config's data: a COCO JSON")
-    parser.add_argument("--images", metavar="DIR", help="its images")
-    parser.add_argument("--output", default="output/check_data", metavar="DIR")
-    text = "in training_images.jpg"
+    parser.add_argument("--json", metavar="FILE", help="a COCO JSON, instead of a config's data")
+    parser.add_argument("--images", metavar="DIR", help="the folder of its images")
+    text = "default: %(default)s"
+    parser.add_argument("--output", default="output/check_data", metavar="DIR", help=text)
+    text = "images in training_images.jpg; default: %(default)s"
     parser.add_argument("--num-images", type=at_least(1), default=12, metavar="N", help=text)
-    text = "of each kind"
+    text = "examples of each kind of problem; default: %(default)s"
     parser.add_argument("--num-examples", type=at_least(0), default=3, metavar="N", help=text)
     parser.add_argument("--no-decode", action="store_true", help="do not read the images")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")

@@ -37,13 +37,13 @@ page that needs no other file, and JSON:
 def get_parser() -> argparse.ArgumentParser:
     parser = command_line(_DESCRIPTION)
     parser.add_argument("--weights", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--config-file", metavar="FILE", help="not needed where the weights say it")
+    parser.add_argument("--config-file", metavar="FILE", help="default: the config of the weights")
     parser.add_argument("--output", default="output/report", metavar="DIR")
     text = "for confusions, mistakes and pictures; default: each detector's with the best F1"
     add_threshold(parser, text, default=None)
-    text = "pictures of each detector"
+    text = "pictures of the worst images of each detector; default: %(default)s"
     parser.add_argument("--num-worst", type=at_least(0), default=8, metavar="N", help=text)
-    text = "evenly from the test data; default: all"
+    text = "take N images, evenly spread over the test data; default: all"
     parser.add_argument("--max-images", type=at_least(1), metavar="N", help=text)
     add_weights_kind(parser)
     parser.add_argument("--device", help="auto, cpu, cuda, ...; default: as the config says")

@@ -14,9 +14,9 @@ from smca.inference.predictor import Predictor
 def add_predictor_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
     """Add ``--config-file``, ``--weights`` and ``--weights-kind``; and ``--device`` and ``--dtype``
     if `device` is true."""
-    text = "LazyConfig, or the name of one of the package; not needed where the weights say it"
+    text = "a file, or the name of a config of this package; default: the config of the weights"
     parser.add_argument("--config-file", metavar="FILE", help=text)
-    text = "checkpoint of a trained detector, or a folder of tools/publish.py"
+    text = "checkpoint of a trained detector, or a folder that tools/publish.py wrote"
     parser.add_argument("--weights", metavar="FILE", help=text)
     add_weights_kind(parser)
     if device:
@@ -31,8 +31,8 @@ def add_weights_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights-kind",
         choices=WEIGHTS,
-        help="the trained weights or their average; default: the average if the checkpoint is the "
-        "best one by it, else the trained weights",
+        help="the trained weights or their average; default: the average if it is what made this "
+        "the best checkpoint (train.best_metric=ema/...), otherwise the trained weights",
     )
 
 
