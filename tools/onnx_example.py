@@ -27,18 +27,15 @@ def resized_size(width: int, height: int, short_side: Optional[int], max_size: i
     return [max(1, int(scale * side + 0.5)) for side in (width, height)]
 
 
-def to_8_bit(levels: np.ndarray, content: bytes) -> np.ndarray:
-    """Levels of more than 8 bits in 8. A PNG file's sBIT chunk or the greatest level says of how
-    many bits they are; floats beyond 0 to 1 and other integers are stretched between the least and
-    the greatest."""
+def to_8_bit(levels: np.ndarray) -> np.ndarray:
+    """Levels of more than 8 bits in 8. The greatest says how many bits they have; floats beyond 0
+    to 1 and other integers are stretched between the least and the greatest."""
     values = np.nan_to_num(levels.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
     if levels.dtype.kind == "f" and 0 <= low and high <= 1:
         low, high = 0, 1
     elif levels.dtype.kind in "iu" and 0 <= low and high < 65536:
-        _, _, after = content.partition(b"IDAT")[0].partition(b"sBIT")
-        candidates = (after[0], 16) if after else (8, 10, 12, 14, 16)
-        low, high = 0, next(2**bits - 1 for bits in candidates if high < 2**bits)
+        low, high = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
     return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
@@ -46,19 +43,16 @@ def read_image(path: str) -> Image.Image:
     """An upright RGB image, read as in training."""
     try:
         # By its path, Pillow would mix up the pixels of some TIFFs that have an orientation.
-        content = Path(path).read_bytes()
-        image: Image.Image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(Path(path).read_bytes()))
         # Of colors with 16 bits, Pillow reads the upper 8.
         is_deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(f"{path} cannot be read: {error}")
     if is_deep:
-        return Image.fromarray(
-            to_8_bit(np.asarray(image.convert("RGB")).astype(np.uint16) * 257, content)
-        )
+        return Image.fromarray(to_8_bit(np.asarray(image.convert("RGB")).astype(np.uint16) * 257))
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_8_bit(np.asarray(image), content))
+        image = Image.fromarray(to_8_bit(np.asarray(image)))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,5 +1,5 @@
-"""Detectron2's Faster R-CNN with a feature pyramid in the size of `smca_shapes.py`: the same blocks,
-group norm, and 128 channels, from scratch, with the same images and schedule."""
+"""Detectron2's Faster R-CNN with a feature pyramid in the size of `smca_shapes.py`: the same
+blocks, group norm, and 128 channels, from scratch, with the same images and schedule."""
 
 from detectron2.model_zoo import get_config
 

@@ -1,4 +1,4 @@
-"""The model of `smca_shapes.py` with three scales (strides 8, 16 and 32) and the encoder "IIMII"."""
+"""The model of `smca_shapes.py` with three scales (strides 8, 16, 32) and the encoder "IIMII"."""
 
 from ..smca_shapes import dataloader, lr_multiplier, model, optimizer, train
 

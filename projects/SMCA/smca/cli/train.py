@@ -9,8 +9,8 @@ from smca.errors import at_least, command_line
 
 _EXAMPLES = """
 CONFIG is a file, or the name of a config that comes with the package. Options stand before the
-first key=value. For several machines use torchrun or Slurm instead of --num-machines, --machine-rank
-and --dist-url:
+first key=value. For several machines use torchrun or Slurm, and leave out --num-machines,
+--machine-rank, and --dist-url:
 
     %(prog)s --config-file configs/smca_shapes.py train.output_dir=output/shapes
     %(prog)s --config-file smca_r50_50ep --num-gpus 8 train.amp.enabled=True
