@@ -17,12 +17,7 @@ import compare_export
 import compare_peers
 import measuring
 from analyze_model import analyze, analyze_training
-from helpers import (
-    assert_same_gradients,
-    error_of,
-    leaves,
-    write_smca_config,
-)
+from helpers import assert_same_gradients, error_of, leaves, write_smca_config
 from smca.config import load_config
 from smca.errors import ConfigError, UserError, exit_code
 

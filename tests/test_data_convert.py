@@ -429,6 +429,7 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: [a]", "has no 'val'"),
         ("names: [a]\nval: gone", "image folder .*gone .*does not exist"),
         ("val: .\nnames: [a", r"data\.yaml is no YAML file, see line 2 \(exp.*\): correct it\.$"),
+        ("names: [h\xfcnd]", r"data\.yaml cannot be read \(.*utf-8.*\): correct it\.$"),
         ("names:\n- \0", r"data\.yaml is no YAML file, see line 2 \(.*allowed\): correct it\.$"),
         ("names: [a]\nval: data.yaml", "list of images has 2 names that .* has no image of"),
         ("names: {0: a, 2: b}\nval: .", "or number them from 0 without gaps"),
@@ -441,7 +442,7 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
 )
 def test_a_yolo_file_that_cannot_be_used_says_why(tmp_path, text, message):
     path = tmp_path / "data.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(DatasetError, match=message) as error:
         coco_from_yolo(path, "val")
     assert "\n" not in str(error.value)

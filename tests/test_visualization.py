@@ -13,14 +13,7 @@ from PIL import Image
 
 import draw
 import reference
-from helpers import (
-    CLASS_NAMES,
-    ODD_NAMES,
-    make_image,
-    make_smca,
-    write_image,
-    write_smca_config,
-)
+from helpers import CLASS_NAMES, ODD_NAMES, make_image, make_smca, write_image, write_smca_config
 from smca.analysis import (
     draw_contact_sheet,
     draw_curves,
@@ -234,8 +227,8 @@ def losses(*iterations, run=1.0):
     return [{"iteration": i, "total_loss": run + i, "loss_ce": 1.0} for i in iterations]
 
 
-def results(iteration, ap):
-    return [{"iteration": iteration, "bbox/AP": ap}]
+def result(iteration):
+    return {"iteration": iteration, "bbox/AP": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -249,17 +242,9 @@ def results(iteration, ap):
         (losses(0, 10, 20, 30) + losses(15, 25, run=100.0), {0: 1, 10: 11, 15: 115, 25: 125}),
         (losses(0, 10) + losses(10, run=100.0), {0: 1, 10: 110}),
         # So it does where it begins before an evaluation.
-        (
-            losses(19)
-            + results(14, 3.0)
-            + losses(29)
-            + results(24, 3.0)
-            + losses(19, run=100.0)
-            + results(14, 5.0),
-            {19: 119},
-        ),
+        ([*losses(19), result(14), *losses(29), result(24), *losses(19, run=100.0)], {19: 119}),
         # JSONWriter writes an evaluation after the losses of the next log step.
-        (losses(9, 19) + results(14, 3.0) + losses(29), {9: 10, 19: 20, 29: 30}),
+        ([*losses(9, 19), result(14), *losses(29)], {9: 10, 19: 20, 29: 30}),
     ],
 )
 def test_losses_are_read_by_their_iterations(tmp_path, lines, expected):

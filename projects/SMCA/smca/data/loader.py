@@ -4,7 +4,7 @@ import contextlib
 import functools
 import random
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -108,7 +108,8 @@ def build_train_loader(
     """
     if len(dataset) == 0:
         raise DatasetError("The training data set has no images: check dataloader.train.dataset.")
-    if all(map(_has_no_objects, dataset)):
+    found = (item.get("annotations") for item in dataset)  # a mapper may find them elsewhere
+    if all(items is not None and all(each.get("iscrowd") for each in items) for items in found):
         raise DatasetError(
             "The training data have no objects (crowds do not count): add their annotations to the "
             "files of dataloader.train.dataset, such as data.train_json."
@@ -182,11 +183,6 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
             tensor.share_memory_()
             return reduce_tensor(tensor)
     return torch.from_numpy, (tensor.numpy(),)
-
-
-def _has_no_objects(item: Mapping[str, Any]) -> bool:
-    annotations = item.get("annotations")  # a mapper may find them elsewhere
-    return annotations is not None and all(each.get("iscrowd") for each in annotations)
 
 
 def set_start_sample(loader: DataLoader, num_samples: int) -> None:
