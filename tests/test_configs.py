@@ -166,6 +166,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
             "model.in_features=[res3,res9]",
             "model.in_features=[res3, res9] must be some of stem, res2, res3.",
         ),
+        ("smca_r50_50ep", "model.encoder._target_=no.Such", "There is no model.encoder._target_="),
         ("smca_r50_50ep", "model.encoder=null", "model.encoder has to be a section, it"),
         ("smca_r50_50ep", "model.encoder=I", "model.encoder has to be a section, it cannot be 'I'"),
         (

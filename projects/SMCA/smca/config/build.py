@@ -103,7 +103,7 @@ def signature_of(section: DictConfig) -> inspect.Signature:
     try:
         target = locate(target) if isinstance(target, str) else target
     except Exception as error:  # of a module that cannot be imported, too
-        key, reason = section._get_full_key("_target_"), str(error).splitlines()[0]
+        key, reason = section._get_full_key("_target_"), " ".join(str(error).split())
         raise ConfigError(f"There is no {key}={target}: {reason}") from error
     signature = inspect.Signature()
     with contextlib.suppress(TypeError, ValueError):  # functions written in C may have none

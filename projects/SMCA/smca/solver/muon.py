@@ -1,7 +1,7 @@
 """Muon (Jordan et al., 2024) for the weights that are matrices, AdamW for all others."""
 
 from collections import defaultdict
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -38,11 +38,7 @@ class Muon(torch.optim.AdamW):
         self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
         matrices = [
             (parameter, group)
             for group in self.param_groups
@@ -56,7 +52,6 @@ class Muon(torch.optim.AdamW):
         super().step()
         for (parameter, _), gradient in zip(matrices, gradients):
             parameter.grad = gradient
-        return loss
 
     def _update_matrices(self, matrices: List[Tuple[Tensor, Dict[str, Any]]]) -> None:
         """Matrices of one shape are updated together, with few operations on a GPU."""
