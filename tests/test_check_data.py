@@ -46,11 +46,8 @@ BAD = [
 
 def break_an_image(image_root):
     """Cut image 3 off in the middle."""
-    path = f"{image_root}/3.png"
-    with open(path, "rb") as file:
-        content = file.read()
-    with open(path, "wb") as file:
-        file.write(content[: len(content) // 2])
+    path = Path(image_root, "3.png")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 # Problems

@@ -84,26 +84,6 @@ def case(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def objects(case):
-    """
-    Trains in one process, to ``alone``.
-
-    Returns:
-        list of int: how many objects the images of the training's batches had.
-    """
-    forward_backward, counts = Trainer._forward_backward, []
-
-    def count(self, data, micro_batch):
-        counts.append([len(x["instances"]) for x in data])
-        return forward_backward(self, data, micro_batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_forward_backward", count)
-        main(case.arguments("alone"))
-    return counts
-
-
-@pytest.fixture(scope="module")
 def results_of_two(case):
     """
     The same training in two processes, to ``two``. They stay for more: they go on from its middle
@@ -127,12 +107,6 @@ def _work(args):
     torch.set_num_threads(1)  # the threads of the process before are gone
     main(args)
     case = args.case
-    resume_in_the_middle(case)
-    results = main(evaluation_arguments(case, "evaluated"))
-    torch.save(results, case.folder / f"rank{comm.get_rank()}.pth")
-
-
-def resume_in_the_middle(case):
     if comm.is_main_process():
         resumed = case.folder / "resumed"
         resumed.mkdir()
@@ -140,6 +114,8 @@ def resume_in_the_middle(case):
         (resumed / "last_checkpoint").write_text("model_0000001.pth")
     comm.synchronize()
     main(case.arguments("resumed", flags=["--resume"]))
+    results = main(evaluation_arguments(case, "evaluated"))
+    torch.save(results, case.folder / f"rank{comm.get_rank()}.pth")
 
 
 def evaluation_arguments(case, output):
@@ -151,7 +127,15 @@ def evaluation_arguments(case, output):
 # Training
 
 
-def test_two_processes_train_like_one_with_the_whole_batch(objects, results_of_two, case):
+def test_two_processes_train_like_one_with_the_whole_batch(results_of_two, case, monkeypatch):
+    forward_backward, objects = Trainer._forward_backward, []
+
+    def count(self, data, micro_batch):
+        objects.append([len(x["instances"]) for x in data])
+        return forward_backward(self, data, micro_batch)
+
+    monkeypatch.setattr(Trainer, "_forward_backward", count)
+    main(case.arguments("alone"))
     # Of a batch's two images each process has one, with objects or without.
     assert {(True, False), (False, True), (True, True)} <= {(a > 0, b > 0) for a, b in objects}
     alone, both = case.losses("alone"), case.losses("two")

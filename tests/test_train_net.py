@@ -50,10 +50,6 @@ def copied(trained, tmp_path):
     return str(tmp_path / "config.py"), tmp_path / "run", results
 
 
-def weights(path, key="model"):
-    return torch.load(path, weights_only=True)[key]
-
-
 def train_net(words):
     """The command line of the script."""
     return run(arguments(*words))
@@ -93,13 +89,13 @@ def test_evaluation_alone_repeats_the_results_of_the_training(copied, words):
 
 def test_resume_of_a_finished_run_trains_no_further(copied, monkeypatch):
     config, folder, results = copied
-    before, read = weights(folder / "model_final.pth"), []
+    before, read = load_tensors(str(folder / "model_final.pth"))["model"], []
     monkeypatch.setattr(
         checkpointer, "load_tensors", lambda path: read.append(path) or load_tensors(path)
     )
     again = main(arguments("--config-file", config, "--resume"))
     assert read == [str(folder / "model_final.pth")]  # once
-    after = weights(folder / "model_final.pth")
+    after = load_tensors(str(folder / "model_final.pth"))["model"]
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
     words = f"The training in {folder} is finished, with 4 iterations: it is only evaluated. To go"
     assert words in (folder / "log.txt").read_text()

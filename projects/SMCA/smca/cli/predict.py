@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, TextIO, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -76,25 +76,19 @@ def run_on_images(args: argparse.Namespace) -> int:
             try:
                 detections = predictor(path, threshold=args.confidence_threshold)
             except UserError as error:
-                _say(f"Skipped: {error}", file=sys.stderr)
+                tqdm.write(f"Skipped: {error}", file=sys.stderr)
                 num_failed += 1
                 continue
             with writing(output):
                 detections.draw().save(output)
             results += detections.to_coco(file_name=path, image_id=image_id)
-            _say(f"{path}: {counted(len(detections), 'detection')}, drawn in {output}")
+            tqdm.write(f"{path}: {counted(len(detections), 'detection')}, drawn in {output}")
     if not results and num_failed < len(paths):
         least = f"No score is {args.confidence_threshold} or more"
         print(f"{least}, as after a short training: lower --confidence-threshold.")
     if num_failed:
         print(f"{num_failed} of {len(paths)} images could not be read.", file=sys.stderr)
     return 1 if num_failed else 0
-
-
-def _say(text: str, file: Optional[TextIO] = None) -> None:
-    """A line above the progress bar."""
-    with tqdm.external_write_mode():
-        print(text, file=file)
 
 
 def find_images(patterns: Sequence[str]) -> List[str]:
