@@ -301,22 +301,16 @@ def test_in_evaluation_there_are_no_instances_and_the_original_size_is_kept(png)
 # Recipe
 
 
-def _sizes(augmentations, height, width, count=60):
-    image = np.zeros((height, width, 3), dtype=np.uint8)
-    sizes = []
-    np.random.seed(0)
-    for _ in range(count):
-        aug_input = T.AugInput(image)
-        T.AugmentationList(augmentations)(aug_input)
-        sizes.append(aug_input.image.shape[:2])
-    return sizes
-
-
 def test_crop_takes_its_range_of_the_first_resized_image():
     augmentations = detr_augmentations(crop_range=(384, 600))
     _, first_resize, crop, second_resize = augmentations
     assert first_resize.short_edge_length == [400, 500, 600]
-    cropped = _sizes([first_resize, crop], 480, 640)
+    cropped = []
+    np.random.seed(0)
+    for _ in range(60):
+        aug_input = T.AugInput(np.zeros((480, 640, 3), dtype=np.uint8))
+        T.AugmentationList([first_resize, crop])(aug_input)
+        cropped.append(aug_input.image.shape[:2])
     assert 384 <= min(map(min, cropped)) < 400 and 550 < max(map(max, cropped)) <= 600
     assert len({height for height, _ in cropped}) > 10 and len({width for _, width in cropped}) > 10
     assert second_resize.short_edge_length == list(range(480, 801, 32))

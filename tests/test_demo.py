@@ -26,7 +26,7 @@ from smca.cli import check_data, evaluate
 from smca.cli.predict import find_images, read_frames
 from smca.data import SHAPE_CLASSES, register_shapes
 from smca.errors import exit_code
-from smca.inference import Predictor
+from smca.inference import Detections, Predictor
 
 CATEGORY_IDS = [7, 2**70, "b-2"]  # of the classes in the data set's JSON
 
@@ -59,41 +59,38 @@ def size_of(path):
 # Images
 
 
-def expected_detections(config, image):
+def expected_results(config, image):
     """What the model itself says about an image, resized as the config's evaluation does."""
     height, width = image.shape[:2]
-    short_side, long_side = min(height, width), max(height, width)
-    factor = min(96 / short_side, 160 / long_side)
-    size = (int(height * factor + 0.5), int(width * factor + 0.5))
-    resized = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
+    factor = min(96 / min(height, width), 160 / max(height, width))
+    size = (int(width * factor + 0.5), int(height * factor + 0.5))
+    resized = np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(resized.transpose(2, 0, 1))
     with torch.no_grad():
-        output = make_smca(config)([{"image": pixels, "height": height, "width": width}])
-    instances = output[0]["instances"]
-    rows = zip(
-        instances.pred_boxes.tensor.tolist(),
-        instances.scores.tolist(),
-        instances.pred_classes.tolist(),
-    )
-    return [([x0, y0, x1 - x0, y1 - y0], score, label) for (x0, y0, x1, y1), score, label in rows]
+        (output,) = make_smca(config)([{"image": pixels, "height": height, "width": width}])
+    ids = dict(enumerate(CATEGORY_IDS))
+    return Detections(output["instances"], image, CLASS_NAMES, ids).to_coco()
+
+
+def assert_same_results(results, expected, pixels, score):
+    """But for so many pixels and so much score."""
+    for result, row in zip(results, expected, strict=True):
+        row.update(bbox=pytest.approx(row["bbox"], abs=pixels))
+        row.update(score=pytest.approx(row["score"], abs=score))
+        assert result == {**result, **row}
 
 
 def test_results_are_the_models_own_on_the_resized_image(trained, tmp_path):
     image = write_image(tmp_path / "a.png", 60, 130)
-    expected = expected_detections(trained[0], image)
-    threshold = (expected[2][1] + expected[3][1]) / 2
+    expected = expected_results(trained[0], image)
+    threshold = (expected[2]["score"] + expected[3]["score"]) / 2
     out = tmp_path / "out"
     args = ("--output", out, "--confidence-threshold", threshold)
     args += ("--opts", "model.max_detections=5")
     assert run(trained, "--input", tmp_path / "a.png", *args) == 0
-    results, expected = read_json(out), expected[:3]
-    assert len(results) == 3
-    for result, (box, score, label) in zip(results, expected, strict=True):
-        assert result["file_name"] == str(tmp_path / "a.png")
-        assert result["bbox"] == pytest.approx(box, abs=1e-2)
-        assert result["score"] == pytest.approx(score, abs=1e-4)
-        assert result["category_id"] == CATEGORY_IDS[label]
-        assert result["category_name"] == CLASS_NAMES[label]
+    results = read_json(out)
+    assert {result["file_name"] for result in results} == {str(tmp_path / "a.png")}
+    assert_same_results(results, expected[:3], pixels=1e-2, score=1e-4)
 
 
 def test_a_folder_a_pattern_and_files_can_be_given(tmp_path):
@@ -280,11 +277,9 @@ def test_a_video_becomes_an_mp4_and_its_detections_are_those_of_its_frames(
     images = [result["image_id"] for result in read_json(out)]
     assert images == np.repeat(range(5), 6).tolist()
     _, frame = cv2.VideoCapture(str(video)).read()
-    expected = expected_detections(trained[0], frame[:, :, ::-1].copy())
+    expected = expected_results(trained[0], frame[:, :, ::-1].copy())
     results = [result for result in read_json(out) if result["image_id"] == 0]
-    for result, (box, score, _) in zip(results, expected, strict=True):
-        assert result["bbox"] == pytest.approx(box, abs=0.5)
-        assert result["score"] == pytest.approx(score, abs=1e-3)
+    assert_same_results(results, expected, pixels=0.5, score=1e-3)
 
 
 def break_frames(path, *numbers):

@@ -11,7 +11,15 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 import smca
-from helpers import CLASS_NAMES, make_image, make_ramp, make_smca, write_image, write_smca_config
+from helpers import (
+    CLASS_NAMES,
+    assert_same_detections,
+    make_image,
+    make_ramp,
+    make_smca,
+    write_image,
+    write_smca_config,
+)
 from smca.analysis import draw_instances
 from smca.errors import CheckpointError, UserError
 from smca.inference import Detections
@@ -39,14 +47,6 @@ def predictor(checkpoint):
     return smca.Predictor(checkpoint)
 
 
-def assert_same(found, expected, atol=0.0):
-    assert len(found) == len(expected) > 0
-    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=atol)
-    boxes = (found.pred_boxes.tensor, expected.pred_boxes.tensor)
-    torch.testing.assert_close(*boxes, rtol=0, atol=100 * atol)
-    assert torch.equal(found.pred_classes, expected.pred_classes)
-
-
 # What it takes
 
 
@@ -70,7 +70,7 @@ def test_every_kind_of_image_gives_the_same_detections(predictor, tmp_path):
         image[:, ::-1][:, ::-1],  # of other strides
         torch.from_numpy(image.transpose(2, 0, 1).copy()),
     ):
-        assert_same(predictor(given, threshold=0), expected)
+        assert_same_detections(predictor(given, threshold=0), expected, 0)
 
 
 @pytest.mark.usefixtures("download")
@@ -87,7 +87,7 @@ def test_a_file_is_turned_upright_and_pixels_are_taken_as_they_are(predictor, tm
 def test_the_threshold_keeps_the_surer_detections(predictor):
     everything = predictor(make_image(), threshold=0)
     threshold = float(everything.scores[:2].mean())
-    assert_same(predictor(make_image(), threshold=threshold), everything[:1])
+    assert_same_detections(predictor(make_image(), threshold=threshold), everything[:1], 0)
     assert len(predictor(make_image())) == int((everything.scores >= 0.5).sum())
     assert len(predictor(make_image(), threshold=1)) == 0
 
@@ -104,7 +104,7 @@ def test_a_batch_of_several_sizes_is_the_models_own_batch(checkpoint, predictor)
         expected = model(inputs[:2]) + model(inputs[2:])
     found = predictor(images, threshold=0, batch_size=2)
     for detections, output, image in zip(found, expected, images):
-        assert_same(detections, output["instances"], atol=1e-5)
+        assert_same_detections(detections, output["instances"])
         assert detections.image_size == image.shape[:2]
 
 
