@@ -78,6 +78,12 @@ def state_of(folder):
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
+def metrics_of(folder, key):
+    """{iteration: value} as far as a run's metrics.json has it."""
+    rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return {row["iteration"]: row[key] for row in rows if key in row}
+
+
 def assert_same_bits(a, b, path=""):
     """Tensors and plain values in dicts, lists and tuples; `path` is where a difference is."""
     assert type(a) is type(b), path

@@ -1,10 +1,9 @@
-import json
 import os
 
 import pytest
 import torch
 
-from helpers import arguments, assert_same_bits, write_tiny_config
+from helpers import arguments, assert_same_bits, metrics_of, write_tiny_config
 from smca.engine import Trainer, main
 from smca.errors import CheckpointError
 
@@ -69,8 +68,7 @@ def test_another_rate_on_resume_is_the_rate_of_what_follows(tmp_path):
     resumed = train(config, tmp_path / "run", *overrides, "train.max_iter=3", resume=True)
     group = resumed["trainer"]["optimizer"]["param_groups"][0]
     assert group["initial_lr"] == 0.004 and group["weight_decay"] == 0.5
-    rows = map(json.loads, (tmp_path / "run" / "metrics.json").read_text().splitlines())
-    assert {row["iteration"]: row["lr"] for row in rows if "lr" in row}[2] == 0.004
+    assert metrics_of(tmp_path / "run", "lr")[2] == 0.004
     log = (tmp_path / "run" / "log.txt").read_text()[len(before) :]
     assert log.count("lr was 0.01 when the checkpoint was written and is 0.004 now") == 1
     assert log.count("weight_decay was 0.01") == 1 and log.count("not exactly") == 2

@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 import smca
-
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
+from helpers import ROOT
+from test_structure import FOLDERS
 
 
 def settings():

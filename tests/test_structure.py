@@ -13,9 +13,8 @@ from typing import Dict, Iterator, Set
 
 import pytest
 
-from helpers import child_environment
+from helpers import ROOT, child_environment
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
 
 

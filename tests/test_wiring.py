@@ -1,7 +1,6 @@
 """What a config says is what the trainer does, the checkpoints hold and the log tells: one small
 run from a config file in which no value is the default, and short ones beside it."""
 
-import json
 from typing import Dict, List, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 
-from helpers import TinyDetector, arguments, write_dataset, write_tiny_config
+from helpers import TinyDetector, arguments, metrics_of, write_dataset, write_tiny_config
 from smca.engine import Trainer, main
 
 
@@ -83,11 +82,6 @@ class Run(NamedTuple):
 
     def checkpoint(self, name):
         return torch.load(self.folder / name, weights_only=True)
-
-    def metrics(self, key):
-        """{iteration: value} as far as metrics.json has it."""
-        rows = map(json.loads, (self.folder / "metrics.json").read_text().splitlines())
-        return {row["iteration"]: row[key] for row in rows if key in row}
 
 
 def drive(folder, *overrides, **changes):
@@ -188,7 +182,7 @@ def test_updates_have_the_length_of_the_clipped_gradient_times_the_scheduled_rat
     for before, after in zip(weights, weights[1:]):
         change = [(after[name] - before[name]).flatten() for name in before]
         lengths.append(torch.cat(change).norm().item())
-    assert min(run.metrics("grad_norm").values()) > 2 * CLIP
+    assert min(metrics_of(run.folder, "grad_norm").values()) > 2 * CLIP
     # The rate drops after 4 of 9 iterations.
     expected = [LR * CLIP] * 4 + [0.1 * LR * CLIP] * 5
     assert lengths == pytest.approx(expected, rel=1e-3)
@@ -229,7 +223,7 @@ def test_logged_losses_are_the_means_of_an_iterations_batches(run):
         means = np.reshape(values, (NUM_ITERS, ACCUMULATE)).mean(1)
         # A line has the median of the last 20 iterations.
         expected = {n: np.median(means[: n + 1]) for n in (3, 7, 8)}
-        assert run.metrics(name) == pytest.approx(expected, rel=1e-5)
+        assert metrics_of(run.folder, name) == pytest.approx(expected, rel=1e-5)
 
 
 # Mixed precision
