@@ -271,9 +271,10 @@ def test_the_average_of_the_weights_and_a_published_folder_can_be_exported(
 
 
 @needs_export
-def test_pt2_gives_the_models_detections(tmp_path):
+def test_pt2_gives_the_models_detections(tmp_path, capfd):
     detector, path = write_detector(tmp_path, "smca_conv"), str(tmp_path / "model.pt2")
     assert tool.main([*detector, "--format", "pt2", "--output", path]) == 0
+    assert capfd.readouterr().err == ""  # nothing about names that the user did not give
     extra_files = {METADATA_NAME: ""}
     program = torch.export.load(path, extra_files=extra_files).module()
     predictor = load_predictor(detector)

@@ -2,7 +2,7 @@
 # A training as a Slurm job, which goes on in a new job when its time is up:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 tools/slurm_train.sh \
-#     --config-file configs/smca_r50_50ep.py train.output_dir=output/smca
+#     --config-file configs/smca_single_scale_r50_50ep.py train.output_dir=output/smca
 #
 # Three minutes before the time limit, Slurm sends SIGUSR1. The training ends its step, saves and
 # exits with 138 (128 + SIGUSR1), after which this script puts the job back into the queue. What

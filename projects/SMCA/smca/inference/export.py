@@ -120,8 +120,8 @@ def export_detector(
     }
     program = _trace(ExportableDetector(predictor.model, predictor.image_format))
     save = FORMATS[format](program, metadata)
-    with writing(f"The output {output}"):
-        write_atomically(output, lambda file: save(file.name))
+    with writing(f"The output {output}"), _quiet():
+        write_atomically(output, save)
 
 
 def _resizing(augmentations: List[T.Augmentation]) -> Tuple[Optional[int], Optional[int]]:
@@ -170,7 +170,7 @@ def _as_onnx(program: torch.export.ExportedProgram, metadata: Dict[str, Any]) ->
     metadata = {**metadata, "float32_nodes": float32_nodes}
     values = {key: json.dumps(value) for key, value in metadata.items()}
     onnx_program.model.metadata_props.update(values)
-    return functools.partial(onnx_program.save, external_data=False)
+    return lambda file: onnx_program.save(file.name, external_data=False)
 
 
 def _as_pt2(program: torch.export.ExportedProgram, metadata: Dict[str, Any]) -> Callable[..., Any]:
@@ -188,5 +188,5 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-# Of a graph and its metadata, what writes the file of a path.
+# Of a graph and its metadata, what writes them into a binary file.
 FORMATS: Dict[str, Callable[..., Callable[..., Any]]] = {"onnx": _as_onnx, "pt2": _as_pt2}
