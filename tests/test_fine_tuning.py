@@ -22,9 +22,10 @@ from helpers import (
 )
 from smca import model_zoo
 from smca.checkpoint import SMCACheckpointer
+from smca.cli import train
 from smca.config import load_config
 from smca.data import num_images
-from smca.engine import main, run
+from smca.engine import main
 from smca.errors import ConfigError, UserError
 from smca.inference import load_test_dataset
 from smca.solver import layer_lr_factor, steps_of_epochs
@@ -172,12 +173,9 @@ def test_a_base_gives_its_model_and_image_sizes_but_not_its_classes(own):
 
 
 def test_an_unknown_base_and_absent_weights_are_named(own, capsys):
-    def train_net(words):
-        return run(arguments(*words))
-
-    text = error_of(capsys, train_net, "--config-file", FINE_TUNE, *own, "base.config=smca_shape")
+    text = error_of(capsys, train.main, "--config-file", FINE_TUNE, *own, "base.config=smca_shape")
     assert "no config smca_shape, did you mean smca_shapes?" in text
-    text = error_of(capsys, train_net, "--config-file", FINE_TUNE, *own[1:])
+    text = error_of(capsys, train.main, "--config-file", FINE_TUNE, *own[1:])
     assert "train.init_checkpoint=..." in text
 
 

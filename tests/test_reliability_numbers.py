@@ -5,6 +5,9 @@ import textwrap
 
 from helpers import TinyDetector, write_tiny_config
 from reliability_cases import iteration_of, load, train
+from smca.data.loader import _SeededMapDataset
+from smca.engine import Trainer
+from smca.errors import DatasetError
 
 
 def test_gradients_that_never_become_finite_in_float16_end_the_training(tmp_path):
@@ -62,8 +65,6 @@ def recorded(path):
     """`prepare` that notes the images of each step."""
 
     def prepare():
-        from smca.engine import Trainer
-
         original = Trainer._forward_backward
 
         def record(self, data, micro_batch):
@@ -115,9 +116,6 @@ def test_detectron2_s_own_loader_trains_with_a_warning_that_its_data_start_over(
 
 def test_an_error_in_the_data_is_printed_whole_and_the_run_can_go_on(tmp_path):
     def prepare():
-        from smca.data.loader import _SeededMapDataset
-        from smca.errors import DatasetError
-
         original = _SeededMapDataset.__getitem__
 
         def fail(self, key):

@@ -8,6 +8,7 @@ import torch
 
 from helpers import TinyDetector, assert_same_bits, metrics_of, write_tiny_config
 from reliability_cases import Job, files, iteration_of, load
+from smca.data.loader import _SeededMapDataset
 
 WORKERS = ["dataloader.train.num_workers=2", "dataloader.test.num_workers=1"]
 
@@ -67,8 +68,6 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path):
 
 def test_a_signal_before_the_first_batch_does_not_wait_for_it(tmp_path):
     def sleep_in_loading():
-        from smca.data.loader import _SeededMapDataset
-
         def sleep(self, key):
             print("loading", flush=True)
             time.sleep(3600)

@@ -18,17 +18,11 @@ from helpers import ROOT, child_environment
 FOLDERS = {"smca": ROOT / "projects" / "SMCA" / "smca", "smca.configs": ROOT / "configs"}
 
 
-def module_files() -> Dict[str, Path]:
-    """Of each module of the package its file; a package has its own name."""
-    files = {}
-    for package, folder in FOLDERS.items():
-        for path in folder.rglob("*.py"):
-            parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            files[".".join(parts).removesuffix(".__init__")] = path
-    return files
-
-
-FILES = module_files()
+FILES: Dict[str, Path] = {}  # of each module of the package; a package has its own name
+for package, folder in FOLDERS.items():
+    for path in folder.rglob("*.py"):
+        parts = [package, *path.relative_to(folder).with_suffix("").parts]
+        FILES[".".join(parts).removesuffix(".__init__")] = path
 
 
 def imports_of(module: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ from smca.checkpoint import SMCACheckpointer, checkpointer
 from smca.checkpoint.files import load_tensors
 from smca.cli import train
 from smca.config import load_config
-from smca.engine import Trainer, main, run
+from smca.engine import Trainer, main
 from smca.errors import CheckpointError
 
 
@@ -48,11 +48,6 @@ def copied(trained, tmp_path):
     text = Path(config).read_text().replace(str(folder), str(tmp_path / "run"))
     (tmp_path / "config.py").write_text(text)
     return str(tmp_path / "config.py"), tmp_path / "run", results
-
-
-def train_net(words):
-    """The command line of the script."""
-    return run(arguments(*words))
 
 
 # What a run leaves behind
@@ -106,7 +101,7 @@ def test_a_resume_that_fails_leaves_the_run_s_config(copied, capsys):
     config, folder, _ = copied
     override, words = "model.width=4", "is the checkpoint of another architecture"
     before = (folder / "config.yaml").read_bytes()
-    assert words in error_of(capsys, train_net, "--config-file", config, "--resume", override)
+    assert words in error_of(capsys, train.main, "--config-file", config, "--resume", override)
     assert (folder / "config.yaml").read_bytes() == before
     close_logs()
     main(arguments("--config-file", config, "--resume", "train.log_period=3"))
@@ -240,7 +235,7 @@ def test_an_evaluation_needs_the_test_file_alone_whose_classes_go_by_name(own, t
     test_file = tmp_path / "test.json"
     test_file.write_text(test_file.read_text().replace(NAMES[1], "long"))
     words = "test.json and the model must have the same categories, but only the first has ['long']"
-    assert words in error_of(capsys, train_net, *command, *out)
+    assert words in error_of(capsys, train.main, *command, *out)
 
 
 def test_a_resumed_training_keeps_its_classes_and_what_followed_from_its_data(own, tmp_path):
@@ -269,7 +264,7 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
     checkpoint["smca"]["class_names"].reverse()
     torch.save(checkpoint, path)
     command = ["--config-file", config, *words, f"train.init_checkpoint={path}"]
-    text = error_of(capsys, train_net, *command)
+    text = error_of(capsys, train.main, *command)
     assert "model_final.pth has the classes ['square', 'round'], data set" in text
 
 
@@ -312,13 +307,13 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
 )
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
     out = f"train.output_dir={tmp_path}"
-    assert words in error_of(capsys, train_net, "--config-file", trained[0], out, override)
+    assert words in error_of(capsys, train.main, "--config-file", trained[0], out, override)
 
 
 def test_early_stopping_without_evaluations_is_an_error(trained, tmp_path, capsys):
     config = ["--config-file", trained[0], f"train.output_dir={tmp_path}/out"]
     wrong = ["train.early_stopping=3", "train.eval_period=0"]
-    assert "set train.eval_period to" in error_of(capsys, train_net, *config, *wrong)
+    assert "set train.eval_period to" in error_of(capsys, train.main, *config, *wrong)
     assert not (tmp_path / "out").exists()
     # What asks for no training takes them: a run of that kind can be used.
     assert load_config(trained[0], wrong).train.early_stopping == 3
@@ -336,7 +331,7 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path, capsys, text, words):
     path = tmp_path / words.split()[0]
     if text is not None:
         path.write_text(text)
-    assert words in error_of(capsys, train_net, "--config-file", path)
+    assert words in error_of(capsys, train.main, "--config-file", path)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +362,7 @@ def test_what_a_command_lacks_or_cannot_use_is_named(trained, tmp_path, capsys, 
     known.update(FOLDER=f"train.init_checkpoint={folder}")
     known.update(BELOW_A_FILE=f"train.output_dir={config}/run")
     words = [known.get(word, word) for word in words]
-    assert message in error_of(capsys, train_net, *words)
+    assert message in error_of(capsys, train.main, *words)
 
 
 # Checkpoints
@@ -488,5 +483,5 @@ def test_resuming_from_a_checkpoint_that_is_gone_is_an_error(tmp_path, capsys):
     config = write_tiny_config(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000009.pth")
-    text = error_of(capsys, train_net, "--config-file", config, "--resume")
+    text = error_of(capsys, train.main, "--config-file", config, "--resume")
     assert "model_0000009.pth does not exist" in text
