@@ -188,7 +188,12 @@ class SMCACheckpointer(DetectionCheckpointer):
                 c2_conversion=checkpoint.get("__author__") == "Caffe2",
             )
         elif not self.need_detector:
-            adapted = self._adapt(checkpoint)
+            weights = checkpoint["model"]
+            self._convert_ndarray_to_tensor(weights)
+            consume_prefix_in_state_dict_if_present(weights, "module.")
+            old_names = (checkpoint.get("smca") or {}).get("class_names") or []
+            new_names = self.provenance.get("class_names") or []
+            adapted = adapt(weights, model_weights, old_names, new_names)
         self._check(super()._load_model(checkpoint), match_names)
         if adapted:
             logger.info("All weights of %s are kept, but %s.", self._path, "; ".join(adapted))
@@ -202,14 +207,6 @@ class SMCACheckpointer(DetectionCheckpointer):
                 f"{own or 'not of timm'}: set model.backbone accordingly."
             )
         checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if k in model_weights}
-
-    def _adapt(self, checkpoint: Dict[str, Any]) -> List[str]:
-        weights, own = checkpoint["model"], self.model.state_dict()
-        self._convert_ndarray_to_tensor(weights)
-        for each in (weights, own):
-            consume_prefix_in_state_dict_if_present(each, "module.")
-        old_names = (checkpoint.get("smca") or {}).get("class_names") or []
-        return adapt(weights, own, old_names, self.provenance.get("class_names") or [])
 
     def _check(self, incompatible: _IncompatibleKeys, match_names: bool) -> None:
         """Raise if these are neither the detector's weights nor its backbone's."""
