@@ -3,9 +3,9 @@
 # make lint    set up, check style, imports, format and types, and build the pages
 # make docs    set up, build the pages into site/; open site/index.html
 # make notebook  set up, run docs/tour.ipynb again, which takes some minutes
-# make setup   make .venv and install everything; EXTRAS=all (or names in setup.cfg, with commas)
-#              adds what optional tools need, DETECTRON2=<pip requirement> puts another build of
-#              Detectron2 there
+# make setup   make .venv and install what the tests and the pages need; EXTRAS=all (or names in
+#              setup.cfg, with commas) adds what optional tools need, DETECTRON2=<pip requirement>
+#              installs another build of Detectron2
 # make release   set up, build sdist and wheel into dist/, and check them
 # constraints.txt says what is pinned and why.
 
