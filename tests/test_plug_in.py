@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import runpy
 import sys
 
 import numpy as np
@@ -25,6 +26,12 @@ def test_weight_maps_need_pytorch_alone():
 
 
 # Hugging Face's DETR
+
+
+def test_without_transformers_the_example_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="with the extra 'plug_in'"):
+        runpy.run_path(str(ROOT / "tools" / "plug_in_example.py"))
 
 
 @pytest.fixture(scope="module")

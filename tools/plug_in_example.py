@@ -22,8 +22,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.ops import MLP, box_convert, masks_to_boxes
 from tqdm import trange
-from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
-from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
+
+try:
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+    from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
+except ImportError as missing:
+    sys.exit(f"Error: {missing}: install this package with the extra 'plug_in'.")
 
 SIDE = 160  # pixels that a batch is padded to
 PARTS = {"loss_ce": "class loss", "loss_bbox": "L1", "loss_giou": "1 - GIoU"}
