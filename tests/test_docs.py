@@ -2,9 +2,11 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import ROOT
 from smca import Predictor
@@ -65,3 +67,7 @@ def test_a_config_with_sections_of_the_page_trains_and_detects(sections, in_work
     assert train.main(["--config-file", "my_config.py", *settings]) == 0
     weights = f"output/{name}/model_final.pth"
     assert len(Predictor(weights)("photo.jpg", threshold=0)) > 0
+    if "GridQueries" in code:  # can be exported for any number of images
+        queries = sys.modules[name].GridQueries(2, 8)
+        shapes = ([], {0: torch.export.Dim.DYNAMIC})
+        torch.export.export(queries, ([], torch.zeros(3, 2)), dynamic_shapes=shapes)

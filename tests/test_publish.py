@@ -252,6 +252,16 @@ def test_a_config_that_calls_other_code_is_refused(copy, tmp_path, target, place
     assert not mark.exists()
 
 
+def test_the_path_of_a_weight_map_imports_no_other_module(copy, tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text("open('mark', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    rewrite(copy, lambda config: config["model"]["decoder"]["modulation"].update(map="planted.Map"))
+    with pytest.raises(ConfigError, match="config.yaml calls planted.Map, which is refused"):
+        Predictor.from_pretrained(copy, device="cpu")
+    assert not (tmp_path / "mark").exists()
+
+
 def test_a_yaml_file_with_python_objects_is_refused(copy, tmp_path):
     mark = tmp_path / "mark"
     text = f"augmentations: !!python/object/apply:os.mkdir ['{mark}']\n"

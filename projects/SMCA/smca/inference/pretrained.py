@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from smca.config.build import build
 from smca.errors import CheckpointError, ConfigError, UserError
+from smca.modeling.weight_map import MAPS
 from smca.version import __version__
 
 if TYPE_CHECKING:  # it imports this module
@@ -170,6 +171,8 @@ def _targets(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         if "_target_" in value:
             yield value["_target_"]
+        if value.get("map", "fixed") not in MAPS:  # which `Modulation` imports by its path
+            yield value["map"]
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
