@@ -39,5 +39,3 @@ data = dict(
     ),
     check_images=True,  # decode every image once before training starts
 )
-
-train.output_dir = "output/custom_voc"

@@ -20,5 +20,3 @@ data = dict(
     val_images=L(yolo_images)(data_yaml="${data.yaml}", split="val"),
     check_images=True,  # decode every image once before training starts
 )
-
-train.output_dir = "output/custom_yolo"
