@@ -1,11 +1,8 @@
 """SMCA, in miniature, learns one image by heart through the training script's own ways."""
 
-import json
-
-import numpy as np
 from PIL import Image
 
-from helpers import arguments, write_smca_config
+from helpers import arguments, write_coco, write_smca_config
 from smca.engine import main
 
 COLORS = [(230, 60, 40), (40, 90, 230)]
@@ -14,33 +11,23 @@ OBJECTS = [([6, 6, 18, 22], 1), ([32, 10, 26, 14], 2), ([28, 34, 18, 22], 1)]
 NUM_STEPS = 200
 
 
-def write_image(folder):
+def write_picture(folder):
     """64 x 64 pixels, three colored boxes on gray."""
-    pixels = np.full((64, 64, 3), 120, np.uint8)
-    pixels += np.random.default_rng(0).integers(0, 20, pixels.shape, dtype=np.uint8)
-    annotations = []
+    picture, annotations = Image.new("RGB", (64, 64), (120, 120, 120)), []
     for n, ((x, y, width, height), category) in enumerate(OBJECTS):
-        pixels[y : y + height, x : x + width] = COLORS[category - 1]
+        picture.paste(COLORS[category - 1], (x, y, x + width, y + height))
         annotation = {"id": n + 1, "image_id": 1, "category_id": category, "iscrowd": 0}
         annotations.append({**annotation, "bbox": OBJECTS[n][0], "area": width * height})
-    Image.fromarray(pixels).save(folder / "image.png")
-    image = {"id": 1, "file_name": "image.png", "height": 64, "width": 64}
-    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
-    data = {"images": [image], "annotations": annotations, "categories": categories, "info": {}}
-    (folder / "truth.json").write_text(json.dumps(data))
-
-
-def datasets(folder):
-    """Overrides that train and evaluate on the data in a folder."""
-    register = f"{{_target_: smca.data.register_coco, json_file: {folder}/truth.json, "
-    register += f"image_root: {folder}}}"
-    return [f"+dataloader.{split}.dataset.names={register}" for split in ("train", "test")]
+    write_coco(folder / "truth.json", folder, annotations, {1: "red", 2: "blue"}, [1], (64, 64))
+    picture.save(folder / "1.png")
 
 
 def test_an_image_is_learned_by_heart(tmp_path):
-    write_image(tmp_path)
+    write_picture(tmp_path)
+    register = f"{{_target_: smca.data.register_coco, json_file: {tmp_path}/truth.json, "
+    register += f"image_root: {tmp_path}}}"
     overrides = [
-        *datasets(tmp_path),
+        *(f"+dataloader.{split}.dataset.names={register}" for split in ("train", "test")),
         "model.num_classes=2",
         "model.embed_dim=32",
         "model.num_queries=8",

@@ -22,14 +22,8 @@ CAT, DOG = 3, 7  # category ids
 def truth_of(*objects, num_images=2):
     """Objects as (image id, category id, box[, crowd])."""
     annotations = [
-        {
-            "id": i + 1,
-            "image_id": image_id,
-            "category_id": category_id,
-            "bbox": box,
-            "area": box[2] * box[3],
-            "iscrowd": int(bool(crowd)),
-        }
+        {"id": i + 1, "image_id": image_id, "category_id": category_id, "bbox": box}
+        | {"area": box[2] * box[3], "iscrowd": int(bool(crowd))}
         for i, (image_id, category_id, box, *crowd) in enumerate(objects)
     ]
     images = [{"id": i + 1, "height": 500, "width": 500} for i in range(num_images)]

@@ -361,7 +361,7 @@ def test_dropout_keeps_the_same_weights_forward_and_backward(
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
-def test_elements_are_dropped_independently_of_one_another(p):
+def test_elements_are_dropped_everywhere_and_independently_of_one_another(p):
     # Each of the 16 patterns of four neighbors, anywhere among many elements, and of all four of
     # few, the first and the last among them.
     torch.manual_seed(0)
@@ -374,12 +374,8 @@ def test_elements_are_dropped_independently_of_one_another(p):
         ones = torch.tensor([bin(code).count("1") for code in range(16)])
         expected = p ** ones.double() * (1 - p) ** (4 - ones.double()) * len(dropped)
         assert chisquare(codes, expected).pvalue > 1e-3
-
-
-def test_elements_are_dropped_everywhere():
     # Places are sums of distances, which would end too early if too few were drawn.
-    torch.manual_seed(0)
-    parts = dropout_attention.draw_dropped(1_000_000, 0.1) // 10_000
+    parts = dropout_attention.draw_dropped(1_000_000, p) // 10_000
     assert chisquare(torch.bincount(parts, minlength=100)).pvalue > 1e-3
 
 
