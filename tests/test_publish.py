@@ -252,13 +252,15 @@ def test_a_config_that_calls_other_code_is_refused(copy, tmp_path, target, place
     assert not mark.exists()
 
 
-def test_the_path_of_a_weight_map_imports_no_other_module(copy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", ["planted.Map", ["planted.Map"]])
+def test_the_path_of_a_weight_map_imports_no_other_module(copy, tmp_path, monkeypatch, path):
     (tmp_path / "planted.py").write_text("open('mark', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    rewrite(copy, lambda config: config["model"]["decoder"]["modulation"].update(map="planted.Map"))
-    with pytest.raises(ConfigError, match="config.yaml calls planted.Map, which is refused"):
+    rewrite(copy, lambda config: config["model"]["decoder"]["modulation"].update(map=path))
+    with pytest.raises(ConfigError) as found:
         Predictor.from_pretrained(copy, device="cpu")
+    assert f"config.yaml calls {path}, which is refused" in str(found.value)
     assert not (tmp_path / "mark").exists()
 
 

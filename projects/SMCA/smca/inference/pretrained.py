@@ -171,7 +171,7 @@ def _targets(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         if "_target_" in value:
             yield value["_target_"]
-        if value.get("map", "fixed") not in MAPS:  # which `Modulation` imports by its path
+        if str(value.get("map", "fixed")) not in MAPS:  # which `Modulation` imports by its path
             yield value["map"]
         value = list(value.values())
     if isinstance(value, list):
