@@ -21,7 +21,6 @@ from smca.data.coco_checks import (
     remarks_on,
     source_of,
 )
-from smca.data.mapper import reading_remark
 from smca.errors import DatasetError, counted
 
 _FEW_OBJECTS = 20  # of a class
@@ -150,14 +149,6 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
             remarks.append(
                 f"{name}: {counted(full, 'image')} with more than {_AP_DETECTIONS} objects: AP "
                 "takes no more detections of an image, so it cannot reach 100."
-            )
-        counts = collections.Counter(reading_remark(item["file_name"]) for item in items)
-        del counts[""]
-        remarks += [f"{name}: {counted(count, 'image')} {text}." for text, count in counts.items()]
-        if sum("8 bits" in text for text in counts) > 1:
-            remarks.append(
-                f"{name}: images of more than 8 bits are read by different levels: scale all files "
-                "to 16 bits if their brightness should be comparable."
             )
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))

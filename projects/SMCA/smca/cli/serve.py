@@ -20,8 +20,7 @@ from PIL import Image
 from smca.analysis import LayerRecord, detect_and_record, draw_gaussians, maps_of
 from smca.analysis.detections import class_color, class_name
 from smca.cli.predict import find_images
-from smca.data import DatasetError, read_image
-from smca.data.mapper import unreadable
+from smca.data import read_image
 from smca.errors import UserError, command_line, exit_code
 from smca.inference import Detections, Predictor
 from smca.inference.command_line import add_predictor_arguments, add_threshold, predictor_of
@@ -187,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _example(self, number: int) -> np.ndarray:
         _check_index("example", number, len(self.viewer.examples))
-        return _read(self.viewer.examples[number], self.viewer.examples[number])
+        return read_image(self.viewer.examples[number])
 
     def _detect(self, number: Optional[int]) -> Dict[str, Any]:
         if number is not None:
@@ -198,7 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             length = -1
         if not 0 <= length <= _MAX_BYTES:
             raise UserError(f"The Content-Length is no number of bytes up to {_MAX_BYTES:,}.")
-        return self.viewer.detect(_read(io.BytesIO(self.rfile.read(length)), "that was sent"))
+        file = io.BytesIO(self.rfile.read(length))
+        return self.viewer.detect(read_image("that was sent", file=file))
 
     def log_message(self, *args: Any) -> None:
         """Nothing is logged of a request."""
@@ -207,13 +207,6 @@ class _Handler(BaseHTTPRequestHandler):
 def _check_index(kind: str, index: int, count: int) -> None:
     if not 0 <= index < count:
         raise UserError(f"There is no {kind} {index}: give one from 0 to below {count}.")
-
-
-def _read(file: Any, name: str) -> np.ndarray:
-    try:
-        return read_image(file)
-    except DatasetError as error:
-        raise UserError(unreadable(name, error.__cause__ or error)) from error
 
 
 def _as_json(value: Any) -> Reply:

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import functools
-import io
 import logging
 import os
 import warnings
@@ -15,213 +13,154 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from detectron2.utils.logger import log_first_n
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from smca.errors import DatasetError
 
 PathLike = Union[str, "os.PathLike[str]"]
-
-logger = logging.getLogger(__name__)
 
 # Color profiles of a PNG are often larger than the million bytes for which Pillow refuses it.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # It would warn of images with half as many pixels as it refuses, of each size once.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_DEEP_COLOR = "color of 16 bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
-
-# What turns an image of the EXIF orientation upright.
-_EXIF_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDE_SWAPPING_TRANSPOSES = {_EXIF_TRANSPOSES[orientation] for orientation in (5, 6, 7, 8)}
 
 
 @contextlib.contextmanager
-def _open_image(source: Union[PathLike, BinaryIO]) -> Iterator[Image.Image]:
+def _open_image(path: PathLike, file: Optional[BinaryIO] = None) -> Iterator[Image.Image]:
     """Open a file with Pillow; whatever goes wrong inside becomes a DatasetError naming it."""
     try:
         with contextlib.ExitStack() as stack:
-            if isinstance(source, io.BytesIO):
-                file: BinaryIO = source
-            else:
-                file = stack.enter_context(PathManager.open(str(source), "rb"))
-            image = stack.enter_context(Image.open(file))
-            image.info[_DEEP_COLOR] = _has_deep_color(image)
-            yield image
+            file = file or stack.enter_context(PathManager.open(str(path), "rb"))
+            yield stack.enter_context(Image.open(file))
     except DatasetError:
         raise
     except FileNotFoundError:
         raise DatasetError(
-            f"Image {source} does not exist: restore it, correct the image folder, or remove it "
+            f"Image {path} does not exist: restore it, correct the image folder, or remove it "
             "from the annotation file."
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly every type there is
-        advice = ": replace it, or remove it from the annotation file."
-        raise DatasetError(unreadable(source, error, advice)) from error
+        raise DatasetError(f"Image {path} {_why_unreadable(error)}") from error
 
 
-def unreadable(path: object, error: BaseException, advice: str = ".") -> str:
-    """A sentence on an image that cannot be read because of an error; `advice` ends it where the
-    error does not say what to do."""
+def _why_unreadable(error: Exception) -> str:
+    advice = ": replace it or leave it out."
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return (
-            f"Image {path} has more than {limit:,} pixels, the most that are read, lest one file "
-            "fill the memory: cut it into tiles or make it smaller."
+            f"has more than {limit:,} pixels, the most that are read, lest one file fill the "
+            "memory: cut it into tiles or make it smaller."
         )
     if isinstance(error, UnidentifiedImageError):
         return (
-            f"Image {path} is empty, no image (perhaps a pointer of Git LFS), or of a kind that "
-            f"Pillow cannot read{advice}"
+            "is empty, no image (perhaps a pointer of Git LFS), or of a kind that Pillow cannot "
+            f"read{advice}"
         )
     if isinstance(error, OSError) and error.strerror:
-        return f"Image {path} cannot be opened ({error.strerror}){advice}"
-    return f"Image {path} cannot be decoded, perhaps it was cut short ({error}){advice}"
+        return f"cannot be opened ({error.strerror}){advice}"
+    return f"cannot be decoded, perhaps it was cut short ({error}){advice}"
 
 
-def _exif_transposes(
-    image: Image.Image,
-) -> Tuple[Optional[Image.Transpose], Optional[Image.Transpose]]:
-    """What turns `image` upright, and what turns it back to how it is stored; None for nothing."""
-    try:
-        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a malformed EXIF block says nothing about the orientation
-        return None, None
-    if image.format != "TIFF":
-        return _EXIF_TRANSPOSES.get(orientation), None
-    image.load()  # Pillow turns a TIFF upright as it loads it
-    return None, _EXIF_TRANSPOSES.get({6: 8, 8: 6}.get(orientation, orientation))
+def _upright_size(image: Image.Image) -> Tuple[int, int]:
+    """Height and width as the EXIF orientation turns the image upright."""
+    if image.format == "TIFF":
+        image.load()  # which turns it
+    orientation = None
+    with contextlib.suppress(Exception):  # a malformed EXIF block says nothing about it
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    size = image.height, image.width
+    return size[::-1] if orientation in (5, 6, 7, 8) else size
 
 
-def _matching_transpose(
+def _is_upright(
     image: Image.Image, path: object, height: Optional[int], width: Optional[int]
-) -> Optional[Image.Transpose]:
-    """How to turn `image` so that it is height x width pixels: upright where that fits, as stored
-    where only that does."""
-    transposes = _exif_transposes(image)
-    size = (image.height, image.width)
-    upright, stored = (size[::-1] if t in _SIDE_SWAPPING_TRANSPOSES else size for t in transposes)
+) -> bool:
+    """Whether the image is height x width pixels as it is turned upright, or only as stored."""
+    upright, stored = _upright_size(image), (image.height, image.width)
     if height is None or width is None or upright == (height, width):
-        return transposes[0]
+        return True
     if stored == (height, width):
-        return transposes[1]
+        return False
     raise DatasetError(
         f"Image {path} is {upright[1]} x {upright[0]} pixels (width x height), but its "
         f"annotations say {width} x {height}: correct the annotation file or replace the image."
     )
 
 
-def _to_8_bit(pixels: np.ndarray) -> Tuple[np.ndarray, str]:
-    """Levels of more than 8 bits, of any shape and type of number, to uint8 without clipping; and
-    in words which of the image's became black and white."""
+def _warn_once(message: str) -> None:
+    log_first_n(logging.WARNING, message, key="message", name=__name__)
+
+
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Levels of more than 8 bits, of any shape and type of number, to uint8 without clipping.
+    Cameras of 10, 12 or 14 bits write these into 16: the greatest level says how many there are."""
     values = np.nan_to_num(pixels.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
+    rule = "the image's own least and greatest"
     if pixels.dtype.kind == "f" and 0 <= low and high <= 1:
         rule, low, high = "0 to 1", 0, 1
     elif pixels.dtype.kind in "iu" and 0 <= low and high < 65536:
         bits = next(bits for bits in _GRAY_BITS if high < 2**bits)
         rule, low, high = f"0 to {2**bits - 1} ({bits} bits)", 0, 2**bits - 1
-    else:
-        rule = "the image's own least and greatest"
-    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8), rule
-
-
-def _has_deep_color(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has colors of 16 bits, of which Pillow reads 8."""
-    return image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
-
-
-def reading_remark(path: PathLike) -> str:
-    """What of an image file is not read as it is, as the end of a sentence; "" if nothing."""
-    try:
-        with _open_image(path) as image:
-            rule = _in_8_bit(image)[1]
-            if rule:
-                return f"of more than 8 bits, levels from {rule} are read as 0 to 255"
-            return "of several frames, only the first is read" if _has_frames(image) else ""
-    except DatasetError:  # which `check_image` reports
-        return ""
-
-
-def _has_frames(image: Image.Image) -> bool:
-    # The second image in the file of a phone's photo (MPO) is not meant to be seen.
-    return image.format != "MPO" and getattr(image, "is_animated", False)
-
-
-def _in_8_bit(image: Image.Image) -> Tuple[Image.Image, str]:
-    """An image of more than 8 bits a level in 8 bits, and the rule by which it is read; any other
-    image as it is, and "". Cameras of 10, 12 or 14 bits write these into 16: the image's greatest
-    level says how many there are."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image)
-    elif image.info.get(_DEEP_COLOR) or _has_deep_color(image):
-        pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
-    else:
-        return image, ""
-    levels, rule = _to_8_bit(pixels)
-    return Image.fromarray(levels), rule
-
-
-@functools.lru_cache(maxsize=None)
-def _warn_once(message: str) -> None:
-    worker = torch.utils.data.get_worker_info()
-    if worker is None or worker.id == 0:
-        logger.warning(message)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB. Transparency is
-    dropped, as in Detectron2."""
-    image, rule = _in_8_bit(image)
-    if rule and "16 bits" not in rule:
+    if "16 bits" not in rule:
         _warn_once(
             f"There are images of more than 8 bits whose levels from {rule} are read as 0 to 255: "
             "if others have other levels and their brightness should be comparable, scale all "
             "files to 16 bits."
         )
+    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB. Transparency is
+    dropped, as in Detectron2."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
     if image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def read_image(
-    path: Union[PathLike, BinaryIO], height: Optional[int] = None, width: Optional[int] = None
+    path: PathLike,
+    height: Optional[int] = None,
+    width: Optional[int] = None,
+    *,
+    file: Optional[BinaryIO] = None,
 ) -> np.ndarray:
     """Read an image of any mode that Pillow knows, of several frames or pages the first. EXIF
     orientation is applied, unless only the stored orientation has the expected size: annotation
     tools disagree on which of the two they mean.
 
     Args:
-        path: of the image file, or its content (`io.BytesIO`).
+        path: of the image file.
         height, width: expected size in pixels; None accepts any size.
+        file: the content, which messages call `path`; None opens that.
 
     Returns:
         (height, width, 3) uint8, RGB. A file that is missing, cannot be decoded, or has another
         size is a DatasetError.
     """
-    with _open_image(path) as image:
-        transpose = _matching_transpose(image, path, height, width)
-        if _has_frames(image):
+    with _open_image(path, file) as image:
+        is_upright = _is_upright(image, path, height, width)
+        # The second image in the file of a phone's photo (MPO) is not meant to be seen.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
             _warn_once(f"Only the first frame or page of {image.format} files is read.")
-        image = as_rgb(image)
-        if transpose is not None:
-            image = image.transpose(transpose)
-        return np.asarray(image)
+        image.load()
+        with contextlib.suppress(Exception):  # of a malformed EXIF block
+            if is_upright:
+                ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(as_rgb(image))
 
 
 def check_image(path: PathLike, height: int, width: int) -> None:
     """Decode an image and compare its size, in either EXIF orientation, with the expected one;
     errors are those of `read_image`."""
     with _open_image(path) as image:
-        _matching_transpose(image, path, height, width)
+        _is_upright(image, path, height, width)
         # Lets the JPEG decoder skip most of the inverse transform; it still reads every byte.
         image.draft("RGB", (1, 1))
         image.load()
@@ -231,9 +170,7 @@ def upright_size(path: PathLike) -> Tuple[int, int]:
     """Height and width of an image in pixels, as its EXIF orientation turns it upright; errors are
     those of `read_image`."""
     with _open_image(path) as image:
-        transpose = _exif_transposes(image)[0]
-        size = image.height, image.width
-        return size[::-1] if transpose in _SIDE_SWAPPING_TRANSPOSES else size
+        return _upright_size(image)
 
 
 class _ResizeShortSide(T.ResizeShortestEdge):

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from smca.data import DatasetError, as_rgb, read_image
-from smca.data.mapper import unreadable
+from smca.data import as_rgb, read_image
 from smca.errors import UserError
 
 ImageSource = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
@@ -48,18 +47,15 @@ def is_url(path: str) -> bool:
 
 
 def _read(path: str) -> np.ndarray:
-    source: Union[str, io.BytesIO] = path
+    file = None
     if is_url(path):
         # Detectron2's PathManager takes files of one path on two hosts for the same.
         try:
             with urllib.request.urlopen(path, timeout=_TIMEOUT) as response:
-                source = io.BytesIO(response.read())
+                file = io.BytesIO(response.read())
         except (OSError, ValueError, HTTPException) as error:
             raise UserError(f"The image {path} cannot be downloaded: {error}.") from error
     elif "://" not in path and not os.path.isfile(path):
         what = "is a folder, no image" if os.path.isdir(path) else "does not exist"
         raise UserError(f"The image {path} {what}.")
-    try:
-        return read_image(source)
-    except DatasetError as error:
-        raise UserError(unreadable(path, error.__cause__ or error)) from error
+    return read_image(path, file=file)
