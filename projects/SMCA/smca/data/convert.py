@@ -6,17 +6,17 @@ folders changes. Their records name the label file that they come from, and what
 """
 
 import codecs
-import collections
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-from smca.errors import DatasetError
+from smca.errors import DatasetError, counted
 
 from .cache import cache_dir, create_once, name_for
 from .coco_checks import FAULT, REMARKS, SOURCE, Record, in_threads
@@ -25,6 +25,8 @@ from .mapper import PathLike, upright_size
 States = Dict[str, Tuple[int, int]]  # path -> (size, time of the last change)
 # Of an image: what its record gets, and its objects with "name" and "bbox"
 Content = Tuple[Record, List[Record]]
+# Of an image by its path in the folder, that of its label or None
+Pairs = Dict[str, Optional[str]]
 
 # Pillow's names of the formats that have images; a folder may hold other files.
 _FORMATS = {"AVIF", "BMP", "DDS", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SGI"}
@@ -56,25 +58,6 @@ def files_below(folder: str, suffix: str = "") -> States:
     return found
 
 
-def _pair(
-    folder: str, label_files: Iterable[str], stems: Callable[[str], Iterable[str]]
-) -> Tuple[Dict[str, Optional[str]], List[str]]:
-    """The path of the label of each image, or None, by the image's path in its folder; and the
-    labels that no image has."""
-    labels = {os.path.splitext(path)[0]: path for path in label_files}
-
-    def label_of(image: str) -> Optional[str]:
-        return next((labels[stem] for stem in stems(image) if stem in labels), None)
-
-    formats = Image.registered_extensions()
-    pairs = {
-        os.path.relpath(path, folder): label_of(path)
-        for path in sorted(files_below(folder))
-        if formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
-    }
-    return pairs, sorted(set(labels.values()).difference(filter(None, pairs.values())))
-
-
 def read_list(file: Path) -> List[str]:
     """The names of images, one a line."""
     try:
@@ -87,26 +70,19 @@ def read_list(file: Path) -> List[str]:
     return names
 
 
-def _choose(
-    pairs: Dict[str, Optional[str]], lines: Sequence[str], folder: str
-) -> Dict[str, Optional[str]]:
+def _choose(pairs: Pairs, lines: Sequence[str], folder: str) -> Pairs:
     """The images that are listed by their names, with or without suffix."""
     images = {os.path.splitext(name)[0]: name for name in pairs}
     images.update({name: name for name in pairs})
-    chosen, missing = set(), []
-    for line in lines:
-        name, _, flag = line.rpartition(" ")
-        if line not in images and flag in ("-1", "0", "1"):  # as in VOC's lists of a class
-            line = name.strip()
-        if line in images:
-            chosen.add(images[line])
-        else:
-            missing.append(line)
+    # In VOC's lists of a class, a flag follows the name.
+    lines = [line if line in images else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
+    missing = sorted(set(lines).difference(images))
     if missing:
         raise DatasetError(
             f"The list of images has {len(missing)} names that {folder} has no image of, such as "
-            f"{min(missing)}: correct it."
+            f"{missing[0]}: correct it."
         )
+    chosen = {images[line] for line in lines}
     return {name: label for name, label in pairs.items() if name in chosen}
 
 
@@ -124,7 +100,6 @@ def convert(
     labels: str,
     label_files: States,
     stems: Callable[[str], Iterable[str]],
-    pair_rest: Callable[[Dict[str, Optional[str]], List[str]], List[str]],
     lines: Optional[Sequence[str]],
     read: Callable[[str, Optional[str]], Content],
     names: Optional[Sequence[str]],
@@ -136,19 +111,25 @@ def convert(
     Args:
         label_files: those that may be an image's.
         stems: gives the paths without suffix that the label file of an image may have.
-        pair_rest: may pair what `stems` did not, in place; gives the labels that are left.
         lines: choose images by their names; None takes all.
         read: gives an image's size and objects.
         names: of the classes; None takes those of the objects.
         state: what else the JSON depends on.
     """
-    files = [sorted(files.items()) for files in (files_below(images), label_files)]
+    image_files = files_below(images)
+    files = [sorted(files.items()) for files in (image_files, label_files)]
     state = (_LAYOUT, images, labels, names, lines, state, files)
     path = cache_dir() / "converted" / f"{name_for(labels, state)}.json"
 
     def write(partial: Path) -> None:
-        pairs, unused = _pair(images, label_files, stems)
-        unused = pair_rest(pairs, unused)
+        by_stem = {os.path.splitext(path)[0]: path for path in label_files}
+        formats = Image.registered_extensions()
+        pairs: Pairs = {
+            os.path.relpath(path, images): next(filter(None, map(by_stem.get, stems(path))), None)
+            for path in sorted(image_files)
+            if formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
+        }
+        unused = sorted(set(label_files).difference(filter(None, pairs.values())))
         if lines is not None:
             pairs, unused = _choose(pairs, lines, images), []
         coco = _make_coco(images, labels, pairs, unused, read, names)
@@ -163,14 +144,21 @@ def convert(
 def _make_coco(
     folder: str,
     labels: str,
-    pairs: Dict[str, Optional[str]],
+    pairs: Pairs,
     unused: Sequence[str],
     read: Callable[[str, Optional[str]], Content],
     names: Optional[Sequence[str]],
 ) -> Dict[str, Any]:
     if not pairs:
         raise DatasetError(f"{folder} has no images: correct the path.")
-    remarks = _remarks(folder, pairs, unused)
+    remarks: List[str] = []
+    if not any(pairs.values()):
+        remarks.append(f"None of the {len(pairs)} images of {folder} has a label file.")
+    if unused:
+        remarks.append(
+            f"{counted(len(unused), 'label file')} with no image that can be read, such as "
+            f"{', '.join(unused[:_NUM_SHOWN])}: add the images."
+        )
     paths = [os.path.join(folder, name) for name in pairs]
     contents = list(in_threads(read, paths, pairs.values()))
     all_objects = [item for _, objects in contents for item in objects]
@@ -205,21 +193,3 @@ def _make_coco(
         "annotations": annotations,
         "categories": [{"id": index, "name": name} for index, name in enumerate(names, 1)],
     }
-
-
-def _remarks(folder: str, pairs: Dict[str, Optional[str]], unused: Sequence[str]) -> List[str]:
-    """Remarks on label files that have several images or none."""
-    counts = collections.Counter(filter(None, pairs.values()))
-    shared = [label for label, count in counts.items() if count > 1]
-    remarks = [
-        f"{len(labels)} label file{' has' if len(labels) == 1 else 's have'} {what}, such as "
-        f"{', '.join(labels[:_NUM_SHOWN])}: {advice}."
-        for labels, what, advice in (
-            (unused, "no image that can be read", "add the images"),
-            (shared, "several images", "give the images different names"),
-        )
-        if labels
-    ]
-    if not counts:
-        remarks.insert(0, f"None of the {len(pairs)} images of {folder} has a label file.")
-    return remarks

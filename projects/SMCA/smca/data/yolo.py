@@ -1,6 +1,5 @@
 """YOLO folders as data sets in COCO's format."""
 
-import contextlib
 import functools
 import math
 import os
@@ -45,22 +44,12 @@ def _of_each_path(data_yaml: PathLike, split: str, function: Callable[[str], str
 
 def _read_yaml(file: Path) -> Dict[str, Any]:
     existing(file, os.path.isfile, "file")
-    text = ""
     try:
-        text = read_text(file)
         # All values stay the texts that they are: a class may be called "no" or "null".
-        content = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{file} cannot be read ({error}): correct it.") from error
-    except yaml.YAMLError as error:
-        # There is a mark, or the position of a character that YAML does not allow.
-        about = vars(error)
-        mark = about.get("problem_mark")
-        line = mark.line if mark else text.count("\n", 0, about["position"])
-        reason = about.get("problem") or about["reason"]
-        raise DatasetError(
-            f"{file} is no YAML file, see line {line + 1} ({reason}): correct it."
-        ) from error
+        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)  # noqa: S506
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{file} cannot be read as YAML ({reason}): correct it.") from error
     if not isinstance(content, dict) or not content.get("names"):
         raise DatasetError(f"{file} has no 'names': add the names of the classes.")
     names = content["names"]
@@ -70,10 +59,6 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
         raise DatasetError(
             f"{file} has 'names' that are no list of names: write [dog, cat], or number them from "
             "0 without gaps."
-        )
-    if content.get("nc", str(len(names))) != str(len(names)):
-        raise DatasetError(
-            f"{file} has nc {content['nc']}, but {len(names)} 'names': make them agree."
         )
     return {**content, "names": names}
 
@@ -109,15 +94,14 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
     """
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
-    names, shape = content["names"], content.get("kpt_shape", ["0", "0"])
+    names, shape = content["names"], content.get("kpt_shape", ["0"])
     try:
-        num_keypoints, num_values = map(int, shape)
+        num_keypoint_values = math.prod(map(int, shape))
     except (TypeError, ValueError) as error:
         raise DatasetError(
             f"{file} has kpt_shape {shape}: write the number of keypoints and of their values, "
             "[17, 3], or remove it."
         ) from error
-    num_keypoint_values = num_keypoints * num_values
     read = functools.partial(_read_yolo, names=names, num_keypoint_values=num_keypoint_values)
 
     def convert_one(path: str) -> str:
@@ -127,9 +111,9 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
             lines = [os.path.relpath(os.path.join(images, line), images) for line in listed]
         labels = _yolo_labels(images)
         # The folder of labels need not exist.
-        label_files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
-        folders = (images, labels, label_files)
-        return convert(*folders, _stems, _labels_in, lines, read, names, num_keypoint_values)
+        files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
+        files = {path: each for path, each in files.items() if Path(path).name != "classes.txt"}
+        return convert(images, labels, files, _stems, lines, read, names, num_keypoint_values)
 
     return _of_each_path(file, split, convert_one)
 
@@ -192,13 +176,3 @@ def _yolo_object(
     scale_x, scale_y = image["width"], image["height"]
     box = [left * scale_x, top * scale_y, (right - left) * scale_x, (bottom - top) * scale_y]
     return {"name": names[int(label)], "bbox": box}
-
-
-def _labels_in(pairs: Dict[str, Optional[str]], text_files: List[str]) -> List[str]:
-    """The text files that have boxes; classes.txt, for instance, has none."""
-    labels = []
-    for path in text_files:
-        with contextlib.suppress(OSError, ValueError):
-            if len(list(map(float, read_text(path).split(maxsplit=5)[:5]))) == 5:
-                labels.append(path)
-    return labels
