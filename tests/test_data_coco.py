@@ -286,13 +286,10 @@ def test_paths_that_cannot_be_used_are_named(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b'{"images": [', "is not a JSON file .*cut off"),
-        (b"", "is not a JSON file"),
-        (b"\xff\xfe\x00", "is not a JSON file"),
-        (b"\x89PNG", "is not a JSON file in UTF-8"),
-        (b'{"images": "h\xfcnd"}', "is not a JSON file in UTF-8"),
-        (b"version https://git-lfs.github.com/spec/v1", "is only a pointer of Git LFS"),
-        (gzip.compress(b"{}", mtime=0), "is a compressed file: unpack it"),
+        (b'{"images": [', "cannot be read as JSON in UTF-8 .*export it again"),
+        (b"", "cannot be read as JSON"),
+        (b'{"images": "h\xfcnd"}', "cannot be read as JSON in UTF-8"),
+        (gzip.compress(b"{}", mtime=0), "cannot be read .* unpack it if it is compressed"),
         (b"[1, 2]", "is not in COCO's format, an object with .* add 'images' and 'annot"),
         (b'{"images": [], "annotations": []}', "is not in COCO's format.* add 'categories'"),
         (None, "is a folder: correct the path"),
@@ -347,22 +344,15 @@ def test_a_faulty_record_is_named_and_its_annotations_are_not(tmp_path, kind, ch
     [
         ("a\0.png", ""),
         ("a\ud800.png", ""),
-        (r".\a.png", r"does not exist.*Write file_name with / in place of"),
-        ("photos/a.png", "does not exist.*It is there without the folder in file_name"),
-        ("c.png", "does not exist.*It is there from the folder above"),
-        ("u\u0308.png", "does not exist.*Its name on the disk is in Unicode's form NFC"),
-        ("https://host/a.png", "does not exist.*is a URL: download the images"),
-        ("file:///data/a.png", "does not exist.*is a URL"),
+        (r".\a.png", "does not exist"),
+        ("https://host/a.png", ""),
     ],
 )
 def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
     coco = _coco()
     coco["images"][1]["file_name"] = file_name
-    files = _write(tmp_path, coco)
-    for other in ("c.png", "images/\u00fc.png"):
-        Image.new("RGB", (40, 30)).save(tmp_path / other)
     with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+image 9: .*{words}"):
-        register_coco(*files)
+        register_coco(*_write(tmp_path, coco))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +367,7 @@ def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
         ({"area": "12 px"}, "area '12 px', which must be a number from 0 to 1e.10"),
         ({"area": math.nan}, "area nan, which must be"),
         ({"area": 10**400}, r"area 10+\.\.\.0+, which must be"),
-        ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "bbox .*relative to its image; multiply x"),
+        ({"bbox": [0.1, 0.2, 0.5, 0.5]}, "bbox .*in pixels, not relative to its image; corr"),
         ({"bbox": [1, 2, 3]}, "bbox .*, which must be 4 finite numbers, of which the width"),
         ({"bbox": "1 2 3 4"}, "bbox .*4 finite numbers"),
         ({"bbox": [1, math.nan, 3, 4]}, "bbox .*4 finite numbers"),
@@ -398,17 +388,8 @@ def test_a_bad_annotation_is_an_error_that_names_it(tmp_path, changes, message):
         _register_with_first_annotation(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("extra", [[], [[0.5, 0.5, 1, 1]], [[0, 0, 0.2, 1]]])
-def test_boxes_from_0_to_1_are_an_error(tmp_path, extra):
-    coco = _coco()
-    boxes = [[0, 0, 1, 1], [0, 0, 1, 1], *extra]
-    coco["annotations"] = [_annotation(i, box, 10) for i, box in enumerate(boxes, 1)]
-    with pytest.raises(
-        DatasetError, match=f"{len(boxes)} problems in .*\\s+.* relative to its image"
-    ):
-        register_coco(*_write(tmp_path, coco))
-    coco["annotations"] = [*coco["annotations"][:2], _annotation(9, [2, 3, 10, 12], 30)]
-    register_coco(*_write(tmp_path, coco, "pixels.json"))  # an object of one pixel is no fault
+def test_an_object_of_one_pixel_is_no_fault(tmp_path):
+    _register_with_first_annotation(tmp_path, bbox=[0, 0, 1, 1])
 
 
 def test_crowds_alone_are_an_error(tmp_path):

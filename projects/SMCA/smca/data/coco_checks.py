@@ -6,7 +6,6 @@ import json
 import os
 import re
 import reprlib
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from typing import (
     Any,
@@ -43,8 +42,6 @@ SOURCE, FAULT, REMARKS = "smca_source", "smca_fault", "smca_remarks"
 # a category that the file has: True.
 WRITTEN = "smca_written"
 
-_LFS_POINTER = b"version https://git-lfs"
-_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ")  # gzip, zip, bzip2, xz
 _HUGE = 1e15  # a number of pixels that is as good as infinite
 _MAX_AREA = 1e10  # in square pixels; pycocotools evaluates no larger objects
 
@@ -148,19 +145,6 @@ def written_id(record: Record) -> Union[int, str]:
     return written if isinstance(written, str) else record["id"]
 
 
-def _why_unreadable(error: Exception) -> str:
-    content = getattr(error, "object", b"") or getattr(error, "doc", "").encode()
-    if isinstance(error, OSError):
-        return f"cannot be opened ({error.strerror}): correct its permissions."
-    if content.startswith(_COMPRESSED):
-        return "is a compressed file: unpack it."
-    if content.startswith(_LFS_POINTER):
-        return "is only a pointer of Git LFS: run git lfs pull."
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not a JSON file in UTF-8 ({error}): write it again with this encoding."
-    return f"is not a JSON file ({error}): export it again, it may be cut off."
-
-
 def forget_files() -> None:
     """Free the memory of the files that :func:`read_coco` has read."""
     _parse.cache_clear()
@@ -179,7 +163,10 @@ def read_coco(json_file: PathLike) -> Dict[str, Any]:
         status = os.stat(json_file)
         data = _parse(json_file, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{json_file} {_why_unreadable(error)}") from error
+        raise DatasetError(
+            f"{json_file} cannot be read as JSON in UTF-8 ({error}): unpack it if it is "
+            "compressed, run git lfs pull if it is a pointer of Git LFS, or export it again."
+        ) from error
     lists = data if isinstance(data, dict) else {}
     missing = [f"'{key}'" for key in _NUMBERS if not isinstance(lists.get(key), list)]
     if missing:
@@ -297,9 +284,8 @@ def _annotation_problems(
         for image in images
         if _fault_of(image, _IMAGE_RULES) is None
     }
-    relative = {}  # index and record of annotations whose boxes seem to be so
 
-    def fault_of(index: int, annotation: Record) -> Optional[Fault]:
+    def fault_of(annotation: Record) -> Optional[Fault]:
         if image_ids is not None and annotation["image_id"] not in image_ids:
             return _broken(annotation, "image_id", "the id of an image")
         if category_ids is not None and annotation["category_id"] not in category_ids:
@@ -310,24 +296,13 @@ def _annotation_problems(
         hint = _why_outside(bbox, *size)
         if hint is not None:
             return _broken(annotation, "bbox", "inside its image", hint)
-        if max(map(abs, bbox)) <= 1 < max(size):
-            relative[index] = annotation
+        # A pixel in the corner is no fault.
+        if max(map(abs, bbox)) <= 1 < max(size) and any(value % 1 for value in bbox):
+            return _broken(annotation, "bbox", "in pixels, not relative to its image")
         return None
 
     # Annotations can do without an id, and one that is no number is not used.
-    problems = _problems("annotation", annotations, _ANNOTATION_RULES, {"id": int}, fault_of)
-    # A pixel in the corner is no fault by itself.
-    is_fault = any(v % 1 for annotation in relative.values() for v in annotation["bbox"])
-    if not is_fault and len(relative) < len(annotations):
-        return problems
-    for index, annotation in relative.items():
-        text = (
-            f"{_label('annotation', index, annotation)} has bbox {annotation['bbox']}, "
-            "relative to its image; multiply x and width by the width of the image in "
-            "pixels, y and height by its height."
-        )
-        problems.append(Problem("annotation: bbox from 0 to 1", text, annotation))
-    return problems
+    return _problems("annotation", annotations, _ANNOTATION_RULES, {"id": int}, fault_of)
 
 
 def _ids(records: Sequence[Any]) -> Optional[Collection[Union[int, str]]]:
@@ -353,10 +328,10 @@ def _problems(
     records: Sequence[Any],
     rules: Sequence[Rule],
     unique: Mapping[str, Any],
-    more: Callable[[int, Record], Optional[Fault]] = lambda index, record: None,
+    more: Callable[[Record], Optional[Fault]] = lambda record: None,
 ) -> List[Problem]:
     """The first fault of each record: of its values by the rules, of those whose keys and types are
-    `unique`, or by `more`, which is given its index and itself."""
+    `unique`, or by `more`."""
     problems, seen = [], set()
     for index, record in enumerate(records):
         fault = _fault_of(record, rules)
@@ -365,7 +340,7 @@ def _problems(
                 if (key, record[key]) in seen:
                     fault = fault or _broken(record, key, f"that of no other {kind}")
                 seen.add((key, record[key]))
-        fault = fault or more(index, record)
+        fault = fault or more(record)
         if fault is not None:
             message = f"{_label(kind, index, record)} {fault[1]}"
             problems.append(Problem(f"{kind}: {fault[0]}", message, record))
@@ -404,36 +379,19 @@ def _label(kind: str, index: int, record: Any) -> str:
     return f"{kind} {written_id(record)}{more}"
 
 
-def _where_else(name: str, image_root: PathLike) -> str:
-    """How a `file_name` that does not exist may be meant, as a sentence in brackets."""
-    if "://" in name:
-        return " (file_name is a URL: download the images, and write their paths.)"
-    for other, advice in (
-        (name.replace("\\", "/"), "Write file_name with / in place of \\."),
-        (re.split(r"[\\/]", name)[-1], "It is there without the folder in file_name: remove that."),
-        (os.path.join("..", name), "It is there from the folder above: give that one."),
-        (unicodedata.normalize("NFC", name), "Its name on the disk is in Unicode's form NFC."),
-        (unicodedata.normalize("NFD", name), "Its name on the disk is in Unicode's form NFD."),
-    ):
-        if other and os.path.isfile(os.path.join(image_root, other)):
-            return f" ({advice})"
-    return ""
-
-
 def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[Optional[Problem]]:
     """Decode images of a COCO JSON, which have no problems of their own, in a few threads; gives
     for each its problem, or None."""
 
     def problem(image: Record) -> Optional[Problem]:
-        path, hint = os.path.join(image_root, image["file_name"]), ""
+        path = os.path.join(image_root, image["file_name"])
         try:
             check_image(path, image["height"], image["width"])
         except DatasetError as error:
-            rule = "file unreadable or of another size"
-            if not os.path.isfile(path):
-                rule, hint = "file missing", _where_else(image["file_name"], image_root)
+            is_there = os.path.isfile(path)
+            rule = "file unreadable or of another size" if is_there else "file missing"
             name = image.get(SOURCE) or f"image {written_id(image)}"
-            return Problem(f"image: {rule}", f"{name}: {error}{hint}", image)
+            return Problem(f"image: {rule}", f"{name}: {error}", image)
         return None
 
     return in_threads(problem, images)
