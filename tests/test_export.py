@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch.export.passes import move_to_device_pass
 from torch.torch_version import TorchVersion
 
+import publish
 from helpers import (
     CLASS_NAMES,
     ROOT,
@@ -29,7 +30,7 @@ from helpers import (
     write_weights,
 )
 from smca.cli import export as tool
-from smca.inference import Predictor, save_pretrained
+from smca.inference import Predictor
 from smca.inference.export import (
     METADATA_NAME,
     OLDEST_TORCH,
@@ -259,7 +260,7 @@ def test_the_average_of_the_weights_and_a_published_folder_can_be_exported(
     config = ["--config-file", tiny[1]]
     weights = write_weights(tmp_path, tiny[1], model_ema=average)
     averaged = Predictor(weights, config_file=tiny[1], weights="ema")
-    save_pretrained(averaged, str(tmp_path / "published"))
+    publish.save_pretrained(averaged, str(tmp_path / "published"))
     for given in (
         [*config, "--weights", weights, "--weights-kind", "ema"],
         ["--weights", str(tmp_path / "published")],

@@ -22,7 +22,6 @@ from helpers import (
 )
 from smca import Predictor
 from smca.errors import CheckpointError, ConfigError, UserError
-from smca.inference import save_pretrained
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'publish' is missing")
 hub = pytest.importorskip("huggingface_hub", reason="the extra 'publish' is missing")
@@ -92,7 +91,7 @@ def test_a_detector_with_proposed_queries_is_published(tmp_path):
     config = write_smca_config(tmp_path, "smca_plus")
     weights = write_weights(tmp_path, config)
     expected = Predictor(weights, config_file=config)
-    save_pretrained(expected, str(tmp_path / "published"))
+    publish.save_pretrained(expected, str(tmp_path / "published"))
     found = Predictor.from_pretrained(tmp_path / "published", device="cpu")
     image = make_image(70, 110)
     found, expected = found(image, threshold=0), expected(image, threshold=0)
@@ -302,5 +301,5 @@ def test_a_detector_with_parts_of_ones_own_is_not_published(checkpoint, tmp_path
     detector = Predictor(checkpoint)
     detector.cfg.model.backbone._target_ = Mark
     with pytest.raises(ConfigError, match="The detector's config calls .*Mark, which is refused"):
-        save_pretrained(detector, str(tmp_path / "out"))
+        publish.save_pretrained(detector, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

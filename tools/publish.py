@@ -14,20 +14,25 @@ AP in the card is what the training's metrics.json says of the checkpoint's iter
 import argparse
 import hashlib
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from smca.analysis import read_metrics
 from smca.config import dataset_names
-from smca.errors import UserError, command_line, exit_code
-from smca.inference import CARD_NAME, Predictor, add_weights_kind, save_pretrained
+from smca.errors import ConfigError, UserError, command_line, exit_code
+from smca.inference import Predictor, add_weights_kind
+from smca.inference.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_parts, need_extra
+from smca.version import __version__
 
 import torch
 import yaml
+from detectron2.utils.registry import _convert_target_to_string
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
+CARD_NAME = "README.md"
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _MAX_CLASSES = 100  # named in the card
 
@@ -92,6 +97,57 @@ def run(args: argparse.Namespace) -> List[str]:
     path = Path(args.output, CARD_NAME)
     path.write_text(model_card(args, predictor, published), encoding="utf-8")
     return [str(file) for file in sorted(Path(args.output).iterdir())]
+
+
+def save_pretrained(predictor: Predictor, folder: str) -> Dict[str, Any]:
+    """Write what inference needs of a detector that has its config, into a new folder or one that
+    this wrote before, for `smca.Predictor.from_pretrained`. Gives what the config file says.
+
+    Raises:
+        ConfigError: the detector's config cannot be published.
+        UserError: safetensors is not installed, the folder holds something else (a training's has
+            a config.yaml of its own), or cannot be written.
+    """
+    safetensors = need_extra("safetensors.torch")
+    safetensors_error = need_extra("safetensors").SafetensorError  # no type of Python's own errors
+    present = {file.name for file in Path(folder).glob("[!.]*")}
+    foreign = sorted(present - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
+    if foreign:
+        raise UserError(f"{folder} holds other files ({foreign[0]}): give a new folder.")
+    cfg = predictor.cfg
+    parts = {"model": cfg.model, "augmentations": cfg.dataloader.test.mapper.augmentations}
+    published: Dict[str, Any] = {"smca_version": __version__}
+    for key, part in parts.items():
+        published[key] = _plain(OmegaConf.to_container(part, resolve=True))
+    if "criterion" in published["model"]:  # which only training needs
+        published["model"]["criterion"] = None
+    for key in ("image_format", "class_names", "category_ids", "weights"):
+        published[key] = getattr(predictor, key)
+    try:
+        text = yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The detector's config cannot be published, it has a value that is no plain one: "
+            f"{error.args[-1]!r}."
+        ) from error
+    check_parts(published, "The detector's config")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        safetensors.save_model(predictor.model, os.path.join(folder, WEIGHTS_NAME))
+        # The last, without which the folder is no detector.
+        Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
+    except (OSError, safetensors_error) as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
+    return published
+
+
+def _plain(value: Any) -> Any:
+    """A config's value with names for what it calls."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return _convert_target_to_string(value) if callable(value) else value
 
 
 def model_card(args: argparse.Namespace, predictor: Predictor, published: Dict[str, Any]) -> str:

@@ -10,4 +10,3 @@ from .command_line import (
 )
 from .detections import Detections
 from .predictor import Predictor
-from .pretrained import CARD_NAME, save_pretrained

@@ -7,25 +7,19 @@ nothing but parts of detectors."""
 import contextlib
 import importlib
 import os
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import yaml
-from detectron2.utils.registry import _convert_target_to_string, locate
+from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 
 from smca.config.build import build
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.modeling.weight_map import MAPS
-from smca.version import __version__
-
-if TYPE_CHECKING:  # it imports this module
-    from smca.inference.predictor import Predictor
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAME = "model.safetensors"
-CARD_NAME = "README.md"
 
 # Where the parts of a detector come from: modules that may define what a published config calls.
 _PARTS = (
@@ -38,48 +32,6 @@ _PARTS = (
 )
 _PART_KEYS = ("model", "augmentations")
 _KEYS = (*_PART_KEYS, "image_format", "class_names", "category_ids", "weights")
-
-
-def save_pretrained(predictor: "Predictor", folder: str) -> Dict[str, Any]:
-    """Write what inference needs of a detector that has its config, into a new folder or one that
-    this wrote before, for `smca.Predictor.from_pretrained`. Gives what the config file says.
-
-    Raises:
-        ConfigError: the detector's config cannot be published.
-        UserError: safetensors is not installed, the folder holds something else (a training's has
-            a config.yaml of its own), or cannot be written.
-    """
-    safetensors = need_extra("safetensors.torch")
-    safetensors_error = need_extra("safetensors").SafetensorError  # no type of Python's own errors
-    present = {file.name for file in Path(folder).glob("[!.]*")}
-    foreign = sorted(present - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME})
-    if foreign:
-        raise UserError(f"{folder} holds other files ({foreign[0]}): give a new folder.")
-    cfg = predictor.cfg
-    parts = {"model": cfg.model, "augmentations": cfg.dataloader.test.mapper.augmentations}
-    published: Dict[str, Any] = {"smca_version": __version__}
-    for key, part in parts.items():
-        published[key] = _plain(OmegaConf.to_container(part, resolve=True))
-    if "criterion" in published["model"]:  # which only training needs
-        published["model"]["criterion"] = None
-    for key in ("image_format", "class_names", "category_ids", "weights"):
-        published[key] = getattr(predictor, key)
-    try:
-        text = yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"The detector's config cannot be published, it has a value that is no plain one: "
-            f"{error.args[-1]!r}."
-        ) from error
-    _check_parts(published, "The detector's config")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        safetensors.save_model(predictor.model, os.path.join(folder, WEIGHTS_NAME))
-        # The last, without which the folder is no detector.
-        Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
-    except (OSError, safetensors_error) as error:
-        raise UserError(f"{folder} cannot be written: {error}.") from error
-    return published
 
 
 def load_pretrained(name: str, revision: Optional[str] = None) -> Dict[str, Any]:
@@ -147,11 +99,11 @@ def _read_config(path: str) -> Dict[str, Any]:
     if absent:
         names = ", ".join(sorted(absent))
         raise ConfigError(f"{path} is no published detector's config, it lacks {names}.")
-    _check_parts(published, path)
+    check_parts(published, path)
     return published
 
 
-def _check_parts(value: Any, path: str) -> None:
+def check_parts(value: Any, path: str) -> None:
     """Raise unless all that a config calls is defined where parts of detectors are. What counts is
     the function or class itself, for its name may lead through any module that one imports."""
     for name in _targets(value):
@@ -177,12 +129,3 @@ def _targets(value: Any) -> Iterator[Any]:
     if isinstance(value, list):
         for item in value:
             yield from _targets(item)
-
-
-def _plain(value: Any) -> Any:
-    """A config's value with names for what it calls."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return _convert_target_to_string(value) if callable(value) else value
