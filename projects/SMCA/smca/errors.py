@@ -9,10 +9,6 @@ from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Optio
 
 _MAX_LISTED = 40  # names in a message
 
-# Around the message of an error in a data loader's worker, of which the main process is given
-# the printed traceback alone.
-_BEGIN, _END = "\x02", "\x03"
-
 
 class UserError(ValueError):
     """Something that the user can put right. The message names the file or the config key and says
@@ -20,15 +16,11 @@ class UserError(ValueError):
     """
 
     def __init__(self, *args: Any) -> None:
-        # PyTorch raises an error of a worker again as `type(error)(traceback)`.
-        if len(args) == 1 and isinstance(args[0], str) and _BEGIN in args[0]:
-            args = (args[0].rpartition(_BEGIN)[2].partition(_END)[0],)
+        # PyTorch raises an error of a loader's worker again as `type(error)(traceback)`.
+        if len(args) == 1 and str(args[0]).startswith("Caught "):
+            kind = f"{type(self).__module__}.{type(self).__qualname__}: "
+            args = (str(args[0]).rpartition(kind)[2].rstrip(),)
         super().__init__(*args)
-
-    def __str__(self) -> str:
-        text, data = super().__str__(), sys.modules.get("torch.utils.data")
-        is_worker = data is not None and data.get_worker_info() is not None
-        return f"{_BEGIN}{text}{_END}" if is_worker else text
 
 
 class ConfigError(UserError):
