@@ -120,6 +120,15 @@ def test_remarks_name_what_may_not_be_meant(tmp_path):
         tmp_path / "c", *few, annotation(40, 1, 5, [0, 0, 9, 20])))}))  # fmt: skip
 
 
+def test_images_of_more_than_8_bits_are_remarked(tmp_path):
+    split = examine(*write_data(tmp_path, *GOOD))
+    for item, bits in zip(split.dataset_dicts[:2], (12, 16)):
+        levels = np.full((item["height"], item["width"]), 2**bits - 1, dtype=np.uint16)
+        Image.fromarray(levels).save(item["file_name"])
+    (remark,) = [line for line in find_remarks({"train": split}) if "8 bits" in line]
+    assert remark.startswith("train: 2 images of more than 8 bits, read by the bits")
+
+
 # Pictures and command line
 
 

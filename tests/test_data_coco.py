@@ -344,15 +344,21 @@ def test_a_faulty_record_is_named_and_its_annotations_are_not(tmp_path, kind, ch
     [
         ("a\0.png", ""),
         ("a\ud800.png", ""),
-        (r".\a.png", "does not exist"),
-        ("https://host/a.png", ""),
+        (r".\a.png", r"does not exist.*Write file_name with / in place of"),
+        ("photos/a.png", "does not exist.*It is there without the folder in file_name"),
+        ("c.png", "does not exist.*It is there from the folder above"),
+        ("u\u0308.png", "does not exist.*Its name on the disk is in Unicode's form NFC"),
+        ("https://host/a.png", "does not exist.*is a URL: download the images"),
     ],
 )
 def test_a_file_name_that_is_no_path_is_an_error(tmp_path, file_name, words):
     coco = _coco()
     coco["images"][1]["file_name"] = file_name
+    files = _write(tmp_path, coco)
+    for other in ("c.png", "images/\u00fc.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / other)
     with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+image 9: .*{words}"):
-        register_coco(*_write(tmp_path, coco))
+        register_coco(*files)
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,32 @@ def test_labels_without_an_image_are_named(tmp_path, caplog):
     assert f"1 label file with no image that can be read, such as {folder}/b.xml:" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "image, xml, file_name",
+    [
+        ("photo.jpg", "1.xml", "photo.jpg"),
+        ("photo.jpg", "1.xml", "photo"),
+        ("sub/photo.jpg", "1.xml", r"C:\data\photo.jpg"),
+        ("sub/photo.jpg", "photo.xml", ""),
+        ("photo.jpg", "photo.jpg.xml", "photo.jpg"),
+        ("PHOTO.JPG", "photo.xml", "photo.jpg"),
+        ("photo.jpg", "photo.xml", "another.jpg"),
+    ],
+)
+def test_an_xml_file_may_name_its_image(tmp_path, image, xml, file_name):
+    folders = tmp_path / "images", tmp_path / "labels"
+    write_images(folders[0], "other.jpg")
+    (folders[0] / image).parent.mkdir(exist_ok=True)
+    (folders[0] / "other.jpg").rename(folders[0] / image)
+    write_images(folders[0] / "more", "other.jpg")
+    folders[1].mkdir()
+    head = f"<annotation><filename>{file_name}</filename><object><name>dog</name>"
+    (folders[1] / xml).write_text(f"{head}{BOX}</object></annotation>")
+    coco = read(coco_from_voc(*folders))
+    names = {item["id"]: item["file_name"] for item in coco["images"]}
+    assert [names[item["image_id"]] for item in coco["annotations"]] == [image]
+
+
 def write_turned(path):
     """A photo of 80 x 60 pixels that its EXIF orientation turns to 60 x 80; stored it is red from
     (10, 20) to (50, 30), and upright from (30, 10) to (40, 50)."""
@@ -406,6 +432,7 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: {0: a, 2: b}\nval: .", "or number them from 0 without gaps"),
         ("names: dog\nval: .", "has 'names' that are no list"),
         ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),
+        ("names: [dog]\nnc: 2\nval: .", "has nc 2, but 1 'names'"),
         ("names: [dog]\nval: {a: b}", "has no 'val'"),
         ("names: [dog]\nval: .\nkpt_shape: [[17], 3]", "has kpt_shape .*write the number of"),
     ],

@@ -120,6 +120,17 @@ def write_png(path, pixels, *chunks, after=()):
     return str(path)
 
 
+@pytest.mark.parametrize(
+    "levels, expected", [([0, 257, 65535], [0, 1, 255]), ([0, 2048, 4095], [0, 136, 255])]
+)
+def test_color_of_16_bits_is_scaled_by_the_bits_that_it_has(tmp_path, levels, expected):
+    pixels = np.repeat(np.array([levels], dtype=np.uint16)[..., None], 3, axis=2)
+    path = write_png(tmp_path / "deep.png", pixels)
+    # Pillow gives the upper half of each level.
+    np.testing.assert_allclose(read_image(path)[0, :, 1], expected, atol=16)
+    assert read_image(path).max() >= 240
+
+
 def test_that_levels_are_scaled_is_said_once(tmp_path, caplog):
     logger._LOG_COUNTER.clear()
     with caplog.at_level(logging.WARNING, "smca"):

@@ -241,3 +241,9 @@ def test_weights_of_other_classes_are_refused_and_named(data, tmp_path, count, n
     command += [f"dataloader.test.dataset.names={data[0]}", f"model.num_classes={count}"]
     with pytest.raises(UserError, match=words):
         tool.run(tool.get_parser().parse_intermixed_args(command))
+
+
+def test_column_names_are_short_and_different():
+    assert tool.column_names(["a/x.pth", "b/y.pth"]) == ["x", "y"]
+    assert tool.column_names(["run/a/x.pth", "run/b/x.pth"]) == ["a/x", "b/x"]
+    assert len(set(tool.column_names(["x.pth", "x.pth"]))) == 2

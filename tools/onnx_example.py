@@ -44,9 +44,13 @@ def read_image(path: str) -> Image.Image:
     try:
         # By its path, Pillow would mix up the pixels of some TIFFs that have an orientation.
         image: Image.Image = Image.open(io.BytesIO(Path(path).read_bytes()))
+        # Of colors with 16 bits, Pillow reads the upper 8.
+        is_deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(f"{path} cannot be read: {error}")
+    if is_deep:
+        return Image.fromarray(to_8_bit(np.asarray(image.convert("RGB")).astype(np.uint16) * 257))
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(to_8_bit(np.asarray(image)))
     if image.mode in ("P", "PA"):

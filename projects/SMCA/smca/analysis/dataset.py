@@ -21,6 +21,7 @@ from smca.data.coco_checks import (
     remarks_on,
     source_of,
 )
+from smca.data.mapper import has_more_than_8_bits
 from smca.errors import DatasetError, counted
 
 _FEW_OBJECTS = 20  # of a class
@@ -149,6 +150,13 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
             remarks.append(
                 f"{name}: {counted(full, 'image')} with more than {_AP_DETECTIONS} objects: AP "
                 "takes no more detections of an image, so it cannot reach 100."
+            )
+        deep = sum(has_more_than_8_bits(item["file_name"]) for item in items)
+        if deep:
+            remarks.append(
+                f"{name}: {counted(deep, 'image')} of more than 8 bits, read by the bits that the "
+                "greatest level of each needs: scale all files to 16 bits if their brightness "
+                "should be comparable."
             )
         seen = collections.Counter(
             (item["image_id"], a["category_id"], tuple(a["bbox"]))

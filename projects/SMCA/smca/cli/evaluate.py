@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import os
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> List[str]:
     ]
     make_folder(args.output)
     evaluations = []
-    for (weights, dtype), predictor, ids in zip(detectors, predictors, category_ids):
-        title = f"{weights}, {dtype}" if args.dtype else weights
+    titles = column_names(args.weights, args.dtype)
+    for title, predictor, ids in zip(titles, predictors, category_ids):
         detections, seconds = detect(
             predictor,
             dataset_dicts,
@@ -133,6 +134,18 @@ def category_ids_of(weights: str, predictor: Predictor, dataset: str, truth: COC
         )
     ids = sorted(truth.getCatIds())
     return [ids[expected.index(name)] for name in predictor.class_names] or ids
+
+
+def column_names(paths: Sequence[str], dtypes: Optional[Sequence[str]] = None) -> List[str]:
+    """Short and different names of files: the file's own, with as many of its folders as are needed
+    to tell them apart. With `dtypes`, each name is given once for each type."""
+    short = [f"{path} ({number})" for number, path in enumerate(paths, 1)]
+    for count in range(1, max(len(Path(path).parts) for path in paths) + 1):
+        names = [os.path.join(*Path(path).with_suffix("").parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            short = names
+            break
+    return [f"{name}, {dtype}" for name in short for dtype in dtypes] if dtypes else short
 
 
 def device_name(model: torch.nn.Module) -> str:

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import glob
 import importlib
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,7 @@ names no data set that is known here, it is the class index.
 """
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is over
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -140,32 +142,33 @@ def refuse_folder_of(path: str, folder: str) -> None:
 
 
 def run_on_video(args: argparse.Namespace) -> int:
-    """The same for a video's frames, which `image_id` counts, up to the first that cannot be
-    decoded."""
+    """The same for a video's frames; `image_id` counts them, those that cannot be decoded
+    included."""
     cv2: Any = importlib.import_module("cv2")  # its types are those of one version
     if not os.path.isfile(args.video_input):
         raise UserError(f"The video {args.video_input} does not exist.")
     video = cv2.VideoCapture(args.video_input)
-    is_readable, frame = video.read()
-    if not is_readable:
+    # Some files do not say how many frames they have.
+    num_frames = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
+    frames = read_frames(video, num_frames)
+    first = next(frames, None)
+    if first is None:
         raise UserError(f"{args.video_input} is no video that OpenCV can read, or has no frames.")
     refuse_folder_of(args.video_input, args.output)
     output = os.path.join(args.output, f"{Path(args.video_input).stem}.mp4")
     predictor = predictor_of(args)
     make_folder(args.output)
-    # Some files do not say how many frames they have, or how many a second.
-    num_frames = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     frames_per_second = video.get(cv2.CAP_PROP_FPS)
-    if not 0 < frames_per_second < 1000:
+    if not 0 < frames_per_second < 1000:  # which some files do not say
         frames_per_second = 25.0
     writer: Any = None  # its size is that of the first drawn frame
-    index = 0
-    progress = tqdm(total=num_frames or None, unit="frame", disable=None)
+    num_drawn = 0
+    progress = tqdm(total=num_frames, unit="frame", disable=None)
     with contextlib.ExitStack() as stack:
         results = stack.enter_context(results_in(args.output))
         stack.callback(video.release)
         stack.callback(progress.close)
-        while is_readable:
+        for index, frame in itertools.chain([first], frames):
             image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             detections = predictor(image, threshold=args.confidence_threshold)
             drawn = np.asarray(detections.draw())
@@ -179,18 +182,36 @@ def run_on_video(args: argparse.Namespace) -> int:
                 stack.callback(writer.release)  # or nothing can play what there is
             writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
             results += detections.to_coco(file_name=args.video_input, image_id=index)
-            index += 1
+            num_drawn += 1
             progress.update()
-            is_readable, frame = video.read()
-    if int(cv2.VideoCapture(output).get(cv2.CAP_PROP_FRAME_COUNT)) != index:
+    if int(cv2.VideoCapture(output).get(cv2.CAP_PROP_FRAME_COUNT)) != num_drawn:
         # OpenCV does not say so when it writes.
         raise UserError(f"{output} could not be written in full: is the disk full?")
-    found = f"{counted(index, 'frame')}, {counted(len(results), 'detection')}"
+    found = f"{counted(num_drawn, 'frame')}, {counted(len(results), 'detection')}"
     print(f"{args.video_input}: {found}, drawn in {output}")
-    if index < num_frames:
-        ends = f"{args.video_input} ends after {index} of {num_frames} frames"
-        print(f"{ends}: it may be damaged or cut off.", file=sys.stderr)
-    return 1 if index < num_frames else 0
+    seen = index + 1
+    is_cut = num_frames is not None and seen < num_frames
+    if num_drawn < seen:
+        broken = f"{seen - num_drawn} of {seen} frames"
+        print(f"{broken} could not be decoded and were left out.", file=sys.stderr)
+    if is_cut:
+        ends = f"{args.video_input} ends after {seen} of {num_frames} frames"
+        print(f"{ends}: it may be cut off.", file=sys.stderr)
+    return 1 if is_cut or num_drawn < seen else 0
+
+
+def read_frames(video: Any, num_frames: Optional[int]) -> Iterator[Tuple[int, np.ndarray]]:
+    """The frames of a `cv2.VideoCapture` that can be decoded, with their numbers from 0.
+    `num_frames` is None if the file does not say how many there are."""
+    number = num_failed = 0  # of frames, and in a row
+    while True:
+        is_readable, frame = video.read()
+        num_failed = 0 if is_readable else num_failed + 1
+        number += 1
+        if is_readable:
+            yield number - 1, frame
+        elif num_failed > _MAX_BROKEN if num_frames is None else number >= num_frames:
+            return
 
 
 @contextlib.contextmanager

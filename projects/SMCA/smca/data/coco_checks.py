@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from typing import (
     Any,
@@ -379,19 +380,36 @@ def _label(kind: str, index: int, record: Any) -> str:
     return f"{kind} {written_id(record)}{more}"
 
 
+def _where_else(name: str, image_root: PathLike) -> str:
+    """How a `file_name` that does not exist may be meant, as a sentence in brackets."""
+    if "://" in name:
+        return " (file_name is a URL: download the images, and write their paths.)"
+    for other, advice in (
+        (name.replace("\\", "/"), "Write file_name with / in place of \\."),
+        (re.split(r"[\\/]", name)[-1], "It is there without the folder in file_name: remove that."),
+        (os.path.join("..", name), "It is there from the folder above: give that one."),
+        (unicodedata.normalize("NFC", name), "Its name on the disk is in Unicode's form NFC."),
+        (unicodedata.normalize("NFD", name), "Its name on the disk is in Unicode's form NFD."),
+    ):
+        if other and os.path.isfile(os.path.join(image_root, other)):
+            return f" ({advice})"
+    return ""
+
+
 def file_problems(images: Collection[Record], image_root: PathLike) -> Iterator[Optional[Problem]]:
     """Decode images of a COCO JSON, which have no problems of their own, in a few threads; gives
     for each its problem, or None."""
 
     def problem(image: Record) -> Optional[Problem]:
-        path = os.path.join(image_root, image["file_name"])
+        path, hint = os.path.join(image_root, image["file_name"]), ""
         try:
             check_image(path, image["height"], image["width"])
         except DatasetError as error:
-            is_there = os.path.isfile(path)
-            rule = "file unreadable or of another size" if is_there else "file missing"
+            rule = "file unreadable or of another size"
+            if not os.path.isfile(path):
+                rule, hint = "file missing", _where_else(image["file_name"], image_root)
             name = image.get(SOURCE) or f"image {written_id(image)}"
-            return Problem(f"image: {rule}", f"{name}: {error}", image)
+            return Problem(f"image: {rule}", f"{name}: {error}{hint}", image)
         return None
 
     return in_threads(problem, images)

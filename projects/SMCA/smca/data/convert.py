@@ -104,6 +104,7 @@ def convert(
     read: Callable[[str, Optional[str]], Content],
     names: Optional[Sequence[str]],
     state: Any = None,
+    pair_rest: Optional[Callable[[Pairs, Sequence[str]], None]] = None,
 ) -> str:
     """The JSON of the folders of images and labels, converted unless it is there and nothing has
     changed.
@@ -115,6 +116,7 @@ def convert(
         read: gives an image's size and objects.
         names: of the classes; None takes those of the objects.
         state: what else the JSON depends on.
+        pair_rest: may pair labels that `stems` did not, in place.
     """
     image_files = files_below(images)
     files = [sorted(files.items()) for files in (image_files, label_files)]
@@ -129,7 +131,9 @@ def convert(
             for path in sorted(image_files)
             if formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
         }
-        unused = sorted(set(label_files).difference(filter(None, pairs.values())))
+        if pair_rest is not None:
+            pair_rest(pairs, sorted(set(label_files).difference(pairs.values())))
+        unused = sorted(set(label_files).difference(pairs.values()))
         if lines is not None:
             pairs, unused = _choose(pairs, lines, images), []
         coco = _make_coco(images, labels, pairs, unused, read, names)

@@ -25,6 +25,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # It would warn of images with half as many pixels as it refuses, of each size once.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_DEEP_COLOR = "color of 16 bits"
 _GRAY_BITS = (8, 10, 12, 14, 16)  # that cameras have
 
 
@@ -34,7 +35,9 @@ def _open_image(path: PathLike, file: Optional[BinaryIO] = None) -> Iterator[Ima
     try:
         with contextlib.ExitStack() as stack:
             file = file or stack.enter_context(PathManager.open(str(path), "rb"))
-            yield stack.enter_context(Image.open(file))
+            image = stack.enter_context(Image.open(file))
+            image.info[_DEEP_COLOR] = _has_deep_color(image)
+            yield image
     except DatasetError:
         raise
     except FileNotFoundError:
@@ -114,11 +117,26 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
+def _has_deep_color(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has colors of 16 bits, of which Pillow reads 8."""
+    return image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
+
+
+def has_more_than_8_bits(path: PathLike) -> bool:
+    """Whether the levels of an image file are scaled to 8 bits; False if it cannot be read."""
+    with contextlib.suppress(DatasetError), _open_image(path) as image:
+        return image.mode.startswith("I") or image.mode == "F" or image.info[_DEEP_COLOR]
+    return False
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode (gray, palette, RGBA, CMYK, 1, 16 or 32 bits) in RGB. Transparency is
     dropped, as in Detectron2."""
     if image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    elif image.info.get(_DEEP_COLOR) or _has_deep_color(image):
+        pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
+        image = Image.fromarray(_to_8_bit(pixels))
     if image.mode in ("P", "PA"):  # a palette with transparency converts cleanly only to RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,15 +1,18 @@
 """Pascal VOC folders as data sets in COCO's format."""
 
 import codecs
+import contextlib
 import math
 import os
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
 
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import Content, convert, files_below, read_list, size_record
+from .convert import Content, Pairs, convert, files_below, read_list, size_record
 from .mapper import PathLike
+
+_UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
 
 
 def coco_from_voc(
@@ -25,7 +28,7 @@ def coco_from_voc(
     Args:
         images: folder of the images, sub-folders included.
         annotations: folder of the XML files. Each is named like its image, in a sub-folder of the
-            same name.
+            same name, or names it in its ``<filename>``.
         names: of the classes, in their order; None takes those of the objects, by the alphabet.
             For validation give the training set's.
         image_list: file with the names of the images to use, without suffix, one a line, as in
@@ -43,17 +46,34 @@ def coco_from_voc(
     def stems(image: str) -> Iterable[str]:
         return [os.path.splitext(os.path.join(annotations, os.path.relpath(image, images)))[0]]
 
-    return convert(images, annotations, label_files, stems, lines, _read_voc, names)
+    return convert(
+        images, annotations, label_files, stems, lines, _read_voc, names, pair_rest=_pair_by_name
+    )
+
+
+def _pair_by_name(pairs: Pairs, unused: Sequence[str]) -> None:
+    """Give XML files that are not named like an image to the one that their ``<filename>`` names,
+    or their own name without its folder, in capitals or not."""
+    images: Dict[str, List[str]] = {}
+    for image in pairs:
+        images.setdefault(Path(image).stem.casefold(), []).append(image)
+    for label in unused:
+        file_name = ""
+        with contextlib.suppress(*_UNREADABLE):
+            file_name = (_parse(label).findtext("filename") or "").strip().replace("\\", "/")
+        stems = (Path(file_name).stem.casefold(), Path(label).stem.casefold())
+        found = next((images[stem] for stem in stems if stem in images), [])
+        free = [image for image in found if pairs[image] is None]
+        if len(free) == 1:
+            pairs[free[0]] = label
 
 
 def _read_voc(image: str, label: Optional[str]) -> Content:
     if label is None:
         return size_record(image), []
     try:
-        # What stands before the XML declaration would be an error.
-        content = Path(label).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()
-        root = ElementTree.fromstring(content)
-    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+        root = _parse(label)
+    except _UNREADABLE as error:
         fault = f"cannot be read ({error}); correct or remove it."
         return size_record(image), [{SOURCE: label, FAULT: fault}]
     try:
@@ -67,6 +87,11 @@ def _read_voc(image: str, label: Optional[str]) -> Content:
         for number, element in enumerate(root.findall("object"), 1)
     ]
     return {SOURCE: label, **size}, objects
+
+
+def _parse(file: str) -> ElementTree.Element:
+    # What stands before the XML declaration would be an error.
+    return ElementTree.fromstring(Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip())
 
 
 def _voc_object(element: ElementTree.Element) -> Record:

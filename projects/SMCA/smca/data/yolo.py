@@ -60,6 +60,10 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
             f"{file} has 'names' that are no list of names: write [dog, cat], or number them from "
             "0 without gaps."
         )
+    if content.get("nc", str(len(names))) != str(len(names)):
+        raise DatasetError(
+            f"{file} has nc {content['nc']}, but {len(names)} 'names': make them agree."
+        )
     return {**content, "names": names}
 
 
