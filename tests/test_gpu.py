@@ -9,7 +9,7 @@ import torch.distributed as dist
 from helpers import ROOT, error_of, write_tiny_config
 from smca.cli import train as train_command
 from smca.config import amp_dtype
-from smca.engine import launch, run_folder
+from smca.engine import launch, runs
 from smca.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def reached(*args, **kwargs):
 
 
 def test_a_training_on_the_second_gpu_makes_it_the_current_one(gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "log_to", reached)
+    monkeypatch.setattr(runs, "log_to", reached)
     with pytest.raises(Reached):
         train_command.main(["--config-file", write_tiny_config(tmp_path), "train.device=cuda:1"])
     assert gpus == ["cuda:1"]

@@ -17,7 +17,7 @@ from helpers import (
     randomize,
     write_smca_config,
 )
-from smca.analysis.recorder import detect_and_record
+from smca.analysis import detect_and_record
 from smca.inference import Predictor
 from smca.modeling import Denoising, DenseHead, ProposedQueries
 from smca.modeling.cell_head import IMPOSSIBLE, Cells, change_boxes

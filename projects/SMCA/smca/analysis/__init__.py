@@ -8,5 +8,12 @@ from .detections import (
     evenly,
     truth_of,
 )
-from .recorder import LayerRecord, detect_and_record, record_of
-from .weight_maps import DetectionMaps, draw_gaussians, maps_of, modulation_maps
+from .weight_maps import (
+    DetectionMaps,
+    LayerRecord,
+    detect_and_record,
+    draw_gaussians,
+    maps_of,
+    modulation_maps,
+    record_of,
+)

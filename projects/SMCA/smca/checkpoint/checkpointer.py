@@ -1,12 +1,13 @@
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
@@ -16,11 +17,12 @@ from smca.checkpoint.files import (
     find_checkpoints,
     load_arrays,
     load_tensors,
+    peek,
     read_tag,
     reading,
     write_atomically,
 )
-from smca.checkpoint.fine_tuning import adapt
+from smca.checkpoint.fine_tuning import adapt, has_class_rows
 from smca.errors import CheckpointError, differing, some
 from smca.version import __version__
 
@@ -257,3 +259,28 @@ class SMCACheckpointer(DetectionCheckpointer):
             self._path,
             f", among them {some(lacking)}" if lacking else "",
         )
+
+
+_TYPES = dict(config=str, overrides=list, fitted=dict, class_names=list, category_ids=list)
+
+
+def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
+    """:func:`provenance_of` a checkpoint's path or URL. It is empty for a file that cannot be read,
+    of which loading it into the model gives a better error."""
+    try:
+        return provenance_of(peek(PathManager.get_local_path(weights)))
+    except Exception:
+        return {}
+
+
+def provenance_of(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    """What the content of a checkpoint says about itself: the keys that it has of ``config`` (its
+    name), ``overrides``, ``fitted`` (settings that followed from the training data, by their keys),
+    ``class_names``, ``category_ids`` (in the training data's JSON), and ``num_classes``."""
+    said = checkpoint.get("smca")  # a stranger's file may hold anything under this name
+    said = said if isinstance(said, dict) else {}
+    result = {key: said[key] for key, kind in _TYPES.items() if isinstance(said.get(key), kind)}
+    rows = next((x for name, x in checkpoint["model"].items() if has_class_rows(name)), None)
+    if rows is not None:
+        result["num_classes"] = len(rows)
+    return result

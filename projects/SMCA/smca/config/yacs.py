@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from smca import modeling
-from smca.config.names import get_config
+from smca.config.lazy import get_config
 from smca.errors import ConfigError
 
 # Settings of `model` that a yacs config can replace under MODEL.SMCA; None leaves them as they

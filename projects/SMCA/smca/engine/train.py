@@ -31,9 +31,8 @@ from smca.config import (
     use_classes,
 )
 from smca.data import category_ids, forget_files
-from smca.engine import hooks, run_folder
-from smca.engine.build import Run, build_evaluation, build_run
-from smca.engine.run_folder import SavedRun, from_main_process
+from smca.engine import hooks, runs
+from smca.engine.runs import Run, SavedRun, build_evaluation, build_run, from_main_process
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.errors import ConfigError
@@ -86,8 +85,8 @@ def main(args: argparse.Namespace) -> Results:
             f"train.output_dir={train.output_dir} holds a training: continue it with --resume, "
             "choose another folder, or remove this one."
         )
-    run_folder.log_to(train.output_dir)
-    saved = run_folder.open_run(train.output_dir) if args.resume else None
+    runs.log_to(train.output_dir)
+    saved = runs.open_run(train.output_dir) if args.resume else None
     if train.seed < 0:
         drawn = from_main_process(random.SystemRandom().randrange, 2**31)
         train.seed = saved.seed if saved else drawn
@@ -176,7 +175,7 @@ def do_train(
             start_iter,
         )
     # A config that is refused above must not replace the one that fits the run's checkpoints.
-    from_main_process(run_folder.save_config, to_save, train.output_dir)
+    from_main_process(runs.save_config, to_save, train.output_dir)
     if comm.is_main_process():
         writers = [*build(train.writers), *default_writers(train.output_dir, train.max_iter)]
         trainer.register_hooks([PeriodicWriter(writers, train.log_period)])
@@ -191,9 +190,9 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
     checkpoint in ``train.output_dir``), and their average if the file has one.
     """
     folder, log = cfg.train.output_dir, "log_eval.txt"
-    run_folder.log_to(folder, log)
+    runs.log_to(folder, log)
     _setup(cfg, args)
-    saved = run_folder.open_run(folder, need_trainer=False) if args.resume else None
+    saved = runs.open_run(folder, need_trainer=False) if args.resume else None
     if saved is None:
         path = OmegaConf.select(cfg, "train.init_checkpoint")
         if not path:

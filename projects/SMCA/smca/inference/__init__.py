@@ -1,6 +1,5 @@
 """A trained detector as a function of images."""
 
-from .build import load_test_dataset, load_weights
 from .command_line import (
     add_predictor_arguments,
     add_threshold,
@@ -9,4 +8,4 @@ from .command_line import (
     predictor_of,
 )
 from .detections import Detections
-from .predictor import Predictor
+from .predictor import Predictor, load_test_dataset, load_weights

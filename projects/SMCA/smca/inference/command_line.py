@@ -7,8 +7,7 @@ from typing import Optional
 
 from smca.config import AMP_DTYPES
 from smca.errors import UserError, writing
-from smca.inference.build import WEIGHTS
-from smca.inference.predictor import Predictor
+from smca.inference.predictor import WEIGHTS, Predictor
 
 
 def add_predictor_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
