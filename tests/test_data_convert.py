@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from helpers import ROOT
+from smca.analysis import dataset
 from smca.cli import check_data, evaluate
 from smca.config import load_config
 from smca.data import (
@@ -92,7 +93,7 @@ def check(folder, config, *overrides):
     """The exit code of check_data, which takes long to draw."""
     config = str(ROOT / "configs" / config)
     command = ["--config-file", config, "--output", str(folder / "check"), *overrides]
-    with mock.patch.object(check_data, "draw_training_images"):
+    with mock.patch.object(dataset, "draw_training_images"):
         return check_data.main(command)
 
 

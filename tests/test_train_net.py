@@ -20,7 +20,7 @@ from helpers import (
     write_dataset,
     write_tiny_config,
 )
-from smca.checkpoint import SMCACheckpointer, checkpointer
+from smca.checkpoint import SMCACheckpointer, files
 from smca.checkpoint.files import load_tensors
 from smca.cli import train
 from smca.config import load_config
@@ -85,9 +85,7 @@ def test_evaluation_alone_repeats_the_results_of_the_training(copied, words):
 def test_resume_of_a_finished_run_trains_no_further(copied, monkeypatch):
     config, folder, results = copied
     before, read = load_tensors(str(folder / "model_final.pth"))["model"], []
-    monkeypatch.setattr(
-        checkpointer, "load_tensors", lambda path: read.append(path) or load_tensors(path)
-    )
+    monkeypatch.setattr(files, "load_tensors", lambda path: read.append(path) or load_tensors(path))
     again = main(arguments("--config-file", config, "--resume"))
     assert read == [str(folder / "model_final.pth")]  # once
     after = load_tensors(str(folder / "model_final.pth"))["model"]

@@ -11,16 +11,8 @@ from detectron2.utils.env import seed_all_rng
 from matplotlib.figure import Figure
 
 from smca.analysis.detections import draw_contact_sheet, draw_instances, evenly
+from smca.data import coco_checks as checks
 from smca.data.coco import check_classes, class_names, dataset_dicts, sorted_by_id
-from smca.data.coco_checks import (
-    Problem,
-    existing,
-    file_problems,
-    read_coco,
-    record_problems,
-    remarks_on,
-    source_of,
-)
 from smca.data.mapper import has_more_than_8_bits
 from smca.errors import DatasetError, counted
 
@@ -33,7 +25,7 @@ class DataSplit:
     """A COCO JSON with what is wrong with it."""
 
     json_file: str
-    problems: List[Problem]  # all that keep it from being used
+    problems: List[checks.Problem]  # all that keep it from being used
     # of the valid categories, by ascending id, or in the order of the data set whose it has to have
     class_names: List[str]
     dataset_dicts: List[Dict[str, Any]]  # its valid images with their valid annotations
@@ -58,9 +50,9 @@ def examine(
         check_images: decode every image, in a few threads.
         progress: wraps the images, whose number is `total`, as `tqdm.tqdm` does.
     """
-    image_root = existing(image_root, os.path.isdir, "image folder")
-    data = read_coco(json_file)
-    problems = record_problems(data)
+    image_root = checks.existing(image_root, os.path.isdir, "image folder")
+    data = checks.read_coco(json_file)
+    problems = checks.record_problems(data)
     order: Optional[List[str]] = None
     if categories_from is not None:
         try:
@@ -68,11 +60,11 @@ def examine(
             check_classes(json_file, names, categories_from)
             order = names
         except DatasetError as error:
-            problems.append(Problem("categories differ", str(error), data["categories"]))
+            problems.append(checks.Problem("categories differ", str(error), data["categories"]))
     bad = {id(problem.record) for problem in problems}
     images = [image for image in data["images"] if id(image) not in bad]
     if check_images:
-        checked = progress(file_problems(images, image_root), total=len(images))
+        checked = progress(checks.file_problems(images, image_root), total=len(images))
         problems += [problem for problem in checked if problem is not None]
         bad = {id(problem.record) for problem in problems}
     kinds = ("images", "categories", "annotations")
@@ -88,8 +80,8 @@ def examine(
         problems,
         order or [category["name"] for category in sorted_by_id(good["categories"])],
         dataset_dicts(good, image_root, order),
-        source_of(data, json_file),
-        remarks_on(data, json_file),
+        checks.source_of(data, json_file),
+        checks.remarks_on(data, json_file),
     )
 
 

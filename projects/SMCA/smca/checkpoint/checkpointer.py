@@ -12,16 +12,7 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from smca.checkpoint.files import (
-    by_time,
-    find_checkpoints,
-    load_arrays,
-    load_tensors,
-    peek,
-    read_tag,
-    reading,
-    write_atomically,
-)
+from smca.checkpoint import files
 from smca.checkpoint.fine_tuning import adapt, has_class_rows
 from smca.errors import CheckpointError, differing, some
 from smca.version import __version__
@@ -88,8 +79,8 @@ class SMCACheckpointer(DetectionCheckpointer):
         if tag:
             self.tag_last_checkpoint(f"{name}.pth")
         if self.max_to_keep is not None:
-            for path in by_time(self.save_dir, "model_[0-9]*.pth")[: -self.max_to_keep]:
-                if os.path.basename(path) != read_tag(self.save_dir):
+            for path in files.by_time(self.save_dir, "model_[0-9]*.pth")[: -self.max_to_keep]:
+                if os.path.basename(path) != files.read_tag(self.save_dir):
                     os.remove(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -98,7 +89,7 @@ class SMCACheckpointer(DetectionCheckpointer):
 
     def _write(self, path: str, content: Any) -> None:
         try:
-            write_atomically(path, content)
+            files.write_atomically(path, content)
         except OSError as error:
             raise CheckpointError(
                 f"The checkpoint file {path} cannot be written ({error}): make room or correct "
@@ -107,14 +98,14 @@ class SMCACheckpointer(DetectionCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         """Path of the checkpoint to go on from (which may be gone), or ""."""
-        return next(iter(find_checkpoints(self.save_dir)), "")
+        return next(iter(files.find_checkpoints(self.save_dir)), "")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """Load as Detectron2 does; a file that cannot be read or does not fit the model is a
         CheckpointError."""
         self._path = path
         try:
-            with reading(path):
+            with files.reading(path):
                 return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # which Detectron2 leaves set after an error
@@ -124,10 +115,10 @@ class SMCACheckpointer(DetectionCheckpointer):
         `need_trainer`), its path and what it holds; None where there is no checkpoint. Newer ones
         that cannot be read are named in a warning, or in a CheckpointError if there is no other."""
         problems: List[str] = []
-        for path in find_checkpoints(self.save_dir):
+        for path in files.find_checkpoints(self.save_dir):
             try:
-                with reading(path):
-                    checkpoint = load_tensors(path)
+                with files.reading(path):
+                    checkpoint = files.load_tensors(path)
                     if "model" not in checkpoint or (need_trainer and "trainer" not in checkpoint):
                         raise CheckpointError(f"The checkpoint {path} is none of a training.")
             except CheckpointError as error:
@@ -163,10 +154,10 @@ class SMCACheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if not filename.endswith(".pkl") or self._path.startswith(_MODEL_ZOO):
             return super()._load_file(filename)
-        return load_arrays(filename)
+        return files.load_arrays(filename)
 
     def _torch_load(self, f: str) -> Any:
-        return load_tensors(f)
+        return files.load_tensors(f)
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> None:  # it checks and logs itself
         model_weights = self.model.state_dict()
@@ -268,7 +259,7 @@ def read_provenance(weights: Optional[str]) -> Dict[str, Any]:
     """:func:`provenance_of` a checkpoint's path or URL. It is empty for a file that cannot be read,
     of which loading it into the model gives a better error."""
     try:
-        return provenance_of(peek(PathManager.get_local_path(weights)))
+        return provenance_of(files.peek(PathManager.get_local_path(weights)))
     except Exception:
         return {}
 

@@ -13,14 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from smca.analysis.dataset import (
-    DataSplit,
-    draw_training_images,
-    examine,
-    find_remarks,
-    statistics_of,
-    training_splits,
-)
+from smca.analysis import dataset
 from smca.config import build, fit_to_data, load_config, quoted
 from smca.data import as_list, require_dataset
 from smca.data.coco_checks import Problem
@@ -61,23 +54,23 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(*config_and_overrides(args))
     files = annotation_files(cfg, ("train",) if args.json else ("train", "test"))
     make_folder(args.output)
-    splits: Dict[str, DataSplit] = {}
+    splits: Dict[str, dataset.DataSplit] = {}
     for name, (json_file, image_root) in files.items():
-        splits[name] = examine(
+        splits[name] = dataset.examine(
             json_file,
             image_root,
             categories_from=next(iter(splits.values())).json_file if splits else None,
             check_images=not args.no_decode,
             progress=functools.partial(tqdm, desc=f"{name}: images", unit="image", disable=None),
         )
-    statistics = {name: statistics_of(split) for name, split in splits.items()}
-    training = training_splits(splits)
+    statistics = {name: dataset.statistics_of(split) for name, split in splits.items()}
+    training = dataset.training_splits(splits)
     trains = any(s.problems or statistics[name]["objects"] for name, s in training.items())
     if not args.json and not trains:
         for split in training.values():
             message = f"{split.source} has no objects: add their annotations."
             split.problems.append(Problem("no objects to train on", message, []))
-    remarks = find_remarks(splits, args.num_examples or 1)
+    remarks = dataset.find_remarks(splits, args.num_examples or 1)
     fitted = settings(cfg, splits)
     for name, split in splits.items():
         print(problems_text(name, split, args.num_examples))
@@ -97,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
         mapper = cfg.dataloader.train.mapper
         parts = build(mapper), splits[train_name], args.num_images
         paths.append(os.path.join(args.output, "training_images.jpg"))
-        draw_training_images(*parts, mapper.get("image_format", "RGB")).savefig(paths[-1], dpi=60)
+        dataset.draw_training_images(*parts, mapper.get("image_format", "RGB")).savefig(
+            paths[-1], dpi=60
+        )
     print("Written:", *paths, sep="\n  ")
     return 1 if any(split.problems for split in splits.values()) else 0
 
@@ -144,11 +139,11 @@ def _files_of(cfg: DictConfig, key: str) -> List[Tuple[str, str]]:
     return pairs
 
 
-def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
+def settings(cfg: DictConfig, splits: Dict[str, dataset.DataSplit]) -> Dict[str, Any]:
     """What a training with this config would compute from the data, here from those without
     problems; the config has it from here on."""
     names = []
-    for name, split in training_splits(splits).items():
+    for name, split in dataset.training_splits(splits).items():
         names.append(f"checked {name}")
         DatasetCatalog.pop(names[-1], None)
         DatasetCatalog.register(names[-1], lambda split=split: split.dataset_dicts)
@@ -156,12 +151,12 @@ def settings(cfg: DictConfig, splits: Dict[str, DataSplit]) -> Dict[str, Any]:
     return fit_to_data(cfg)
 
 
-def count_kinds(split: DataSplit) -> Dict[str, int]:
+def count_kinds(split: dataset.DataSplit) -> Dict[str, int]:
     """How many problems there are of each kind, most first."""
     return dict(collections.Counter(problem.kind for problem in split.problems).most_common())
 
 
-def problems_text(name: str, split: DataSplit, num_examples: int) -> str:
+def problems_text(name: str, split: dataset.DataSplit, num_examples: int) -> str:
     """A split's problems by kind, with examples."""
     objects = sum(len(item["annotations"]) for item in split.dataset_dicts)
     images, classes = len(split.dataset_dicts), len(split.class_names)

@@ -9,18 +9,7 @@ import logging
 import re
 import traceback
 import types
-from typing import (
-    Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Tuple,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, get_args, get_origin
 
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate

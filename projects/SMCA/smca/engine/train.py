@@ -17,22 +17,11 @@ from detectron2.utils.logger import create_small_table, setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from smca import config
 from smca.checkpoint import SMCACheckpointer, read_provenance
 from smca.checkpoint.files import find_checkpoints, require_file
-from smca.config import (
-    amp_dtype,
-    build,
-    dataset_names,
-    find_config_file,
-    fit_to_data,
-    load_config,
-    require_values,
-    resolve_device,
-    use_classes,
-)
 from smca.data import category_ids, forget_files
 from smca.engine import hooks, runs
-from smca.engine.runs import Run, SavedRun, build_evaluation, build_run, from_main_process
 from smca.engine.signals import protect_workers
 from smca.engine.trainer import Trainer
 from smca.errors import ConfigError
@@ -55,11 +44,11 @@ def main(args: argparse.Namespace) -> Results:
         Results of the (last) evaluation in the main process, empty if there was none; ``bbox`` with
         those of the trained weights, ``ema/bbox`` with those of their average.
     """
-    args.config_file = find_config_file(args.config_file)  # Detectron2 logs what is in it
+    args.config_file = config.find_config_file(args.config_file)  # Detectron2 logs what is in it
     # The data of an evaluation may follow from the checkpoint.
-    cfg = load_config(args.config_file, args.opts, needed=() if args.eval_only else None)
+    cfg = config.load_config(args.config_file, args.opts, needed=() if args.eval_only else None)
     train = cfg.train
-    device = resolve_device(train.device)
+    device = config.resolve_device(train.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where memory is counted and waited for
     train.device = str(device)
@@ -74,12 +63,12 @@ def main(args: argparse.Namespace) -> Results:
             "train.eval_period to the iterations between two, or train.early_stopping=0."
         )
     _require_files(cfg.get("data") or {})
-    trained = from_main_process(find_checkpoints, train.output_dir)
+    trained = runs.from_main_process(find_checkpoints, train.output_dir)
     # Started again by our launcher, or by torchrun.
     if getattr(args, "restart", 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = bool(trained)
     if train.fast_dev_run and not args.resume:
-        from_main_process(shutil.rmtree, train.output_dir, True)
+        runs.from_main_process(shutil.rmtree, train.output_dir, True)
     elif trained and not args.resume:
         raise ConfigError(
             f"train.output_dir={train.output_dir} holds a training: continue it with --resume, "
@@ -88,7 +77,7 @@ def main(args: argparse.Namespace) -> Results:
     runs.log_to(train.output_dir)
     saved = runs.open_run(train.output_dir) if args.resume else None
     if train.seed < 0:
-        drawn = from_main_process(random.SystemRandom().randrange, 2**31)
+        drawn = runs.from_main_process(random.SystemRandom().randrange, 2**31)
         train.seed = saved.seed if saved else drawn
     _setup(cfg, args)
     return do_train(cfg, args, saved)
@@ -116,15 +105,15 @@ def _require_files(data: Mapping[str, Any]) -> None:
 
 
 def do_train(
-    cfg: DictConfig, args: argparse.Namespace, saved: Optional[SavedRun] = None
+    cfg: DictConfig, args: argparse.Namespace, saved: Optional[runs.SavedRun] = None
 ) -> Results:
     """Train as the config says, going on from `saved` if there is one, and save the config as
     config.yaml once it is known to fit the data, the model, and the checkpoint."""
-    fitted = fit_to_data(cfg, saved.provenance.get("fitted", {}) if saved else {})
+    fitted = config.fit_to_data(cfg, saved.provenance.get("fitted", {}) if saved else {})
     train, to_save = cfg.train, copy.deepcopy(cfg)
     if saved:
-        use_classes(cfg, saved.provenance)
-    run = build_run(cfg, saved)
+        config.use_classes(cfg, saved.provenance)
+    run = runs.build_run(cfg, saved)
     checkpointer = SMCACheckpointer(
         run.model,
         train.output_dir,
@@ -163,7 +152,7 @@ def do_train(
             hooks.PeriodicCheckpointer(checkpointer, train.checkpointer.period),
             hooks.EvalHook(train.eval_period, evaluate),
             best,
-            *build(train.hooks),
+            *config.build(train.hooks),
         ]
     )
     start_iter = _resume(checkpointer, trainer, ema, saved) if saved else 0
@@ -175,9 +164,9 @@ def do_train(
             start_iter,
         )
     # A config that is refused above must not replace the one that fits the run's checkpoints.
-    from_main_process(runs.save_config, to_save, train.output_dir)
+    runs.from_main_process(runs.save_config, to_save, train.output_dir)
     if comm.is_main_process():
-        writers = [*build(train.writers), *default_writers(train.output_dir, train.max_iter)]
+        writers = [*config.build(train.writers), *default_writers(train.output_dir, train.max_iter)]
         trainer.register_hooks([PeriodicWriter(writers, train.log_period)])
     trainer.train(start_iter, train.max_iter)
     names = ["model_best.pth", "metrics.json", "log.txt", "config.yaml"]
@@ -199,12 +188,12 @@ def do_eval(cfg: DictConfig, args: argparse.Namespace) -> Results:
             raise ConfigError(
                 "Nothing to evaluate: give a checkpoint with train.init_checkpoint=FILE."
             )
-        from_main_process(require_file, path)
-        saved = SavedRun(path, from_main_process(read_provenance, path))
-    use_classes(cfg, saved.provenance)
+        runs.from_main_process(require_file, path)
+        saved = runs.SavedRun(path, runs.from_main_process(read_provenance, path))
+    config.use_classes(cfg, saved.provenance)
     needed = ["model", "dataloader.test", "dataloader.evaluator"]
-    require_values(cfg, needed, args.config_file)
-    model, test_loader, evaluator = build_evaluation(cfg, saved)
+    config.require_values(cfg, needed, args.config_file)
+    model, test_loader, evaluator = runs.build_evaluation(cfg, saved)
     checkpointer = SMCACheckpointer(model, folder, need_detector=True)
     others = checkpointer.resume(saved.path, saved.content)
 
@@ -239,7 +228,7 @@ def _log_summary(results: Results, checkpoint: str, folder: str, names: Sequence
         logger.info("Checkpoint: %s\nWritten: %s", checkpoint, ", ".join(paths))
 
 
-def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
+def _build_trainer(cfg: DictConfig, run: runs.Run) -> Trainer:
     train, model = cfg.train, run.model
     if train.compile:
         getattr(model, "compile_parts", model.compile)()
@@ -252,7 +241,7 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
         create_ddp_model(model, device_ids=device_ids, **ddp),
         run.train_loader,
         run.optimizer,
-        amp_dtype=amp_dtype(train.amp.dtype, device) if train.amp.enabled else None,
+        amp_dtype=config.amp_dtype(train.amp.dtype, device) if train.amp.enabled else None,
         accumulate=train.accumulate,
         clip_grad_norm=train.clip_grad_norm,
         seed=train.seed,
@@ -261,7 +250,10 @@ def _build_trainer(cfg: DictConfig, run: Run) -> Trainer:
 
 
 def _resume(
-    checkpointer: SMCACheckpointer, trainer: Trainer, ema: Optional[hooks.ModelEMA], saved: SavedRun
+    checkpointer: SMCACheckpointer,
+    trainer: Trainer,
+    ema: Optional[hooks.ModelEMA],
+    saved: runs.SavedRun,
 ) -> int:
     """Load a checkpoint, and return the iteration to go on with."""
     others = checkpointer.resume(saved.path, saved.content)
@@ -281,7 +273,7 @@ def _resume(
 
 def _provenance(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Any]:
     """What a checkpoint says about itself, in plain types."""
-    names = dataset_names(cfg, "train")
+    names = config.dataset_names(cfg, "train")
     class_names = MetadataCatalog.get(names[0]).get("thing_classes", []) if names else []
     return {
         "config": os.path.basename(args.config_file),

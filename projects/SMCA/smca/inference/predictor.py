@@ -13,21 +13,9 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from smca import config
 from smca.checkpoint import SMCACheckpointer, read_provenance
 from smca.checkpoint.files import load_tensors, reading
-from smca.config import (
-    AMP_DTYPES,
-    amp_dtype,
-    build,
-    build_model,
-    dataset_names,
-    get_config_file,
-    list_configs,
-    load_config,
-    require_values,
-    resolve_device,
-    use_classes,
-)
 from smca.data import category_ids, require_dataset
 from smca.errors import CheckpointError, ConfigError, UserError
 from smca.inference.detections import Detections
@@ -69,9 +57,9 @@ def load_test_dataset(cfg: Optional[DictConfig]) -> List[Dict[str, Any]]:
             "A published detector does not say what data it was tested on: give a checkpoint of "
             "its training."
         )
-    require_values(cfg, ["dataloader.test.dataset"])
-    require_dataset(dataset_names(cfg, "test"))
-    return list(build(cfg.dataloader.test.dataset))
+    config.require_values(cfg, ["dataloader.test.dataset"])
+    require_dataset(config.dataset_names(cfg, "test"))
+    return list(config.build(cfg.dataloader.test.dataset))
 
 
 def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[str, List[str]]:
@@ -91,9 +79,9 @@ def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[
     if os.path.isfile(beside):
         return beside, []
     name = provenance.get("config")
-    for known in list_configs():
+    for known in config.list_configs():
         if name and Path(known).name == Path(name).stem:
-            return get_config_file(known), list(map(str, provenance.get("overrides", [])))
+            return config.get_config_file(known), list(map(str, provenance.get("overrides", [])))
     problem = "does not say which config it belongs to"
     if not name and not weights.endswith(".pkl"):
         with reading(weights):  # a file of another kind does not say it, either
@@ -167,24 +155,24 @@ class Predictor:
         device: Optional[str] = None,
         dtype: str = "fp32",
     ):
-        path, config = (x if x is None else os.fspath(x) for x in (checkpoint, config_file))
+        path, file = (x if x is None else os.fspath(x) for x in (checkpoint, config_file))
         provenance = read_provenance(path)
-        if not config:
-            config, trained_with = find_config(path, provenance)
+        if not file:
+            file, trained_with = find_config(path, provenance)
             overrides = [*trained_with, *overrides]
         # What only training needs may be missing, as in configs/fine_tune.py.
-        cfg = load_config(config, overrides, needed=())
+        cfg = config.load_config(file, overrides, needed=())
         path = path or OmegaConf.select(cfg, "train.init_checkpoint")
         if not path:
             raise ConfigError("No checkpoint given: add --weights with a trained detector's file.")
-        use_classes(cfg, provenance)
-        require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], config)
-        cfg.train.device = str(resolve_device(device or cfg.train.device))
-        model, mapper = build_model(cfg), cfg.dataloader.test.mapper
+        config.use_classes(cfg, provenance)
+        config.require_values(cfg, ["model", "dataloader.test.mapper", "train.device"], file)
+        cfg.train.device = str(config.resolve_device(device or cfg.train.device))
+        model, mapper = config.build_model(cfg), cfg.dataloader.test.mapper
         self.weights, others = load_weights(model, path, weights)
         num_classes = getattr(model, "num_classes", None)
-        names, ids = classes_of(provenance, dataset_names(cfg, "test"), num_classes)
-        augmentations = build(mapper.augmentations)
+        names, ids = classes_of(provenance, config.dataset_names(cfg, "test"), num_classes)
+        augmentations = config.build(mapper.augmentations)
         self._use(model, augmentations, mapper.get("image_format", "RGB"), names, ids, dtype)
         self.cfg = cfg
         self.checkpoint = {k: others[k] for k in ("smca", "iteration", "best") if k in others}
@@ -230,7 +218,7 @@ class Predictor:
             UserError: there is none, it cannot be read, or asks for more than parts of detectors.
         """
         published = load_pretrained(os.fspath(name), revision)
-        published["model"].to(resolve_device(device))
+        published["model"].to(config.resolve_device(device))
         weights = published.pop("weights")
         predictor = cls.from_model(**published, dtype=dtype)
         predictor.weights = weights
@@ -245,15 +233,16 @@ class Predictor:
         category_ids: Optional[Mapping[int, int]],
         dtype: str,
     ) -> None:
-        if dtype not in ("fp32", *AMP_DTYPES):
-            raise UserError(f"dtype has to be fp32, {' or '.join(AMP_DTYPES)}, not {dtype!r}.")
+        if dtype not in ("fp32", *config.AMP_DTYPES):
+            names = " or ".join(config.AMP_DTYPES)
+            raise UserError(f"dtype has to be fp32, {names}, not {dtype!r}.")
         self.model: nn.Module = model.eval()
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.class_names = list(class_names)
         self.category_ids = dict(category_ids or {})
         device = next(self.model.parameters(), torch.empty(0)).device
-        self._amp_dtype = amp_dtype(dtype, device)
+        self._amp_dtype = config.amp_dtype(dtype, device)
 
     def __call__(self, images: Any, *, threshold: float = 0.5, batch_size: int = 1) -> Any:
         """Detect objects.
