@@ -24,16 +24,6 @@ _DPI = 100
 _MAX_CLASS_CURVES = 12
 _MAX_CLASSES_WITH_NUMBERS = 20  # in a confusion matrix
 _MAX_PICTURE_WIDTH = 1100  # pixels
-# Metrics of the first table: its title, and what it means.
-_METRICS = {
-    "AP": "mean over IoU 0.5 to 0.95",
-    "AP50": "IoU 0.5",
-    "AP75": "IoU 0.75",
-    "APs": "objects below 32² pixels",
-    "APm": "objects from 32² to 96² pixels",
-    "APl": "objects from 96² pixels",
-    "AR": "recall, 100 detections an image",
-}
 
 
 def write_report(
@@ -59,18 +49,16 @@ def write_report(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.render(
-        names=[evaluation.name for evaluation in evaluations],
+        evaluations=evaluations,
         dataset=dataset,
         device=device,
         date=datetime.date.today().isoformat(),
         num_images=len(by_id),
         num_objects=sum(sum(c[::2]) for c in evaluations[0].counts.values()),
-        metrics=_metric_rows(evaluations),
-        classes=[
-            _row(name, str(evaluations[0].classes[key]["objects"]),
-                 [evaluation.classes[key]["AP"] for evaluation in evaluations])
-            for name, key in zip(evaluations[0].class_names, evaluations[0].category_ids)
-        ],
+        classes=dict(zip(evaluations[0].class_names, evaluations[0].category_ids)),
+        format=format,
+        max=max,
+        min=min,
         precision_recall=_png(draw_precision_recall(evaluations)),
         confusion=_png(draw_confusion(evaluations)),
         worst=[
@@ -78,7 +66,7 @@ def write_report(
             for evaluation in evaluations
             for keys in [worst_images(evaluation, num_worst)]
         ],
-    )  # fmt: skip
+    )
     os.makedirs(output_dir, exist_ok=True)
     html_file, json_file = (Path(output_dir) / f"report.{kind}" for kind in ("html", "json"))
     html_file.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -89,29 +77,6 @@ def write_report(
     }
     json_file.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return [str(html_file), str(json_file)]
-
-
-def _metric_rows(evaluations: Sequence[Evaluation]) -> List[Dict[str, Any]]:
-    thresholds = [evaluation.threshold for evaluation in evaluations]
-    times = [evaluation.milliseconds for evaluation in evaluations]
-    return [
-        *(_row(k, text, [e.overall[k] for e in evaluations]) for k, text in _METRICS.items()),
-        _row("F1", "IoU 0.5, at the threshold below", [e.f1 for e in evaluations]),
-        _row("threshold", "of the scores", thresholds, digits=3, best=None),
-        _row("ms", "an image, median, without reading its file", times, best=min),
-    ]
-
-
-def _row(
-    title: str, meaning: str, values: Sequence[float], digits: int = 1, best: Any = max
-) -> Dict[str, Any]:
-    """A row's title, meaning, cells as text, and the indices of the best."""
-    cells = ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in values]
-    known = [value for value in values if not math.isnan(value)]
-    marked = []
-    if best is not None and len(values) > 1 and known:
-        marked = [index for index, value in enumerate(values) if value == best(known)]
-    return {"title": title, "meaning": meaning, "cells": cells, "best": marked}
 
 
 def draw_precision_recall(evaluations: Sequence[Evaluation]) -> Figure:
