@@ -4,11 +4,12 @@ import collections
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 from detectron2.utils.env import seed_all_rng
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from smca.analysis.detections import draw_contact_sheet, draw_instances, evenly
 from smca.data import coco_checks as checks
@@ -39,7 +40,7 @@ def examine(
     *,
     categories_from: Optional[str] = None,
     check_images: bool = True,
-    progress: Callable[..., Iterable[Any]] = lambda items, total: items,
+    title: str = "",
 ) -> DataSplit:
     """Find all problems of a data set in COCO's format. A missing file or folder, or a file that is
     no COCO JSON, is a DatasetError.
@@ -48,7 +49,7 @@ def examine(
         json_file, image_root: the file, and the folder that ``file_name`` is relative to.
         categories_from: another COCO JSON that must have the same categories.
         check_images: decode every image, in a few threads.
-        progress: wraps the images, whose number is `total`, as `tqdm.tqdm` does.
+        title: of the progress bar.
     """
     image_root = checks.existing(image_root, os.path.isdir, "image folder")
     data = checks.read_coco(json_file)
@@ -64,8 +65,9 @@ def examine(
     bad = {id(problem.record) for problem in problems}
     images = [image for image in data["images"] if id(image) not in bad]
     if check_images:
-        checked = progress(checks.file_problems(images, image_root), total=len(images))
-        problems += [problem for problem in checked if problem is not None]
+        checked = checks.file_problems(images, image_root)
+        progress = tqdm(checked, title, len(images), unit="image", disable=None)
+        problems += [problem for problem in progress if problem is not None]
         bad = {id(problem.record) for problem in problems}
     kinds = ("images", "categories", "annotations")
     good = {kind: [each for each in data[kind] if id(each) not in bad] for kind in kinds}

@@ -12,23 +12,13 @@ import contextlib
 import io
 import json
 import time
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 from smca.data import read_image
 from smca.errors import UserError
@@ -102,15 +92,15 @@ def detect(
     predictor: "Predictor",
     dataset_dicts: Sequence[Dict[str, Any]],
     category_ids: Sequence[int],
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    title: str = "",
 ) -> Tuple[List[Detection], List[float]]:
-    """Run a detector on a data set in Detectron2's format, image by image, which `progress` wraps
-    as `tqdm.tqdm` does; gives COCO results with the classes' `category_ids`, of whatever score, and
-    the seconds that each image took, without reading its file. An image that cannot be read, or a
-    class that `category_ids` lacks, is a UserError."""
+    """Run a detector on a data set in Detectron2's format, image by image, with a progress bar of
+    that title; gives COCO results with the classes' `category_ids`, of whatever score, and the
+    seconds that each image took, without reading its file. An image that cannot be read, or a class
+    that `category_ids` lacks, is a UserError."""
     detections: List[Detection] = []
     seconds: List[float] = []
-    for item in progress(dataset_dicts):
+    for item in tqdm(dataset_dicts, title, unit="image", disable=None):
         image = read_image(item["file_name"], item.get("height"), item.get("width"))
         start = time.perf_counter()
         found = predictor(image, threshold=0)

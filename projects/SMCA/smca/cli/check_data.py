@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import functools
 import json
 import os
 import textwrap
@@ -11,7 +10,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from smca.analysis import dataset
 from smca.config import build, fit_to_data, load_config, quoted
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             image_root,
             categories_from=next(iter(splits.values())).json_file if splits else None,
             check_images=not args.no_decode,
-            progress=functools.partial(tqdm, desc=f"{name}: images", unit="image", disable=None),
+            title=f"{name}: images",
         )
     statistics = {name: dataset.statistics_of(split) for name, split in splits.items()}
     training = dataset.training_splits(splits)

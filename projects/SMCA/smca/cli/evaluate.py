@@ -1,7 +1,6 @@
 """Report how good trained detectors are: ``smca-evaluate``."""
 
 import argparse
-import functools
 import itertools
 import os
 from pathlib import Path
@@ -12,7 +11,6 @@ from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from tabulate import tabulate
-from tqdm import tqdm
 
 from smca.analysis import evenly
 from smca.analysis.evaluation import Evaluation, detect, load_truth
@@ -80,12 +78,7 @@ def run(args: argparse.Namespace) -> List[str]:
     evaluations = []
     titles = column_names(args.weights, args.dtype)
     for title, predictor, ids in zip(titles, predictors, category_ids):
-        detections, seconds = detect(
-            predictor,
-            dataset_dicts,
-            ids,
-            progress=functools.partial(tqdm, desc=title, unit="image", disable=None),
-        )
+        detections, seconds = detect(predictor, dataset_dicts, ids, title)
         threshold = args.confidence_threshold
         numbers = (truth, detections, seconds, threshold, image_ids(name))
         evaluations.append(Evaluation(title, *numbers))

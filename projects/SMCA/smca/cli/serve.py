@@ -1,14 +1,12 @@
 """A page in the browser that detects objects and shows where queries look: ``smca-serve``."""
 
 import argparse
-import collections
 import contextlib
 import inspect
 import io
 import itertools
 import json
 import threading
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -54,15 +52,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class DetectedImage:
-    """An image with its detections."""
-
-    image: np.ndarray  # (height, width, 3) uint8 RGB
-    detections: Detections  # all of them, best first
-    layers: List[LayerRecord]  # of each decoder layer; empty for a model without modulation
-
-
 class Viewer:
     """What the page asks for; several threads may call it. It offers the images of the paths
     `examples`, and begins with a lowest score of `threshold`."""
@@ -71,7 +60,8 @@ class Viewer:
         self.predictor = predictor
         self.examples = list(examples)
         self.threshold = threshold
-        self._images: Dict[int, DetectedImage] = collections.OrderedDict()
+        # Images, their detections, best first, and the records of the decoder's layers
+        self._images: Dict[int, Tuple[np.ndarray, Detections, List[LayerRecord]]] = {}
         self._numbers = itertools.count()
         # What records a call of the model must not see another visitor's.
         self._lock = threading.Lock()
@@ -96,15 +86,15 @@ class Viewer:
         decoder layer ``centers`` (x, y in pixels) and ``shares`` (the weights of the scales) of its
         query."""
         with self._lock:
-            seen = DetectedImage(image, *detect_and_record(self.predictor, image))
+            detections, layers = detect_and_record(self.predictor, image)
             number = next(self._numbers)
-            self._images[number] = seen
+            self._images[number] = image, detections, layers
             while len(self._images) > _MAX_IMAGES:
                 del self._images[min(self._images)]
-        rows = seen.detections.to_coco()
-        classes, queries = seen.detections.pred_classes.tolist(), seen.detections.query_indices
-        centers = [layer.centers_in_pixels(queries, image.shape[:2]) for layer in seen.layers]
-        shares = [layer.scale_shares(queries) for layer in seen.layers]
+        rows = detections.to_coco()
+        classes, queries = detections.pred_classes.tolist(), detections.query_indices
+        centers = [layer.centers_in_pixels(queries, image.shape[:2]) for layer in layers]
+        shares = [layer.scale_shares(queries) for layer in layers]
         for index, row in enumerate(rows):
             row["class"] = classes[index]
             row["centers"] = [layer[index].tolist() for layer in centers]
@@ -114,17 +104,17 @@ class Viewer:
 
     def draw_maps(self, number: int, index: int, layer: int, scale: Optional[int] = None) -> bytes:
         """Where the query of a detection looks, see `smca.analysis.draw_gaussians`, as PNG."""
-        seen = self.seen(number)
-        _check_index("detection", index, len(seen.detections))
-        _check_index("layer", layer, len(seen.layers))
+        image, detections, layers = self.seen(number)
+        _check_index("detection", index, len(detections))
+        _check_index("layer", layer, len(layers))
         file = io.BytesIO()
         with self._lock:  # Matplotlib is not made for threads
-            (maps,) = maps_of(seen.detections[[index]], seen.layers[layer], seen.image)
+            (maps,) = maps_of(detections[[index]], layers[layer], image)
             draw_gaussians([maps], self.predictor.class_names, scale).savefig(file, format="png")
         return file.getvalue()
 
-    def seen(self, number: int) -> DetectedImage:
-        """The image of that number."""
+    def seen(self, number: int) -> Tuple[np.ndarray, Detections, List[LayerRecord]]:
+        """The image of that number, with its detections and records."""
         if number not in self._images:
             raise UserError("The server does not keep this image any more: give it again.")
         return self._images[number]
@@ -154,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "/": lambda: ("text/html; charset=utf-8", _PAGE.read_bytes()),
                 "/settings": lambda: _as_json(self.viewer.settings()),
                 "/example": lambda number: _as_jpeg(self._example(number), _THUMBNAIL_SIDE),
-                "/image": lambda number: _as_jpeg(self.viewer.seen(number).image),
+                "/image": lambda number: _as_jpeg(self.viewer.seen(number)[0]),
                 "/maps": lambda number, index, layer, scale=None: (
                     "image/png",
                     self.viewer.draw_maps(number, index, layer, scale),
