@@ -113,28 +113,22 @@ def annotation_files(cfg: DictConfig, splits: Sequence[str]) -> Dict[str, Tuple[
     found: Dict[str, Tuple[str, str]] = {}
     for split in splits:
         title = "val" if split == "test" else split
-        files = _files_of(cfg, f"dataloader.{split}.dataset.names")
-        for number, pair in enumerate(files, 1):
-            found[title if len(files) == 1 else f"{title} {number}"] = pair
+        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+        if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
+            # Either may be a call as well, which converts other formats.
+            files, roots = (as_list(build(names[key])) for key in ("json_file", "image_root"))
+            pairs = list(zip(map(str, files), map(str, roots * len(files))))
+        else:
+            require_dataset(as_list(names))
+            pairs = []
+            for name in as_list(names):
+                metadata = MetadataCatalog.get(name)
+                if metadata.get("json_file") is None:
+                    raise UserError(f"Data set '{name}' has no annotation file in COCO's format.")
+                pairs.append((metadata.json_file, metadata.image_root))
+        for number, pair in enumerate(pairs, 1):
+            found[title if len(pairs) == 1 else f"{title} {number}"] = pair
     return found
-
-
-def _files_of(cfg: DictConfig, key: str) -> List[Tuple[str, str]]:
-    names = OmegaConf.select(cfg, key)
-    if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
-        # Either may be a call as well, which converts other formats.
-        arguments = ("json_file", "image_root")
-        files, roots = (as_list(build(names[each])) for each in arguments)
-        return list(zip(map(str, files), map(str, roots * len(files))))
-    names = as_list(names)
-    require_dataset(names)
-    pairs = []
-    for name in names:
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("json_file") is None:
-            raise UserError(f"Data set '{name}' has no annotation file in COCO's format.")
-        pairs.append((metadata.json_file, metadata.image_root))
-    return pairs
 
 
 def settings(cfg: DictConfig, splits: Dict[str, dataset.DataSplit]) -> Dict[str, Any]:
