@@ -161,6 +161,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
         ("smca_plus_r50_12ep", "model.num_queries=-1", "model.num_queries=-1 must be at least 1"),
         # What the encoder is given is a reference to the model's.
         ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),
+        ("smca_plus_shapes", "model.embed_dim=24", "model.embed_dim=24 and hidden_dim=64 must be"),
         (
             "smca_shapes",
             "model.in_features=[res3,res9]",

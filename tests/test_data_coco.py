@@ -208,7 +208,7 @@ def test_a_number_may_be_written_as_a_text_or_a_float(tmp_path, image_id, catego
     assert {(r["image_id"], r["category_id"]) for r in results} == {(5, 30), (5, "10")}
     assert category_ids(name) == ["10", 30]
     coco["images"][1]["id"] = "05"
-    with pytest.raises(DatasetError, match="image 05 .*has id 5, which must be that of no other"):
+    with pytest.raises(DatasetError, match="image 05 .*has id 5, which must be unique"):
         register_coco(*_write(tmp_path, coco, "repeated.json"))
 
 
@@ -222,7 +222,7 @@ def test_a_roboflow_project_without_objects_may_be_called_as_its_class(tmp_path,
     ]
     if used:
         coco["annotations"][0]["category_id"] = 0
-        with pytest.raises(DatasetError, match="category 10 has name 'dog', which must be that"):
+        with pytest.raises(DatasetError, match="category 10 has name 'dog', which must be unique"):
             register_coco(*_write(tmp_path, coco))
         return
     name = register_coco(*_write(tmp_path, coco))
@@ -318,15 +318,15 @@ def test_an_empty_list_is_an_error(tmp_path, key):
         ("images", {"width": 0}, r"image 5 \('a\.png'\) has width 0, which .* above 0; correct"),
         ("images", {"file_name": None}, "image 5 has file_name None"),
         ("images", {"id": [5]}, r"image \[5\] .*has id \[5\], which must be"),
-        ("images", {"id": 9}, "image 9 .*has id 9, which must be that of no other image"),
+        ("images", {"id": 9}, "image 9 .*has id 9, which must be unique"),
         ("annotations", {"image_id": MISSING}, "annotation 1 has no image_id"),
         ("annotations", {"bbox": MISSING}, r"annotation 1 \(of image 5\) has no bbox, which"),
-        ("annotations", {"id": 2}, "annotation 2 .*has id 2, which must be that of no other annot"),
+        ("annotations", {"id": 2}, "annotation 2 .*has id 2, which must be unique"),
         ("annotations", None, "annotation at index 0 is null, not an object"),
         ("categories", {"id": None}, "category None has id None"),
-        ("categories", {"id": 10}, "category 10 has id 10, which must be that of no other"),
+        ("categories", {"id": 10}, "category 10 has id 10, which must be unique"),
         ("categories", {"name": MISSING}, "category 30 has no name"),
-        ("categories", {"name": "dog"}, "category 10 has name 'dog', which must be that of no"),
+        ("categories", {"name": "dog"}, "category 10 has name 'dog', which must be unique"),
         ("categories", {"name": "d\ud800g"}, r"category 30 has name 'd\\ud800g', which .* Unicode"),
     ],
 )

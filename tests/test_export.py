@@ -207,6 +207,8 @@ def test_example_without_torch_prints_the_models_detections(exported):
     )
     example = str(ROOT / "tools" / "onnx_example.py")
     command = [sys.executable, "-c", code, example, path, *names]
+    nothing = subprocess.run([*command, "--threshold", "1"], capture_output=True, text=True)
+    assert not nothing.stdout and f"{names[0]}: no score is 1 or more." in nothing.stderr
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.split(" ") for line in output.splitlines()]
     for name, found in zip(names, results):

@@ -102,6 +102,7 @@ def test_a_detector_with_proposed_queries_is_published(tmp_path):
 def test_the_file_holds_the_chosen_weights_and_nothing_else(checkpoint, tmp_path, kind, key):
     run(checkpoint, tmp_path, "--weights-kind", kind)
     saved = safetensors.load_file(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o444 == 0o444  # for others, too
     expected = torch.load(checkpoint, weights_only=True)[key]
     assert saved.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in saved.items())

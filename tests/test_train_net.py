@@ -1,6 +1,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -307,6 +309,30 @@ def test_data_that_go_by_other_names_are_refused(copied, capsys, words):
 def test_a_wrong_override_is_named(trained, tmp_path, capsys, override, words):
     out = f"train.output_dir={tmp_path}"
     assert words in error_of(capsys, train.main, "--config-file", trained[0], out, override)
+
+
+def test_a_value_may_have_umlauts(trained):
+    cfg = load_config(trained[0], ["train.output_dir=ausgabe ü"])
+    assert cfg.train.output_dir == "ausgabe ü"
+
+
+def test_a_folder_that_another_training_writes_into_is_refused(trained, tmp_path, capsys):
+    code = f"""
+import fcntl, sys
+file = open({str(tmp_path / "log.txt")!r}, "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = ["--config-file", trained[0], f"train.output_dir={tmp_path}"]
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
+        words = error_of(capsys, train.main, *command)
+        other.communicate()
+    assert f"train.output_dir={tmp_path} belongs to a training that is running" in words
+    assert train.main([*command, "train.max_iter=1"]) == 0
+    assert (tmp_path / "model_final.pth").is_file()
 
 
 def test_early_stopping_without_evaluations_is_an_error(trained, tmp_path, capsys):

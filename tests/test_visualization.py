@@ -15,6 +15,7 @@ import draw
 import reference
 from helpers import CLASS_NAMES, ODD_NAMES, make_image, make_smca, write_image, write_smca_config
 from smca.analysis import (
+    detections,
     draw_contact_sheet,
     draw_curves,
     draw_gaussians,
@@ -55,6 +56,17 @@ def multi_scale(tmp_path_factory):
 
 def boxes_of(**fields):
     return Instances((60, 80), **fields)
+
+
+def test_labels_do_not_cover_one_another():
+    visualizer = detections._Visualizer(np.zeros((400, 600, 3), np.uint8), font_size_scale=1.4)
+    boxes = np.array([[20, 50, 300, 300], [24, 52, 290, 300], [22, 48, 280, 290]])
+    labels = ["ellipse 53%", "a triangle 61%", "star 9%"]
+    output = visualizer.overlay_instances(boxes=boxes, labels=labels)
+    renderer = output.canvas.get_renderer()
+    places = [text.get_window_extent(renderer) for text in output.ax.texts]
+    assert len(places) == 3
+    assert all(place.count_overlaps(places) == 1 for place in places)  # itself
 
 
 TRUTH = boxes_of(gt_boxes=Boxes(torch.tensor([[10.0, 10, 40, 30]])), gt_classes=torch.tensor([1]))

@@ -80,8 +80,12 @@ def main() -> None:
     )
     parser.add_argument("model", help="an ONNX file of smca-export")
     parser.add_argument("images", nargs="+")
+    parser.add_argument("--threshold", type=float, help="least score; default: the file's")
     args = parser.parse_args()
-    session = onnxruntime.InferenceSession(args.model)
+    try:
+        session = onnxruntime.InferenceSession(args.model)
+    except Exception as error:  # onnxruntime's own types
+        sys.exit(f"{args.model} cannot be read as an ONNX file of smca-export: {error}")
     metadata = session.get_modelmeta().custom_metadata_map
     info = {name: json.loads(value) for name, value in metadata.items()}
     originals = [read_image(path) for path in args.images]
@@ -89,13 +93,16 @@ def main() -> None:
         [resized(image, info["short_side"], info["max_size"]) for image in originals]
     )
     outputs = session.run(None, {"images": images, "image_sizes": image_sizes})
+    threshold = info["threshold"] if args.threshold is None else args.threshold
     rows = zip(args.images, originals, *outputs, image_sizes)
     for path, original, boxes, scores, labels, (height, width) in rows:
         boxes = boxes * np.tile([original.width / width, original.height / height], 2)
-        for box, score, label in zip(boxes, scores, labels):
-            if score >= info["threshold"]:
-                name = info["class_names"][label] if info["class_names"] else label
-                print(path, name, f"{score:.3f}", *(f"{side:.1f}" for side in box))
+        kept = scores >= threshold
+        if not kept.any():
+            print(f"{path}: no score is {threshold:g} or more.", file=sys.stderr)
+        for box, score, label in zip(boxes[kept], scores[kept], labels[kept]):
+            name = info["class_names"][label] if info["class_names"] else label
+            print(path, name, f"{score:.3f}", *(f"{side:.1f}" for side in box))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -79,7 +80,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--license", required=True, metavar="ID", help="of the weights, such as cc-by-4.0 or other"
     )
     parser.add_argument("--title", help="of the model card; default: the config's name")
-    parser.add_argument("--data", metavar="TEXT", help="what it was trained on; default: the name")
+    parser.add_argument(
+        "--data",
+        metavar="TEXT",
+        help="what it was trained on; default: the data set's name, or nothing",
+    )
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
 
@@ -136,6 +141,8 @@ def save_pretrained(predictor: Predictor, folder: str) -> Dict[str, Any]:
         safetensors.save_model(predictor.model, os.path.join(folder, WEIGHTS_NAME))
         # The last, without which the folder is no detector.
         Path(folder, CONFIG_NAME).write_text(text, encoding="utf-8")
+        # safetensors lets nobody else read its file.
+        shutil.copymode(os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME))
     except (OSError, safetensors_error) as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
     return published

@@ -17,11 +17,13 @@ from matplotlib import font_manager
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from smca.errors import some
 
 _MIN_LONG_SIDE = 480  # pixels; on anything smaller the labels would hide the objects
+_MAX_ROWS = 4  # that a label moves down, lest it cover another one
 DPI = 120
 
 
@@ -129,7 +131,12 @@ def plain_text(text: str) -> str:
 
 class _Visualizer(Visualizer):
     """Detectron2's. Boxes are opaque, thin, and have a black border. Labels may have letters of any
-    font in Matplotlib's settings, and end within the image."""
+    font in Matplotlib's settings, end within the image, and do not cover one another where there is
+    room."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._labels: List[Bbox] = []
 
     def draw_box(self, *args: Any, **kwargs: Any) -> VisImage:
         output = super().draw_box(*args, **{"alpha": 1.0, **kwargs})
@@ -143,8 +150,14 @@ class _Visualizer(Visualizer):
         output = super().draw_text(*args, **kwargs)
         text = output.ax.texts[-1]
         text.set_fontfamily(matplotlib.rcParams["font.family"])
-        end = text.get_window_extent(output.canvas.get_renderer()).x1
-        text.set_x(text.get_position()[0] - max(0.0, end - output.width))
+        box = text.get_window_extent(output.canvas.get_renderer())
+        left = max(0.0, box.x1 - output.width)
+        places = [box.translated(-left, -down * box.height) for down in range(_MAX_ROWS)]
+        free = [p for p in places if p.y0 >= 0 and not p.count_overlaps(self._labels)]
+        place = (free or places)[0]
+        x, y = text.get_position()
+        text.set_position((x - left, y + box.y1 - place.y1))
+        self._labels.append(place)
         return output
 
 

@@ -131,7 +131,8 @@ def make_server(viewer: Viewer, host: str, port: int) -> ThreadingHTTPServer:
         return ThreadingHTTPServer((host, port), handler)
     except (OSError, OverflowError) as error:  # the second of a port above 65535
         raise UserError(
-            f"The page cannot be served at http://{host}:{port}: give another --host or --port."
+            f"The page cannot be served at http://{host}:{port} ({error}): give another --host or "
+            "--port."
         ) from error
 
 

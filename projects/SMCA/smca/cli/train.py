@@ -7,6 +7,11 @@ from detectron2.engine import default_argument_parser
 from smca.engine import run
 from smca.errors import at_least, command_line
 
+_HELP = {
+    "opts": "settings of the config to change, key=value",
+    "resume": "go on from the newest checkpoint in train.output_dir",
+    "num_gpus": "processes on this machine, one a GPU; default: 1",
+}
 _EXAMPLES = """
 CONFIG is a file, or the name of a config that comes with the package. Options stand before the
 first key=value. For several machines use torchrun or Slurm, and leave out --num-machines,
@@ -24,6 +29,8 @@ first key=value. For several machines use torchrun or Slurm, and leave out --num
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; gives the exit code."""
     detectron2s = default_argument_parser()
+    for action in detectron2s._actions:
+        action.help = _HELP.get(action.dest, action.help)
     parser = command_line(None, epilog=_EXAMPLES, parents=[detectron2s], add_help=False)
     parser.add_argument(
         "--max-restarts",

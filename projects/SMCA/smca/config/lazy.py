@@ -233,12 +233,13 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
 
 
 def _with_quotes(text: str) -> str:
-    """An override of ``data``, a path or names, with quotes: hydra would take 2024_01 for a number,
-    and does not take umlauts."""
+    """An override of ``data``, a path or names, with quotes, since hydra would take 2024_01 for a
+    number; also any value with umlauts, which hydra does not take."""
     key, _, value = text.partition("=")
     is_list = value.startswith("[") and value.endswith("]")
     items = value[1:-1].split(",") if is_list else [value]
-    if not key.removeprefix("+").startswith("data.") or not all(map(_NO_SYNTAX.fullmatch, items)):
+    may_be_syntax = value.isascii() and not key.removeprefix("+").startswith("data.")
+    if may_be_syntax or not all(map(_NO_SYNTAX.fullmatch, items)):
         return text
     value = ",".join(quoted(item.strip()) for item in items)
     return f"{key}=[{value}]" if is_list else f"{key}={value}"

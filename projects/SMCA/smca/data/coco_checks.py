@@ -339,7 +339,7 @@ def _problems(
         for key, type_ in unique.items() if fault is None else ():
             if isinstance(record.get(key), type_):
                 if (key, record[key]) in seen:
-                    fault = fault or _broken(record, key, f"that of no other {kind}")
+                    fault = fault or _broken(record, key, "unique")
                 seen.add((key, record[key]))
         fault = fault or more(record)
         if fault is not None:

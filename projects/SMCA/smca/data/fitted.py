@@ -76,7 +76,8 @@ def fit_num_iterations(names: Names, batch_size: int, share: float = 1.0) -> int
     """Thirty epochs in batches of all processes together, but 1,000 iterations at least and 5,000
     at most; of these a share, for periods."""
     counts, _ = _objects(names)
-    return round(share * np.clip(round(_EPOCHS * len(counts) / batch_size), *_NUM_ITERATIONS))
+    num_iterations = round(_EPOCHS * len(counts) / max(batch_size, 1))  # 0 is refused elsewhere
+    return round(share * np.clip(num_iterations, *_NUM_ITERATIONS))
 
 
 def _length(names: Names, percentile: float = _SMALL) -> float:

@@ -1,5 +1,6 @@
 """A run: its output folder, and what its config describes, built and checked."""
 
+import fcntl
 import itertools
 import logging
 import os
@@ -48,6 +49,21 @@ def log_to(folder: str, name: str = "log.txt") -> None:
             setup_logger(
                 path, distributed_rank=rank, name=package, configure_stdout=package == "smca"
             )
+
+
+def lock(folder: str) -> None:
+    """Raise a UserError if the training of another process writes into the folder."""
+    # It stays open, since closing it would end the lock, as the process's end does.
+    file = os.open(os.path.join(folder, "log.txt"), os.O_WRONLY)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(
+            f"train.output_dir={folder} belongs to a training that is running: choose another "
+            "folder, or stop that training."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def save_config(cfg: DictConfig, folder: str) -> None:

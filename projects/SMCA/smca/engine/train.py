@@ -75,6 +75,7 @@ def main(args: argparse.Namespace) -> Results:
             "choose another folder, or remove this one."
         )
     runs.log_to(train.output_dir)
+    runs.from_main_process(runs.lock, train.output_dir)
     saved = runs.open_run(train.output_dir) if args.resume else None
     if train.seed < 0:
         drawn = runs.from_main_process(random.SystemRandom().randrange, 2**31)

@@ -58,6 +58,11 @@ class PyramidEncoder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        if embed_dim % _NUM_GROUPS or hidden_dim % _NUM_GROUPS:
+            raise ValueError(
+                f"embed_dim={embed_dim} and hidden_dim={hidden_dim} must be multiples of "
+                f"{_NUM_GROUPS}."
+            )
         self.num_scales = num_scales
         self.input_norms = nn.ModuleList(
             nn.GroupNorm(_NUM_GROUPS, embed_dim) for _ in range(num_scales)
