@@ -25,7 +25,7 @@ from helpers import (
 from smca.cli import check_data, evaluate
 from smca.cli.predict import find_images, read_frames
 from smca.data import SHAPE_CLASSES, register_shapes
-from smca.errors import exit_code
+from smca.errors import UserError, exit_code
 from smca.inference import Detections, Predictor
 
 CATEGORY_IDS = [7, 2**70, "b-2"]  # of the classes in the data set's JSON
@@ -105,6 +105,11 @@ def test_a_folder_a_pattern_and_files_can_be_given(tmp_path):
     ):
         paths = find_images([f"{tmp_path}/{name}" for name in given])
         assert [os.path.basename(path) for path in paths] == names
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no image in the folder .*empty itself: .*empty/\*\*/"):
+        find_images([f"{tmp_path}/empty"])
+    with pytest.raises(UserError, match="film.MP4 is a video: give it as --video-input"):
+        find_images(["film.MP4"])
 
 
 def test_images_of_one_name_have_different_files():

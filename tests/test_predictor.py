@@ -66,6 +66,7 @@ def test_every_kind_of_image_gives_the_same_detections(predictor, tmp_path):
         tmp_path / "a.png",
         str(tmp_path / "a.png"),
         "https://example.com/a.png",
+        (tmp_path / "a.png").as_uri(),
         Image.fromarray(image),
         image[:, ::-1][:, ::-1],  # of other strides
         torch.from_numpy(image.transpose(2, 0, 1).copy()),
@@ -238,7 +239,7 @@ def test_what_is_no_image_is_named(predictor, tmp_path, monkeypatch):
             "notes.txt is empty, no image (perhaps a pointer of Git LFS), or of a kind that Pillow",
         ),
         (tmp_path / "cut.png", "cut.png cannot be decoded, perhaps it was cut short ("),
-        ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png cannot be downloaded: "),
+        ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png cannot be loaded: "),
         (7, "An image is a path, a URL, a PIL image, an array or a tensor, or a list of them, not"),
         (make_image() / 255, "An array has to be RGB of uint8 (height, width, 3), not"),
         (make_image()[..., 0], "not uint8 (90, 120)."),

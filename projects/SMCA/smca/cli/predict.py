@@ -33,6 +33,7 @@ names no data set that is known here, it is the class index.
 """
 JSON_NAME = "instances_predictions.json"
 _WRITABLE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 _MAX_BROKEN = 100  # frames in a row, after which a video of unknown length is over
 
 
@@ -99,6 +100,8 @@ def find_images(patterns: Sequence[str]) -> List[str]:
     paths: List[str] = []
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
+        if Path(pattern).suffix.lower() in _VIDEOS:
+            raise UserError(f"{pattern} is a video: give it as --video-input.")
         if is_url(pattern) or os.path.isfile(pattern):
             found = [pattern]
         elif os.path.isdir(pattern):
@@ -106,7 +109,10 @@ def find_images(patterns: Sequence[str]) -> List[str]:
             found = sorted(str(path) for path in Path(pattern).iterdir() if not path.is_dir())
             found = [path for path in found if Path(path).suffix.lower() in image_suffixes]
             if not found:
-                raise UserError(f"There is no image in the folder {pattern} itself.")
+                raise UserError(
+                    f"There is no image in the folder {pattern} itself: for those of its folders, "
+                    f"give a pattern, '{pattern}/**/*.jpg'."
+                )
         else:
             found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
             if not found:

@@ -42,8 +42,8 @@ def rgb_array(image: ImageSource) -> np.ndarray:
 
 
 def is_url(path: str) -> bool:
-    """Whether an image is to be downloaded."""
-    return path.startswith(("http://", "https://"))
+    """Whether an image is not named by its path."""
+    return path.startswith(("http://", "https://", "file://"))
 
 
 def _read(path: str) -> np.ndarray:
@@ -54,7 +54,7 @@ def _read(path: str) -> np.ndarray:
             with urllib.request.urlopen(path, timeout=_TIMEOUT) as response:
                 file = io.BytesIO(response.read())
         except (OSError, ValueError, HTTPException) as error:
-            raise UserError(f"The image {path} cannot be downloaded: {error}.") from error
+            raise UserError(f"The image {path} cannot be loaded: {error}.") from error
     elif "://" not in path and not os.path.isfile(path):
         what = "is a folder, no image" if os.path.isdir(path) else "does not exist"
         raise UserError(f"The image {path} {what}.")
