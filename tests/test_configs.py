@@ -148,11 +148,7 @@ def test_yacs_setting_that_the_model_lacks_is_named():
     ("name", "override", "message"),
     [
         ("smca_conv_r50_50ep", "model.encoder.kernel_size=4", "model.encoder.kernel_size=4 must"),
-        (
-            "smca_r50_50ep",
-            "model.decoder.modulation.beta=0",
-            "model.decoder.modulation.beta=0 must be a positive number",
-        ),
+        ("smca_r50_50ep", "model.decoder.modulation.beta=0", "decoder.modulation.beta=0 must be a"),
         ("smca_r50_50ep", "model.decoder.refine=True", "decoder.refine=True and queries with"),
         ("smca_r50_50ep", "model.decoder.num_scales=2", "give 3 scales, but the decoder is made"),
         ("smca_r50_50ep", "model.encoder.pattern=IXI", "model.encoder.pattern='IXI' may only"),
@@ -162,24 +158,12 @@ def test_yacs_setting_that_the_model_lacks_is_named():
         # What the encoder is given is a reference to the model's.
         ("smca_r50_50ep", "model.embed_dim=30", "model.embed_dim=30 must be a multiple of"),
         ("smca_plus_shapes", "model.embed_dim=24", "model.embed_dim=24 and hidden_dim=64 must be"),
-        (
-            "smca_shapes",
-            "model.in_features=[res3,res9]",
-            "model.in_features=[res3, res9] must be some of stem, res2, res3.",
-        ),
+        ("smca_shapes", "model.in_features=[res9]", "model.in_features=[res9] must be some"),
         ("smca_r50_50ep", "model.encoder._target_=no.Such", "There is no model.encoder._target_="),
         ("smca_r50_50ep", "model.encoder=null", "model.encoder has to be a section, it"),
         ("smca_r50_50ep", "model.encoder=I", "model.encoder has to be a section, it cannot be 'I'"),
-        (
-            "smca_r50_50ep",
-            "model.num_queries=abc",
-            "model.num_queries has to be a whole number, it",
-        ),
-        (
-            "smca_r50_50ep",
-            "model.num_queries=1.5",
-            "model.num_queries has to be a whole number, it",
-        ),
+        ("smca_r50_50ep", "model.num_queries=abc", "model.num_queries has to be a whole number"),
+        ("smca_r50_50ep", "model.num_queries=1.5", "model.num_queries has to be a whole number"),
         ("smca_r50_50ep", "model.dropout=[]", "model.dropout has to be a number, it cannot be []"),
         ("smca_r50_50ep", "model.in_features=res3", "model.in_features has to be a list of texts"),
         ("smca_r50_50ep", "model.backbone.norm=XX", "The config's model.backbone cannot be built"),

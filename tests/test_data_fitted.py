@@ -102,6 +102,7 @@ def test_iterations_are_thirty_epochs(images, iterations):
     name = register(*[[]] * images)
     assert fit_num_iterations(name, 8) == iterations
     assert fit_num_iterations(name, 8, share=0.1) == iterations // 10
+    assert fit_num_iterations(name, 0) >= iterations  # the loader refuses it
 
 
 def test_a_training_puts_values_in_the_config_and_a_checkpoint_brings_them_back(caplog):
