@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.utils.env import seed_all_rng
+from omegaconf import OmegaConf
 from PIL import Image
 
 from helpers import ODD_NAMES, ROOT, write_coco, write_smca_config
@@ -112,8 +113,9 @@ def test_remarks_name_what_may_not_be_meant(tmp_path):
     same = "train and val: 1 picture in two places, such as {} and {}."
     assert same.format(*paths) in remarks
     train = examine(*write_data(tmp_path / "d", *(annotation(i, 1, 9, [0, 0, i % 79 + 1, 9])
-                                                  for i in range(101))))  # fmt: skip
+                                                  for i in range(301))))  # fmt: skip
     remarks = find_remarks({"train": train, "val": train}, 1)
+    assert "train: 301 objects in one image: set model.num_queries to more" in str(remarks)
     assert "val: 1 image with more than 100 objects: AP takes no more detections" in str(remarks)
     assert f"train and val: 3 pictures in two places, such as {tmp_path}/d/images/1.png." in remarks
     assert "'dog'" not in str(find_remarks({"train": examine(*write_data(
@@ -221,13 +223,14 @@ def test_registered_data_sets_can_be_checked(tmp_path):
     out = tmp_path / "out"
     assert run_tool("--config-file", "smca_shapes", "--output", out, "--no-decode") == 0
     splits = json.loads((out / "check.json").read_text())["splits"]
-    assert {name: each["statistics"]["images"] for name, each in splits.items()} == {
-        "train": 1,
-        "val": 2,
-    }
+    numbers = {name: each["statistics"]["images"] for name, each in splits.items()}
+    assert numbers == {"train": 1, "val": 2}
 
 
-def test_options_that_contradict_are_refused(tmp_path):
+def test_options_and_data_that_cannot_be_checked_are_refused(tmp_path):
+    cfg = OmegaConf.from_dotlist(["dataloader.train.dataset.names._target_=my.register"])
+    with pytest.raises(UserError, match="train.dataset.names calls my.register, whose data have"):
+        tool.annotation_files(cfg, ["train"])
     with pytest.raises(UserError, match="--json together with --images"):
         run_tool("--json", "a.json")
     with pytest.raises(UserError, match="--json together with --images"):

@@ -287,7 +287,6 @@ def test_paths_that_cannot_be_used_are_named(tmp_path):
     "content, words",
     [
         (b'{"images": [', "cannot be read as JSON in UTF-8 .*export it again"),
-        (b"", "cannot be read as JSON"),
         (b'{"images": "h\xfcnd"}', "cannot be read as JSON in UTF-8"),
         (gzip.compress(b"{}", mtime=0), "cannot be read .* unpack it if it is compressed"),
         (b"[1, 2]", "is not in COCO's format, an object with .* add 'images' and 'annot"),

@@ -96,7 +96,7 @@ def test_results_are_the_models_own_on_the_resized_image(trained, tmp_path):
 def test_a_folder_a_pattern_and_files_can_be_given(tmp_path):
     for name in ("a.png", "b.png", "c.bmp"):
         write_image(tmp_path / name)
-    for name in ("b.pdf", "notes.txt", "d.palm"):
+    for name in ("b.pdf", "notes.txt", "d.palm", "._a.png"):
         (tmp_path / name).write_text("no image")
     for given, names in (
         (["."], ["a.png", "b.png", "c.bmp"]),

@@ -5,7 +5,7 @@ import torch
 
 from helpers import arguments, assert_same_bits, metrics_of, write_tiny_config
 from smca.engine import Trainer, main
-from smca.errors import CheckpointError
+from smca.errors import CheckpointError, ConfigError
 
 
 def train(config, folder, *overrides, resume=False):
@@ -93,3 +93,5 @@ def test_an_average_may_begin_with_the_resumed_run(tmp_path):
     resumed = train(config, tmp_path / "run", "train.max_iter=3", resume=True)
     expected = decay * first["model"][weight] + (1 - decay) * resumed["model"][weight]
     torch.testing.assert_close(resumed["model_ema"][weight], expected)
+    with pytest.raises(ConfigError, match="averages its weights: go on with train.model_ema.ena"):
+        train(config, tmp_path / "run", "train.model_ema.enabled=False", resume=True)

@@ -75,7 +75,8 @@ def draw_curves(metrics: Metrics) -> Figure:
     figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=DPI, layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, columns in panel.items():
-            style = "s--" if label.endswith("weights") else "-" if panel is losses else "o-"
+            is_line = panel is losses and len(columns[0]) > 1
+            style = "s--" if label.endswith("weights") else "-" if is_line else "o-"
             axes.plot(*columns, style, label=label, markersize=4)
         if panel is losses:
             axes.set_yscale("log")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from smca.analysis.detections import draw_contact_sheet, draw_instances, evenly
 from smca.data import coco_checks as checks
 from smca.data.coco import check_classes, class_names, dataset_dicts, sorted_by_id
+from smca.data.fitted import MAX_QUERIES
 from smca.data.mapper import has_more_than_8_bits
 from smca.errors import DatasetError, counted
 
@@ -132,7 +133,7 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
         least = _FEW_OBJECTS if name == "train" else 1
         counts = statistics_of(*group)["objects_of_classes"].items()
         few = [f"'{class_name}' ({count})" for class_name, count in counts if count < least]
-        if few:
+        if few and any(split.dataset_dicts for split in group):
             remarks.append(f"{name}: few objects of the classes {', '.join(few)}.")
     for name, split in splits.items():
         items = split.dataset_dicts
@@ -140,6 +141,11 @@ def find_remarks(splits: Mapping[str, DataSplit], num_examples: int = 3) -> List
         if 0 in numbers:
             remarks.append(f"{name}: {counted(numbers.count(0), 'image')} without objects.")
         full = sum(number > _AP_DETECTIONS for number in numbers)
+        if name in training and max(numbers, default=0) > MAX_QUERIES:
+            remarks.append(
+                f"{name}: {max(numbers)} objects in one image: set model.num_queries to more, or "
+                f"no more than {MAX_QUERIES} are found."
+            )
         if full and name not in training:
             remarks.append(
                 f"{name}: {counted(full, 'image')} with more than {_AP_DETECTIONS} objects: AP "

@@ -99,7 +99,7 @@ def draw_contact_sheet(
         axes.set_anchor("N")
     for axes, picture, caption in zip(grid.flat, pictures, captions):
         axes.imshow(picture)
-        axes.set_title(textwrap.fill(plain_text(caption), 85), fontsize=11)
+        axes.set_title(textwrap.fill(plain_text(caption), 130 // num_columns), fontsize=11)
     return figure
 
 

@@ -116,6 +116,11 @@ def annotation_files(cfg: DictConfig, splits: Sequence[str]) -> Dict[str, Tuple[
         names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
         if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
             # Either may be a call as well, which converts other formats.
+            if "json_file" not in names:
+                raise UserError(
+                    f"dataloader.{split}.dataset.names calls {names._target_}, whose data have no "
+                    "annotation file in COCO's format: only such files can be checked."
+                )
             files, roots = (as_list(build(names[key])) for key in ("json_file", "image_root"))
             pairs = list(zip(map(str, files), map(str, roots * len(files))))
         else:

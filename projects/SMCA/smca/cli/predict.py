@@ -106,7 +106,9 @@ def find_images(patterns: Sequence[str]) -> List[str]:
             found = [pattern]
         elif os.path.isdir(pattern):
             # A broken link is named when it cannot be read.
-            found = sorted(str(path) for path in Path(pattern).iterdir() if not path.is_dir())
+            files = (path for path in Path(pattern).iterdir() if not path.is_dir())
+            # A Mac writes hidden files beside the images of other disks.
+            found = sorted(str(path) for path in files if not path.name.startswith("."))
             found = [path for path in found if Path(path).suffix.lower() in image_suffixes]
             if not found:
                 raise UserError(

@@ -324,5 +324,7 @@ def _complete(
     text = json.dumps({"info": {}, **data, **changed})
     path = cache_dir() / "coco" / f"{name_for(json_file, text)}.json"
     create_once(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    logger.info("%s lacks keys or has ids that no evaluation takes; using %s.", json_file, path)
+    logger.info(
+        "%s is evaluated by a copy in which keys and ids are completed: %s.", json_file, path
+    )
     return str(path)

@@ -6,6 +6,7 @@ folders changes. Their records name the label file that they come from, and what
 """
 
 import codecs
+import collections
 import json
 import logging
 import os
@@ -71,11 +72,19 @@ def read_list(file: Path) -> List[str]:
 
 
 def _choose(pairs: Pairs, lines: Sequence[str], folder: str) -> Pairs:
-    """The images that are listed by their names, with or without suffix."""
+    """The images that are listed by their names, with or without suffix, or with further folders in
+    front, as CVAT writes them."""
     images = {os.path.splitext(name)[0]: name for name in pairs}
     images.update({name: name for name in pairs})
+
+    def shorter(line: str) -> str:
+        parts = line.split("/")
+        ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
+        return next((end for end in ends if end in images), line)
+
     # In VOC's lists of a class, a flag follows the name.
     lines = [line if line in images else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
+    lines = [line if line in images else shorter(line) for line in lines]
     missing = sorted(set(lines).difference(images))
     if missing:
         raise DatasetError(
@@ -158,6 +167,13 @@ def _make_coco(
     remarks: List[str] = []
     if not any(pairs.values()):
         remarks.append(f"None of the {len(pairs)} images of {folder} has a label file.")
+    counts = collections.Counter(filter(None, pairs.values()))
+    shared = [label for label, count in counts.items() if count > 1]
+    if shared:
+        remarks.append(
+            f"{counted(len(shared), 'label file')} with several images, such as "
+            f"{', '.join(shared[:_NUM_SHOWN])}: give the images different names."
+        )
     if unused:
         remarks.append(
             f"{counted(len(unused), 'label file')} with no image that can be read, such as "

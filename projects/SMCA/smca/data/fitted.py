@@ -20,7 +20,7 @@ _SMALL = 10  # percentile of objects' lengths
 _SMALL_CELLS = 3  # that a small object should span
 _SMALL_SIDE = 32  # pixels; COCO calls smaller objects small
 _LARGE = 0.3  # of an image; crops would cut most objects of this length
-_NUM_QUERIES = (40, 300)
+MIN_QUERIES, MAX_QUERIES = 40, 300
 _SHORT_SIDES = (160, 320)  # pixels; a CPU takes too long for more
 _EPOCHS = 30
 _NUM_ITERATIONS = (1000, 5000)
@@ -30,7 +30,7 @@ def fit_num_queries(names: Names) -> int:
     """Half as many queries again as the fullest image has objects, 40 at least and 300 at most."""
     counts, _ = _objects(names)
     most = max(counts, default=0)
-    return int(np.clip(10 * math.ceil(1.5 * most / 10), *_NUM_QUERIES))
+    return int(np.clip(10 * math.ceil(1.5 * most / 10), MIN_QUERIES, MAX_QUERIES))
 
 
 def fit_short_sides(names: Names, stride: int, factors: Sequence[float] = (1.0,)) -> List[int]:

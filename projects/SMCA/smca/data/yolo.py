@@ -33,7 +33,10 @@ def _of_each_path(data_yaml: PathLike, split: str, function: Callable[[str], str
     or for each of several."""
     file = Path(data_yaml).expanduser().absolute()
     content = _read_yaml(file)
-    folders = content.get(split)
+    # CVAT's keys are Train and Validation.
+    splits = {key.lower(): value for key, value in content.items()}
+    splits["val"] = splits.get("val", splits.get("validation"))
+    folders = splits.get(split)
     if not folders or isinstance(folders, dict):
         raise DatasetError(f"{file} has no '{split}': add the folder of its images, or a list.")
     root = file.parent / str(content.get("path") or "")

@@ -264,9 +264,9 @@ def _resume(
         logger.warning("The checkpoint has no average of the weights: it starts here.")
         ema.model.load_state_dict(checkpointer.model.state_dict())
     if "model_ema" in others:
-        logger.warning(
-            "The checkpoint's average of the weights is dropped, since "
-            "train.model_ema.enabled is false."
+        raise ConfigError(
+            f"The training in {checkpointer.save_dir} averages its weights: go on with "
+            "train.model_ema.enabled=True, lest the average be lost."
         )
     logger.info("Resuming at iteration %d.", start_iter)
     return start_iter

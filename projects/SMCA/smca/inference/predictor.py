@@ -43,7 +43,7 @@ def load_weights(
         if average is None:
             raise CheckpointError(
                 f"{checkpoint} has no average of the weights, it was trained without "
-                "train.model_ema.enabled=True: take the weights 'model'."
+                "train.model_ema.enabled=True: take the kind of weights 'model'."
             )
         model.load_state_dict(average)
     return weights, others
