@@ -17,7 +17,7 @@ import zipfile
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
@@ -231,6 +231,7 @@ def check_overrides(*overrides):
 
 
 @damage
+@example([(":\x1f", "\x80")])
 @given(st.lists(_OVERRIDES, min_size=1, max_size=2))
 def test_overrides(overrides):
     check_overrides(*overrides)

@@ -208,9 +208,9 @@ def _require_sections(cfg: Any, names: Sequence[str], config_file: str) -> None:
 def _apply_override(cfg: DictConfig, text: str) -> None:
     if text.startswith("-"):
         raise ConfigError(f"Option {text} has to stand before the first key=value.")
-    text = _with_quotes(text)
+    readable = _with_quotes(text)
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(readable)
         key, value = override.key_or_group, override.value()
     except HydraException as error:
         raise ConfigError(
@@ -227,7 +227,7 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
     try:
         if isinstance(value, list) and isinstance(OmegaConf.select(cfg, key), DictConfig):
             OmegaConf.update(cfg, key, None, merge=False)  # a list cannot be merged into a call
-        LazyConfig.apply_overrides(cfg, [text])
+        LazyConfig.apply_overrides(cfg, [readable])
     except (KeyError, NotImplementedError, OmegaConfBaseException) as error:
         raise ConfigError(f"Override {text!r} is not possible: {error.args[0]}") from error
 
