@@ -53,9 +53,9 @@ def log_to(folder: str, name: str = "log.txt") -> None:
 
 def lock(folder: str) -> None:
     """Raise a UserError if the training of another process writes into the folder."""
-    # It stays open, since closing it would end the lock, as the process's end does.
-    file = os.open(os.path.join(folder, "log.txt"), os.O_WRONLY)
     try:
+        # It stays open, since closing it would end the lock, as the process's end does.
+        file = os.open(os.path.join(folder, "log.txt"), os.O_WRONLY)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(
