@@ -25,6 +25,8 @@ _BACKBONE = "backbone."
 _TOLERATED = 0.1
 # Detectron2's own model zoo, whose pickles are opened like any program of Detectron2.
 _MODEL_ZOO = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
+# What a checkpoint says about itself
+_TYPES = dict(config=str, overrides=list, fitted=dict, class_names=list, category_ids=list)
 
 
 class SMCACheckpointer(DetectionCheckpointer):
@@ -250,9 +252,6 @@ class SMCACheckpointer(DetectionCheckpointer):
             self._path,
             f", among them {some(lacking)}" if lacking else "",
         )
-
-
-_TYPES = dict(config=str, overrides=list, fitted=dict, class_names=list, category_ids=list)
 
 
 def read_provenance(weights: Optional[str]) -> Dict[str, Any]:

@@ -117,8 +117,9 @@ def annotation_files(cfg: DictConfig, splits: Sequence[str]) -> Dict[str, Tuple[
         if isinstance(names, DictConfig):  # registers data, which would stop at the first problems
             # Either may be a call as well, which converts other formats.
             if "json_file" not in names:
+                source = getattr(names._target_, "__name__", names._target_)
                 raise UserError(
-                    f"dataloader.{split}.dataset.names calls {names._target_}, whose data have no "
+                    f"dataloader.{split}.dataset.names calls {source}, whose data have no "
                     "annotation file in COCO's format: only such files can be checked."
                 )
             files, roots = (as_list(build(names[key])) for key in ("json_file", "image_root"))

@@ -25,6 +25,12 @@ from smca.config.build import calls_in, origin, require_type, signature_of, word
 from smca.config.train import check_train
 from smca.errors import ConfigError, did_you_mean
 
+# The key of configs/fine_tune.py that names the config of the pretrained model.
+_BASE = "base.config"
+# What is not of hydra's syntax: quotes, references, lists.
+_NO_SYNTAX = re.compile(r"(?!(null|true|false|\?\?\?)$)[^\"'\\{}$,]+", re.IGNORECASE)
+_SECTIONS = ["model", "dataloader", "optimizer", "lr_multiplier", "train"]
+
 
 def _config_files() -> Dict[str, Path]:
     """Paths by name, in the repository or in the installation."""
@@ -73,13 +79,6 @@ def load_file(config_file: str) -> DictConfig:
         path = Path(config_file).resolve()
         cfg.train.output_dir = f"output/{own.get(path, path.stem)}"
     return cfg
-
-
-# The key of configs/fine_tune.py that names the config of the pretrained model.
-_BASE = "base.config"
-# What is not of hydra's syntax: quotes, references, lists.
-_NO_SYNTAX = re.compile(r"(?!(null|true|false|\?\?\?)$)[^\"'\\{}$,]+", re.IGNORECASE)
-_SECTIONS = ["model", "dataloader", "optimizer", "lr_multiplier", "train"]
 
 
 def load_config(

@@ -77,21 +77,21 @@ def _choose(pairs: Pairs, lines: Sequence[str], folder: str) -> Pairs:
     images = {os.path.splitext(name)[0]: name for name in pairs}
     images.update({name: name for name in pairs})
 
-    def shorter(line: str) -> str:
-        parts = line.split("/")
-        ends = ("/".join(parts[start:]) for start in range(1, len(parts)))
-        return next((end for end in ends if end in images), line)
+    def name_of(line: str) -> str:
+        # In VOC's lists of a class, a flag follows the name.
+        name = line if line in images else re.sub(r"\s+(-1|0|1)$", "", line)
+        parts = name.split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        return next((end for end in ends if end in images), name)
 
-    # In VOC's lists of a class, a flag follows the name.
-    lines = [line if line in images else re.sub(r"\s+(-1|0|1)$", "", line) for line in lines]
-    lines = [line if line in images else shorter(line) for line in lines]
-    missing = sorted(set(lines).difference(images))
+    listed = set(map(name_of, lines))
+    missing = sorted(listed.difference(images))
     if missing:
         raise DatasetError(
             f"The list of images has {len(missing)} names that {folder} has no image of, such as "
             f"{missing[0]}: correct it."
         )
-    chosen = {images[line] for line in lines}
+    chosen = {images[name] for name in listed}
     return {name: label for name, label in pairs.items() if name in chosen}
 
 
@@ -165,20 +165,18 @@ def _make_coco(
     if not pairs:
         raise DatasetError(f"{folder} has no images: correct the path.")
     remarks: List[str] = []
-    if not any(pairs.values()):
-        remarks.append(f"None of the {len(pairs)} images of {folder} has a label file.")
     counts = collections.Counter(filter(None, pairs.values()))
+    if not counts:
+        remarks.append(f"None of the {len(pairs)} images of {folder} has a label file.")
     shared = [label for label, count in counts.items() if count > 1]
-    if shared:
-        remarks.append(
-            f"{counted(len(shared), 'label file')} with several images, such as "
-            f"{', '.join(shared[:_NUM_SHOWN])}: give the images different names."
-        )
-    if unused:
-        remarks.append(
-            f"{counted(len(unused), 'label file')} with no image that can be read, such as "
-            f"{', '.join(unused[:_NUM_SHOWN])}: add the images."
-        )
+    for files, what, advice in (
+        (shared, "several images", "give the images different names"),
+        (unused, "no image that can be read", "add the images"),
+    ):
+        if files:
+            examples = ", ".join(files[:_NUM_SHOWN])
+            label_files = counted(len(files), "label file")
+            remarks.append(f"{label_files} with {what}, such as {examples}: {advice}.")
     paths = [os.path.join(folder, name) for name in pairs]
     contents = list(in_threads(read, paths, pairs.values()))
     all_objects = [item for _, objects in contents for item in objects]

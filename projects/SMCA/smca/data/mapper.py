@@ -94,7 +94,9 @@ def _is_upright(
 
 
 def _warn_once(message: str) -> None:
-    log_first_n(logging.WARNING, message, key="message", name=__name__)
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or worker.id == 0:  # once for all loader processes
+        log_first_n(logging.WARNING, message, key="message", name=__name__)
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:

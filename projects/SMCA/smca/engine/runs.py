@@ -25,6 +25,8 @@ from smca.errors import ConfigError, UserError, writing
 
 logger = logging.getLogger(__name__)
 
+_DEV_RUN_IMAGES = 4
+
 
 def from_main_process(function: Callable[..., Any], *args: Any) -> Any:
     """What a function returns in the main process, or the UserError that it raises there. All
@@ -103,9 +105,6 @@ def open_run(folder: str, need_trainer: bool = True) -> Optional[SavedRun]:
 
     saved = from_main_process(read)
     return saved and saved._replace(content=content)
-
-
-_DEV_RUN_IMAGES = 4
 
 
 class Run(NamedTuple):
