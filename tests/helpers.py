@@ -55,6 +55,11 @@ def error_of(capsys, main, *args):
     return line
 
 
+def full_disk(*args, **kwargs):
+    """Write something."""
+    raise OSError(28, "No space left on device")
+
+
 def child_environment():
     """Of a process that finds the tests' modules, and the package where this process does."""
     paths = [str(ROOT / "tests"), str(ROOT / "tools"), os.environ.get("PYTHONPATH")]

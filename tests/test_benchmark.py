@@ -1,10 +1,6 @@
 """The benchmarks of models and their parts, of exported models and of other detectors, on tiny
 configs. No test says how fast anything is."""
 
-import argparse
-import importlib.util
-import os
-
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -17,9 +13,9 @@ import compare_export
 import compare_peers
 import measuring
 from analyze_model import analyze, analyze_training
-from helpers import assert_same_gradients, error_of, leaves, write_smca_config
+from helpers import assert_same_gradients, leaves, write_smca_config
 from smca.config import load_config
-from smca.errors import ConfigError, UserError, exit_code
+from smca.errors import ConfigError, UserError
 
 SIZE = (64, 96)
 
@@ -98,14 +94,6 @@ def test_work_of_a_training_step_is_that_of_forward_and_backward(tmp_path):
     assert analyze(cfg, *SIZE)[2] < analyze_training(cfg, *SIZE) < operations / 4
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_peak_memory_counts_what_was_freed_again():
-    options = argparse.Namespace(device="cpu", threads=1, seconds=0)
-    found = measuring.measure(lambda: torch.ones(2**24).sum(), options)  # 64 MiB
-    assert 60 < found.extra_bytes / 2**20 < 100
-    assert measuring.measure(lambda: None, options).extra_bytes < 2**23
-
-
 def test_what_cannot_be_measured_is_said_before_anything_runs(capsys):
     with pytest.raises(ConfigError, match="no_such_file.py does not exist"):
         benchmark.main(["inference", "--config", "no_such_file.py"])
@@ -135,21 +123,7 @@ def test_differences_are_of_the_nearest_detection_of_the_same_class_and_score():
     assert box > 1e5  # a detection is missing
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_a_runtime_that_is_missing_is_named_before_the_first_export(name, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda other: None if other == name else other)
-    monkeypatch.delattr(compare_export, "compare")
-    text = error_of(capsys, lambda words: exit_code(compare_export.main, words), "--openvino")
-    assert f"run pip install {name}" in text
-
-
 # ---- Other detectors
-
-
-def peer_options(**settings):
-    defaults = dict(official=None, threads=1, seconds=0, device="cpu", dtype="float32")
-    defaults.update(sizes=dict.fromkeys(compare_peers.TASKS, SIZE), batch_size=1)
-    return argparse.Namespace(**{**defaults, "compile": False, "overrides": [], **settings})
 
 
 def test_models_take_turns_and_what_is_missing_has_a_row(monkeypatch, tmp_path, capsys):
@@ -174,16 +148,3 @@ def test_models_take_turns_and_what_is_missing_has_a_row(monkeypatch, tmp_path, 
         ["2.00", "1", "2.00", "1.00"],
         ["", "", "The process that measures was killed.", ""],
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "official", "message"),
-    [
-        ("official_single", ".", "has no official SMCA"),
-        ("official_single", None, "--official names a checkout"),
-    ],
-)
-def test_another_folder_than_the_official_code_is_told(tmp_path, name, official, message):
-    folder = official and str(tmp_path / official)
-    found = compare_peers.measure_model(name, "inference", peer_options(official=folder))
-    assert message in found["missing"]

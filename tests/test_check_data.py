@@ -10,7 +10,7 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import OmegaConf
 from PIL import Image
 
-from helpers import ODD_NAMES, ROOT, write_coco, write_smca_config
+from helpers import ODD_NAMES, ROOT, error_of, full_disk, write_coco, write_smca_config
 from smca.analysis import draw_instances
 from smca.analysis.dataset import draw_training_images, examine, find_remarks, statistics_of
 from smca.cli import check_data as tool
@@ -174,13 +174,15 @@ def test_the_command_counts_problems_and_writes_its_files(tmp_path, capsys):
     Image.open(tmp_path / "out" / "training_images.jpg").load()
 
 
-def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys):
+def test_a_good_data_set_has_the_exit_code_0(tmp_path, capsys, monkeypatch):
     json_file, image_root = write_data(tmp_path / "my photos ü ${x}", *GOOD)
     command = ["--json", json_file, "--images", image_root, "--output", tmp_path / "out"]
     break_an_image(image_root)
     assert run_tool(*command, "--no-decode") == 0
     assert "of 2 classes; 0 problems" in capsys.readouterr().out
     assert not (tmp_path / "out" / "training_images.jpg").exists()
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert "out cannot be written: No space" in error_of(capsys, tool.main, *command)
 
 
 def test_data_without_objects_are_a_problem_of_a_training_and_else_a_remark(tmp_path, capsys):

@@ -116,7 +116,8 @@ def test_crowds_and_boxes_that_end_a_pixel_beyond_the_border_are_accepted(tmp_pa
     boxes = [[-1.5, 0, 10, 10], [30, 20, 12, 12], [0, 0, 40.5, 30.5]]
     coco["annotations"] += [_annotation(i, box, 10) for i, box in enumerate(boxes, 3)]
     mask = {"size": [30, 40], "counts": [0, 1200]}
-    coco["annotations"].append(_annotation(9, [0, 0, 40, 30], 10, iscrowd=1, segmentation=mask))
+    crowd = _annotation(9, [0, 0, 40, 30], 10, iscrowd=1, segmentation=mask, ignore="0")
+    coco["annotations"].append(crowd)
     name = register_coco(*_write(tmp_path, coco))
     assert [a["iscrowd"] for a in DatasetCatalog.get(name)[0]["annotations"]] == [0] * 5 + [1]
 

@@ -228,7 +228,7 @@ def test_changed_names_and_labels_are_read_again(tmp_path):
         ("0 0.5 nan 0.1 0.1", "which has to be"),
         ("0 0.5 0.5 0.1 0.1 0.93 17", "which has to be"),  # a score and a track, or a polygon
         ("0 40 30 20 10", "which has to be .*relative to the image, from 0 to 1"),
-        ("0 0.9 0.5 0.5 0.1", "must be inside its image of 80 x 60 pixels"),
+        ("0 0.9 0.5 0.5 0.1", "from .52, 27. to .92, 33., in pixels from 0, which must be inside"),
         ("0 0.5 0.5 -0.1 0.1", "width and height are above 0"),
         ("0 0.5 0.5 0 0", "width and height are above 0"),
     ],
@@ -250,7 +250,8 @@ def test_a_bad_yolo_line_is_named(tmp_path, line, words):
         (
             f"<object><name>dog</name>{BOX}</object>"
             f"<object><name>dog</name>{BOX.replace('9', '900')}</object>",
-            r"a.xml object 2 has bbox .* which must be inside its image",
+            r"a.xml object 2 has a box from .0, 0. to .900, 900., in pixels from 0, which must be "
+            r"inside its image of 80 x 60 pixels; correct",
         ),
         (f"<object><name>dog</name>{BOX.replace('9', 'nan')}</object>", "a.xml .* has no bndbox"),
         (f"<object><name>dog</name>{BOX.replace('9', '?')}</object>", "a.xml .* has no bndbox"),
@@ -404,7 +405,17 @@ def assert_red_in_its_box(name):
     assert (red.max(0).values + 1).tolist() == [bottom, right]
 
 
-# Text files as Windows writes them
+# Text files as others write them
+
+
+def test_an_xml_file_may_be_in_any_encoding_with_capitals_and_a_namespace(tmp_path):
+    folder = write_voc(tmp_path / "voc", a=[("\u72d7", 1, 1, 9, 9)])
+    text = (folder / "a.xml").read_text().replace("object>", "Object>")
+    text = text.replace("<annotation>", '<annotation xmlns="http://x">')
+    declaration = '<?xml version="1.0" encoding="GB2312"?>\n'
+    (folder / "a.xml").write_text(declaration + text, encoding="gb2312")
+    path = coco_from_voc(folder, folder)
+    assert class_names(path) == ["\u72d7"] and read(path)["annotations"][0]["area"] == 81
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -437,6 +448,7 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ("names: dog\nval: .", "has 'names' that are no list"),
         ("names: [[dog], cat]\nval: .", "has 'names' that are no list"),
         ("names: [dog]\nnc: 2\nval: .", "has nc 2, but 1 'names'"),
+        ("names: [dog, cat, dog]\nval: .", "has a name twice in 'names'"),
         ("names: [dog]\nval: {a: b}", "has no 'val'"),
         ("names: [dog]\nval: .\nkpt_shape: [[17], 3]", "has kpt_shape .*write the number of"),
     ],
@@ -512,9 +524,10 @@ def test_voc_folders_that_cannot_be_used_are_errors(tmp_path):
     folder = write_voc(tmp_path / "voc", a=[])
     with pytest.raises(DatasetError, match="voc has no objects that say their classes"):
         coco_from_voc(folder, folder)
-    (folder / "a.xml").write_text("<object>")
-    with pytest.raises(DatasetError, match="no objects that say .*a.xml cannot be read"):
-        coco_from_voc(folder, folder)
+    for text, reason in (("<object>", "no element"), ("<a></a>", "it begins with <a>, not with")):
+        (folder / "a.xml").write_text(text)
+        with pytest.raises(DatasetError, match=f"no objects that say .*a.xml cannot .*{reason}"):
+            coco_from_voc(folder, folder)
     (folder / "a.xml").write_text("<annotation><object><name>dog</name></object></annotation>")
     assert class_names(coco_from_voc(folder, folder)) == ["dog"]  # its box is what is missing
 
@@ -547,13 +560,15 @@ def test_a_yolo_data_set_trains_is_checked_evaluated_and_reported(tmp_path, monk
 
 def test_validation_without_objects_is_said_and_model_final_evaluated(tmp_path, capsys):
     path, run = write_yolo(tmp_path / "data"), tmp_path / "run"
-    (tmp_path / "data" / "labels" / "val" / "c.txt").unlink()
+    label = tmp_path / "data" / "labels" / "val" / "c.txt"
+    label.rename(label.with_name("caf\udce9.txt"))  # not in UTF-8
     overrides = [f"data.yaml={path}", f"train.output_dir={run}", *SMALL]
     overrides += ["dataloader.train.total_batch_size=2", "train.eval_period=1"]
     main(arguments("--config-file", ROOT / "configs" / "custom_yolo.py", *overrides))
     out = capsys.readouterr().out + (run / "log.txt").read_text()
     assert "labels/val has no objects: there is nothing to train on, and as validation" in out
     assert out.index("has no objects") < out.index("Starting training")
+    assert out.count(r"no image that can be read, such as " + rf"{label.parent}/caf\udce9.txt") == 2
     parser = evaluate.get_parser()
     with pytest.raises(UserError, match="model_best.pth does not exist.* has .*model_final.pth: t"):
         evaluate.run(parser.parse_intermixed_args(["--weights", str(run / "model_best.pth")]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 
-from helpers import ROOT, child_environment, write_tiny_config
+from helpers import ROOT, child_environment, full_disk, write_tiny_config
 from smca.data import DatasetError, build_train_loader, set_start_sample
 from smca.errors import ConfigError, UserError
 
@@ -144,10 +144,7 @@ def test_training_and_evaluation_work_with_a_small_dev_shm(tmp_path):
 
 
 def test_a_full_dev_shm_is_an_error_that_says_what_to_do(monkeypatch):
-    def full():
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
+    monkeypatch.setattr(torch.multiprocessing, "Queue", full_disk)
     with pytest.raises(UserError, match=r"No space left.*--shm-size=1g.*train.num_workers=0"):
         _batches(1, num_workers=1)
     assert _batches(1, num_workers=0)

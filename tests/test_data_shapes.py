@@ -7,8 +7,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from helpers import full_disk
 from smca.data import DatasetError, draw_scene, register_shapes, shapes
-from smca.data.cache import create_once
+from smca.data.cache import create_once, name_for
 from smca.data.shapes import write_shapes
 
 
@@ -138,7 +139,10 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="SMCA_CACHE"):
         create_once(tmp_path / "file" / "set", lambda partial: partial.mkdir())
-    # A folder that exists; its permissions would not keep root out.
-    (tmp_path / "set.lock").mkdir()
-    with pytest.raises(DatasetError, match="cannot be written to .*SMCA_CACHE"):
-        create_once(tmp_path / "set", lambda partial: partial.mkdir())
+    with pytest.raises(DatasetError, match="cannot be written to .*No space.*SMCA_CACHE"):
+        create_once(tmp_path / "set", full_disk)
+
+
+def test_a_name_is_no_longer_than_file_systems_take():
+    first, second = (name_for(f"/x/{'é' * 300}.json", state) for state in (1, 2))
+    assert first != second and len(os.fsencode(first)) < 200

@@ -2,6 +2,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -16,6 +18,7 @@ from helpers import (
     CLASS_NAMES,
     ROOT,
     error_of,
+    full_disk,
     make_image,
     make_smca,
     write_image,
@@ -178,7 +181,7 @@ def test_results_so_far_are_kept_when_the_disk_is_full(trained, tmp_path, monkey
 
     def fail(self, path, *args, **kwargs):
         if path == str(out / "2.png"):
-            raise OSError(28, "No space left on device")
+            full_disk()
         return save(self, path, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "save", fail)
@@ -394,3 +397,12 @@ def test_the_demos_folder_is_that_of_its_option(tmp_path, capsys):
 
     words = ["--output-dir", tmp_path / "run", f"train.output_dir={tmp_path}/mine"]
     assert "it follows from --output-dir" in error_of(capsys, main, *words)
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_no_error():
+    code = "import sys; from smca.errors import exit_code as run; sys.exit(run(print, 'x' * 10**6))"
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()
+    assert command.wait() == 141 and b"Error" not in command.stderr.read()

@@ -13,7 +13,15 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from helpers import CLASS_NAMES, ODD_NAMES, make_smca, write_coco, write_smca_config, write_weights
+from helpers import (
+    CLASS_NAMES,
+    ODD_NAMES,
+    full_disk,
+    make_smca,
+    write_coco,
+    write_smca_config,
+    write_weights,
+)
 from smca.analysis.evaluation import Evaluation, detect, load_truth
 from smca.analysis.report import draw_confusion, worst_images, write_report
 from smca.cli import evaluate as tool
@@ -189,6 +197,9 @@ def test_the_command_writes_a_report_on_two_files_in_two_types(data, tmp_path, c
         assert first["overall"] == second["overall"]
     assert dtypes == [None, torch.bfloat16] * 2
     assert whole["milliseconds_per_image"] > 0 and "AP50" in capsys.readouterr().out
+    monkeypatch.setattr(tool, "write_report", full_disk)
+    with pytest.raises(UserError, match="out cannot be written: No space"):
+        run_tool(data, tmp_path, other)
 
 
 def test_names_and_ids_of_the_report_are_the_data_sets_own(data, tmp_path):

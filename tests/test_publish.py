@@ -14,6 +14,7 @@ import draw
 import publish
 from helpers import (
     CLASS_NAMES,
+    full_disk,
     make_image,
     make_smca,
     write_image,
@@ -291,11 +292,14 @@ def test_folders_that_are_no_detectors_are_named(copy, tmp_path):
         Predictor.from_pretrained(copy)
 
 
-def test_a_trainings_config_is_not_overwritten(checkpoint, capsys):
+def test_a_trainings_config_is_not_overwritten(checkpoint, tmp_path, monkeypatch):
     before = checkpoint.with_name("config.yaml").read_text()
     with pytest.raises(UserError, match="holds other files .*: give a new folder"):
         run(checkpoint, checkpoint.parent)
     assert checkpoint.with_name("config.yaml").read_text() == before
+    monkeypatch.setattr(publish, "model_card", full_disk)
+    with pytest.raises(UserError, match="README.md cannot be written: No space"):
+        run(checkpoint, tmp_path / "out")
 
 
 def test_a_detector_with_parts_of_ones_own_is_not_published(checkpoint, tmp_path):

@@ -1,12 +1,11 @@
 import logging
 
-import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 
 import train_backbone
-from helpers import ROOT, error_of
+from helpers import ROOT
 from smca.checkpoint import SMCACheckpointer
 from smca.config import load_config
 
@@ -30,19 +29,6 @@ def test_a_trained_backbone_is_where_a_detector_starts(tmp_path, capsys, caplog)
     fresh = instantiate(load_config(CONFIG, ["model.backbone.freeze_at=0"]).model.backbone)
     for (name, trained), start in zip(model.backbone.named_parameters(), fresh.parameters()):
         assert not torch.equal(trained, start), name
-
-
-@pytest.mark.parametrize(
-    "images, lengths",
-    [
-        (0, (12, 120)),
-        (9, (12, 20)),  # none is held out
-        (10, (100, 120)),  # fewer objects than a step takes
-    ],
-)
-def test_too_few_images_are_an_error(capsys, images, lengths):
-    text = error_of(capsys, train_backbone.main, CONFIG, "--images", images, "--lengths", *lengths)
-    assert f"--images {images} is too few: a step takes 64 objects" in text
 
 
 def test_pictures_show_each_object_with_what_is_around_it(tmp_path):

@@ -28,7 +28,7 @@ from smca.analysis import (
     truth_of,
 )
 from smca.data import read_image
-from smca.errors import at_least, command_line, exit_code
+from smca.errors import at_least, command_line, exit_code, writing
 from smca.inference import (
     add_predictor_arguments,
     add_threshold,
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> List[str]:
     if os.path.isfile(metrics_file):
         figures["curves.png"] = draw_curves(read_metrics(metrics_file))
     for name, figure in figures.items():
-        figure.savefig(os.path.join(args.output, name))
+        with writing(os.path.join(args.output, name)):
+            figure.savefig(os.path.join(args.output, name))
     return [os.path.join(args.output, name) for name in figures]
 
 

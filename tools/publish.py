@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Optional
 
 from smca.analysis import read_metrics
 from smca.config import dataset_names
-from smca.errors import ConfigError, UserError, command_line, exit_code
+from smca.errors import ConfigError, UserError, command_line, exit_code, writing
 from smca.inference import Predictor, add_weights_kind
 from smca.inference.pretrained import CONFIG_NAME, WEIGHTS_NAME, check_parts, need_extra
 from smca.version import __version__
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> List[str]:
     )
     published = save_pretrained(predictor, args.output)
     path = Path(args.output, CARD_NAME)
-    path.write_text(model_card(args, predictor, published), encoding="utf-8")
+    with writing(str(path)):
+        path.write_text(model_card(args, predictor, published), encoding="utf-8")
     return [str(file) for file in sorted(Path(args.output).iterdir())]
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import os
 import sys
 from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Optional
 
@@ -110,11 +111,16 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def exit_code(command: Callable[..., Optional[int]], *args: Any) -> int:
     """Run a command line's work, and return what it returns (0 for None), 1 after a
-    :class:`UserError`, which is printed, or 130 after Ctrl-C."""
+    :class:`UserError`, which is printed, 130 after Ctrl-C, or 141 if the reader of a pipe went."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(*args) or 0
+        code = command(*args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not written
+        return 141
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from smca.analysis import dataset
 from smca.config import build, fit_to_data, load_config, quoted
 from smca.data import as_list, require_dataset
 from smca.data.coco_checks import Problem
-from smca.errors import UserError, at_least, command_line, counted, exit_code
+from smca.errors import UserError, at_least, command_line, counted, exit_code, writing
 from smca.inference import make_folder
 
 _DESCRIPTION = """\
@@ -82,15 +82,16 @@ def run(args: argparse.Namespace) -> int:
         for name, s in splits.items()
     }
     content = {"splits": found, "remarks": remarks, "settings": fitted}
-    Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with writing(args.output):
+        Path(paths[0]).write_text(json.dumps(content, indent=1), encoding="utf-8")
     train_name = next(iter(splits))
     if statistics[train_name]["objects"] and not args.no_decode:
         mapper = cfg.dataloader.train.mapper
         parts = build(mapper), splits[train_name], args.num_images
         paths.append(os.path.join(args.output, "training_images.jpg"))
-        dataset.draw_training_images(*parts, mapper.get("image_format", "RGB")).savefig(
-            paths[-1], dpi=60
-        )
+        figure = dataset.draw_training_images(*parts, mapper.get("image_format", "RGB"))
+        with writing(args.output):
+            figure.savefig(paths[-1], dpi=60)
     print("Written:", *paths, sep="\n  ")
     return 1 if any(split.problems for split in splits.values()) else 0
 

@@ -17,7 +17,7 @@ from smca.analysis.evaluation import Evaluation, detect, load_truth
 from smca.analysis.report import write_report
 from smca.config import AMP_DTYPES
 from smca.data import as_list, image_ids, read_coco
-from smca.errors import UserError, at_least, command_line, differing, exit_code, some
+from smca.errors import UserError, at_least, command_line, differing, exit_code, some, writing
 from smca.inference import Predictor, load_test_dataset, make_folder, predictor_of
 from smca.inference.command_line import add_threshold, add_weights_kind
 
@@ -83,14 +83,15 @@ def run(args: argparse.Namespace) -> List[str]:
         numbers = (truth, detections, seconds, threshold, image_ids(name))
         evaluations.append(Evaluation(title, *numbers))
     print(summary(evaluations))
-    return write_report(
-        evaluations,
-        dataset_dicts,
-        args.output,
-        dataset=name,
-        device=device_name(predictors[0].model),
-        num_worst=args.num_worst,
-    )
+    with writing(args.output):
+        return write_report(
+            evaluations,
+            dataset_dicts,
+            args.output,
+            dataset=name,
+            device=device_name(predictors[0].model),
+            num_worst=args.num_worst,
+        )
 
 
 def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[str, COCO]:

@@ -1,6 +1,5 @@
 """Where the package keeps the files that it makes itself."""
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -19,7 +18,8 @@ def cache_dir() -> Path:
 
 def name_for(source: str, state: object) -> str:
     """A name for what is made of a file or folder in some state; another state has another name."""
-    return f"{Path(source).stem}_{hashlib.sha256(str(state).encode()).hexdigest()[:8]}"
+    # File systems take 255 bytes.
+    return f"{Path(source).stem[:40]}_{hashlib.sha256(str(state).encode()).hexdigest()[:8]}"
 
 
 def create_once(path: Path, write: Callable[[Path], Any]) -> None:
@@ -30,18 +30,17 @@ def create_once(path: Path, write: Callable[[Path], Any]) -> None:
     if path.exists():  # asked without the lock first: a finished cache may be read-only
         return
     partial = path.with_name(path.name + ".partial")
-    with contextlib.ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(str(path)))
-        except OSError as error:
-            raise DatasetError(
-                f"The cache folder {path.parent} cannot be written to ({error}): set the "
-                "environment variable SMCA_CACHE to a folder that can be."
-            ) from error
-        if path.exists():
-            return
-        if partial.is_dir():
-            shutil.rmtree(partial)  # what a killed process left
-        write(partial)
-        os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(path)):
+            if path.exists():
+                return
+            if partial.is_dir():
+                shutil.rmtree(partial)  # what a killed process left
+            write(partial)
+            os.replace(partial, path)
+    except OSError as error:
+        raise DatasetError(
+            f"The cache folder {path.parent} cannot be written to ({error}): make room, or set the "
+            "environment variable SMCA_CACHE to another folder."
+        ) from error

@@ -135,6 +135,7 @@ _NUMBERS: Dict[str, Dict[str, Callable[[Any], Any]]] = {
         "bbox": _number,
         "area": _number,
         "iscrowd": _whole_number,
+        "ignore": _whole_number,
     },
     "categories": {"id": _whole_number},
 }
@@ -360,6 +361,10 @@ def _fault_of(record: Any, rules: Sequence[Rule]) -> Optional[Fault]:
 
 def _broken(record: Record, key: str, must: str, hint: str = "") -> Fault:
     value = f"{key} {reprlib.repr(record[key])}" if key in record else f"no {key}"
+    if key == "bbox" and SOURCE in record:  # whose file has other numbers
+        x, y, w, h = record[key]
+        value = f"a box from ({x:g}, {y:g}) to ({x + w:g}, {y + h:g}), in pixels from 0"
+        hint = hint.partition(" (")[0]
     text = f"has {value}, which must be {must}{hint}; correct or remove it."
     return f"{key} is not {must}", text
 

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import math
 import os
+import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
@@ -91,7 +92,16 @@ def _read_voc(image: str, label: Optional[str]) -> Content:
 
 def _parse(file: str) -> ElementTree.Element:
     # What stands before the XML declaration would be an error.
-    return ElementTree.fromstring(Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip())
+    content = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()
+    encoding = re.match(rb"<\?xml[^>]*encoding=[\"']([\w-]+)", content)
+    if encoding:  # the parser does not know those of Chinese, say
+        content = content.decode(encoding[1].decode()).partition("?>")[2].encode()
+    root = ElementTree.fromstring(content)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2].lower()  # without a namespace
+    if root.tag != "annotation":
+        raise ValueError(f"it begins with <{root.tag}>, not with <annotation>")
+    return root
 
 
 def _voc_object(element: ElementTree.Element) -> Record:

@@ -63,6 +63,8 @@ def _read_yaml(file: Path) -> Dict[str, Any]:
             f"{file} has 'names' that are no list of names: write [dog, cat], or number them from "
             "0 without gaps."
         )
+    if len(set(names)) < len(names):
+        raise DatasetError(f"{file} has a name twice in 'names': give each class its own.")
     if content.get("nc", str(len(names))) != str(len(names)):
         raise DatasetError(
             f"{file} has nc {content['nc']}, but {len(names)} 'names': make them agree."

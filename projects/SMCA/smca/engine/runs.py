@@ -1,6 +1,7 @@
 """A run: its output folder, and what its config describes, built and checked."""
 
 import fcntl
+import io
 import itertools
 import logging
 import os
@@ -46,11 +47,15 @@ def from_main_process(function: Callable[..., Any], *args: Any) -> Any:
 def log_to(folder: str, name: str = "log.txt") -> None:
     """Log into that file, and this package's messages to stdout too."""
     path, rank = os.path.join(folder, name), comm.get_rank()
+    logging.raiseExceptions = False  # a full disk, which checkpoints report, is none of each line
     with writing(f"train.output_dir={folder}"):
         for package in ("smca", "fvcore", "detectron2"):
-            setup_logger(
+            logger = setup_logger(
                 path, distributed_rank=rank, name=package, configure_stdout=package == "smca"
             )
+            for handler in logger.handlers:
+                if isinstance(handler.stream, io.TextIOWrapper):  # a file's name need not be text
+                    handler.stream.reconfigure(errors="backslashreplace")
 
 
 def lock(folder: str) -> None:
