@@ -95,15 +95,10 @@ def test_work_of_a_training_step_is_that_of_forward_and_backward(tmp_path):
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(capsys):
-    with pytest.raises(ConfigError, match="no_such_file.py does not exist"):
-        benchmark.main(["inference", "--config", "no_such_file.py"])
     with pytest.raises(ConfigError, match="model.num_querys"):
         benchmark.main(["inference", "model.num_querys=5"])
     with pytest.raises(UserError, match="No measurement training: choose among co_attention, "):
         benchmark.main(["training"])
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cpu"):
-            benchmark.main(["co_attention", "--device", "cuda"])
 
 
 # ---- Exported models

@@ -398,13 +398,14 @@ def test_an_object_of_one_pixel_is_no_fault(tmp_path):
     _register_with_first_annotation(tmp_path, bbox=[0, 0, 1, 1])
 
 
-def test_crowds_alone_are_an_error(tmp_path):
+def test_many_crowds_are_said_and_crowds_alone_are_an_error(tmp_path, caplog):
     coco = _coco()
-    for annotation in coco["annotations"]:
-        annotation["iscrowd"] = 1
-    words = "all 2 annotations have iscrowd 1, which marks crowds"
-    with pytest.raises(DatasetError, match=f"1 problem in .*train.json:\\s+{words}"):
-        register_coco(*_write(tmp_path, coco))
+    coco["annotations"][0]["iscrowd"] = 1
+    register_coco(*_write(tmp_path, coco))
+    assert "1 of the 2 annotations of" in caplog.text and "marks crowds: they are" in caplog.text
+    coco["annotations"][1]["iscrowd"] = 1
+    with pytest.raises(DatasetError, match="1 problem in .*\\s+all 2 annotations have iscrowd 1, "):
+        register_coco(*_write(tmp_path, coco, "all.json"))
 
 
 def test_the_first_problems_and_their_number_are_reported_together(tmp_path):

@@ -157,7 +157,7 @@ def count_kinds(split: dataset.DataSplit) -> Dict[str, int]:
 
 def problems_text(name: str, split: dataset.DataSplit, num_examples: int) -> str:
     """A split's problems by kind, with examples."""
-    objects = sum(len(item["annotations"]) for item in split.dataset_dicts)
+    objects = sum(not a["iscrowd"] for item in split.dataset_dicts for a in item["annotations"])
     images, classes = len(split.dataset_dicts), len(split.class_names)
     lines = [
         f"{name}: {split.source}: {counted(images, 'usable image')} with "

@@ -190,7 +190,15 @@ def remarks_on(data: Mapping[str, Any], json_file: PathLike) -> List[str]:
     out, and that it has no objects."""
     info = data.get("info")
     found = list(info.get(REMARKS, [])) if isinstance(info, dict) else []
-    if not data["annotations"]:
+    annotations = data["annotations"]
+    crowds = sum(isinstance(a, dict) and a.get("iscrowd") == 1 for a in annotations)
+    if 0.1 * len(annotations) < crowds < len(annotations):
+        found.append(
+            f"{crowds} of the {len(annotations)} annotations of {source_of(data, json_file)} have "
+            "iscrowd 1, which marks crowds: they are neither trained on nor evaluated; set it to 0 "
+            "for single objects."
+        )
+    if not annotations:
         found.append(
             f"{source_of(data, json_file)} has no objects: there is nothing to train on, and as "
             "validation data it gives no AP and no model_best.pth. Add its annotations."

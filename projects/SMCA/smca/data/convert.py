@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -32,7 +33,7 @@ Pairs = Dict[str, Optional[str]]
 # Pillow's names of the formats that have images; a folder may hold other files.
 _FORMATS = {"AVIF", "BMP", "DDS", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "SGI"}
 _FORMATS |= {"TGA", "TIFF", "WEBP"}
-_LAYOUT = 2  # of the JSONs: a new number makes them anew
+_LAYOUT = 3  # of the JSONs: a new number makes them anew
 _NUM_SHOWN = 3  # of files that a remark is about
 
 
@@ -152,6 +153,11 @@ def convert(
 
     create_once(path, write)
     return str(path)
+
+
+def plain(name: str) -> str:
+    """A name as it looks: a Mac writes another Unicode form, and Windows knows no capitals."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _make_coco(

@@ -10,7 +10,7 @@ from typing import Dict, Iterable, List, Optional, Sequence
 from xml.etree import ElementTree
 
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import Content, Pairs, convert, files_below, read_list, size_record
+from .convert import Content, Pairs, convert, files_below, plain, read_list, size_record
 from .mapper import PathLike
 
 _UNREADABLE = (ElementTree.ParseError, LookupError, OSError, ValueError)
@@ -57,12 +57,12 @@ def _pair_by_name(pairs: Pairs, unused: Sequence[str]) -> None:
     or their own name without its folder, in capitals or not."""
     images: Dict[str, List[str]] = {}
     for image in pairs:
-        images.setdefault(Path(image).stem.casefold(), []).append(image)
+        images.setdefault(plain(Path(image).stem), []).append(image)
     for label in unused:
         file_name = ""
         with contextlib.suppress(*_UNREADABLE):
             file_name = (_parse(label).findtext("filename") or "").strip().replace("\\", "/")
-        stems = (Path(file_name).stem.casefold(), Path(label).stem.casefold())
+        stems = (plain(Path(file_name).stem), plain(Path(label).stem))
         found = next((images[stem] for stem in stems if stem in images), [])
         free = [image for image in found if pairs[image] is None]
         if len(free) == 1:

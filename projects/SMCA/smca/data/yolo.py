@@ -11,7 +11,16 @@ import yaml
 from smca.errors import DatasetError
 
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import Content, convert, files_below, read_list, read_text, size_record
+from .convert import (
+    Content,
+    Pairs,
+    convert,
+    files_below,
+    plain,
+    read_list,
+    read_text,
+    size_record,
+)
 from .mapper import PathLike
 
 OneOrMore = Union[str, List[str]]
@@ -122,14 +131,24 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
         # The folder of labels need not exist.
         files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
         files = {path: each for path, each in files.items() if Path(path).name != "classes.txt"}
-        return convert(images, labels, files, _stems, lines, read, names, num_keypoint_values)
+
+        def stems(image: str) -> Iterable[str]:
+            folder, name = os.path.split(os.path.splitext(image)[0])
+            below = os.path.join(labels, os.path.relpath(folder, images))
+            return [os.path.normpath(f"{f}/{name}") for f in (_yolo_labels(folder), below, folder)]
+
+        def pair_rest(pairs: Pairs, unused: Sequence[str]) -> None:
+            free = [image for image, label in pairs.items() if label is None]
+            by_stem = {plain(s): image for image in free for s in stems(f"{images}/{image}")}
+            for label in unused:
+                image = by_stem.get(plain(os.path.splitext(label)[0]))
+                if image is not None:
+                    pairs[image] = label
+
+        state = num_keypoint_values
+        return convert(images, labels, files, stems, lines, read, names, state, pair_rest)
 
     return _of_each_path(file, split, convert_one)
-
-
-def _stems(image: str) -> Iterable[str]:
-    stem = os.path.splitext(image)[0]
-    return _yolo_labels(stem), stem
 
 
 def _read_yolo(
@@ -158,7 +177,8 @@ def _yolo_object(
     text = f"is '{line.strip()[:60]}', "
     fault = (
         "which has to be the number of a class and 4 numbers of a box, or the points of a polygon, "
-        "relative to the image, from 0 to 1; correct or remove it."
+        "relative to the image, from 0 to 1 (keypoints need kpt_shape in data.yaml); correct or "
+        "remove it."
     )
     try:
         label, *values = map(float, line.split())
