@@ -1,5 +1,6 @@
 """Models of the configs: the published sizes, other backbones, and both ways to build them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from smca import add_smca_config
 from smca.config import build, get_config, list_configs, load_config
-from smca.errors import ConfigError
+from smca.errors import ConfigError, command_line
 from smca.modeling import TimmBackbone
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -81,6 +82,14 @@ def test_conv_model_has_the_parameters_of_the_official_logs(name, overrides, exp
 def test_paths_and_names_of_classes_need_no_quotes(value, expected):
     path = str(CONFIGS / "custom_voc.py")
     assert load_config(path, [f"data.names={value}"], needed=()).data.names == expected
+    assert load_config(path, ["train.output_dir=1.10"], needed=()).train.output_dir == "1.10"
+
+
+def test_the_home_folder_has_its_sign_anywhere_in_a_command():
+    parser, home = command_line(None), os.path.expanduser("~")
+    parser.add_argument("words", nargs="*")
+    words = parser.parse_args(["~/a", "x=~/a", 'x="~/a"', "a~/b", "~a", "x=~"]).words
+    assert words == [f"{home}/a", f"x={home}/a", f'x="{home}/a"', "a~/b", "~a", "x=~"]
 
 
 def test_a_value_of_another_kind_may_stand_for_what_a_config_computes():

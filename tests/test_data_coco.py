@@ -66,6 +66,9 @@ def test_registered_data_set_has_contiguous_classes_in_the_order_of_their_ids(tm
     json_file, image_root = _write(tmp_path, _coco())
     name = register_coco(json_file, image_root)
     assert register_coco(str(json_file), str(image_root)) == name
+    _write(tmp_path, {**_coco(), "categories": _coco()["categories"] + [dict(id=99, name="cow")]})
+    assert MetadataCatalog.get(register_coco(json_file, image_root)).thing_classes[2] == "cow"
+    _write(tmp_path, _coco())
     first, second = get_detection_dataset_dicts(name, filter_empty=False)
     assert first["file_name"] == str(image_root / "a.png")
     assert [a["category_id"] for a in first["annotations"]] == [1, 0]
@@ -269,6 +272,7 @@ def test_paths_that_cannot_be_used_are_named(tmp_path):
     json_file, image_root = _write(tmp_path, _coco())
     for files, folders, words in (
         (tmp_path / "gone.json", image_root, r"gone\.json does not exist"),
+        ("/dev/null", image_root, "/dev/null is neither a file nor a folder"),
         ("", image_root, "no annotation file"),
         (None, image_root, "no annotation file"),
         ([], image_root, "no annotation file"),

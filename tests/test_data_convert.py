@@ -207,6 +207,9 @@ def test_a_text_file_lists_yolo_images(tmp_path, line):
     (tmp_path / "data" / "list.txt").write_text(line.format(root=tmp_path / "data") + "\n")
     _, train, val = registered("custom_yolo.py", f"data.yaml={path}")
     assert val == {"a.png": train["a.png"]} and len(train) == 2
+    converted = coco_from_yolo(path, "val")
+    (tmp_path / "data" / "log.txt").write_text("of a training")
+    assert coco_from_yolo(path, "val") == converted
 
 
 def test_changed_names_and_labels_are_read_again(tmp_path):

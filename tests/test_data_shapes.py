@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import os
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -135,11 +137,14 @@ def test_a_killed_run_leaves_no_half_data_set(tmp_path):
     assert path.is_dir() and not list(path.iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_path):
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="SMCA_CACHE"):
         create_once(tmp_path / "file" / "set", lambda partial: partial.mkdir())
     with pytest.raises(DatasetError, match="cannot be written to .*No space.*SMCA_CACHE"):
+        create_once(tmp_path / "set", full_disk)
+    monkeypatch.setattr(Path, "exists", mock.Mock(side_effect=PermissionError("of another user")))
+    with pytest.raises(DatasetError, match="cannot be written to .of another user"):
         create_once(tmp_path / "set", full_disk)
 
 

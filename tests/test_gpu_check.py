@@ -20,12 +20,6 @@ def options(tmp_path):
     return argparse.Namespace(**settings, models=[CONFIG], output=tmp_path)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
-    assert tool.main([]) == 2
-    assert capsys.readouterr().err == "No GPU can be used here, so there is nothing to check.\n"
-
-
 def test_the_report_has_every_check(tmp_path, monkeypatch):
     # A forked process has imported PyTorch already.
     start = functools.partial(torch.multiprocessing.start_processes, start_method="fork")

@@ -170,9 +170,10 @@ def test_a_training_of_so_many_epochs_is_published(checkpoint, tmp_path):
 
 def test_the_demo_takes_a_published_folder(published, tmp_path):
     write_image(tmp_path / "a.png")
-    args = ["--weights", published, "--input", tmp_path / "a.png", "--output", tmp_path / "out"]
-    assert demo.main([str(arg) for arg in [*args, "--confidence-threshold", 0]]) == 0
-    assert len(json.loads((tmp_path / "out" / demo.JSON_NAME).read_text())) == 6
+    args = ["--input", tmp_path / "a.png", "--output", tmp_path / "out", "--confidence-threshold"]
+    for weights in (published, published / "model.safetensors"):
+        assert demo.main([str(arg) for arg in [*args, 0, "--weights", weights]]) == 0
+        assert len(json.loads((tmp_path / "out" / demo.JSON_NAME).read_text())) == 6
 
 
 def test_a_folder_takes_no_config_and_has_no_data(published, tmp_path):

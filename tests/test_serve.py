@@ -123,7 +123,7 @@ def test_detr_has_detections_and_no_maps(tmp_path):
     assert first["centers"] == first["shares"] == []
 
 
-def test_what_the_server_cannot_answer_is_said(address, monkeypatch):
+def test_what_the_server_cannot_answer_is_said(viewer, address, monkeypatch):
     status, text = refused(f"{address}/detect", b"no image")
     assert status == 400 and text.startswith("Image that was sent is empty, no image ")
     for length in ("abc", "-1", "200000001"):
@@ -133,6 +133,9 @@ def test_what_the_server_cannot_answer_is_said(address, monkeypatch):
         assert status == 400 and text.startswith("The Content-Length is no number of bytes up to")
     for path in ("/nothing", "/maps", "/image?number=a"):
         assert refused(address + path) == (404, "There is no such page.")
+    monkeypatch.setattr(viewer, "examples", ["caf\udce9.png"])  # not UTF-8
+    status, text = refused(f"{address}/example?number=0")
+    assert status == 400 and r"caf\udce9.png does not exist" in text
     monkeypatch.setattr(serve, "_MAX_IMAGES", 1)
     number = detect(address, make_image())["id"]
     for key, value in itertools.product(("index", "layer"), (-1, 9999)):
@@ -142,6 +145,8 @@ def test_what_the_server_cannot_answer_is_said(address, monkeypatch):
     detect(address, make_image())
     status, text = refused(f"{address}/image?number={number}")
     assert status == 400 and "give it again" in text
+    wide = serve._as_jpeg(np.zeros((2, 70000, 3), np.uint8))[1]  # more than JPEG holds
+    assert Image.open(io.BytesIO(wide)).size == (65500, 2)
 
 
 @pytest.mark.parametrize("host, port", [("192.0.2.1", 7860), ("127.0.0.1", 70000)])

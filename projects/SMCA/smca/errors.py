@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import sys
 from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Optional
 
@@ -81,6 +82,13 @@ def writing(what: str) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # The shell leaves ~ alone behind = and in quotes.
+        words = sys.argv[1:] if args is None else args
+        home = os.path.expanduser("~")
+        words = [re.sub(r"(^|=)([\"']?)~(?=/)", rf"\1\2{home}", word) for word in words]
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {message} (see {self.prog} --help)\n")
 

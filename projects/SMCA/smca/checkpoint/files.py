@@ -69,9 +69,12 @@ def read_tag(folder: str) -> str:
 
 
 def by_time(folder: str, pattern: str) -> List[str]:
-    """Paths of a folder's files in the order in which they were written."""
-    paths = Path(folder).glob(pattern)
-    return [str(p) for p in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name))]
+    """Paths of a folder's files in the order in which they were written; none of a folder that
+    cannot be read, since writing into it gives a better error."""
+    paths: List[Path] = []
+    with contextlib.suppress(PermissionError):
+        paths = sorted(Path(folder).glob(pattern), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    return list(map(str, paths))
 
 
 def find_checkpoints(folder: str) -> List[str]:

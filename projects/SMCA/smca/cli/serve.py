@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             if status == 200:
                 kind, content = routes[url.path](**query)
         except UserError as error:
-            status, content = 400, str(error).encode()
+            status, content = 400, str(error).encode(errors="backslashreplace")
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
@@ -204,10 +204,9 @@ def _as_json(value: Any) -> Reply:
     return "application/json", json.dumps(value).encode()
 
 
-def _as_jpeg(image: np.ndarray, side: Optional[int] = None) -> Reply:
+def _as_jpeg(image: np.ndarray, side: int = 65500) -> Reply:  # JPEG has no larger ones
     file, picture = io.BytesIO(), Image.fromarray(image)
-    if side is not None:
-        picture.thumbnail((side, side))
+    picture.thumbnail((side, side))
     picture.save(file, "jpeg", quality=90)
     return "image/jpeg", file.getvalue()
 

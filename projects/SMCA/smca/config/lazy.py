@@ -29,6 +29,7 @@ from smca.errors import ConfigError, did_you_mean
 _BASE = "base.config"
 # What is not of hydra's syntax: quotes, references, lists.
 _NO_SYNTAX = re.compile(r"(?!(null|true|false|\?\?\?)$)[^\"'\\{}$,]+", re.IGNORECASE)
+_PATHS = ("data.", "train.output_dir", "train.init_checkpoint", _BASE)
 _SECTIONS = ["model", "dataloader", "optimizer", "lr_multiplier", "train"]
 
 
@@ -232,12 +233,12 @@ def _apply_override(cfg: DictConfig, text: str) -> None:
 
 
 def _with_quotes(text: str) -> str:
-    """An override of ``data``, a path or names, with quotes, since hydra would take 2024_01 for a
-    number; also any value with umlauts, which hydra does not take."""
+    """An override of a path or of names with quotes, since hydra would take 2024_01 for a number;
+    also any value with umlauts, which hydra does not take."""
     key, _, value = text.partition("=")
     is_list = value.startswith("[") and value.endswith("]")
     items = value[1:-1].split(",") if is_list else [value]
-    may_be_syntax = value.isascii() and not key.removeprefix("+").startswith("data.")
+    may_be_syntax = value.isascii() and not key.removeprefix("+").startswith(_PATHS)
     if may_be_syntax or not all(map(_NO_SYNTAX.fullmatch, items)):
         return text
     value = ",".join(quoted(item.strip()) for item in items)

@@ -27,10 +27,10 @@ def create_once(path: Path, write: Callable[[Path], Any]) -> None:
     that it is given. Several processes may call this at the same time (one writes, the others
     wait), and one that is killed leaves nothing under `path`. A cache folder that cannot be written
     to is a DatasetError."""
-    if path.exists():  # asked without the lock first: a finished cache may be read-only
-        return
     partial = path.with_name(path.name + ".partial")
     try:
+        if path.exists():  # asked without the lock first: a finished cache may be read-only
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(path)):
             if path.exists():

@@ -46,7 +46,8 @@ def register_coco(
     """Check COCO-format detection data and register them in Detectron2's catalogs.
 
     Each of several files is a data set of its own, so that image ids need to be unique only within
-    a file. Calling it again with the same files returns the same names without another check.
+    a file. Calling it again with the same files returns the same names without another check, as
+    long as the files do not change.
 
     A file that lacks keys which Detectron2 or pycocotools need (``area``, ``iscrowd``, ``id``), or
     has ids that they cannot take, is completed in a copy in the cache folder, where ids are 1, 2,
@@ -98,7 +99,9 @@ def _register(
     image_root = existing(image_root, os.path.isdir, "image folder")
     if classes is not None and list(classes) == class_names(json_file):
         classes = None
-    name = name_for(json_file, (json_file, image_root, classes))
+    status = os.stat(json_file)
+    state = (json_file, status.st_mtime_ns, status.st_size, image_root, classes)
+    name = name_for(json_file, state)
     if name in DatasetCatalog.list():
         return name
 
@@ -268,14 +271,15 @@ def _check_files(data: Mapping[str, Any], json_file: str, image_root: str) -> No
 
     states = (json_file, image_root, list(in_threads(state, images)))
     note = cache_dir() / "checked" / name_for(json_file, states)
-    if note.exists():
-        return
+    with contextlib.suppress(OSError):  # without a cache, they are checked again
+        if note.exists():
+            return
     start = time.perf_counter()
     problems = [found for found in file_problems(images, image_root) if found is not None]
     seconds = time.perf_counter() - start
     logger.info("Checked the %d images of %s in %.1f s.", len(images), json_file, seconds)
     raise_problems(source_of(data, json_file), problems)
-    with contextlib.suppress(OSError):  # without a writable cache, they are checked again
+    with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
 

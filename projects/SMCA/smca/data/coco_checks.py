@@ -61,9 +61,10 @@ def existing(path: Optional[PathLike], exists: Callable[[str], bool], kind: str)
         raise DatasetError(f"The data set has no {kind}: give its path in the config.")
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not exists(path):
-        found = "is a folder" if os.path.isdir(path) else "is a file"
-        what = found if os.path.exists(path) else "does not exist"
-        raise DatasetError(f"The {kind} {path} {what}: correct the path.")
+        kinds = {"is a folder": os.path.isdir, "is a file": os.path.isfile}
+        kinds.update({"is neither a file nor a folder": os.path.exists, "does not exist": bool})
+        found = next(words for words, holds in kinds.items() if holds(path))
+        raise DatasetError(f"The {kind} {path} {found}: correct the path.")
     return path
 
 

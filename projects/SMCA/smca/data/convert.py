@@ -128,19 +128,27 @@ def convert(
         state: what else the JSON depends on.
         pair_rest: may pair labels that `stems` did not, in place.
     """
-    image_files = files_below(images)
+    formats = Image.registered_extensions()
+    image_files = {
+        path: state
+        for path, state in files_below(images).items()
+        if formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
+    }
     files = [sorted(files.items()) for files in (image_files, label_files)]
     state = (_LAYOUT, images, labels, names, lines, state, files)
     path = cache_dir() / "converted" / f"{name_for(labels, state)}.json"
 
     def write(partial: Path) -> None:
         by_stem = {os.path.splitext(path)[0]: path for path in label_files}
-        formats = Image.registered_extensions()
         pairs: Pairs = {
             os.path.relpath(path, images): next(filter(None, map(by_stem.get, stems(path))), None)
             for path in sorted(image_files)
-            if formats.get(os.path.splitext(path)[1].lower()) in _FORMATS
         }
+        rest = set(label_files).difference(pairs.values())
+        by_stem = {plain(os.path.splitext(path)[0]): path for path in rest}
+        for path in [path for path, label in pairs.items() if label is None]:
+            found = (by_stem.get(plain(stem)) for stem in stems(os.path.join(images, path)))
+            pairs[path] = next(filter(None, found), None)
         if pair_rest is not None:
             pair_rest(pairs, sorted(set(label_files).difference(pairs.values())))
         unused = sorted(set(label_files).difference(pairs.values()))

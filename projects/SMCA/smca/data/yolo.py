@@ -13,7 +13,6 @@ from smca.errors import DatasetError
 from .coco_checks import FAULT, SOURCE, Record, existing
 from .convert import (
     Content,
-    Pairs,
     convert,
     files_below,
     plain,
@@ -128,27 +127,24 @@ def coco_from_yolo(data_yaml: PathLike, split: str) -> OneOrMore:
             listed = (line.replace("\\", "/") for line in read_list(Path(path)))
             lines = [os.path.relpath(os.path.join(images, line), images) for line in listed]
         labels = _yolo_labels(images)
+        stems = functools.partial(_stems, images=images, labels=labels)
         # The folder of labels need not exist.
         files = {**files_below(images, ".txt"), **files_below(labels, ".txt")}
         files = {path: each for path, each in files.items() if Path(path).name != "classes.txt"}
-
-        def stems(image: str) -> Iterable[str]:
-            folder, name = os.path.split(os.path.splitext(image)[0])
-            below = os.path.join(labels, os.path.relpath(folder, images))
-            return [os.path.normpath(f"{f}/{name}") for f in (_yolo_labels(folder), below, folder)]
-
-        def pair_rest(pairs: Pairs, unused: Sequence[str]) -> None:
-            free = [image for image, label in pairs.items() if label is None]
-            by_stem = {plain(s): image for image in free for s in stems(f"{images}/{image}")}
-            for label in unused:
-                image = by_stem.get(plain(os.path.splitext(label)[0]))
-                if image is not None:
-                    pairs[image] = label
-
-        state = num_keypoint_values
-        return convert(images, labels, files, stems, lines, read, names, state, pair_rest)
+        if lines is not None:  # its folder may have any other text, such as a training's log
+            images_below = [path for path in files_below(images) if path not in files]
+            known = {plain(stem) for path in images_below for stem in stems(path)}
+            files = {p: each for p, each in files.items() if plain(os.path.splitext(p)[0]) in known}
+        return convert(images, labels, files, stems, lines, read, names, num_keypoint_values)
 
     return _of_each_path(file, split, convert_one)
+
+
+def _stems(image: str, images: str, labels: str) -> Iterable[str]:
+    """Where an image's label file may be, without suffix."""
+    folder, name = os.path.split(os.path.splitext(image)[0])
+    below = os.path.join(labels, os.path.relpath(folder, images))
+    return [os.path.normpath(f"{each}/{name}") for each in (_yolo_labels(folder), below, folder)]
 
 
 def _read_yolo(

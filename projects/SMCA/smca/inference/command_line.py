@@ -8,6 +8,7 @@ from typing import Optional
 from smca.config import AMP_DTYPES
 from smca.errors import UserError, writing
 from smca.inference.predictor import WEIGHTS, Predictor
+from smca.inference.pretrained import WEIGHTS_NAME
 
 
 def add_predictor_arguments(parser: argparse.ArgumentParser, device: bool = True) -> None:
@@ -64,6 +65,8 @@ def make_folder(path: str) -> None:
 
 def predictor_of(args: argparse.Namespace) -> Predictor:
     """The predictor that the options name, and the overrides in ``args.opts``."""
+    if os.path.basename(args.weights or "") == WEIGHTS_NAME:  # of a published folder
+        args.weights = os.path.dirname(args.weights) or "."
     if not args.weights or not os.path.isdir(args.weights):
         return Predictor(
             args.weights,
