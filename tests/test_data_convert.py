@@ -419,12 +419,14 @@ def assert_red_in_its_box(name):
 
 def test_an_xml_file_may_be_in_any_encoding_with_capitals_and_a_namespace(tmp_path):
     folder = write_voc(tmp_path / "voc", a=[("\u72d7", 1, 1, 9, 9)])
-    text = (folder / "a.xml").read_text().replace("object>", "Object>")
-    text = text.replace("<annotation>", '<annotation xmlns="http://x">')
-    declaration = '<?xml version="1.0" encoding="GB2312"?>\n'
-    (folder / "a.xml").write_text(declaration + text, encoding="gb2312")
-    path = coco_from_voc(folder, folder)
-    assert class_names(path) == ["\u72d7"] and read(path)["annotations"][0]["area"] == 81
+    text = (folder / "a.xml").read_text().replace("object>", "Object>")[len("<annotation>") :]
+    for declared, encoding in (("GB2312", "gb2312"), ("utf-16", "utf-8")):
+        content = (
+            f'<?xml version="1.0" encoding="{declared}"?>\n<annotation xmlns="http://x">{text}'
+        )
+        (folder / "a.xml").write_text(content, encoding=encoding)
+        path = coco_from_voc(folder, folder)
+        assert class_names(path) == ["\u72d7"] and read(path)["annotations"][0]["area"] == 81
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

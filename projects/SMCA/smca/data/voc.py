@@ -93,9 +93,13 @@ def _read_voc(image: str, label: Optional[str]) -> Content:
 def _parse(file: str) -> ElementTree.Element:
     # What stands before the XML declaration would be an error.
     content = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()
-    encoding = re.match(rb"<\?xml[^>]*encoding=[\"']([\w-]+)", content)
-    if encoding:  # the parser does not know those of Chinese, say
-        content = content.decode(encoding[1].decode()).partition("?>")[2].encode()
+    declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w-]+)[^>]*>", content)
+    if declared:  # the parser does not know the encodings of Chinese, say
+        content = content[declared.end() :]
+        try:
+            content.decode()  # as .NET writes what it declares as UTF-16
+        except UnicodeDecodeError:
+            content = content.decode(declared[1].decode()).encode()
     root = ElementTree.fromstring(content)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2].lower()  # without a namespace
