@@ -419,12 +419,11 @@ def assert_red_in_its_box(name):
 
 def test_an_xml_file_may_be_in_any_encoding_with_capitals_and_a_namespace(tmp_path):
     folder = write_voc(tmp_path / "voc", a=[("\u72d7", 1, 1, 9, 9)])
-    text = (folder / "a.xml").read_text().replace("object>", "Object>")[len("<annotation>") :]
+    text = (folder / "a.xml").read_text().replace("object>", "Object>")
+    text = text.replace("<annotation>", '?>\n<annotation xmlns="http://x">')
     for declared, encoding in (("GB2312", "gb2312"), ("utf-16", "utf-8")):
-        content = (
-            f'<?xml version="1.0" encoding="{declared}"?>\n<annotation xmlns="http://x">{text}'
-        )
-        (folder / "a.xml").write_text(content, encoding=encoding)
+        head = f'<?xml version="1.0" encoding="{declared}"'
+        (folder / "a.xml").write_text(head + text, encoding=encoding)
         path = coco_from_voc(folder, folder)
         assert class_names(path) == ["\u72d7"] and read(path)["annotations"][0]["area"] == 81
 
