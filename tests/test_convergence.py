@@ -200,7 +200,6 @@ def test_a_claim_is_decided_where_its_difference_is_no_chance(
         ({"seed": [0]}, "tiny.yaml is no study: Key 'seed' not in 'Study'"),
         ({"runs": {"wide": {**WIDE, "stop_at_ap": "a"}}}, "full_key: runs.wide.stop_at_ap"),
         ({"comparisons": {"main": ["wde"]}}, "tiny.yaml has no run wde, did you mean wide?"),
-        ({"overrides": ["train.eval_period=0"]}, "run wide needs a number of steps: give train.ev"),
     ],
 )
 def test_a_wrong_study_is_one_sentence(tmp_path, capsys, changes, words):

@@ -33,7 +33,6 @@ def test_all_configs_are_listed():
     [
         ("smca_r50_5ep", "no config smca_r50_5ep, did you mean smca_r50_50ep"),
         ("common/train", "There is no config"),
-        ("../setup", "There is no config"),
         ("", "There is no config"),
     ],
 )
@@ -44,8 +43,9 @@ def test_what_is_no_config_is_named(name, words):
 
 def test_a_model_is_built_by_name():
     model = model_zoo.get("smca_shapes", device="cpu")
-    assert model.training and model.device == torch.device("cpu")
-    assert len(model.query_embed.weight) == model_zoo.get_config("smca_shapes").model.num_queries
+    assert model.training and model.device == torch.device("cpu") and model.num_classes == 3
+    with pytest.raises(ConfigError, match="needs values for data.train_json"):
+        model_zoo.get("custom_small")
 
 
 def test_fewer_images_than_a_batch_are_no_schedule():

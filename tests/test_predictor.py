@@ -114,7 +114,7 @@ def test_a_batch_of_several_sizes_is_the_models_own_batch(checkpoint, predictor)
 
 def test_detections_are_instances_with_names(predictor):
     found = predictor(make_image(), threshold=0)
-    assert isinstance(found, Instances) and isinstance(found[:2], Detections)
+    assert isinstance(found, Instances) and isinstance(found[:2].to("cpu"), Detections)
     assert found.names == [CLASS_NAMES[index] for index in found.pred_classes]
     chosen = found[found.scores > found.scores[2]]
     assert len(chosen) == 2 and chosen.names == found.names[:2]

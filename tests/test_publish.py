@@ -22,6 +22,7 @@ from helpers import (
     write_weights,
 )
 from smca import Predictor
+from smca.checkpoint import SMCACheckpointer, files
 from smca.errors import CheckpointError, ConfigError, UserError
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'publish' is missing")
@@ -186,6 +187,15 @@ def test_a_folder_takes_no_config_and_has_no_data(published, tmp_path):
         arguments = ["--weights", str(published), "--device", "cpu", *given]
         with pytest.raises(UserError, match=words):
             draw.run(draw.get_parser().parse_args(arguments))
+
+
+def test_fine_tuning_takes_the_names_of_a_published_folder(published, monkeypatch):
+    monkeypatch.setattr(files, "load_tensors", safetensors.load_file)  # of any PyTorch
+    model = Predictor.from_pretrained(published).model
+    rows = model.class_embed.weight.clone()
+    checkpointer = SMCACheckpointer(model, provenance={"class_names": CLASS_NAMES[::-1]})
+    checkpointer.load(str(published / "model.safetensors"))
+    assert torch.equal(model.class_embed.weight, rows.flip(0))
 
 
 # The Hub

@@ -100,6 +100,7 @@ def command_line(description: Optional[str], **kwargs: Any) -> argparse.Argument
         description: of the command.
         kwargs: see `argparse.ArgumentParser`.
     """
+    sys.path.append("")  # as for a script, a config may name modules in the working folder
     formatter = argparse.RawDescriptionHelpFormatter
     return _Parser(description=description, formatter_class=formatter, **kwargs)
 

@@ -6,7 +6,7 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
-from smca.config import get_config, get_config_file, list_configs
+from smca.config import get_config, get_config_file, list_configs, load_config
 
 __all__ = ["get", "get_config", "get_config_file", "list_configs"]
 
@@ -16,7 +16,7 @@ def get(name: str, device: Optional[str] = None) -> nn.Module:
     on a device. None: a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: there is no such config.
+        ConfigError: there is no such config, or its model follows from data.
     """
-    model = instantiate(get_config(name).model)
+    model = instantiate(load_config(get_config_file(name), needed=["model"]).model)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -186,7 +186,8 @@ class SMCACheckpointer(DetectionCheckpointer):
             weights = checkpoint["model"]
             self._convert_ndarray_to_tensor(weights)
             consume_prefix_in_state_dict_if_present(weights, "module.")
-            old_names = (checkpoint.get("smca") or {}).get("class_names") or []
+            said = checkpoint.get("smca") or files.read_published(self._path)
+            old_names = said.get("class_names") or []
             new_names = self.provenance.get("class_names") or []
             adapted = adapt(weights, model_weights, old_names, new_names)
         self._check(super()._load_model(checkpoint), match_names)
@@ -231,7 +232,7 @@ class SMCACheckpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"{self._path} is the checkpoint of another architecture than the config's, in "
                 f"{', '.join(parts)} ({some(texts, 1)}): take the config that it was trained with, "
-                "such as the config.yaml beside it."
+                "such as the config.yaml beside it (for a fine-tuning by base.config)."
             )
 
     def _check_backbone(

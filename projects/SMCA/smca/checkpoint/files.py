@@ -13,6 +13,7 @@ from typing import IO, Any, Callable, Dict, Iterator, List, Union
 
 import numpy as np
 import torch
+import yaml
 from detectron2.utils.file_io import PathManager
 
 from smca.errors import CheckpointError
@@ -168,6 +169,15 @@ def reading(path: str) -> Iterator[None]:
                 f"another kind: {reason}."
             )
         raise CheckpointError(problem) from error
+
+
+def read_published(path: str) -> Dict[str, Any]:
+    """What the config.yaml beside the weights of a published detector says; else nothing."""
+    content = None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if path.endswith(".safetensors"):
+            content = yaml.safe_load(Path(path).with_name("config.yaml").read_text("utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def require_file(path: str) -> None:

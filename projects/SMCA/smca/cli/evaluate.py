@@ -106,7 +106,10 @@ def load_test_truth(cfg: Any, dataset_dicts: Sequence[Dict[str, Any]]) -> Tuple[
         )
     json_file = MetadataCatalog.get(names[0]).get("json_file")
     if json_file is None:
-        raise UserError(f"Data set '{names[0]}' has no annotation file in COCO's format.")
+        raise UserError(
+            f"Data set '{names[0]}' has no annotation file in COCO's format, which a report needs: "
+            "smca-train --eval-only evaluates it."
+        )
     return names[0], load_truth(read_coco(json_file), [d["image_id"] for d in dataset_dicts])
 
 

@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from smca import modeling
-from smca.config.lazy import get_config
+from smca.config.lazy import load_config
 from smca.errors import ConfigError
 
 # Settings of `model` that a yacs config can replace under MODEL.SMCA; None leaves them as they
@@ -36,9 +36,10 @@ _SETTINGS = (
 
 
 def add_smca_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.SMCA``: ``CONFIG``, the LazyConfig's name (``"smca_r50_50ep"``), a key for each
-    setting, in capitals (``NUM_CLASSES``, ``ENCODER.PATTERN``, ...), and ``TIMM``, the name of a
-    model of timm that gives the features ``IN_FEATURES`` in place of the LazyConfig's backbone.
+    """Add ``MODEL.SMCA``: ``CONFIG``, the LazyConfig's name (``"smca_r50_50ep"``) or path, a key
+    for each setting, in capitals (``NUM_CLASSES``, ``ENCODER.PATTERN``, ...), and ``TIMM``, the
+    name of a model of timm that gives the features ``IN_FEATURES`` in place of the LazyConfig's
+    backbone.
 
     yacs' own keys for backbones are not read. Of the rest, ``MODEL.WEIGHTS``, ``MODEL.DEVICE`` and
     ``INPUT`` are used as always."""
@@ -61,7 +62,7 @@ class SMCA(modeling.SMCA):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        model = get_config(cfg.MODEL.SMCA.CONFIG).model
+        model = load_config(cfg.MODEL.SMCA.CONFIG, needed=["model"]).model
         if cfg.MODEL.SMCA.TIMM:
             model.backbone = LazyCall(modeling.TimmBackbone)(
                 name=cfg.MODEL.SMCA.TIMM, out_features="${..in_features}"

@@ -64,5 +64,11 @@ class Detections(Instances):
         return Image.fromarray(draw_instances(image, self, self._class_names))
 
     def __getitem__(self, item: Any) -> "Detections":
-        chosen = super().__getitem__(item)
-        return Detections(chosen, self._image, self._class_names, self._category_ids)
+        return self._with(super().__getitem__(item))
+
+    def to(self, *args: Any, **kwargs: Any) -> "Detections":
+        """Same as in Detectron2."""
+        return self._with(super().to(*args, **kwargs))
+
+    def _with(self, instances: Instances) -> "Detections":
+        return Detections(instances, self._image, self._class_names, self._category_ids)

@@ -72,8 +72,9 @@ def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[
             "Predictor.from_pretrained)."
         )
     if "://" not in weights and not os.path.isfile(weights):
-        final = os.path.join(os.path.dirname(weights), "model_final.pth")
-        advice = f" Its folder has {final}: take that." if os.path.isfile(final) else ""
+        names = ("model_best.pth", "model_final.pth")
+        others = [os.path.join(os.path.dirname(weights), name) for name in names]
+        advice = "".join(f" Its folder has {x}: take that." for x in others if os.path.isfile(x))
         raise ConfigError(f"The checkpoint {weights} does not exist.{advice}")
     beside = os.path.join(os.path.dirname(weights), "config.yaml")
     if os.path.isfile(beside):

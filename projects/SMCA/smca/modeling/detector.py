@@ -123,8 +123,13 @@ class SMCA(nn.Module):
         """Compile backbone, encoder and decoder in place, for images of any size, with arguments of
         ``torch.compile``. (`compile` takes the work on lists of images and on the host as well, and
         is slower.)"""
+        from torch._inductor import config  # which takes a while to import
+
         # Graphs that DistributedDataParallel cuts at its buckets fail where sizes change.
         torch._dynamo.config.optimize_ddp = False
+        # PyTorch 2.14 fails to order the strides of views that a backward pass needs.
+        if hasattr(config, "strict_output_strides"):
+            config.strict_output_strides = True
         for part in (self.backbone, self.encoder, self.decoder):
             part.compile(**{"dynamic": True, **kwargs})
 
