@@ -153,7 +153,6 @@ def run_on_video(args: argparse.Namespace) -> int:
     """The same for a video's frames; `image_id` counts them, those that cannot be decoded
     included."""
     cv2: Any = importlib.import_module("cv2")  # its types are those of one version
-    args.video_input = os.path.expanduser(args.video_input)
     if not os.path.isfile(args.video_input):
         raise UserError(f"The video {args.video_input} does not exist, or is no file.")
     video = cv2.VideoCapture(args.video_input)

@@ -11,15 +11,7 @@ import yaml
 from smca.errors import DatasetError
 
 from .coco_checks import FAULT, SOURCE, Record, existing
-from .convert import (
-    Content,
-    convert,
-    files_below,
-    plain,
-    read_list,
-    read_text,
-    size_record,
-)
+from .convert import Content, convert, files_below, plain, read_list, read_text, size_record
 from .mapper import PathLike
 
 OneOrMore = Union[str, List[str]]

@@ -50,10 +50,10 @@ def log_to(folder: str, name: str = "log.txt") -> None:
     logging.raiseExceptions = False  # a full disk, which checkpoints report, is none of each line
     with writing(f"train.output_dir={folder}"):
         for package in ("smca", "fvcore", "detectron2"):
-            logger = setup_logger(
+            package_logger = setup_logger(
                 path, distributed_rank=rank, name=package, configure_stdout=package == "smca"
             )
-            for handler in logger.handlers:
+            for handler in package_logger.handlers:
                 if isinstance(handler.stream, io.TextIOWrapper):  # a file's name need not be text
                     handler.stream.reconfigure(errors="backslashreplace")
 

@@ -74,7 +74,8 @@ def find_config(weights: Optional[str], provenance: Mapping[str, Any]) -> Tuple[
     if "://" not in weights and not os.path.isfile(weights):
         names = ("model_best.pth", "model_final.pth")
         others = [os.path.join(os.path.dirname(weights), name) for name in names]
-        advice = "".join(f" Its folder has {x}: take that." for x in others if os.path.isfile(x))
+        found = next(filter(os.path.isfile, others), None)
+        advice = f" Its folder has {found}: take that." if found else ""
         raise ConfigError(f"The checkpoint {weights} does not exist.{advice}")
     beside = os.path.join(os.path.dirname(weights), "config.yaml")
     if os.path.isfile(beside):
